@@ -1,0 +1,66 @@
+"""Run a recipe from Python: `train(load_recipe(path, ["seed=1"]))`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from irl_align.config import Recipe
+from irl_align.lab import Lab
+from irl_align.loop import bilevel
+from irl_align.models import pick_device
+from irl_align.recipe import load_recipe, to_dict, to_yaml
+from irl_align.stages import Run, RunView, Store, environment
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    folder: Path
+    """The run folder; Run.load(folder) and `irl-align show` read it."""
+    policy: Path
+    """Folder of the final policy: a causal language model with its tokenizer."""
+    reward: Path | None
+    """Folder of the last explicit reward (RewardModel.from_pretrained), if there is one."""
+
+    def view(self) -> RunView:
+        """Recipe, metrics, stages and summary of the run."""
+        return Run.load(self.folder)
+
+
+def train(recipe: Recipe | str | Path) -> Result:
+    """Run a recipe to its end; what is already in the store is reused.
+
+    Raises UserError for what the user can mend. After an interruption call it again: it goes on
+    from the last stage, or from the last checkpoint within it.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    device = pick_device(recipe.device)
+    output = Path(recipe.output_dir)
+    folder = output / f"{recipe.name}-seed{recipe.seed}"
+    began = time.time()
+    with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
+        run.log("environment", {**environment(), "device": str(device), "seed": recipe.seed})
+        outcome = bilevel(Lab(recipe, Store(output / "store"), run, device))
+        explicit = outcome.reward is not None and outcome.reward.kind == "explicit"
+        reward = outcome.reward.path if outcome.reward is not None and explicit else None
+        result = Result(folder, outcome.policy.path, reward)
+        ranking = outcome.policy.ranking
+        run.finish(
+            {
+                "policy": str(result.policy.resolve().relative_to(output.resolve())),
+                "reward": str(reward.resolve().relative_to(output.resolve())) if reward else None,
+                "policy_number": outcome.policies.index(outcome.policy)
+                if outcome.policy in outcome.policies
+                else len(outcome.policies) - 1,
+                "ranking": None
+                if ranking is None
+                else {"n": ranking.n, "score": ranking.score, "temperature": ranking.temperature},
+                "ended": outcome.ended,
+                "seconds": round(time.time() - began, 1),
+            }
+        )
+    return result

@@ -1,0 +1,393 @@
+"""Demonstrations and preferences as rows of text, and their division by prompt.
+
+Where rows come from is said by a data card (:mod:`irl_align.cards`, with a card of six lines for
+data of your own). Rows become token ids in :mod:`irl_align.tokens`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar
+
+from irl_align.cards import LABELLED, MESSAGES, TRANSCRIPTS, Card, import_object, load_card
+from irl_align.config import DataOptions
+from irl_align.errors import UserError
+from irl_align.sources import Raw, hub_rows, local_rows
+
+__all__ = [
+    "Card",
+    "Demonstration",
+    "Division",
+    "Message",
+    "Preference",
+    "Prompt",
+    "choose_prompts",
+    "data_checksum",
+    "divide",
+    "import_object",
+    "load_card",
+    "load_demonstrations",
+    "load_preferences",
+    "prompt_key",
+]
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("system", "user", "assistant")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Prompt = str | list[Message]
+"""Text, or a conversation up to the turn that is to be written."""
+
+
+class Demonstration(TypedDict):
+    """A prompt and what was demonstrated for it."""
+
+    prompt: Prompt
+    completion: str
+
+
+class Preference(TypedDict):
+    """A prompt and two completions; margin is how much better, in the data's own unit."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    subset: str
+    margin: float | None
+
+
+Row = TypeVar("Row", Demonstration, Preference)
+
+
+class _FaultyRow(UserError):
+    """A row whose content is unusable: what `faulty: drop` leaves out."""
+
+
+def load_demonstrations(
+    card: Card,
+    split: str,
+    path: str | None = None,
+    task_args: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> list[Demonstration]:
+    """Rows of a split in the order of the data.
+
+    path: local file or folder in place of the card's source. task_args and seed are for a card
+    whose source is a procedural task. Raises UserError: no such split, file or Hub dataset, or a
+    row that is not a demonstration, named by file and line.
+    """
+    _require_kind(card, "demonstrations", split)
+    if card.is_task:
+        if path is not None:
+            raise UserError(f"data.path: card {card.name} is a procedural task, which has no files")
+        return _from_task(card, split, dict(task_args or {}), seed)
+    if task_args:
+        raise UserError(f"data.task: card {card.name} is not a procedural task")
+    return _load(card, split, path, _demonstration)
+
+
+def load_preferences(card: Card, split: str, path: str | None = None) -> list[Preference]:
+    """Rows of a split of a preference set; parameters and errors as in load_demonstrations."""
+    _require_kind(card, "preferences", split)
+    return _load(card, split, path, _preference)
+
+
+def data_checksum(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 over the rows' content, in their order; the keys' order does not matter."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """16 hex digits that name a prompt by its content."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def choose_prompts(keys: Iterable[str], count: int | None, seed: int) -> set[str]:
+    """`count` distinct prompt keys, by hash: fewer are a subset of more. None chooses all."""
+    distinct = set(keys)
+    if count is None or count >= len(distinct):
+        return distinct
+    return set(sorted(distinct, key=lambda key: (_unit(seed, "choose", key), key))[:count])
+
+
+@dataclass(frozen=True)
+class Division:
+    """Training demonstrations by use; no prompt of held_out is in sft or reward."""
+
+    sft: list[Demonstration]
+    """For supervised fine-tuning."""
+    reward: list[Demonstration]
+    """For fitting the reward: the rows of sft, or rows of other prompts."""
+    held_out: list[Demonstration]
+    """For measuring and selecting rewards."""
+
+    def counts(self) -> dict[str, int]:
+        """Rows and distinct prompts of each part."""
+        numbers = {}
+        for part in ("sft", "reward", "held_out"):
+            rows: list[Demonstration] = getattr(self, part)
+            numbers[f"{part}_rows"] = len(rows)
+            numbers[f"{part}_prompts"] = len({prompt_key(row["prompt"]) for row in rows})
+        return numbers
+
+
+def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Division:
+    """Divide by prompt, each prompt's part given by a hash of (seed, prompt) alone.
+
+    So the order of the rows does not matter, and a smaller share is a subset of a larger one, part
+    by part. Raises UserError where a part would be empty.
+    """
+    sft: list[Demonstration] = []
+    reward: list[Demonstration] = []
+    held_out: list[Demonstration] = []
+    disjoint = options.reward_data == "disjoint"
+    for row in rows:
+        key = prompt_key(row["prompt"])
+        if _unit(seed, "share", key) >= options.share:
+            continue
+        if _unit(seed, "held_out", key) < options.held_out:
+            held_out.append(row)
+        elif disjoint and _unit(seed, "reward", key) < options.reward_share:
+            reward.append(row)
+        else:
+            sft.append(row)
+    if not disjoint:
+        reward = sft
+    division = Division(sft, reward, held_out)
+    for part, option in (("sft", "share"), ("held_out", "held_out"), ("reward", "reward_share")):
+        if not getattr(division, part):
+            raise UserError(
+                f"data.{option}: of {len(rows)} demonstrations none is left for {part}; "
+                f"expected at least one: give more demonstrations or change data.{option}"
+            )
+    return division
+
+
+def _unit(seed: int, purpose: str, key: str) -> float:
+    """A number in [0, 1) that looks random and depends on the arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{key}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _require_kind(card: Card, kind: str, split: str) -> None:
+    if card.kind != kind:
+        raise UserError(f"data.card {card.name}: found a card of {card.kind}, expected {kind}")
+    if split not in card.split_names:
+        raise UserError(
+            f"data.card {card.name}: found no split {split!r}, expected one of "
+            f"{', '.join(card.split_names)}"
+        )
+
+
+def _from_task(card: Card, split: str, args: dict[str, Any], seed: int) -> list[Demonstration]:
+    assert card.source is not None and card.source.task is not None
+    make = import_object(card.source.task, f"data.card {card.name}: source.task")
+    parameters = inspect.signature(make).parameters
+    known = [name for name in parameters if name not in ("split", "seed")]
+    needed = [name for name in known if parameters[name].default is inspect.Parameter.empty]
+    wrong = sorted(set(args) - set(known)) + sorted(set(needed) - set(args))
+    if wrong:
+        found = ", ".join(map(str, args)) or "nothing"
+        raise UserError(
+            f"data.task: found {found}, expected of {', '.join(known)} at least "
+            f"{', '.join(needed) or 'none'}"
+        )
+    rows = make(split=split, seed=seed, **args)
+    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+
+
+def _load(
+    card: Card, split: str, path: str | None, shape: Callable[[Raw, Card, Mapping[str, str]], Row]
+) -> list[Row]:
+    own = card.splits[split]
+    base = own.carved_from or split
+    on_hub = path is None and card.source is not None and card.source.hub is not None
+    raws = hub_rows(card, base) if on_hub else local_rows(card, base, path)
+    columns = card.columns
+    if on_hub and card.source is not None and card.source.columns:
+        columns = card.source.columns
+    rows: list[Row] = []
+    dropped = 0
+    for raw in raws:
+        if any(raw.column(name) != value for name, value in card.where.items()):
+            continue
+        try:
+            rows.append(shape(raw, card, columns))
+        except _FaultyRow:
+            if card.faulty == "error":
+                raise
+            dropped += 1
+    if dropped:
+        logger.warning("%s %s: %d faulty rows dropped", card.name, split, dropped)
+    rows = _carve(card, split, base, rows)
+    if not rows:
+        raise UserError(
+            f"data.card {card.name}: split {split}: found no row, expected at least one"
+        )
+    if card.rows.get(split, len(rows)) != len(rows):
+        logger.warning(
+            "%s %s: found %d rows, the card says %d", card.name, split, len(rows), card.rows[split]
+        )
+    return rows
+
+
+def _carve(card: Card, split: str, base: str, rows: list[Row]) -> list[Row]:
+    """Rows of `split` among those of `base`: each carved split has an interval of the hashes."""
+    parts = card.carved(base)
+    if not parts:
+        return rows
+    bounds: dict[str, tuple[float, float]] = {}
+    taken = 0.0
+    for name, part in parts.items():
+        assert part.share is not None
+        bounds[name] = (taken, taken + part.share)
+        taken += part.share
+    low, high = bounds.get(split, (taken, 1.0))
+    return [row for row in rows if low <= _unit(0, "carve", prompt_key(row["prompt"])) < high]
+
+
+def _demonstration(raw: Raw, card: Card, columns: Mapping[str, str]) -> Demonstration:
+    if card.format(dict(columns)) != MESSAGES:
+        prompt = _prompt(raw, columns["prompt"], card)
+        return {"prompt": prompt, "completion": _text(raw, columns["completion"])}
+    messages = _messages(raw, columns["messages"])
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or (card.turn == "last" and answers[-1] != len(messages) - 1):
+        raise _FaultyRow(raw.fault(columns["messages"], "no last turn of the assistant"))
+    turn = answers[0] if card.turn == "first" else answers[-1]
+    if turn == 0:
+        raise _FaultyRow(raw.fault(columns["messages"], "an answer without a prompt"))
+    return {"prompt": messages[:turn], "completion": messages[turn]["content"]}
+
+
+def _preference(raw: Raw, card: Card, columns: Mapping[str, str]) -> Preference:
+    row = card.format(dict(columns))
+    prompt: Prompt
+    if row == TRANSCRIPTS:
+        prompt, chosen, rejected = _transcripts(raw, columns)
+    elif row == LABELLED:
+        prompt = _prompt(raw, columns["prompt"], card)
+        better, worse = _label(raw, columns["label"])
+        chosen, rejected = _text(raw, columns[better]), _text(raw, columns[worse])
+    else:
+        prompt = _prompt(raw, columns["prompt"], card)
+        chosen, rejected = _text(raw, columns["chosen"]), _text(raw, columns["rejected"])
+    if chosen == rejected:
+        raise _FaultyRow(f"{raw.place}: chosen and rejected are the same text")
+    named = [str(raw.column(name)) for name in columns.get("subset", "").split("+") if name]
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "subset": "/".join(named) or raw.group,
+        "margin": _number(raw, columns["margin"]) if "margin" in columns else None,
+    }
+
+
+def _transcripts(raw: Raw, columns: Mapping[str, str]) -> tuple[Prompt, str, str]:
+    """Two transcripts that share all turns but the last, one of the assistant."""
+    column = columns["rejected_transcript"]
+    chosen = _conversation(raw, columns["chosen_transcript"])
+    rejected = _conversation(raw, column)
+    if chosen[:-1] != rejected[:-1]:
+        raise _FaultyRow(raw.fault(column, "a transcript that differs before the last turn"))
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _conversation(raw: Raw, column: str) -> list[Message]:
+    """Messages of a text of alternating "\\n\\nHuman: ..." and "\\n\\nAssistant: ..."."""
+    before, *turns = _TURN.split(_text(raw, column))
+    speakers, texts = turns[::2], [text.strip() for text in turns[1::2]]
+    expected = ["Human", "Assistant"] * (len(speakers) // 2)
+    if before.strip() or not speakers or speakers != expected or not all(texts):
+        raise _FaultyRow(
+            raw.fault(
+                column,
+                "no alternation of non-empty Human and Assistant turns, the last of the Assistant",
+            )
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": text}
+        for speaker, text in zip(speakers, texts, strict=True)
+    ]
+
+
+def _prompt(raw: Raw, column: str, card: Card) -> Prompt:
+    if isinstance(raw.column(column), list):
+        if card.template != "chat":
+            raise UserError(raw.fault(column, "a conversation, which needs template: chat"))
+        return _messages(raw, column)
+    return _text(raw, column)
+
+
+def _messages(raw: Raw, column: str) -> list[Message]:
+    value = raw.column(column)
+    if not isinstance(value, list) or not value:
+        raise UserError(raw.fault(column, f"{_kind(value)}, expected a list of messages"))
+    messages: list[Message] = []
+    for message in value:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise UserError(
+                raw.fault(column, f"role {role!r} in a message, expected {', '.join(ROLES)}")
+            )
+        messages.append({"role": role, "content": _checked(raw, column, message.get("content"))})
+    return messages
+
+
+def _text(raw: Raw, column: str) -> str:
+    return _checked(raw, column, raw.column(column))
+
+
+def _checked(raw: Raw, column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _FaultyRow(raw.fault(column, f"{_kind(value)}, expected text"))
+    if not value.strip():
+        raise _FaultyRow(raw.fault(column, "empty text"))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _FaultyRow(raw.fault(column, "half of a surrogate pair, not text")) from error
+    return value
+
+
+def _label(raw: Raw, column: str) -> tuple[str, str]:
+    value = raw.column(column)
+    if value in (1, "1"):
+        return "first", "second"
+    if value in (2, "2"):
+        return "second", "first"
+    raise UserError(raw.fault(column, f"{value!r}, expected 1 or 2, the better one"))
+
+
+def _number(raw: Raw, column: str) -> float:
+    value = raw.column(column)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(raw.fault(column, f"{value!r}, expected a number")) from error
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a value of type {type(value).__name__}"

@@ -1,0 +1,211 @@
+"""Files that appear whole or not at all, their checksums, locks, and a full disk told plainly."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from irl_align.errors import UserError
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write ``path`` so that a kill or a power cut leaves the old file or the new, whole.
+
+    Missing parent folders are made. One writer at a time: callers hold a lock.
+    """
+    # A fixed name, so that what a kill leaves is overwritten by the next try.
+    aside = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A lone surrogate, which JSON can carry and UTF-8 cannot, becomes "?".
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    fsync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which becomes ``path`` when the block ends without error.
+
+    Raises:
+        FileExistsError: there is something at ``path``; it is left as it is.
+    """
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    aside = path.with_name(f".{path.name}.partial")
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    fsync_tree(aside)
+    aside.rename(path)
+    fsync(path.parent)
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 in hex of a file, or of a folder such as a saved model.
+
+    A folder's is that of the text that ``sha256sum`` prints for its files, sorted by path; hidden
+    files and folders (download caches) do not count.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise UserError(f"{path}: found nothing there, expected a file or a folder")
+    names = sorted(file.relative_to(path).as_posix() for file in files_of(path))
+    shown = [name for name in names if not any(part[0] == "." for part in name.split("/"))]
+    listing = "".join(f"{file_checksum(path / name)}  {name}\n" for name in shown)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below ``folder``, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def fsync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Have everything below ``folder`` reach the disk, and ``folder`` itself."""
+    for path in folder.rglob("*"):
+        fsync(path)
+    fsync(folder)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON of plain data: NaN and infinity become null, NumPy and torch scalars numbers."""
+    return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def to_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """Strict JSON Lines."""
+    return "".join(to_json(record) + "\n" for record in records)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        return _strict(value.item())
+    return value
+
+
+def read_json(path: Path, what: str, mend: str) -> dict[str, Any]:
+    """Content of a JSON file; ``what`` it should be and how to ``mend`` it go into the message.
+
+    Raises:
+        UserError: the file is missing or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: found no such file, expected {what}; {mend}") from error
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise UserError(f"{path}: found no JSON ({error}), expected {what}; {mend}") from error
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise UserError(f"{path}: found a JSON {found}, expected {what}, an object; {mend}")
+    return value
+
+
+def read_lines(path: Path, mend: str) -> list[dict[str, Any]]:
+    """Records of a JSON Lines file.
+
+    Raises:
+        UserError: a line is not a JSON object.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            found = line[:40].decode("utf-8", "replace")
+            raise UserError(f"{path}:{number}: found {found!r}, expected a JSON object; {mend}")
+        records.append(record)
+    return records
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock file ``path``; it is free again when this process ends in any way.
+
+    When another process has it, ``busy(holder)`` is called with words for that process: it raises
+    to give up, or returns to wait.
+    """
+    lock, owner = FileLock(path), path.with_suffix(".pid")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        pid = owner.read_text() if owner.is_file() else ""
+        alive = pid.isdigit() and psutil.pid_exists(int(pid))
+        busy(f"process {pid}" if alive else "another process")
+        lock.acquire()
+    try:
+        atomic_write(owner, str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def full_disk_told(task: str, folder: Path) -> Iterator[None]:
+    """Turn whatever a library makes of a full disk below ``folder`` into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not _is_full_disk(error, folder):
+            raise
+        free = _free_bytes(folder) / 2**20
+        raise UserError(
+            f"{task}: no space left for {folder} ({free:.0f} MiB free); nothing already computed "
+            "is lost: free space and run the same command again"
+        ) from error
+
+
+def _is_full_disk(error: BaseException | None, folder: Path) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):  # safetensors
+            return True
+        error = error.__cause__ or error.__context__
+    # torch.save and NumPy say neither, but leave what they managed to write.
+    return _free_bytes(folder) < 2**20
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():  # the disk may have been too full to make it
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

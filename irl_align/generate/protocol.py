@@ -1,0 +1,150 @@
+"""What a sampler takes and gives: ``Sampling``, ``Completion`` and the ``Generator`` protocol.
+
+Dimensions: B rows in a batch, N samples per prompt, P prompt tokens, T completion tokens,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from irl_align.errors import UserError
+
+LOWEST_TEMPERATURE = 0.01  # below it logits / temperature may overflow; 0 means greedy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+        n: samples per prompt. Greedy samples of one prompt are all the same.
+        temperature: 0 for greedy, else at least 0.01.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches it; 1 keeps all.
+        top_k: keep this many likeliest tokens; 0 keeps all. Applied before ``top_p``.
+        max_new_tokens: most tokens in a completion, EOS included.
+        seed: with the prompt's ids and the sample's index it decides every random number.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        temperature = self.temperature
+        in_range = temperature == 0 or LOWEST_TEMPERATURE <= temperature < math.inf
+        _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(in_range, "temperature", temperature, f"0 (greedy) or >= {LOWEST_TEMPERATURE}")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest one."""
+        return self.temperature == 0
+
+
+def _require(holds: bool, field: str, found: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"sampling.{field}: found {found}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion as the policy sampled it.
+
+    Attributes:
+        token_ids: T ids. The last one is an EOS id if and only if the policy stopped there.
+        logprobs: (T,) float32, natural log-probabilities of ``token_ids`` under the distribution
+            that was sampled from, after temperature, top-k and top-p. Greedy has no such
+            distribution; there it is the model's own, untempered.
+        truncated: the limit on new tokens, or the model's context, came before an EOS. A truncated
+            completion carries no EOS and none may be appended to it: the policy did not say it.
+    """
+
+    token_ids: list[int]
+    logprobs: np.ndarray
+    truncated: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether the completion ends with an EOS that the policy sampled."""
+        return not self.truncated
+
+
+class Generator(Protocol):
+    """Anything that samples completions for prompts."""
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (prompt index, its N completions by sample index), in order of completion."""
+        ...
+
+
+def generate(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    progress: bool = False,
+) -> list[list[Completion]]:
+    """Sample ``sampling.n`` completions for each prompt and return them in the prompts' order.
+
+    Args:
+        generator: the backend.
+        prompts: token ids, one sequence per prompt.
+        sampling: how to sample.
+        progress: show a bar with samples/s, tokens/s and the time left.
+
+    Returns:
+        One list per prompt, of N completions by sample index.
+    """
+    from tqdm.auto import tqdm
+
+    collected: dict[int, list[Completion]] = {}
+    tokens = 0
+    total = len(prompts) * sampling.n
+    with tqdm(total=total, unit="samples", desc="sampling", disable=not progress) as bar:
+        for index, completions in generator.stream(prompts, sampling):
+            collected[index] = completions
+            tokens += sum(len(completion.token_ids) for completion in completions)
+            if progress:
+                rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                bar.update(len(completions))
+    return [collected[index] for index in range(len(prompts))]
+
+
+def sample_uniforms(seed: int, prompt: np.ndarray, sample: int, count: int) -> np.ndarray:
+    """The random numbers of one sample: its t-th token is drawn with the t-th of them.
+
+    They depend on the arguments alone, so neither the other prompts, their order, the batch, nor
+    how many samples are asked for changes what a sample sees; a larger ``count`` only appends.
+    The same prompt listed twice gets the same samples: ask for more samples instead.
+
+    Args:
+        seed: any integer.
+        prompt: (P,) int64 token ids.
+        sample: the sample's index, 0 to N-1.
+        count: how many numbers.
+
+    Returns:
+        (count,) float64 in [0, 1).
+    """
+    name = hashlib.blake2b(f"{seed}/{sample}/".encode(), digest_size=16)
+    name.update(prompt.tobytes())
+    key = int.from_bytes(name.digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(count)

@@ -1,0 +1,130 @@
+"""The bi-level loop of inverse RL from demonstrations (arXiv:2503.13538, algorithm 1).
+
+    pi_0 = SFT(demonstrations)
+    for k = 0, 1, ...
+        sample y_hat ~ pi_k(.|x), pair every demonstration y_E with a sample
+        reward level   r_k = argmax_phi E log sigmoid(r_phi(x, y_E) - r_phi(x, y_hat))
+        policy level   pi_{k+1} = improve(pi_k, r_k)
+
+With an implicit reward r = beta log(pi_theta / pi_k), fitting it is moving the policy, and the
+policy level is the identity: that is SPIN (arXiv:2401.01335).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from irl_align.evaluate import find_signs
+from irl_align.lab import Lab
+from irl_align.measure import evaluate_policy, measure_policy, measure_reward, nearest_policy
+from irl_align.policy import Policy, Reward
+from irl_align.reward.audit import shortcut_warnings
+from irl_align.steps import (
+    Pairs,
+    fit_reward_level,
+    improve_policy,
+    make_pairs,
+    prepare,
+    supervise,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with: its policy, its last reward, and why it ended."""
+
+    policy: Policy
+    reward: Reward | None
+    policies: list[Policy]
+    ended: str
+
+
+def bilevel(lab: Lab) -> Outcome:
+    """Run the loop of the lab's recipe, every step a stage that is reused where it exists."""
+    options = lab.recipe.loop
+    data, start = prepare(lab)
+    initial = policy = supervise(lab, start, data)
+    policies, pairs = [initial], list[Pairs]()
+    reward: Reward | None = None
+    baseline = measure_policy(lab, 0, initial, initial, None, data)
+    evaluate_policy(lab, 0, initial, initial, data)
+
+    for k in range(options.iterations):
+        if lab.recipe.reward.kind != "none":
+            # y_hat ~ pi_k(.|x), beside the demonstrations y_E
+            pairs.append(make_pairs(lab, k, policy, initial, start, data))
+            # reward level: argmax_phi E log sigmoid(r_phi(x, y_E) - r_phi(x, y_hat))
+            before = reward
+            reward = fit_reward_level(lab, k, policy, initial, before, pairs, data)
+            fit = measure_reward(lab, k, reward, before, initial, pairs)
+            if stop := judge_reward(lab, k, fit):
+                return Outcome(policy, reward, policies, stop)
+        # policy level: pi_{k+1} = improve(pi_k, r_k)
+        improved = improve_policy(lab, k, policy, initial, reward, data)
+        vitals = measure_policy(lab, k + 1, improved, initial, reward, data)
+        evaluate_policy(lab, k + 1, improved, initial, data)
+        if stop := judge_policy(lab, k, vitals, baseline):
+            return Outcome(policy, reward, policies, stop)
+        policy = improved
+        policies.append(policy)
+        if stop := judge_fresh(lab, k, vitals):
+            return Outcome(policy, reward, policies, stop)
+
+    if options.pick == "nearest" and reward is not None:
+        policy = nearest_policy(lab, policies, reward, data)
+    return Outcome(policy, reward, policies, f"{options.iterations} iterations done")
+
+
+def judge_reward(lab: Lab, k: int, fit: dict[str, Any]) -> str | None:
+    """Warn of shortcuts and forgetting; the reason to end when the reward is unfit."""
+    bounds = lab.recipe.loop.signs
+    signs = shortcut_warnings(fit["audit"], fit["held_out"]["accuracy"])
+    for older, report in fit["older"].items():
+        fall = fit.get("older_before", {}).get(older, {}).get("accuracy", 0.0) - report["accuracy"]
+        if fall > bounds.older_drop:
+            signs.append(
+                f"older pairs: accuracy on iteration {older} fell by {fall:.1%}, more than "
+                f"{bounds.older_drop:.1%}: the reward forgets; widen pairs.window or init warm"
+            )
+    unfit = fit["held_out"]["loss"] >= bounds.unfit_loss
+    if unfit:
+        signs.append(
+            f"held-out pair loss {fit['held_out']['loss']:.4f} is at or above "
+            f"{bounds.unfit_loss:.4f}: the reward is unfit and is not optimised on"
+        )
+    _tell(lab, f"signs/reward-{k}", signs)
+    return f"iteration {k}: the reward is unfit" if unfit else None
+
+
+def judge_policy(lab: Lab, k: int, vitals: dict[str, Any], baseline: dict[str, Any]) -> str | None:
+    """Warn of every bound that the new policy passes; the reason to end if the recipe says so."""
+    bounds = lab.recipe.loop.signs
+    signs = find_signs(bounds, vitals, baseline)
+    _tell(lab, f"signs/policy-{k + 1}", signs)
+    if signs and bounds.action == "stop":
+        return f"iteration {k}: {signs[0]}; policy {k} is kept"
+    return None
+
+
+def judge_fresh(lab: Lab, k: int, vitals: dict[str, Any]) -> str | None:
+    """Demonstrations against fresh samples near 50%: nothing is left to learn from this reward."""
+    bounds = lab.recipe.loop.signs
+    accuracy = vitals.get("fresh_accuracy")
+    if accuracy is None or accuracy > bounds.fresh_accuracy:
+        return None
+    sign = (
+        f"fresh samples: the reward tells demonstrations from the new policy's samples in "
+        f"{accuracy:.1%}, at most {bounds.fresh_accuracy:.1%}: nothing is left to learn from it"
+    )
+    _tell(lab, f"signs/fresh-{k + 1}", [sign])
+    return f"iteration {k}: {sign}" if bounds.action == "stop" else None
+
+
+def _tell(lab: Lab, key: str, signs: list[str]) -> None:
+    lab.run.log(key, {"signs": signs})
+    for sign in signs:
+        logger.warning("%s: %s", key.removeprefix("signs/"), sign)

@@ -1,0 +1,29 @@
+"""Log-probabilities of tokens and sequences, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def chosen_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-prob of each token under the logits at its place: (..., V), (...) -> (...)."""
+    logits = logits.float()
+    picked = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return picked - torch.logsumexp(logits, dim=-1)
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Exact KL(p || q) of the categorical distributions at each place: (..., V) x2 -> (...)."""
+    p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def k1(policy_logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """Unbiased estimate of KL(pi || ref) from samples of pi: log pi - log ref. Any shape."""
+    return policy_logp - reference_logp
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """Upper bound of KL(best-of-n || pi) in nats: log n - (n - 1)/n (arXiv:2204.05862 sec. 4)."""
+    return float(torch.tensor(float(n)).log() - (n - 1) / n)

@@ -1,0 +1,91 @@
+"""Losses of the reward level, on rewards that are already computed.
+
+Sources: "From Demonstrations to Rewards" (arXiv:2503.13538), SPIN (arXiv:2401.01335), DPO
+(arXiv:2305.18290). Every loss returns (loss, metrics), all scalars.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Metrics = dict[str, Tensor]
+
+
+def bradley_terry(
+    preferred: Tensor, rejected: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Metrics]:
+    """Pair loss -log sigmoid(r_E - r_hat): arXiv:2503.13538 eq. 11.
+
+    preferred, rejected: (B,) rewards of the two sides; weight: (B,) or None for equal weights.
+    """
+    margin = (preferred - rejected).float()
+    return _weighted(-F.logsigmoid(margin), weight), pair_metrics(margin.detach())
+
+
+def linear(
+    preferred: Tensor, rejected: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Metrics]:
+    """Exact IRL objective -(r_E - r_hat): arXiv:2503.13538 eq. 10 (its 1/beta is a step size).
+
+    Unbounded: give rewards that went through :func:`bound`. Shapes as in :func:`bradley_terry`.
+    """
+    margin = (preferred - rejected).float()
+    return _weighted(-margin, weight), pair_metrics(margin.detach())
+
+
+PAIR_LOSSES = {"bradley_terry": bradley_terry, "linear": linear}
+
+
+def bound(reward: Tensor, limit: float) -> Tensor:
+    """limit * tanh(reward / limit): near the identity at 0, never beyond +-limit. Any shape."""
+    return limit * torch.tanh(reward / limit)
+
+
+def implicit_reward(policy_logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
+    """r = beta log(pi_theta(y|x) / pi_ref(y|x)), up to beta log Z(x): arXiv:2305.18290 eq. 5.
+
+    policy_logp, reference_logp: (B,) summed log-probs of the completions; returns (B,).
+    """
+    return beta * (policy_logp - reference_logp)
+
+
+def mixture_logp(logps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Log of prod_i pi_i^w_i, unnormalised: its Z(x) cancels in pairs of one prompt.
+
+    logps: one tensor of any common shape per model; weights sum to 1 (alpha-SPIN's reference).
+    """
+    return torch.stack([w * logp for w, logp in zip(weights, logps, strict=True)]).sum(0)
+
+
+def pair_metrics(margin: Tensor) -> Metrics:
+    """Accuracy (ties count half), mean margin, and Bradley-Terry loss of margins (B,)."""
+    return {
+        "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        "margin": margin.mean(),
+        "loss": -F.logsigmoid(margin).mean(),
+    }
+
+
+def calibration_error(margin: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of P(preferred wins) = sigmoid(margin), equal-count bins.
+
+    Each pair is folded to its more probable side, so confidence is in [1/2, 1] and the outcome is
+    whether that side is the preferred one (ties count half). margin: (B,). In [0, 1].
+    """
+    confidence, order = torch.sort(torch.sigmoid(margin.abs().double()))
+    outcome = ((margin > 0).double() + 0.5 * (margin == 0).double())[order]
+    gaps = [
+        (c.mean() - o.mean()).abs().item() * len(c) / len(margin)
+        for c, o in zip(confidence.chunk(bins), outcome.chunk(bins), strict=True)
+    ]
+    return math.fsum(gaps)
+
+
+def _weighted(loss: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of (B,) losses, or their mean by weight."""
+    return loss.mean() if weight is None else (loss * weight).sum() / weight.sum()

@@ -1,0 +1,256 @@
+"""What is measured of every reward and policy, each a stage.
+
+measure_reward and measure_policy use demonstrations alone, so the loop may act on them;
+evaluate_policy looks at gold and is for reporting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from irl_align.cards import import_object
+from irl_align.data import choose_prompts
+from irl_align.evaluate import vitals
+from irl_align.files import atomic_write, read_lines, to_lines
+from irl_align.generate import Completion
+from irl_align.lab import Lab
+from irl_align.maths.logprobs import best_of_n_kl_bound
+from irl_align.pairs import policy_pairs
+from irl_align.policy import Policy, Reward
+from irl_align.reward.audit import shortcut_audit
+from irl_align.reward.fit import margin_report, margins
+from irl_align.samples import SampleSet
+from irl_align.steps import Data, Pairs, samples_by_key
+from irl_align.tasks.gold import GoldMetric
+from irl_align.tokens import decode_batch
+
+RERUN = "delete this stage's folder and run the recipe again"
+
+
+def measure_reward(
+    lab: Lab, k: int, reward: Reward, before: Reward | None, initial: Policy, pairs: Sequence[Pairs]
+) -> dict[str, Any]:
+    """Held-out accuracy, loss and calibration of r_k by source, its accuracy on older iterates'
+    samples beside r_{k-1}'s (`before`), and the shortcut audit on the same pairs."""
+
+    def of_source(rows: Dataset, source: str) -> Dataset:
+        return rows.filter(lambda s: s == source, input_columns="source")
+
+    def build(work: Path) -> dict[str, Any]:
+        function = lab.load_reward(reward)
+        latest = pairs[-1].held_out
+        older = {str(i): p.held_out for i, p in enumerate(pairs[:-1])}
+        report = {
+            "held_out": margin_report(margins(function, latest, reward.scale)),
+            "by_source": {
+                source: margin_report(margins(function, of_source(latest, source), reward.scale))
+                for source in sorted(set(latest["source"]))
+            },
+            "older": {
+                i: margin_report(margins(function, rows, reward.scale)) for i, rows in older.items()
+            },
+        }
+        if before is not None:
+            function = lab.load_reward(before)
+            report["older_before"] = {
+                i: margin_report(margins(function, rows, before.scale)) for i, rows in older.items()
+            }
+        policy_only = of_source(latest, "demonstration/policy")
+        audited = policy_only if len(policy_only) else latest
+        chosen = lab.logprobs(initial, audited["prompt_ids"], audited["chosen_ids"])
+        rejected = lab.logprobs(initial, audited["rejected_prompt_ids"], audited["rejected_ids"])
+        return {**report, "audit": shortcut_audit(audited, chosen, rejected)}
+
+    inputs = {"reward": reward.key, "initial": initial.key}
+    inputs |= {"before": before.key} if before is not None else {}
+    inputs |= {f"pairs-{i}": p.key for i, p in enumerate(pairs)}
+    stage = lab.stage(f"reward-report/{k}", "reward-report", {"iteration": k}, inputs, build)
+    lab.run.log(f"reward/{k}", stage.metrics)
+    return stage.metrics
+
+
+def measure_policy(
+    lab: Lab, k: int, policy: Policy, initial: Policy, reward: Reward | None, data: Data
+) -> dict[str, Any]:
+    """Vital signs of pi_k on held-out prompts: samples at temperature 1, the demonstrations'
+    log-prob, and how well the last reward tells demonstrations from these fresh samples."""
+    keys = choose_prompts(
+        data.held_out["prompt_key"], lab.recipe.evaluation.held_out_prompts, lab.recipe.seed
+    )
+    rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
+    sampling = lab.sampling(lab.recipe.generation.samples_per_prompt, 1.0)
+    samples = samples_by_key(lab, policy, rows, sampling, "held_out")
+
+    def build(work: Path) -> dict[str, Any]:
+        report = vital_signs(lab, policy, initial, rows, samples)
+        logps = lab.logprobs(policy, rows["prompt_ids"], rows["completion_ids"])
+        if policy.ranking is None:
+            report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
+        if reward is not None:
+            report["fresh_accuracy"] = fresh_accuracy(lab, reward, rows, samples)
+        return report
+
+    inputs = {"policy": policy.identity, "initial": initial.key, "data": data.key}
+    inputs |= {"reward": reward.key} if reward is not None else {}
+    settings = {"prompts": len(keys), "sampling": vars(sampling)}
+    stage = lab.stage(f"vitals/{k}", "vitals", settings, inputs, build)
+    lab.run.log(f"vitals/{k}", stage.metrics)
+    return stage.metrics
+
+
+def vital_signs(
+    lab: Lab,
+    policy: Policy,
+    initial: Policy,
+    rows: Dataset,
+    samples: dict[str, list[Completion]],
+) -> dict[str, Any]:
+    """evaluate.vitals of samples by prompt key; for a selecting policy KL is its upper bound."""
+    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+    sample_set = SampleSet([list(prompts[key]) for key in samples], list(samples.values()))
+    if policy.ranking is not None:
+        # The log-prob of a selected sample is not known; KL(best-of-n || pi) has a bound.
+        report = {
+            name: value
+            for name, value in vitals(sample_set, None).items()
+            if name not in ("entropy", "kl")
+        }
+        if policy.key == initial.key:
+            report["kl_bound"] = best_of_n_kl_bound(policy.ranking.n)
+        return report
+    flat_prompts, completions = sample_set.flat()
+    ids = [completion.token_ids for completion in completions]
+    plain = lab.recipe.generation.top_p == 1.0 and lab.recipe.generation.top_k == 0
+    own = None if plain else lab.logprobs(policy, flat_prompts, ids)
+    return vitals(sample_set, lab.logprobs(initial, flat_prompts, ids), own)
+
+
+def fresh_accuracy(
+    lab: Lab, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
+) -> float:
+    """Share of held-out pairs (demonstration, fresh sample) that the reward gets right."""
+    pairs = policy_pairs(
+        rows, samples, iteration=0, generator="", sampling=lab.sampling(1, 1.0), truncated="keep"
+    )
+    report = margin_report(margins(lab.load_reward(reward), pairs.rows, reward.scale))
+    return report["accuracy"]
+
+
+def nearest_policy(lab: Lab, policies: Sequence[Policy], reward: Reward, data: Data) -> Policy:
+    """The iterate whose held-out samples the last reward tells least from demonstrations."""
+    sampling = lab.sampling(lab.recipe.generation.samples_per_prompt, 1.0)
+    rows = data.held_out
+    drawn = [samples_by_key(lab, policy, rows, sampling, "held_out") for policy in policies]
+
+    def build(work: Path) -> dict[str, Any]:
+        return {"accuracy": [fresh_accuracy(lab, reward, rows, samples) for samples in drawn]}
+
+    inputs = {f"policy-{i}": policy.identity for i, policy in enumerate(policies)}
+    stage = lab.stage("pick", "pick", {}, {**inputs, "reward": reward.key}, build)
+    lab.run.log("pick", stage.metrics)
+    distance = [abs(accuracy - 0.5) for accuracy in stage.metrics["accuracy"]]
+    return policies[int(np.argmin(distance))]
+
+
+def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Data) -> None:
+    """Answer the evaluation prompts at every temperature; gold, length and KL, for reporting."""
+    options = lab.recipe.evaluation
+    keys = choose_prompts(data.evaluation["prompt_key"], options.prompts, lab.recipe.seed)
+    rows = data.evaluation.filter(lambda key: key in keys, input_columns="prompt_key")
+    gold_path = data.card.gold if options.gold else None
+    if k == 0:
+        _evaluate_demonstrations(lab, rows, gold_path, data)
+    for temperature in options.temperatures:
+        if policy.ranking is not None and temperature != options.temperatures[0]:
+            continue  # a selecting policy samples at its own temperature
+        sampling = lab.sampling(1, temperature)
+        samples = samples_by_key(lab, policy, rows, sampling, "evaluation")
+
+        def build(
+            work: Path,
+            temperature: float = temperature,
+            samples: dict[str, list[Completion]] = samples,
+        ) -> dict[str, Any]:
+            if temperature == 1.0:
+                report = vital_signs(lab, policy, initial, rows, samples)
+            else:
+                flat = [group[0] for group in samples.values()]
+                report = {
+                    "length": float(np.mean([len(c.token_ids) for c in flat])),
+                    "truncated": float(np.mean([c.truncated for c in flat])),
+                }
+            texts = decode_batch(lab.tokenizer, [group[0].token_ids for group in samples.values()])
+            return {**report, **_gold(work, gold_path, rows, list(samples), texts)}
+
+        stage = lab.stage(
+            f"evaluation/{k}/t{temperature:g}",
+            "evaluation",
+            {"gold": gold_path, "temperature": temperature, "split": options.split},
+            {"policy": policy.identity, "initial": initial.key, "data": data.key},
+            build,
+        )
+        record = {"policy": k, "temperature": temperature, "gold": gold_path, **stage.metrics}
+        lab.run.log(f"evaluation/{k}/t{temperature:g}", record)
+        name = f"policy-{k}-t{temperature:g}"
+        lab.run.save_samples(name, read_lines(stage.path / "samples.jsonl", RERUN))
+
+
+def _evaluate_demonstrations(lab: Lab, rows: Dataset, gold_path: str | None, data: Data) -> None:
+    """The demonstrations of the evaluation split judged by the same gold, as a row to compare."""
+
+    def build(work: Path) -> dict[str, Any]:
+        texts, keys = list(rows["completion"]), list(rows["prompt_key"])
+        length = float(np.mean([len(ids) for ids in rows["completion_ids"]]))
+        # A demonstration is its own reference: BLEU against itself says nothing.
+        report = _gold(work, gold_path, rows, keys, texts, references=False)
+        return {"length": length, "truncated": 0.0, **report}
+
+    stage = lab.stage(
+        "evaluation/demonstrations",
+        "evaluation",
+        {"gold": gold_path, "of": "demonstrations", "prompts": lab.recipe.evaluation.prompts},
+        {"data": data.key},
+        build,
+    )
+    lab.run.log("evaluation/demonstrations", {"gold": gold_path, **stage.metrics})
+
+
+def _gold(
+    work: Path,
+    gold_path: str | None,
+    rows: Dataset,
+    keys: Sequence[str],
+    texts: Sequence[str],
+    references: bool = True,
+) -> dict[str, Any]:
+    """Gold metrics of completions (one text per prompt key), written with the texts to
+    work/samples.jsonl."""
+    by_key: dict[str, list[str]] = {}
+    prompts = dict(zip(rows["prompt_key"], rows["prompt"], strict=True))
+    for key, completion in zip(rows["prompt_key"], rows["completion"], strict=True):
+        by_key.setdefault(key, []).append(completion)
+    lines: list[dict[str, Any]] = [
+        {"prompt": prompts[key], "completion": text, "demonstrations": by_key[key]}
+        for key, text in zip(keys, texts, strict=True)
+    ]
+    report: dict[str, Any] = {}
+    if gold_path is not None:
+        metric: GoldMetric = import_object(gold_path, "gold")
+        result = metric(
+            [prompts[key] for key in keys],
+            texts,
+            [by_key[key] for key in keys] if references else [],
+        )
+        report = {
+            "headline": metric.headline,
+            "lower_is_better": metric.lower_is_better,
+            "metrics": result.corpus,
+        }
+        lines = [{**line, **row} for line, row in zip(lines, result.rows, strict=True)]
+    atomic_write(work / "samples.jsonl", to_lines(lines))
+    return report

@@ -1,0 +1,199 @@
+"""Language models on disk and in memory: loading with plain errors, and their log-probabilities.
+
+Legend of shapes: B rows, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from irl_align.config import ScratchOptions
+from irl_align.errors import UserError
+from irl_align.maths.logprobs import chosen_logprobs
+
+TOKENS_PER_BATCH = 16384
+# Heads that transform the logits after the output matrix: these need the model's own forward.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "mup_width_scale")
+
+
+def pick_device(name: str) -> torch.device:
+    """Device of a recipe's `device` option; auto is CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("recipe: device: cuda, but torch sees no CUDA device; use cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    loader: Any = AutoModelForCausalLM,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a model folder or Hub id with `loader`, safetensors only, in eval mode.
+
+    Raises UserError when the folder is missing, half written, or no such model.
+    """
+    options.setdefault("dtype", torch.float32)
+    try:
+        model = loader.from_pretrained(str(path), use_safetensors=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
+        raise UserError(_load_message(path, "model", error)) from error
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Raises UserError when the folder or Hub id has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **options)
+    except Exception as error:
+        raise UserError(_load_message(path, "tokenizer", error)) from error
+    return tokenizer
+
+
+def _load_message(path: str | Path, what: str, error: Exception) -> str:
+    cause = " ".join(str(error).split())[:300] or type(error).__name__
+    folder = Path(path)
+    if folder.is_dir():
+        has = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        return (
+            f"{path}: no usable {what} in this folder (it holds {has}); expected config.json, "
+            f"*.safetensors and tokenizer files, written whole: {cause}"
+        )
+    return f"{path}: neither a folder nor a {what} that the Hub gave: {cause}"
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Largest number of positions of a model, or None when it has no such limit."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def scratch_model(
+    options: ScratchOptions, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """A model of random weights for this tokenizer; the same seed gives the same weights."""
+    shape: dict[str, Any] = options.model_dump(exclude={"architecture", "vocab_size"})
+    if options.num_key_value_heads is None:
+        del shape["num_key_value_heads"]
+    config = AutoConfig.for_model(
+        options.architecture,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+    )
+    with seeded(seed):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU random numbers from `seed` inside the block, and as before after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length, padded size at most max_tokens (or one row)."""
+    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
+    start = 0
+    while start < len(order):
+        rows = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield [int(row) for row in order[start : start + rows]]
+        start += rows
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, L), padded at the end."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = 1
+    return ids, mask
+
+
+def lm_head_logits(head: torch.nn.Module | Tensor, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of hidden states (..., H) by an output layer or its weight (V, H)."""
+    if isinstance(head, Tensor):
+        return torch.nn.functional.linear(hidden, head)
+    logits: Tensor = head(hidden)
+    return logits
+
+
+def completion_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    max_batch_tokens: int = TOKENS_PER_BATCH,
+    progress: str | None = None,
+) -> list[np.ndarray]:
+    """Log-prob of every completion token given its prompt, at temperature 1.
+
+    Token ids of P and T tokens per row; returns a float32 array (T,) per row. The output layer
+    runs on completion positions only. Rows are padded to their batch's longest.
+    """
+    rows = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+    direct = all(getattr(model.config, name, None) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS)
+
+    def one_batch(batch: list[int]) -> None:
+        ids, mask = pad_right([rows[i] for i in batch], model.config.pad_token_id or 0)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        # Token at place j is predicted at place j - 1.
+        row = torch.cat([torch.full((len(completions[i]),), n) for n, i in enumerate(batch)])
+        place = torch.cat([torch.arange(len(completions[i])) + len(prompts[i]) - 1 for i in batch])
+        row, place = row.to(model.device), place.to(model.device)
+        if direct:
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            logits = lm_head_logits(model.get_output_embeddings(), hidden[row, place])
+        else:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[row, place]
+        logps = chosen_logprobs(logits, ids[row, place + 1]).cpu().numpy()
+        ends = np.cumsum([len(completions[i]) for i in batch])[:-1]
+        for number, values in zip(batch, np.split(logps, ends), strict=True):
+            out[number] = values
+
+    over_batches(one_batch, [len(row) for row in rows], max_batch_tokens, progress)
+    return out
+
+
+def over_batches(
+    one_batch: Callable[[list[int]], None],
+    lengths: Sequence[int],
+    max_batch_tokens: int,
+    progress: str | None = None,
+) -> None:
+    """Call `one_batch` with the row numbers of each batch, without gradients, behind a bar."""
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(lengths), desc=progress, unit="row", disable=progress is None) as bar,
+    ):
+        for batch in batches_by_tokens(lengths, max_batch_tokens):
+            one_batch(batch)
+            bar.update(len(batch))

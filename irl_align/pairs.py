@@ -1,0 +1,365 @@
+"""Pairs (x, preferred) over (x, rejected) that need no preference label.
+
+Demonstrations are preferred to samples, and to the same text under another prompt. What comes out
+depends on the content and the seed, not on the order of rows or of dicts.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from irl_align.config import PairSource
+from irl_align.data import prompt_key
+from irl_align.errors import UserError
+from irl_align.files import atomic_write
+from irl_align.neighbours import nearest_prompts
+
+NEAREST = 6
+"""A contrast prompt is drawn from so many nearest ones."""
+_EDITS = 8  # draws until an edit gives a prompt that the demonstration is not an answer to
+_IDS = List(Value("int32"))
+FEATURES = Features(
+    {
+        "prompt_ids": _IDS,
+        "chosen_ids": _IDS,
+        "rejected_prompt_ids": _IDS,  # those of prompt_ids but for contrast pairs
+        "rejected_ids": _IDS,
+        "source": Value("string"),
+        "iteration": Value("int32"),
+        "sample_index": Value("int32"),  # which sample, or which contrast prompt, of its prompt
+        "rejected_truncated": Value("bool"),
+        "generator": Value("string"),  # key of the stage that sampled; empty for contrast
+        "temperature": Value("float32"),  # null for contrast
+        "prompt_key": Value("string"),
+    }
+)
+"""Columns of a set of pairs."""
+
+
+class Sample(Protocol):
+    """What pairs need of a generate.Completion."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """T ids."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it lacks an EOS."""
+
+
+class Sampled(Protocol):
+    """What pairs need of a generate.Sampling."""
+
+    @property
+    def temperature(self) -> float:
+        """Sampling temperature."""
+
+
+class Pairs(NamedTuple):
+    """Pairs with FEATURES as columns, and what was left out: reason -> count."""
+
+    rows: Dataset
+    dropped: dict[str, int]
+
+
+Row = dict[str, Any]
+Truncated = Literal["drop", "keep"]
+
+
+def policy_pairs(
+    demonstrations: Iterable[Mapping[str, Any]],
+    samples: Mapping[str, Sequence[Sample]],
+    *,
+    iteration: int,
+    generator: str,
+    sampling: Sampled,
+    truncated: Truncated = "drop",
+    demonstrations_per_prompt: int | None = None,
+    seed: int = 0,
+    source: PairSource = "demonstration/policy",
+) -> Pairs:
+    """Demonstrations over samples of the same prompt.
+
+    demonstrations: rows of tokens.encode_demonstrations. samples: prompt key -> its samples; a
+    prompt without any makes no pair. Of a prompt with D demonstrations and N samples come
+    max(D, N) pairs: each demonstration and each sample is used, as evenly as can be. Truncated
+    samples are left out before that, or kept as they are, without EOS. Pairs of equal ids are
+    dropped. Raises UserError when no pair is left.
+    """
+    rows: list[Row] = []
+    dropped = Counter({"identical": 0, "truncated": 0})
+    for key, group in _by_prompt(demonstrations).items():
+        rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
+        rng.shuffle(group)
+        chosen = [list(row["completion_ids"]) for row in group[:demonstrations_per_prompt]]
+        rejected = _usable(samples.get(key, ()), truncated, dropped)
+        rows += _matched(key, list(group[0]["prompt_ids"]), chosen, rejected, rng, dropped)
+    return _finish(rows, dropped, source, iteration, generator, sampling.temperature)
+
+
+def sample_pairs(
+    prompts: Mapping[str, Sequence[int]],
+    chosen: Mapping[str, Sequence[Sample]],
+    rejected: Mapping[str, Sequence[Sample]],
+    *,
+    iteration: int,
+    generator: str,
+    sampling: Sampled,
+    truncated: Truncated = "drop",
+    seed: int = 0,
+    source: PairSource = "sft/init",
+) -> Pairs:
+    """One model's samples over another's (generator and sampling are the rejected one's).
+
+    prompts: prompt key -> prompt ids. Truncated samples are never preferred; otherwise as in
+    policy_pairs.
+    """
+    rows: list[Row] = []
+    dropped = Counter({"identical": 0, "truncated": 0})
+    for key in sorted(prompts):
+        rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
+        better = [list(s.token_ids) for _, s in _usable(chosen.get(key, ()), "drop", dropped)]
+        rng.shuffle(better)
+        worse = _usable(rejected.get(key, ()), truncated, dropped)
+        rows += _matched(key, list(prompts[key]), better, worse, rng, dropped)
+    return _finish(rows, dropped, source, iteration, generator, sampling.temperature)
+
+
+def contrast_pairs(
+    demonstrations: Iterable[Mapping[str, Any]],
+    kind: Literal["neighbour", "edit"],
+    *,
+    per_demonstration: int = 1,
+    iteration: int = 0,
+    seed: int = 0,
+    edit: Callable[[str, random.Random], str] | None = None,
+    encode: Callable[[list[str]], list[list[int]]] | None = None,
+    context: int | None = None,
+) -> Pairs:
+    """(x, y) over (x', y) with another prompt x' for which y is not a demonstration.
+
+    neighbour: x' is drawn from the NEAREST prompts by Jaccard overlap of their token sets. edit:
+    x' = edit(x, rng), turned into ids by encode. context: most tokens of x' and y together. A
+    demonstration with fewer such prompts than per_demonstration makes fewer pairs; what is short
+    is counted as no_contrast.
+    """
+    groups = _by_prompt(demonstrations)
+    answers = {
+        key: {tuple(row["completion_ids"]) for row in group} for key, group in groups.items()
+    }
+    if kind == "neighbour":
+        rows = _neighbour_rows(groups, answers, per_demonstration, f"{seed}/{iteration}")
+    else:
+        if edit is None or encode is None:
+            raise UserError("pairs.contrast: found edit, but the data card names no edit")
+        rows = _edit_rows(groups, answers, per_demonstration, f"{seed}/{iteration}", edit, encode)
+    if context is not None:
+        rows = [
+            row
+            for row in rows
+            if len(row["rejected_prompt_ids"]) + len(row["rejected_ids"]) <= context
+        ]
+    wanted = per_demonstration * sum(map(len, groups.values()))
+    dropped = Counter({"no_contrast": wanted - len(rows)})
+    return _finish(rows, dropped, "demonstration/contrast", iteration, "", None)
+
+
+def window(by_iteration: Sequence[Dataset], name: str) -> Dataset:
+    """Pairs of the latest iteration, of the last k ("last-k") or of all, oldest first."""
+    if not by_iteration:
+        raise ValueError("no iteration has pairs")
+    if name == "all":
+        last = len(by_iteration)
+    else:
+        last = 1 if name == "latest" else int(name.removeprefix("last-"))
+    return concatenate_datasets(list(by_iteration[-last:]))
+
+
+def stats(pairs: Dataset, dropped: Mapping[str, int]) -> dict[str, float]:
+    """Numbers of pairs, in all and by source, of what was dropped, and mean lengths in tokens."""
+    found: dict[str, float] = {"pairs": len(pairs)}
+    for source, count in sorted(Counter(pairs["source"]).items()):
+        found[f"pairs/{source}"] = count
+    for reason, count in sorted(dropped.items()):
+        found[f"dropped/{reason}"] = count
+    for side in ("chosen", "rejected"):
+        found[f"mean_{side}_tokens"] = float(np.mean([len(ids) for ids in pairs[f"{side}_ids"]]))
+    found["rejected_truncated"] = sum(pairs["rejected_truncated"])
+    return found
+
+
+def save_pairs(pairs: Dataset, path: str | Path) -> None:
+    """Write a parquet file, whole or not at all."""
+    import pyarrow.parquet
+
+    table = pairs.with_format("arrow")[:]
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    atomic_write(Path(path), content.getvalue())
+
+
+def load_pairs(path: str | Path) -> Dataset:
+    """Read what save_pairs wrote; UserError when it is missing, cut off or something else."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+        return Dataset(table.select(list(FEATURES)).cast(FEATURES.arrow_schema))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: found no file, expected pairs in parquet") from error
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a whole parquet file of pairs: {cause}") from error
+
+
+def _by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by prompt key, both in the order of their content."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows.to_list() if isinstance(rows, Dataset) else rows:
+        groups.setdefault(row["prompt_key"], []).append(row)
+    return {
+        key: sorted(groups[key], key=lambda row: list(row["completion_ids"]))
+        for key in sorted(groups)
+    }
+
+
+def _usable(
+    samples: Sequence[Sample], truncated: Truncated, dropped: Counter[str]
+) -> list[tuple[int, Sample]]:
+    """Samples that make pairs, each with its index."""
+    usable = [
+        (index, sample)
+        for index, sample in enumerate(samples)
+        if truncated == "keep" or not sample.truncated
+    ]
+    dropped["truncated"] += len(samples) - len(usable)
+    return usable
+
+
+def _matched(
+    key: str,
+    prompt_ids: list[int],
+    chosen: list[list[int]],
+    rejected: list[tuple[int, Sample]],
+    rng: random.Random,
+    dropped: Counter[str],
+) -> list[Row]:
+    """max(D, N) pairs that use each of the D chosen and N rejected as evenly as can be."""
+    if not chosen or not rejected:
+        return []
+    rng.shuffle(rejected)
+    rows = []
+    for j in range(max(len(chosen), len(rejected))):
+        better = chosen[j % len(chosen)]
+        index, sample = rejected[j % len(rejected)]
+        if better == list(sample.token_ids):
+            dropped["identical"] += 1
+            continue
+        rows.append(_row(key, prompt_ids, better, prompt_ids, list(sample.token_ids), index))
+        rows[-1]["rejected_truncated"] = bool(sample.truncated)
+    return rows
+
+
+def _row(
+    key: str,
+    prompt_ids: list[int],
+    chosen_ids: list[int],
+    rejected_prompt_ids: list[int],
+    rejected_ids: list[int],
+    index: int,
+) -> Row:
+    return {
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_prompt_ids": rejected_prompt_ids,
+        "rejected_ids": rejected_ids,
+        "sample_index": index,
+        "rejected_truncated": False,
+        "prompt_key": key,
+    }
+
+
+def _finish(
+    rows: list[Row],
+    dropped: Counter[str],
+    source: PairSource,
+    iteration: int,
+    generator: str,
+    temperature: float | None,
+) -> Pairs:
+    if not rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        raise UserError(f"pairs.sources: {source} gives no pair (left out: {why})")
+    constant = {
+        "source": source,
+        "iteration": iteration,
+        "generator": generator,
+        "temperature": temperature,
+    }
+    columns = {
+        name: [constant[name]] * len(rows) if name in constant else [row[name] for row in rows]
+        for name in FEATURES
+    }
+    return Pairs(Dataset.from_dict(columns, features=FEATURES), dict(dropped))
+
+
+def _neighbour_rows(
+    groups: Mapping[str, list[Mapping[str, Any]]],
+    answers: Mapping[str, set[tuple[int, ...]]],
+    per_demonstration: int,
+    seed: str,
+) -> list[Row]:
+    keys = list(groups)
+    prompts = [list(groups[key][0]["prompt_ids"]) for key in keys]
+    nearest = nearest_prompts(prompts, max(NEAREST, per_demonstration))
+    rows = []
+    for key, prompt_ids, others in zip(keys, prompts, nearest, strict=True):
+        rng = random.Random(f"{seed}/neighbour/{key}")
+        for demonstration in groups[key]:
+            completion = list(demonstration["completion_ids"])
+            free = [other for other in others if tuple(completion) not in answers[keys[other]]]
+            drawn = rng.sample(free, min(per_demonstration, len(free)))
+            for index, other in enumerate(drawn):
+                rows.append(_row(key, prompt_ids, completion, prompts[other], completion, index))
+    return rows
+
+
+def _edit_rows(
+    groups: Mapping[str, list[Mapping[str, Any]]],
+    answers: Mapping[str, set[tuple[int, ...]]],
+    per_demonstration: int,
+    seed: str,
+    edit: Callable[[str, random.Random], str],
+    encode: Callable[[list[str]], list[list[int]]],
+) -> list[Row]:
+    rows, edited = [], []
+    for key, group in groups.items():
+        rng = random.Random(f"{seed}/edit/{key}")
+        for demonstration in group:
+            completion = list(demonstration["completion_ids"])
+            drawn: dict[str, None] = {}
+            for _ in range(_EDITS * per_demonstration):
+                text = edit(demonstration["prompt"], rng)
+                if tuple(completion) not in answers.get(prompt_key(text), ()):
+                    drawn[text] = None
+                if len(drawn) == per_demonstration:
+                    break
+            for index, text in enumerate(drawn):
+                edited.append(text)
+                rows.append(
+                    _row(key, list(group[0]["prompt_ids"]), completion, [], completion, index)
+                )
+    for row, prompt_ids in zip(rows, encode(edited), strict=True):
+        row["rejected_prompt_ids"] = prompt_ids
+    # Casing or white space alone may be lost in encoding, so that x' is x again.
+    return [row for row in rows if row["rejected_prompt_ids"] != row["prompt_ids"]]

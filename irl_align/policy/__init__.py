@@ -1,0 +1,129 @@
+"""The policy level: what a policy is, and the protocol of an update that improves it.
+
+A policy update is a value behind :class:`PolicyUpdate`. Built in: :mod:`best_of_n`, the identity
+(SPIN) and more SFT. A recipe names one of its own by import path (``policy_update.kind``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from irl_align.generate import Sampling
+    from irl_align.reward.model import RewardFunction
+    from irl_align.samples import SampleSet
+    from irl_align.stages import Stage
+    from irl_align.trainers import Training
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A fitted reward as an artefact.
+
+    kind: explicit (folder of a RewardModel) or implicit (folder of pi_theta, whose reward is
+    beta log(pi_theta / reference)).
+    """
+
+    kind: str
+    path: Path
+    key: str
+    beta: float = 1.0
+    references: tuple[tuple[float, Path], ...] = ()
+    """Weighted models whose geometric mixture an implicit reward is measured against."""
+    scale: float = 1.0
+    """Margins of the fitted loss are scale * (r_E - r_hat): undoes the normaliser."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How Best-of-N selection picks among n samples: by reward, logprob or both."""
+
+    reward: Reward
+    n: int
+    score: str
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy as an artefact: a causal language model, and what ranks its samples, if anything."""
+
+    path: Path
+    key: str
+    ranking: Ranking | None = None
+
+    @property
+    def identity(self) -> str:
+        """Key of everything that decides what the policy says."""
+        if self.ranking is None:
+            return self.key
+        r = self.ranking
+        return f"{self.key}+{r.reward.key}+{r.n}+{r.score}+{r.temperature}"
+
+
+class Workshop(Protocol):
+    """What a policy update may use: stages, sampling, models on disk. Given by the loop."""
+
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+    def stage(
+        self,
+        role: str,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        build: Callable[[Path], Mapping[str, Any] | None],
+    ) -> Stage:
+        """Return a committed stage, building it if it is not in the store (see Store.stage)."""
+
+    def sample(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, role: str
+    ) -> SampleSet:
+        """Samples of a policy, as a stage. The role is part of the seed."""
+
+    def training(self, work: Path, label: str) -> Training:
+        """Settings of a trainer that works in a stage's folder."""
+
+    def load_policy(self, path: Path) -> PreTrainedModel:
+        """The language model of a policy, on the run's device."""
+
+    def load_reward(self, reward: Reward) -> RewardFunction:
+        """The reward function of an artefact, on the run's device."""
+
+    def sampling(self, n: int, temperature: float) -> Sampling:
+        """The recipe's sampling settings with another n and temperature."""
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Demonstrations as token ids: row i is completions[i] after prompts[i]."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    checksum: str
+
+    def distinct_prompts(self) -> list[list[int]]:
+        """Every prompt once, in the order of its first row."""
+        return [list(p) for p in dict.fromkeys(tuple(p) for p in self.prompts)]
+
+
+class PolicyUpdate(Protocol):
+    """pi_{k+1} = improve(pi_k, r_phi)."""
+
+    def __call__(
+        self,
+        workshop: Workshop,
+        iteration: int,
+        policy: Policy,
+        initial: Policy,
+        reward: Reward | None,
+        demonstrations: Demonstrations,
+    ) -> Policy:
+        """Return the improved policy; its work is done in the workshop's stages."""

@@ -1,0 +1,151 @@
+"""Best-of-N: sample N completions per prompt, score them, and use the best.
+
+select  the policy stays as it is; whoever samples it keeps the best of N (no training);
+sft     fine-tune on the best `keep` of each prompt (rejection sampling, distillation);
+dpo     train best against worst with the pair loss of the implicit reward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from irl_align.config import BestOfNOptions
+from irl_align.errors import UserError
+from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
+from irl_align.ranking import rank_samples
+from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.samples import SampleSet
+from irl_align.trainers import fit_sft, save_model, sft_columns
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """pi_{k+1} from the best of N samples of pi_k under r_phi."""
+
+    options: BestOfNOptions
+
+    def __call__(
+        self,
+        workshop: Workshop,
+        iteration: int,
+        policy: Policy,
+        initial: Policy,
+        reward: Reward | None,
+        demonstrations: Demonstrations,
+    ) -> Policy:
+        """Select, or sample the candidates and train on them."""
+        options = self.options
+        if reward is None:
+            raise UserError("policy_update.kind: best_of_n needs a reward")
+        base = Policy(policy.path, policy.key)
+        if options.use == "select":
+            ranking = Ranking(reward, options.n, options.score, options.temperature)
+            return Policy(policy.path, policy.key, ranking)
+        prompts = choose_prompts(demonstrations.distinct_prompts(), options.prompts)
+        candidates = workshop.sample(
+            base, prompts, workshop.sampling(options.n, options.temperature), "candidates"
+        )
+        start = policy if options.start == "current" else initial
+
+        def build(work: Path) -> dict[str, Any]:
+            function = workshop.load_reward(reward) if options.score != "logprob" else None
+            scores = rank_samples(candidates, function, options.score)
+            model = workshop.load_policy(start.path)
+            training = workshop.training(work, f"best of {options.n} ({options.use}) {iteration}")
+            if options.use == "sft":
+                columns = best_columns(candidates, scores, options.keep)
+                metrics = fit_sft(model, workshop.tokenizer, columns, options.args, training)
+            else:
+                pairs = best_against_worst(candidates, scores)
+                logps = reference_logps([(1.0, model)], pairs)
+                metrics = fit_implicit(
+                    model, workshop.tokenizer, pairs, logps, options.args, training, True
+                )
+            save_model(model, workshop.tokenizer, work / "model")
+            return {**score_report(scores), **metrics}
+
+        stage = workshop.stage(
+            f"policy-{iteration + 1}",
+            f"best-of-n-{options.use}",
+            {"options": options.model_dump(), "iteration": iteration},
+            {
+                "policy": policy.key,
+                "start": start.key,
+                "reward": reward.key,
+                "demonstrations": demonstrations.checksum,
+            },
+            build,
+        )
+        return Policy(stage.path / "model", stage.key)
+
+
+def choose_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> list[list[int]]:
+    """At most `limit` prompts, chosen by a hash of their ids and kept in order."""
+
+    def name(prompt: Sequence[int]) -> bytes:
+        return hashlib.blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest()
+
+    if limit is None or limit >= len(prompts):
+        return [list(prompt) for prompt in prompts]
+    chosen = set(sorted(range(len(prompts)), key=lambda i: name(prompts[i]))[:limit])
+    return [list(prompts[i]) for i in sorted(chosen)]
+
+
+def best_columns(samples: SampleSet, scores: np.ndarray, keep: int) -> dict[str, list[Any]]:
+    """SFT rows of the best `keep` distinct finished samples of each prompt; scores (M, N)."""
+    prompts, completions = [], []
+    for prompt, group, row in zip(samples.prompts, samples.completions, scores, strict=True):
+        taken: set[tuple[int, ...]] = set()
+        for j in np.argsort(-row, kind="stable"):
+            ids = group[j].token_ids
+            if len(taken) == keep or not np.isfinite(row[j]):
+                break
+            if tuple(ids) not in taken:
+                taken.add(tuple(ids))
+                prompts.append(prompt)
+                completions.append(ids)
+    return sft_columns(prompts, completions)
+
+
+def best_against_worst(samples: SampleSet, scores: np.ndarray) -> Dataset:
+    """Pairs (best, worst) of each prompt with two different finished samples; scores (M, N)."""
+    rows = []
+    for prompt, group, row in zip(samples.prompts, samples.completions, scores, strict=True):
+        finished = [int(j) for j in np.argsort(-row, kind="stable") if np.isfinite(row[j])]
+        if not finished:
+            continue
+        best, worst = group[finished[0]].token_ids, group[finished[-1]].token_ids
+        if best != worst:
+            rows.append(
+                {
+                    "prompt_ids": prompt,
+                    "chosen_ids": best,
+                    "rejected_prompt_ids": prompt,
+                    "rejected_ids": worst,
+                }
+            )
+    if not rows:
+        raise UserError(
+            "policy_update.use: dpo: no prompt has two different finished samples; raise "
+            "temperature or generation.max_new_tokens"
+        )
+    return Dataset.from_list(rows)
+
+
+def score_report(scores: np.ndarray) -> dict[str, float]:
+    """Mean score of a random and of the best finished sample, and the share left unscored."""
+    finite = np.isfinite(scores)
+    some = finite.any(axis=1)
+    best = np.where(finite, scores, -np.inf).max(axis=1)[some]
+    return {
+        "score_mean": float(scores[finite].mean()) if finite.any() else 0.0,
+        "score_best": float(best.mean()) if some.any() else 0.0,
+        "truncated": float(1.0 - finite.mean()),
+    }

@@ -1,0 +1,46 @@
+"""More SFT on the demonstrations: the control that uses no reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irl_align.policy import Demonstrations, Policy, Reward, Workshop
+from irl_align.trainers import fit_sft, save_model, sft_columns
+
+
+@dataclass(frozen=True)
+class MoreSFT:
+    """pi_{k+1} is pi_k after further supervised training on the demonstrations."""
+
+    args: Mapping[str, Any]
+
+    def __call__(
+        self,
+        workshop: Workshop,
+        iteration: int,
+        policy: Policy,
+        initial: Policy,
+        reward: Reward | None,
+        demonstrations: Demonstrations,
+    ) -> Policy:
+        """Train on; the reward, if there is one, is not looked at."""
+
+        def build(work: Path) -> dict[str, Any]:
+            model = workshop.load_policy(policy.path)
+            columns = sft_columns(demonstrations.prompts, demonstrations.completions)
+            training = workshop.training(work, f"more SFT {iteration}")
+            metrics = fit_sft(model, workshop.tokenizer, columns, self.args, training)
+            save_model(model, workshop.tokenizer, work / "model")
+            return metrics
+
+        stage = workshop.stage(
+            f"policy-{iteration + 1}",
+            "more-sft",
+            {"args": dict(self.args), "iteration": iteration},
+            {"policy": policy.key, "demonstrations": demonstrations.checksum},
+            build,
+        )
+        return Policy(stage.path / "model", stage.key)

@@ -1,0 +1,1 @@
+"""The reward level: reward functions, their fit on pairs, and their audit."""

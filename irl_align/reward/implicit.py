@@ -1,0 +1,156 @@
+"""Fit the implicit reward beta log(pi_theta/pi_ref) on pairs, with TRL's DPOTrainer.
+
+This is SPIN's whole step and the pairwise use of Best-of-N. Reference log-probs are computed once,
+before training, so that no second model is held, and so that a mixture reference is one sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+
+from irl_align.errors import UserError
+from irl_align.maths.losses import mixture_logp
+from irl_align.models import completion_logprobs, pad_right
+from irl_align.trainers import (
+    LENGTH_GROUPS,
+    Guarded,
+    Training,
+    as_dataset,
+    run_trainer,
+    training_args,
+)
+
+LN2 = math.log(2.0)
+SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
+
+
+def reference_logps(
+    references: Sequence[tuple[float, PreTrainedModel]], pairs: Dataset
+) -> np.ndarray:
+    """Summed log-probs of both sides under a reference: (2, B) float32, preferred first.
+
+    references: models with weights that sum to 1; several are a geometric mixture. Equal
+    sequences (one demonstration in several pairs) are scored once.
+    """
+    sides = []
+    for prompt_column, completion_column in SIDES:
+        rows = zip(pairs[prompt_column], pairs[completion_column], strict=True)
+        keys = [(tuple(p), tuple(c)) for p, c in rows]
+        unique = list(dict.fromkeys(keys))
+        prompts, completions = [k[0] for k in unique], [k[1] for k in unique]
+        totals = [
+            torch.tensor(
+                [
+                    float(logps.sum(dtype=np.float64))
+                    for logps in completion_logprobs(
+                        model, prompts, completions, progress="reference log-probs"
+                    )
+                ],
+                dtype=torch.float64,
+            )
+            for _, model in references
+        ]
+        total = mixture_logp(totals, [weight for weight, _ in references])
+        by_key = dict(zip(unique, total.tolist(), strict=True))
+        sides.append([by_key[key] for key in keys])
+    return np.asarray(sides, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class ImplicitCollator:
+    """Rows to TRL's DPO batch; the two sides may have different prompts (prompt contrast)."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """input_ids, attention_mask, completion_mask (2B, L); reference log-probs (B,) twice."""
+        sides = [(row[p], row[c]) for p, c in SIDES for row in rows]
+        ids, mask = pad_right(
+            [prompt + completion for prompt, completion in sides], self.pad_token_id
+        )
+        prompts = torch.tensor([len(prompt) for prompt, _ in sides])
+        completion_mask = mask * (torch.arange(ids.shape[1]) >= prompts[:, None])
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "completion_mask": completion_mask,
+            "ref_chosen_logps": torch.tensor([row["ref_chosen_logps"] for row in rows]),
+            "ref_rejected_logps": torch.tensor([row["ref_rejected_logps"] for row in rows]),
+        }
+
+
+class PairDPOTrainer(Guarded, DPOTrainer):
+    """TRL's DPOTrainer on token ids, with reference log-probs given."""
+
+    def __init__(self, *args: Any, expect_ln2: bool, **kwargs: Any) -> None:
+        self.expect_ln2 = expect_ln2
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset  # token ids already
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset  # the columns are there already
+
+    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """DPO's loss; at the first step of a fit it must be ln 2, since pi_theta = pi_ref."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.expect_ln2:
+            self.expect_ln2 = False
+            self.first_loss = loss.item()
+            if self.state.global_step == 0 and abs(self.first_loss - LN2) > 1e-3:
+                raise UserError(
+                    f"{self.args.run_name}: the first loss is {self.first_loss:.6f}, expected ln 2 "
+                    f"= {LN2:.6f}: reference and policy differ (another model, dropout, or dtype)"
+                )
+        return loss
+
+
+def fit_implicit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    ref_logps: np.ndarray,
+    options: Mapping[str, Any],
+    training: Training,
+    expect_ln2: bool,
+) -> dict[str, Any]:
+    """Train `model` in place on pairs; returns training metrics.
+
+    ref_logps: (2, B) from :func:`reference_logps`; expect_ln2: the reference is the model itself,
+    so that the first loss must be ln 2 (with the sigmoid loss and no label smoothing).
+    """
+    lengths = [
+        max(len(p) + len(c), len(q) + len(d))
+        for p, c, q, d in zip(*(pairs[name] for side in SIDES for name in side), strict=True)
+    ]
+    columns = {name: list(pairs[name]) for side in SIDES for name in side}
+    columns["ref_chosen_logps"], columns["ref_rejected_logps"] = ref_logps.tolist()
+    columns["length"] = lengths
+    args = training_args(
+        DPOConfig, {**LENGTH_GROUPS, **options, "precompute_ref_log_probs": True}, training
+    )
+    plain = args.loss_type == ["sigmoid"] and not args.label_smoothing
+    trainer = PairDPOTrainer(
+        model=model,
+        args=args,
+        data_collator=ImplicitCollator(tokenizer.pad_token_id),
+        train_dataset=as_dataset(columns, training.label),
+        processing_class=tokenizer,
+        expect_ln2=expect_ln2 and plain,
+    )
+    metrics = run_trainer(trainer, training)
+    if hasattr(trainer, "first_loss"):
+        metrics["first_loss"] = trainer.first_loss
+    model.eval()
+    return metrics

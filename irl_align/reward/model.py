@@ -1,0 +1,284 @@
+"""Reward functions: an explicit reward model, and the implicit reward of SPIN and DPO.
+
+Legend of shapes: B rows, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from irl_align.errors import UserError
+from irl_align.maths.logprobs import chosen_logprobs
+from irl_align.maths.losses import bound, implicit_reward, mixture_logp
+from irl_align.models import (
+    TOKENS_PER_BATCH,
+    completion_logprobs,
+    lm_head_logits,
+    load_model,
+    load_tokenizer,
+    over_batches,
+    pad_right,
+    seeded,
+)
+from irl_align.tokens import encode_completions, encode_prompts
+
+Ids = Sequence[Sequence[int]]
+_CONFIG_KEY = "irl_reward"
+
+
+class RewardFunction(Protocol):
+    """What Best-of-N and PPO need of a reward. Token ids in, float32 tensors on the CPU out."""
+
+    def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
+        """Reward of whole completions: (B,)."""
+
+    def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
+        """Reward of every prefix of each completion, the empty one first: (T + 1,) per row."""
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What a reward is beyond its weights; saved in config.json under `irl_reward`."""
+
+    lm_coef: float = 0.0
+    """a in r = head + a * mean log-prob of the completion under the backbone."""
+    bound: float | None = None
+    """Largest |r| before the normaliser."""
+    mean: float = 0.0
+    """Mean of the demonstrations' rewards, which the normaliser takes off."""
+    std: float = 1.0
+    """Standard deviation of the demonstrations' rewards, which it divides by."""
+    template: str = "{prompt}"
+    """Prompt template for text input; `chat` is the tokenizer's own."""
+    lowercase: bool = False
+    """Whether text input is lowercased first."""
+    name: str = "reward"
+    """Name of the data card that the template is of."""
+
+
+def score_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The scalar head (1, H) of a sequence classifier."""
+    head: torch.nn.Linear = getattr(model, "score")  # noqa: B009  (torch types it as a tensor)
+    return head
+
+
+def last_layer_head(model: PreTrainedModel) -> torch.nn.Module | Tensor:
+    """Output matrix of a reward's backbone: its own `lm_head`, or the tied input embeddings."""
+    own: torch.nn.Module | None = getattr(model, "lm_head", None)
+    if own is not None:
+        return own
+    return model.get_input_embeddings().weight  # type: ignore[return-value]
+
+
+def prefix_rewards(
+    model: PreTrainedModel, settings: RewardSettings, ids: Tensor, mask: Tensor, prompts: Tensor
+) -> Tensor:
+    """Reward of every prefix of right-padded rows in one pass of a causal backbone: (B, L).
+
+    ids, mask: (B, L); prompts: (B,) prompt lengths. Place j holds the reward of the prefix that
+    ends there; places before P - 1 and after the last token mean nothing. Differentiable.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    reward = score_head(model)(hidden).squeeze(-1).float()
+    if settings.lm_coef:
+        place = torch.arange(ids.shape[1] - 1, device=ids.device)
+        completion = (place >= prompts[:, None] - 1) & mask[:, 1:].bool()  # (B, L - 1)
+        logits = lm_head_logits(last_layer_head(model), hidden[:, :-1][completion])
+        logps = torch.zeros(completion.shape, device=ids.device)
+        logps[completion] = chosen_logprobs(logits, ids[:, 1:][completion])
+        mean = logps.cumsum(1) / completion.cumsum(1).clamp(min=1)
+        reward = reward + settings.lm_coef * torch.nn.functional.pad(mean, (1, 0))
+    if settings.bound is not None:
+        reward = bound(reward, settings.bound)
+    return (reward - settings.mean) / settings.std
+
+
+class RewardModel:
+    """A backbone with a scalar head: r(x, y) is its score at the last token of y."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RewardSettings = RewardSettings(),
+        max_batch_tokens: int = TOKENS_PER_BATCH,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.max_batch_tokens = max_batch_tokens
+
+    @classmethod
+    def from_policy(
+        cls,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RewardSettings,
+        seed: int,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> RewardModel:
+        """A fresh reward on a policy's backbone (cold start).
+
+        The head starts at std 1/sqrt(H + 1) (arXiv:2403.17031), from `seed`.
+        """
+        with suppress_seqcls_warning():
+            model = load_model(
+                path, device, AutoModelForSequenceClassification, num_labels=1, **options
+            )
+        width = score_head(model).in_features
+        with seeded(seed), torch.no_grad():
+            score_head(model).weight.copy_(torch.randn(1, width) / (width + 1) ** 0.5)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if settings.lm_coef and not model.config.tie_word_embeddings:
+            policy = load_model(path, device, AutoModelForCausalLM, **options)
+            model.lm_head = policy.get_output_embeddings()
+        return cls(model, tokenizer, settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: torch.device | str = "cpu", **options: Any
+    ) -> RewardModel:
+        """Load a reward: ours, or any one-label AutoModelForSequenceClassification."""
+        tokenizer = load_tokenizer(path)
+        with suppress_seqcls_warning():
+            model = load_model(path, device, AutoModelForSequenceClassification, **options)
+        head = getattr(model, "score", None)
+        if head is None or model.config.num_labels != 1:
+            raise UserError(
+                f"{path}: config.json: num_labels is {model.config.num_labels}, head "
+                f"{'score is there' if head is not None else 'score is missing'}; expected a "
+                "causal sequence classifier with one label"
+            )
+        settings = RewardSettings(**(getattr(model.config, _CONFIG_KEY, None) or {}))
+        if settings.lm_coef and not model.config.tie_word_embeddings:
+            model.lm_head = _load_lm_head(Path(path), model)
+        return cls(model, tokenizer, settings)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, tokenizer and settings; loads as AutoModelForSequenceClassification."""
+        setattr(self.model.config, _CONFIG_KEY, asdict(self.settings))
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def fit_normaliser(self, prompts: Ids, completions: Ids) -> None:
+        """Give these demonstrations' rewards mean 0 and variance 1."""
+        self.settings = replace(self.settings, mean=0.0, std=1.0)
+        raw = self.score_ids(prompts, completions).double()
+        std = float(raw.std(correction=0))
+        self.settings = replace(self.settings, mean=float(raw.mean()), std=max(std, 1e-6))
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
+        """Reward of texts: prompts (strings or message lists) and completions; (B,).
+
+        The recipe's template is applied, and EOS appended: a text is taken to be finished.
+        """
+        return self.score_ids(*self._encode(prompts, completions))
+
+    def prefix_scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[Tensor]:
+        """Reward after every token of each text, the empty completion first: (T + 1,) per row."""
+        return self.prefix_scores_ids(*self._encode(prompts, completions))
+
+    def score_ids(self, prompts: Ids, completions: Ids, progress: str | None = None) -> Tensor:
+        """Reward of completions as token ids: (B,) float32 on the CPU."""
+        scores = torch.empty(len(prompts))
+        for row, prefixes in enumerate(self._prefixes(prompts, completions, progress, False)):
+            scores[row] = prefixes[-1]
+        return scores
+
+    def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
+        """Rewards of all prefixes, one pass: (T + 1,) float32 per row, on the CPU."""
+        return self._prefixes(prompts, completions, None, True)
+
+    def _prefixes(
+        self, prompts: Ids, completions: Ids, progress: str | None, every: bool
+    ) -> list[Tensor]:
+        """Per row the rewards of all prefixes (T + 1,), or (every=False) of the whole (1,)."""
+        rows = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
+        out = [torch.empty(0)] * len(rows)
+        device = self.model.device
+        was_training = self.model.training
+        self.model.eval()
+
+        def one_batch(batch: list[int]) -> None:
+            ids, mask = pad_right([rows[i] for i in batch], self.tokenizer.pad_token_id)
+            lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
+            rewards = prefix_rewards(
+                self.model, self.settings, ids.to(device), mask.to(device), lengths
+            ).cpu()
+            for n, i in enumerate(batch):
+                first = len(prompts[i]) if every else len(rows[i])
+                out[i] = rewards[n, first - 1 : len(rows[i])].clone()
+
+        over_batches(one_batch, [len(row) for row in rows], self.max_batch_tokens, progress)
+        self.model.train(was_training)
+        return out
+
+    def _encode(
+        self, prompts: Sequence[Any], completions: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        prompt_ids = encode_prompts(prompts, self.tokenizer, self.settings)
+        ids = encode_completions(prompts, completions, prompt_ids, self.tokenizer, self.settings)
+        return prompt_ids, ids
+
+
+def _load_lm_head(folder: Path, model: PreTrainedModel) -> torch.nn.Module:
+    """The untied output layer that a reward with lm_coef keeps beside its classifier."""
+    head = torch.nn.Linear(score_head(model).in_features, model.config.vocab_size, bias=False)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if "lm_head.weight" in tensors.keys():  # noqa: SIM118  (safe_open has no __contains__)
+                head.weight.data.copy_(tensors.get_tensor("lm_head.weight"))
+                return head.to(model.device)
+    raise UserError(
+        f"{folder}: config.json: irl_reward.lm_coef is set, but no *.safetensors holds "
+        "lm_head.weight; expected a folder written by RewardModel.save_pretrained"
+    )
+
+
+class ImplicitReward:
+    """r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the reward that SPIN and DPO fit.
+
+    Equals a reward up to beta log Z(x), which cancels in pairs of one prompt. The reference is one
+    model, or several with weights that sum to 1: their geometric mixture, up to its own Z(x).
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        references: Sequence[tuple[float, PreTrainedModel]],
+        beta: float,
+    ) -> None:
+        self.policy = policy
+        self.references = references
+        self.beta = beta
+
+    def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
+        """Rewards of whole completions: (B,)."""
+        return torch.stack([scores[-1] for scores in self.prefix_scores_ids(prompts, completions)])
+
+    def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
+        """Rewards of all prefixes: (T + 1,) per row, 0 for the empty completion."""
+        policy = completion_logprobs(self.policy, prompts, completions)
+        parts = [completion_logprobs(model, prompts, completions) for _, model in self.references]
+        weights = [weight for weight, _ in self.references]
+        out = []
+        for row, own in enumerate(policy):
+            reference = mixture_logp([torch.from_numpy(part[row]) for part in parts], weights)
+            per_token = implicit_reward(torch.from_numpy(own), reference, self.beta)
+            out.append(torch.nn.functional.pad(per_token.cumsum(0), (1, 0)))
+        return out

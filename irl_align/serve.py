@@ -1,0 +1,151 @@
+"""Use what a run left behind: score texts with its reward, sample its policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irl_align.errors import UserError
+from irl_align.generate import Completion, Sampling, TransformersGenerator
+from irl_align.generate import generate as sample
+from irl_align.lab import eos_ids
+from irl_align.models import context_length, load_model, load_tokenizer, pick_device
+from irl_align.ranking import rank_samples
+from irl_align.reward.model import RewardModel
+from irl_align.samples import SampleSet
+from irl_align.sources import file_rows
+from irl_align.stages import Run
+from irl_align.tokens import decode_batch, encode_prompts
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """A policy folder, and for Best-of-N selection its reward folder, N and score."""
+
+    model: Path
+    reward: Path | None = None
+    best_of: int = 1
+    score: str = "reward"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a policy's prompts are written; saved in its config.json under `irl_prompt`."""
+
+    name: str = "none"
+    template: str = "{prompt}"
+    lowercase: bool = False
+
+
+def read_rows(path: Path, shapes: Sequence[tuple[str, ...]]) -> Rows:
+    """Rows of a JSON, CSV or parquet file that all have the fields of one of `shapes`.
+
+    Raises UserError that names the file and row.
+    """
+    expected = ", or ".join(" and ".join(shape) for shape in shapes)
+    rows: Rows = []
+    fitting = list(shapes)
+    for raw in file_rows(path):
+        fitting = [shape for shape in fitting if set(shape) <= set(raw.values)]
+        if not fitting:
+            fields = ", ".join(map(str, raw.values)) or "none"
+            raise UserError(
+                f"{raw.place}: found the fields {fields}; expected {expected}, the same in all rows"
+            )
+        for field in fitting[0]:
+            if not isinstance(raw.values[field], str if field != "prompt" else str | list):
+                kind = type(raw.values[field]).__name__
+                raise UserError(f"{raw.place}: {field}: found {kind}, expected text")
+        rows.append(dict(raw.values))
+    return rows
+
+
+def resolve(path: Path, what: str) -> Path:
+    """The folder of a run's final `policy` or last `reward`; a model's folder stays as it is."""
+    if not (path / "recipe.yaml").is_file():
+        return path
+    view = Run.load(path)
+    if view.summary is None:
+        raise UserError(f"{path}: this run is not finished; run its recipe again to go on")
+    if view.summary[what] is None:
+        raise UserError(
+            f"{path}: this run has no explicit {what}; expected one with reward.kind explicit"
+        )
+    return path.parent / str(view.summary[what])
+
+
+def resolve_policy(path: Path) -> SavedPolicy:
+    """A run's final policy, with its ranking if it selects; or a model's folder."""
+    model = resolve(path, "policy")
+    if model == path:
+        return SavedPolicy(path)
+    ranking = (Run.load(path).summary or {}).get("ranking")
+    if ranking is None:
+        return SavedPolicy(model)
+    return SavedPolicy(model, resolve(path, "reward"), int(ranking["n"]), str(ranking["score"]))
+
+
+def score_rows(path: Path, rows: Rows, device: str) -> tuple[Rows, float | None]:
+    """Rows with their scores: `score`, or `chosen_score` and `rejected_score` and accuracy."""
+    reward = RewardModel.from_pretrained(path, pick_device(device))
+    prompts = [row["prompt"] for row in rows]
+    if not all("chosen" in row and "rejected" in row for row in rows):
+        scores = reward.score(prompts, [row["completion"] for row in rows]).tolist()
+        return [{**row, "score": s} for row, s in zip(rows, scores, strict=True)], None
+    both = [reward.score(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")]
+    wins = (both[0] > both[1]).double() + 0.5 * (both[0] == both[1]).double()
+    scored = [
+        {**row, "chosen_score": chosen, "rejected_score": rejected}
+        for row, chosen, rejected in zip(rows, both[0].tolist(), both[1].tolist(), strict=True)
+    ]
+    return scored, float(wins.mean())
+
+
+def generate_rows(policy: SavedPolicy, rows: Rows, sampling: Sampling, device: str) -> Rows:
+    """One row per sample: the prompt's row, with completion, sample and truncated added."""
+    where = pick_device(device)
+    tokenizer = load_tokenizer(policy.model)
+    model = load_model(policy.model, where)
+    template = PromptFormat(**(getattr(model.config, "irl_prompt", None) or {}))
+    prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, template)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{policy.model}: the tokenizer has no EOS token, so samples never end")
+    pad = tokenizer.pad_token_id
+    generator = TransformersGenerator(
+        model,
+        eos_token_ids=eos_ids(model, tokenizer),
+        pad_token_id=int(tokenizer.eos_token_id if pad is None else pad),
+        context_length=context_length(model),
+    )
+    many = Sampling(**{**vars(sampling), "n": sampling.n * policy.best_of})
+    groups = sample(generator, prompts, many, progress=True)
+    if policy.reward is not None:
+        groups = _best(SampleSet(prompts, groups), policy, sampling.n, where)
+    out = []
+    for row, group in zip(rows, groups, strict=True):
+        texts = decode_batch(tokenizer, [c.token_ids for c in group])
+        for number, (completion, text) in enumerate(zip(group, texts, strict=True)):
+            out.append(
+                {
+                    **row,
+                    "completion": text,
+                    "sample": number,
+                    "truncated": completion.truncated,
+                }
+            )
+    return out
+
+
+def _best(samples: SampleSet, policy: SavedPolicy, n: int, device: Any) -> list[list[Completion]]:
+    """The best of each of n groups of best_of samples."""
+    assert policy.reward is not None
+    reward = RewardModel.from_pretrained(policy.reward, device)
+    scores = rank_samples(samples, reward, policy.score).reshape(-1, n, policy.best_of)
+    return [
+        [group[g * policy.best_of + int(j)] for g, j in enumerate(row)]
+        for group, row in zip(samples.completions, scores.argmax(2), strict=True)
+    ]

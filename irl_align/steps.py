@@ -1,0 +1,466 @@
+"""The steps of the loop, each a stage: what goes in, what is computed, what is reported."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from trl import DPOConfig
+
+from irl_align.cards import Card, import_object, load_card
+from irl_align.config import (
+    BestOfNOptions,
+    IdentityOptions,
+    MoreSFTOptions,
+    PairSource,
+    Recipe,
+)
+from irl_align.data import (
+    Demonstration,
+    data_checksum,
+    divide,
+    load_demonstrations,
+    load_preferences,
+)
+from irl_align.errors import UserError
+from irl_align.files import file_checksum
+from irl_align.generate import Completion, Sampling
+from irl_align.lab import Lab, derive_seed
+from irl_align.models import context_length, load_model, load_tokenizer, scratch_model
+from irl_align.pairs import (
+    Pairs as MadePairs,
+)
+from irl_align.pairs import (
+    contrast_pairs,
+    load_pairs,
+    policy_pairs,
+    sample_pairs,
+    save_pairs,
+    stats,
+    window,
+)
+from irl_align.policy import Demonstrations, Policy, PolicyUpdate, Reward
+from irl_align.policy.best_of_n import BestOfN
+from irl_align.policy.identity import Identity
+from irl_align.policy.sft import MoreSFT
+from irl_align.reward.fit import fit_reward, pair_columns
+from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.tokens import (
+    check_tokenizer,
+    encode_demonstrations,
+    encode_preferences,
+    encode_prompts,
+    prepare_tokenizer,
+    train_tokenizer,
+    training_texts,
+)
+from irl_align.trainers import fit_sft, save_model, sft_columns
+
+logger = logging.getLogger(__name__)
+PARTS = ("sft", "reward", "held_out", "evaluation")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded demonstrations by use; see tokens.encode_demonstrations for the columns."""
+
+    card: Card
+    sft: Dataset
+    reward: Dataset
+    held_out: Dataset
+    evaluation: Dataset
+    key: str
+
+    def demonstrations(self, part: str) -> Demonstrations:
+        """Token ids of one part."""
+        rows = getattr(self, part)
+        return Demonstrations(
+            list(rows["prompt_ids"]), list(rows["completion_ids"]), f"{self.key}/{part}"
+        )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of one iteration: what the reward is fitted on, and held-out ones to judge it by."""
+
+    key: str
+    train: Dataset
+    held_out: Dataset
+
+
+def prepare(lab: Lab) -> tuple[Data, Policy]:
+    """Load and divide the demonstrations, make or load the start model, encode the rows."""
+    recipe = lab.recipe
+    options = recipe.data
+    card = load_card(options.card)
+    seed = derive_seed(recipe.seed, "data")
+
+    def load(split: str) -> list[Demonstration]:
+        return load_demonstrations(card, split, options.path, options.task, recipe.seed)
+
+    division = divide(load("train"), options, seed)
+    rows = {
+        "sft": division.sft,
+        "reward": division.reward,
+        "held_out": division.held_out,
+        "evaluation": load(recipe.evaluation.split),
+    }
+    sums = {part: data_checksum(some) for part, some in rows.items()}
+    start = start_model(lab, card, division.sft, sums["sft"])
+    lab.tokenizer = load_tokenizer(start.path)
+    context = context_length(lab.load_policy(start.path))
+
+    def build(work: Path) -> dict[str, Any]:
+        counts = division.counts()
+        for part, some in rows.items():
+            encoded = encode_demonstrations(some, lab.tokenizer, card, options, context)
+            encoded.rows.to_parquet(str(work / f"{part}.parquet"))
+            counts[f"{part}_overlong"] = encoded.dropped
+            counts[f"{part}_tokens"] = sum(map(len, encoded.rows["completion_ids"]))
+        return counts
+
+    limits = ("max_prompt_tokens", "max_completion_tokens", "overlong")
+    stage = lab.stage(
+        "data",
+        "data",
+        {
+            "card": {"template": card.template, "lowercase": card.lowercase, "name": card.name},
+            "limits": {name: getattr(options, name) for name in limits},
+        },
+        {"tokenizer": start.key, **sums},
+        build,
+    )
+    lab.run.log("data", {"checksums": sums, "licence": card.license, **stage.metrics})
+    parts = {
+        part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
+        for part in PARTS
+    }
+    return Data(card=card, key=stage.key, **parts), start
+
+
+def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Policy:
+    """The model before SFT with its tokenizer, as a folder: made from scratch, or copied once."""
+    options = lab.recipe.model
+
+    def build(work: Path) -> dict[str, Any]:
+        if options.from_scratch is not None:
+            tokenizer: Any = train_tokenizer(
+                training_texts(rows, card), options.from_scratch.vocab_size
+            )
+            seed = derive_seed(lab.recipe.seed, "weights") % 2**63
+            model = scratch_model(options.from_scratch, tokenizer, seed)
+        else:
+            assert options.path is not None
+            hub: dict[str, Any] = {
+                "revision": options.revision,
+                "trust_remote_code": options.trust_remote_code,
+            }
+            tokenizer = load_tokenizer(options.path, **hub)
+            model = load_model(options.path, **hub)
+            if options.chat_template is not None:
+                tokenizer.chat_template = read_template(options.chat_template)
+            if prepare_tokenizer(tokenizer):
+                model.resize_token_embeddings(len(tokenizer))
+        check_tokenizer(tokenizer, needs_chat=card.template == "chat")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.config.irl_prompt = {
+            "name": card.name,
+            "template": card.template,
+            "lowercase": card.lowercase,
+        }
+        save_model(model, tokenizer, work / "model")
+        return {"parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
+
+    settings = options.model_dump(exclude={"path"})
+    settings["card"] = [card.name, card.template, card.lowercase]
+    if options.path is None:
+        inputs = {"tokenizer_rows": rows_sum}
+    elif Path(options.path).exists():
+        inputs = {"model": file_checksum(Path(options.path))}
+    else:
+        inputs = {"model": f"{options.path}@{options.revision or 'main'}"}
+    stage = lab.stage("start", "start", settings, inputs, build)
+    return Policy(stage.path / "model", stage.key)
+
+
+def supervise(lab: Lab, start: Policy, data: Data) -> Policy:
+    """pi_0: SFT of the start model on the demonstrations, or the start model itself."""
+    options = lab.recipe.sft
+    if not options.enabled:
+        return start
+
+    def build(work: Path) -> dict[str, Any]:
+        model = lab.load_policy(start.path)
+        columns = sft_columns(data.sft["prompt_ids"], data.sft["completion_ids"])
+        metrics = fit_sft(model, lab.tokenizer, columns, options.args, lab.training(work, "SFT"))
+        save_model(model, lab.tokenizer, work / "model")
+        return metrics
+
+    stage = lab.stage(
+        "sft", "sft", {"args": options.args}, {"start": start.key, "data": data.key}, build
+    )
+    return Policy(stage.path / "model", stage.key)
+
+
+def make_pairs(
+    lab: Lab, k: int, policy: Policy, initial: Policy, start: Policy, data: Data
+) -> Pairs:
+    """Sample y_hat ~ pi_k and pair every demonstration with a sample (and the recipe's extras)."""
+    options = lab.recipe.pairs
+    generation = lab.recipe.generation
+    if generation.temperature == 0:
+        logger.warning("generation.temperature is 0: greedy negatives, all the same per prompt")
+    sampling = lab.sampling(generation.samples_per_prompt, generation.temperature)
+    samplers = {"policy": policy, "init": start, "sft": initial}
+    used = {side for source in options.sources for side in source.split("/")}
+    parts = {"train": data.reward, "held_out": data.held_out}
+    drawn = {
+        (name, part): samples_by_key(lab, samplers[name], rows, sampling, part)
+        for name in sorted(used & set(samplers))
+        for part, rows in parts.items()
+    }
+
+    def from_source(source: PairSource, part: str) -> MadePairs:
+        common: dict[str, Any] = {"iteration": k, "seed": lab.recipe.seed}
+        chosen, rejected = source.split("/")
+        if rejected == "contrast":
+            return contrast_pairs(
+                parts[part],
+                options.contrast,
+                per_demonstration=options.contrast_per_demonstration,
+                edit=import_object(data.card.edit, "edit") if data.card.edit else None,
+                encode=lambda texts: encode_prompts(texts, lab.tokenizer, data.card),
+                **common,
+            )
+        common |= {
+            "source": source,
+            "generator": samplers[rejected].identity,
+            "sampling": sampling,
+            "truncated": options.truncated,
+        }
+        samples = drawn[rejected, part]
+        if chosen == "demonstration":
+            limit = options.demonstrations_per_prompt
+            return policy_pairs(parts[part], samples, demonstrations_per_prompt=limit, **common)
+        prompts = dict(zip(parts[part]["prompt_key"], parts[part]["prompt_ids"], strict=True))
+        return sample_pairs(prompts, drawn[chosen, part], samples, **common)
+
+    def build(work: Path) -> dict[str, Any]:
+        metrics = {}
+        for part in parts:
+            made = [from_source(source, part) for source in options.sources]
+            dropped: Counter[str] = Counter()
+            for some in made:
+                dropped.update(some.dropped)
+            rows = concatenate_datasets([some.rows for some in made])
+            save_pairs(rows, work / f"{part}.parquet")
+            metrics[part] = stats(rows, dropped)
+        return metrics
+
+    stage = lab.stage(
+        f"pairs/{k}",
+        "pairs",
+        {
+            "iteration": k,
+            "pairs": options.model_dump(exclude={"window"}),
+            "sampling": vars(sampling),
+        },
+        {"data": data.key, **{name: samplers[name].identity for name, _ in drawn}},
+        build,
+    )
+    lab.run.log(f"pairs/{k}", stage.metrics)
+    train, held_out = (load_pairs(stage.path / f"{part}.parquet") for part in parts)
+    return Pairs(stage.key, train, held_out)
+
+
+def samples_by_key(
+    lab: Lab, policy: Policy, rows: Dataset, sampling: Sampling, role: str
+) -> dict[str, list[Completion]]:
+    """Samples of every distinct prompt of these rows, by prompt key."""
+    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+    samples = lab.sample(policy, list(prompts.values()), sampling, role)
+    return dict(zip(prompts, samples.completions, strict=True))
+
+
+def fit_reward_level(
+    lab: Lab,
+    k: int,
+    policy: Policy,
+    initial: Policy,
+    previous: Reward | None,
+    pairs: Sequence[Pairs],
+    data: Data,
+) -> Reward:
+    """Fit r_k on the pairs in the window: an explicit reward model, or SPIN's implicit reward."""
+    options = lab.recipe.reward
+    args = scheduled(options.args, options.schedule, k)
+    train = window([p.train for p in pairs], lab.recipe.pairs.window)
+    inputs = {f"pairs-{i}": p.key for i, p in enumerate(pairs)} | {"initial": initial.key}
+    settings = {
+        "iteration": k,
+        "window": lab.recipe.pairs.window,
+        "args": args,
+        "reward": options.model_dump(exclude={"args", "schedule", "preferences"}),
+    }
+    if options.kind == "implicit":
+        return _fit_implicit(lab, k, policy, initial, train, args, settings, inputs)
+    warm = previous if options.init == "warm" else None
+    preferences = _preferences(lab)
+    inputs |= {"warm": warm.key} if warm is not None else {}
+    inputs |= {"preferences": preferences.checksum} if preferences is not None else {}
+
+    def build(work: Path) -> dict[str, Any]:
+        if warm is not None:
+            reward = RewardModel.from_pretrained(warm.path, lab.device)
+            reward.settings = replace(reward.settings, mean=0.0, std=1.0)
+        else:
+            reward_settings = RewardSettings(
+                lm_coef=options.lm_coef,
+                bound=options.bound,
+                template=data.card.template,
+                lowercase=data.card.lowercase,
+                name=data.card.name,
+            )
+            seed = derive_seed(lab.recipe.seed, f"head {k}") % 2**63
+            reward = RewardModel.from_policy(
+                initial.path, lab.tokenizer, reward_settings, seed, lab.device
+            )
+        columns = pair_columns(train)
+        if preferences is not None:
+            for name, values in preferences.columns.items():
+                columns[name] = columns[name] + values
+        metrics = fit_reward(reward, columns, options.loss, args, lab.training(work, f"reward {k}"))
+        rows = data.demonstrations("reward")
+        reward.fit_normaliser(rows.prompts, rows.completions)
+        reward.save_pretrained(work / "model")
+        return {**metrics, "normaliser": [reward.settings.mean, reward.settings.std]}
+
+    stage = lab.stage(f"reward/{k}", "reward", settings, inputs, build)
+    lab.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
+    std = float(stage.metrics["normaliser"][1])
+    return Reward("explicit", stage.path / "model", stage.key, scale=std)
+
+
+def _fit_implicit(
+    lab: Lab,
+    k: int,
+    policy: Policy,
+    initial: Policy,
+    train: Dataset,
+    args: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> Reward:
+    """SPIN's step: move pi_theta from pi_k against the reference the recipe names."""
+    options = lab.recipe.reward
+    paths = {
+        "previous": ((1.0, policy.path),),
+        "initial": ((1.0, initial.path),),
+        "mixture": ((options.mixture, initial.path), (1.0 - options.mixture, policy.path)),
+    }[options.reference]
+    starts_at_reference = all(path == policy.path for _, path in paths)
+
+    def build(work: Path) -> dict[str, Any]:
+        references = [(weight, lab.load_policy(path)) for weight, path in paths]
+        logps = cached_array(
+            work / "scratch" / "reference.npy", lambda: reference_logps(references, train)
+        )
+        model = lab.load_policy(policy.path)
+        training = lab.training(work, f"SPIN {k}")
+        metrics = fit_implicit(
+            model, lab.tokenizer, train, logps, args, training, starts_at_reference
+        )
+        save_model(model, lab.tokenizer, work / "model")
+        return metrics
+
+    stage = lab.stage(
+        f"reward/{k}", "implicit-reward", settings, {**inputs, "policy": policy.key}, build
+    )
+    lab.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
+    beta = float(args.get("beta", DPOConfig.beta))
+    return Reward("implicit", stage.path / "model", stage.key, beta=beta, references=paths)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preference pairs as trainer columns, and their checksum."""
+
+    columns: dict[str, list[Any]]
+    checksum: str
+
+
+def _preferences(lab: Lab) -> Preferences | None:
+    options = lab.recipe.reward.preferences
+    if options is None:
+        return None
+    card = load_card(options.card)
+    rows = load_preferences(card, "train", options.path)
+    encoded = encode_preferences(rows, lab.tokenizer, card, lab.recipe.data).rows
+    pairs = encoded.add_column("rejected_prompt_ids", list(encoded["prompt_ids"]))
+    return Preferences(
+        pair_columns(pairs, options.weight), f"{data_checksum(rows)}*{options.weight}"
+    )
+
+
+def improve_policy(
+    lab: Lab, k: int, policy: Policy, initial: Policy, reward: Reward | None, data: Data
+) -> Policy:
+    """pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
+    part = "sft" if reward is None else "reward"
+    update = make_update(lab.recipe)
+    return update(lab, k, policy, initial, reward, data.demonstrations(part))
+
+
+def make_update(recipe: Recipe) -> PolicyUpdate:
+    """The recipe's policy update: built in, or made by a factory given by import path."""
+    options = recipe.policy_update
+    if isinstance(options, BestOfNOptions):
+        return BestOfN(options)
+    if isinstance(options, MoreSFTOptions):
+        return MoreSFT(options.args)
+    if isinstance(options, IdentityOptions):
+        return Identity()
+    factory = import_object(options.kind, "policy_update.kind")
+    try:
+        update: PolicyUpdate = factory(**options.options)
+    except TypeError as error:
+        raise UserError(f"policy_update.options: {options.kind} refused them: {error}") from error
+    return update
+
+
+def read_template(path: str) -> str:
+    """Text of a chat template's file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template: {path}: cannot be read: {error}") from error
+
+
+def scheduled(
+    args: Mapping[str, Any], schedule: Mapping[str, Sequence[Any]], k: int
+) -> dict[str, Any]:
+    """args with iteration k's value of every scheduled field; the last value repeats."""
+    return {**args, **{name: values[min(k, len(values) - 1)] for name, values in schedule.items()}}
+
+
+def cached_array(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in `path`, computed and written aside and renamed in where it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".writing.npy")
+        np.save(aside, compute())
+        aside.rename(path)
+    array: np.ndarray = np.load(path)
+    return array
+
+
+def _without_history(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "history"}

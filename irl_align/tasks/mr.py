@@ -1,0 +1,61 @@
+"""Meaning representations: ``name[Blue Spice], eatType[coffee shop], area[riverside]``."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+from irl_align.errors import UserError
+
+_SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[\s*([^\[\]]*?)\s*\]\s*(?:,|$)")
+
+
+def parse(mr: str) -> dict[str, str]:
+    """Slots of a meaning representation, in its order.
+
+    Raises UserError when the text is not a list of ``slot[value]``, or a slot comes twice.
+    """
+    slots: dict[str, str] = {}
+    position = 0
+    while position < len(mr):
+        found = _SLOT.match(mr, position)
+        if found is None or found[1] in slots:
+            raise UserError(
+                f"prompt {mr!r}: found {mr[position:]!r}, expected slot[value], each slot once"
+            )
+        slots[found[1]] = found[2]
+        position = found.end()
+    if not slots:
+        raise UserError(f"prompt {mr!r}: found no slot, expected slot[value], slot[value], ...")
+    return slots
+
+
+def render(slots: Mapping[str, str]) -> str:
+    """Write slots as a meaning representation, in the mapping's order."""
+    return ", ".join(f"{slot}[{value}]" for slot, value in slots.items())
+
+
+def edit(
+    slots: Mapping[str, str],
+    changes: Mapping[str, Sequence[str]],
+    additions: Mapping[str, Sequence[str]],
+    droppable: Sequence[str],
+    rng: random.Random,
+) -> dict[str, str]:
+    """Slots that ask for something else: one of them changed, added or dropped, as likely each.
+
+    changes: slot -> values that differ in meaning from its own. additions: slot that is not there
+    -> values. droppable: slots that may go. The order is kept; what is added comes last.
+    """
+    changes, additions = (
+        {slot: values for slot, values in options.items() if values}
+        for options in (changes, additions)
+    )
+    actions = {"change": list(changes), "add": list(additions), "drop": list(droppable)}
+    action = rng.choice([name for name, candidates in actions.items() if candidates])
+    slot = rng.choice(actions[action])
+    if action == "drop":
+        return {kept: value for kept, value in slots.items() if kept != slot}
+    values = changes[slot] if action == "change" else additions[slot]
+    return {**slots, slot: rng.choice(values)}

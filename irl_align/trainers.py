@@ -1,0 +1,220 @@
+"""What our three uses of TRL's trainers share: settings, resume, progress, and a stop on NaN."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from irl_align.errors import UserError
+
+# Batches of similar length waste no padding; recipes may choose another sampling strategy.
+LENGTH_GROUPS = {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
+_DONE = "complete"  # marks a checkpoint whose every file is written
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where and how a trainer runs; the recipe's top-level options.
+
+    work: the stage's folder; checkpoints go to work/scratch and are thrown away at the end.
+    """
+
+    work: Path
+    seed: int
+    device: torch.device
+    report_to: tuple[str, ...] = ()
+    run_name: str = ""
+    label: str = "train"
+
+
+def training_args(config_class: type, options: Mapping[str, Any], training: Training) -> Any:
+    """A TRL config from a recipe's args, with what irl-align sets itself.
+
+    Differs from TRL's defaults where a CPU must work out of the box: no bf16 on a CPU, and no
+    gradient checkpointing. Checkpoints are for resume: four per training, the last two kept.
+    """
+    on_cpu = training.device.type == "cpu"
+    merged: dict[str, Any] = {
+        "gradient_checkpointing": False,
+        "save_strategy": "steps",
+        "save_steps": 0.25,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        **({"bf16": False, "dataloader_pin_memory": False} if on_cpu else {}),
+        **options,
+        "output_dir": str(training.work / "scratch"),
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "report_to": list(training.report_to) or "none",
+        "run_name": training.run_name or None,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "use_cpu": on_cpu,
+        "max_length": None,  # rows were checked against the limits when they were tokenised
+    }
+    try:
+        return config_class(**merged)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"recipe: args of {config_class.__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+class Guarded:
+    """Mixin before a Trainer: the first loss that is not finite stops the training."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step of the trainer below; raises UserError on a NaN or infinite loss."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1  # type: ignore[attr-defined]
+            raise UserError(
+                f"{self.args.run_name or 'training'}: the loss is {loss.item()} at step "  # type: ignore[attr-defined]
+                f"{step}; lower learning_rate or max_grad_norm in the stage's args, or look for "
+                "broken rows in the data"
+            )
+        return loss
+
+
+class _Progress(ProgressCallback):
+    """transformers' bar with the loss in it, instead of a printed dictionary per logged step."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.label)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
+
+
+class _MarkComplete(TrainerCallback):
+    """Marks a checkpoint after its last file, so that a half-written one is never resumed."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _DONE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint below a folder; half-written ones are deleted."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / _DONE).exists():
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
+    """Train from the last whole checkpoint, if there is one; returns the training's metrics."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Progress(training.label))
+    trainer.add_callback(_MarkComplete())
+    resume = last_checkpoint(training.work / "scratch")
+    if resume is not None:
+        logging.getLogger(__name__).info("%s: resuming from %s", training.label, resume.name)
+    output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    history = trainer.state.log_history
+    losses = [record["loss"] for record in history if "loss" in record]
+    metrics: dict[str, Any] = {
+        "steps": output.global_step,
+        "train_loss": output.training_loss,
+        "last_loss": losses[-1] if losses else output.training_loss,
+        "history": [
+            {key: value for key, value in record.items() if isinstance(value, int | float)}
+            for record in history
+        ],
+    }
+    if not math.isfinite(metrics["last_loss"]):
+        raise UserError(f"{training.label}: training ended with loss {metrics['last_loss']}")
+    return metrics
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights (safetensors), config and tokenizer to a folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def as_dataset(columns: Mapping[str, list[Any]], name: str) -> Dataset:
+    """A dataset of equal columns; raises UserError when there are no rows."""
+    if not next(iter(columns.values()), None):
+        raise UserError(f"{name}: no rows are left to train on; look at the counts above")
+    return Dataset.from_dict(dict(columns))
+
+
+def sft_columns(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> dict[str, list[Any]]:
+    """Whole sequences, and labels that leave the prompt out of the loss."""
+    rows = list(zip(prompts, completions, strict=True))
+    return {
+        "input_ids": [list(p) + list(c) for p, c in rows],
+        "labels": [[-100] * len(p) + list(c) for p, c in rows],
+        "length": [len(p) + len(c) for p, c in rows],
+    }
+
+
+def fit_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, list[Any]],
+    options: Mapping[str, Any],
+    training: Training,
+) -> dict[str, Any]:
+    """Train `model` in place on completions (see :func:`sft_columns`) with TRL's SFTTrainer.
+
+    Returns training metrics. Every completion token counts once, EOS included.
+    """
+    args = training_args(
+        SFTConfig,
+        {**LENGTH_GROUPS, **options, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        training,
+    )
+    trainer = GuardedSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=as_dataset(columns, training.label),
+        processing_class=tokenizer,
+    )
+    metrics = run_trainer(trainer, training)
+    model.eval()
+    return metrics
+
+
+class GuardedSFTTrainer(Guarded, SFTTrainer):
+    """TRL's SFTTrainer that stops on a NaN."""

@@ -1,0 +1,228 @@
+"""Samples per second: ours against ``model.generate`` and a bare decoding loop, in one run.
+
+    python tests/benchmarks/generation.py --data path/to/e2e --rows 64
+
+Without ``--model`` a random Llama of 2M parameters is used, whose EOS bias makes completion
+lengths geometric with a mean of about 25 tokens. ``--data`` is a folder with ``train.jsonl.gz``
+(E2E meaning representations under ``mr``); without it prompt lengths are drawn at random.
+All contenders get the same prompts and the same number of rows per batch. Ours returns
+log-probabilities too, ``model.generate`` does not.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from irl_align.generate import Sampling, TransformersGenerator, generate
+
+Prompts = list[list[int]]
+PAD, EOS = 0, 1
+
+
+@dataclass
+class Setting:
+    model: PreTrainedModel
+    eos: int
+    pad: int
+    rows: int
+    max_new_tokens: int
+
+
+def random_llama(vocab: int, max_new_tokens: int, mean: float = 25.0) -> PreTrainedModel:
+    """A 4-layer, 192-wide Llama that ends a completion with a constant chance per token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=1024,
+    )
+    model = LlamaForCausalLM(config)
+    chances = np.linspace(1e-3, 0.5, 10_000)
+    truncated_means = (1 - (1 - chances) ** max_new_tokens) / chances
+    chance = chances[np.abs(truncated_means - mean).argmin()]
+    # Random logits are near 0, so this bias gives EOS that chance against the other V - 1 tokens.
+    head = torch.nn.Linear(192, vocab)
+    head.weight = model.lm_head.weight
+    torch.nn.init.zeros_(head.bias)
+    head.weight.data[EOS] = 0
+    head.bias.data[EOS] = float(np.log(chance / (1 - chance) * (vocab - 1)))
+    model.lm_head = head
+    return model.eval()
+
+
+def e2e_prompts(folder: Path, count: int, encode: Callable[[str], list[int]]) -> Prompts:
+    with gzip.open(folder / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        unique = sorted({json.loads(line)["mr"] for line in lines})
+    chosen = np.random.default_rng(0).choice(len(unique), size=count, replace=count > len(unique))
+    return [encode(unique[index]) for index in chosen]
+
+
+def random_prompts(count: int, vocab: int) -> Prompts:
+    rng = np.random.default_rng(0)
+    lengths = rng.normal(38, 12, size=count).clip(8, 80).astype(int)
+    return [rng.integers(2, vocab, size=length).tolist() for length in lengths]
+
+
+def word_encoder(vocab: int) -> Callable[[str], list[int]]:
+    """Words and signs as hashed ids: E2E's lengths without a tokenizer."""
+
+    def encode(text: str) -> list[int]:
+        return [2 + zlib.crc32(w.encode()) % (vocab - 2) for w in re.findall(r"\w+|[^\w\s]", text)]
+
+    return encode
+
+
+def left_pad(prompts: Prompts, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def run_plain(setting: Setting, prompts: Prompts, n: int) -> tuple[int, int]:
+    """``model.generate`` in the prompts' order; samples and tokens."""
+    samples = tokens = 0
+    per_batch = max(1, setting.rows // n)
+    for start in range(0, len(prompts), per_batch):
+        ids, mask = left_pad(prompts[start : start + per_batch], setting.pad)
+        output = setting.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=n,
+            max_new_tokens=setting.max_new_tokens,
+            eos_token_id=setting.eos,
+            pad_token_id=setting.pad,
+        )[:, ids.shape[1] :]
+        ended = (output == setting.eos).int().cumsum(dim=1)
+        samples += len(output)
+        tokens += int((ended - (output == setting.eos).int() == 0).sum())
+    return samples, tokens
+
+
+def run_ours(setting: Setting, prompts: Prompts, n: int, top_p: float = 1.0) -> tuple[int, int]:
+    generator = TransformersGenerator(
+        setting.model,
+        [setting.eos],
+        setting.pad,
+        max_batch_tokens=10**9,  # the rows alone bound the batch, as for the others
+        max_batch_rows=setting.rows,
+    )
+    sampling = Sampling(n=n, top_p=top_p, max_new_tokens=setting.max_new_tokens)
+    completions = [c for group in generate(generator, prompts, sampling) for c in group]
+    return len(completions), sum(len(c.token_ids) for c in completions)
+
+
+@torch.inference_mode()
+def run_floor(setting: Setting, prompts: Prompts, steps: int) -> tuple[int, int]:
+    """Prompts of one length; forward, multinomial, ``steps`` times; nobody stops early."""
+    width = round(sum(map(len, prompts)) / len(prompts))
+    ids = torch.randint(2, setting.model.config.vocab_size, (len(prompts), width))
+    for batch in ids.split(setting.rows):
+        cache = DynamicCache(config=setting.model.config)
+        inputs = batch
+        for _ in range(steps):
+            logits = setting.model(
+                input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+            inputs = torch.multinomial(logits.softmax(dim=-1), 1)
+    return len(prompts), len(prompts) * steps
+
+
+def time_in_turn(
+    repeats: int, contenders: dict[str, Callable[[], tuple[int, int]]]
+) -> dict[str, tuple[int, int, float]]:
+    """Samples, tokens and the least seconds of each; in turn, so that noise hits all alike."""
+    results: dict[str, tuple[int, int, float]] = {}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            samples, tokens = run()
+            seconds = time.perf_counter() - start
+            least = min(seconds, results[name][2]) if name in results else seconds
+            results[name] = samples, tokens, least
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with train.jsonl.gz of E2E")
+    parser.add_argument("--model", help="model folder, tokenizer included")
+    parser.add_argument("--vocab", type=int, default=1200, help="of the random model")
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=64, help="rows in a batch")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    options = parser.parse_args()
+
+    if options.model:
+        model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        eos, encode = tokenizer.eos_token_id, tokenizer.encode
+        pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    else:
+        model = random_llama(options.vocab, options.max_new_tokens)
+        eos, pad, encode = EOS, PAD, word_encoder(options.vocab)
+    setting = Setting(model, eos, pad, options.rows, options.max_new_tokens)
+    if options.data:
+        prompts = e2e_prompts(options.data, options.prompts, encode)
+    else:
+        prompts = random_prompts(options.prompts, model.config.vocab_size)
+    samples, tokens = run_ours(setting, prompts, 1)  # warm-up, and the floor's length
+    steps = max(1, round(tokens / samples))
+    few = prompts[: max(1, len(prompts) // 8)]
+    results = time_in_turn(
+        options.repeats,
+        {
+            "model.generate, n=1": lambda: run_plain(setting, prompts, 1),
+            "ours, n=1": lambda: run_ours(setting, prompts, 1),
+            "ours, n=1, top_p=0.9": lambda: run_ours(setting, prompts, 1, 0.9),
+            "bare loop, equal lengths": lambda: run_floor(setting, prompts, steps),
+            "model.generate, n=8": lambda: run_plain(setting, few, 8),
+            "ours, n=8": lambda: run_ours(setting, few, 8),
+        },
+    )
+
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"{parameters:.1f}M parameters, {len(prompts)} prompts of "
+        f"{np.mean([len(p) for p in prompts]):.0f} tokens, {options.rows} rows, "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(f"{'':26}{'samples/s':>10}{'tokens/s':>10}{'tokens each':>13}{'ratio':>8}")
+    base = 1.0
+    for name, (samples, tokens, seconds) in results.items():
+        rate = samples / seconds
+        if name.startswith("model.generate"):
+            base = rate  # of this and the following rows
+        print(
+            f"{name:26}{rate:10.0f}{tokens / seconds:10.0f}{tokens / samples:13.1f}{rate / base:8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

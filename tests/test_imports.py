@@ -1,0 +1,149 @@
+"""Imports point one way, and importing needs neither a network nor vLLM."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "irl_align"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(source: str, module: str, is_package: bool) -> set[str]:
+    """Dotted names that ``source`` imports anywhere, in functions too; relative ones resolved.
+
+    ``from a import b`` gives both ``a`` and ``a.b``, since b may be a module.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = node.level - 1 if is_package else node.level
+                parts = module.split(".")
+                base = ".".join([*parts[: len(parts) - up], *([base] if base else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+IMPORTS = {
+    name: imports_of(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+    for name, path in MODULES.items()
+}
+
+
+def importers(target: str) -> set[str]:
+    """Modules outside ``target`` that import it or anything inside it."""
+    return {
+        name
+        for name, imported in IMPORTS.items()
+        if not within(name, target) and any(within(other, target) for other in imported)
+    }
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_imports_of_resolves_every_form() -> None:
+    source = textwrap.dedent(
+        """
+        import torch.nn as nn
+        from . import ppo
+        from ..maths.losses import pair_loss
+        def late():
+            from irl_align import cli
+        """
+    )
+    expected = {
+        "torch.nn",
+        "irl_align.policy",
+        "irl_align.policy.ppo",
+        "irl_align.maths.losses",
+        "irl_align.maths.losses.pair_loss",
+        "irl_align",
+        "irl_align.cli",
+    }
+    assert imports_of(source, "irl_align.policy.sft", is_package=False) == expected
+    from_init = imports_of("from .ppo import PPO", "irl_align.policy", is_package=True)
+    assert from_init == {"irl_align.policy.ppo", "irl_align.policy.ppo.PPO"}
+
+
+def test_nothing_imports_the_command_line() -> None:
+    assert importers("irl_align.cli") <= {"irl_align.__main__"}
+
+
+def test_only_the_command_line_imports_the_loop() -> None:
+    assert importers("irl_align.loop") <= {"irl_align.cli"}
+
+
+def test_maths_imports_torch_and_the_standard_library_only() -> None:
+    allowed = {"torch", *sys.stdlib_module_names}
+    strangers = {
+        (name, other)
+        for name, imported in IMPORTS.items()
+        if within(name, "irl_align.maths")
+        for other in imported
+        if other.split(".")[0] not in allowed and not within(other, "irl_align.maths")
+    }
+    assert strangers == set()
+
+
+def test_no_file_of_policy_imports_another() -> None:
+    files = {name for name in MODULES if name.startswith("irl_align.policy.")}
+    crossing = {
+        (name, other)
+        for name in files
+        for other in files - {name}
+        if any(within(imported, other) for imported in IMPORTS[name])
+    }
+    assert crossing == set()
+
+
+def run_python(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# None in sys.modules is what a package that is not installed looks like, to find_spec as well.
+BLOCK = """
+import socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError("importing touched the network")
+
+sys.modules.update(dict.fromkeys({blocked}))
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
+def test_every_module_imports_without_network_and_vllm() -> None:
+    imports = "\n".join(f"import {name}" for name in MODULES if name != "irl_align.__main__")
+    run_python(BLOCK.format(blocked=["vllm"]) + imports)
+
+
+@pytest.mark.parametrize("name", ["irl_align", "irl_align.report", "irl_align.stages"])
+def test_light_modules_import_without_torch(name: str) -> None:
+    if name not in MODULES:
+        pytest.skip(f"{name} is not there yet")
+    run_python(BLOCK.format(blocked=["torch", "transformers", "vllm"]) + f"import {name}")
