@@ -95,7 +95,7 @@ def measure_policy(
             report["fresh_accuracy"] = fresh_accuracy(lab, reward, rows, samples)
         return report
 
-    inputs = {"policy": policy.identity, "initial": initial.key, "data": data.key}
+    inputs = {"policy": policy.identity, "initial": initial.key, "data": data.checksums["held_out"]}
     inputs |= {"reward": reward.key} if reward is not None else {}
     settings = {"prompts": len(keys), "sampling": vars(sampling)}
     stage = lab.stage(f"vitals/{k}", "vitals", settings, inputs, build)
@@ -190,8 +190,12 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
         stage = lab.stage(
             f"evaluation/{k}/t{temperature:g}",
             "evaluation",
-            {"gold": gold_path, "temperature": temperature, "split": options.split},
-            {"policy": policy.identity, "initial": initial.key, "data": data.key},
+            {"gold": gold_path, "sampling": vars(sampling), "prompts": options.prompts},
+            {
+                "policy": policy.identity,
+                "initial": initial.key,
+                "data": data.checksums["evaluation"],
+            },
             build,
         )
         record = {"policy": k, "temperature": temperature, "gold": gold_path, **stage.metrics}
@@ -214,7 +218,7 @@ def _evaluate_demonstrations(lab: Lab, rows: Dataset, gold_path: str | None, dat
         "evaluation/demonstrations",
         "evaluation",
         {"gold": gold_path, "of": "demonstrations", "prompts": lab.recipe.evaluation.prompts},
-        {"data": data.key},
+        {"data": data.checksums["evaluation"]},
         build,
     )
     lab.run.log("evaluation/demonstrations", {"gold": gold_path, **stage.metrics})

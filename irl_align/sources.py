@@ -223,7 +223,7 @@ def _csv(file: Path, content: bytes) -> Rows:
                 )
             yield reader.line_num, values
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}") from error
+        raise UserError(f"{file}, line {reader.reader.line_num}: broken CSV: {error}") from error
 
 
 def _parquet(file: Path, content: bytes) -> Rows:

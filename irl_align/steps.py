@@ -31,7 +31,7 @@ from irl_align.data import (
 from irl_align.errors import UserError
 from irl_align.files import file_checksum
 from irl_align.generate import Completion, Sampling
-from irl_align.lab import Lab, derive_seed
+from irl_align.lab import Lab, checksum, derive_seed
 from irl_align.models import context_length, load_model, load_tokenizer, scratch_model
 from irl_align.pairs import (
     Pairs as MadePairs,
@@ -76,13 +76,14 @@ class Data:
     reward: Dataset
     held_out: Dataset
     evaluation: Dataset
-    key: str
+    checksums: dict[str, str]
+    """Checksum of each part's token ids: what the stages that read the part are keyed by."""
 
     def demonstrations(self, part: str) -> Demonstrations:
         """Token ids of one part."""
         rows = getattr(self, part)
         return Demonstrations(
-            list(rows["prompt_ids"]), list(rows["completion_ids"]), f"{self.key}/{part}"
+            list(rows["prompt_ids"]), list(rows["completion_ids"]), self.checksums[part]
         )
 
 
@@ -118,12 +119,14 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     context = context_length(lab.load_policy(start.path))
 
     def build(work: Path) -> dict[str, Any]:
-        counts = division.counts()
+        counts: dict[str, Any] = {**division.counts(), "token_checksums": {}}
         for part, some in rows.items():
             encoded = encode_demonstrations(some, lab.tokenizer, card, options, context)
             encoded.rows.to_parquet(str(work / f"{part}.parquet"))
             counts[f"{part}_overlong"] = encoded.dropped
             counts[f"{part}_tokens"] = sum(map(len, encoded.rows["completion_ids"]))
+            columns = zip(encoded.rows["prompt_ids"], encoded.rows["completion_ids"], strict=True)
+            counts["token_checksums"][part] = checksum([ids for pair in columns for ids in pair])
         return counts
 
     limits = ("max_prompt_tokens", "max_completion_tokens", "overlong")
@@ -142,7 +145,7 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
         part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
         for part in PARTS
     }
-    return Data(card=card, key=stage.key, **parts), start
+    return Data(card=card, checksums=stage.metrics["token_checksums"], **parts), start
 
 
 def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Policy:
@@ -205,7 +208,11 @@ def supervise(lab: Lab, start: Policy, data: Data) -> Policy:
         return metrics
 
     stage = lab.stage(
-        "sft", "sft", {"args": options.args}, {"start": start.key, "data": data.key}, build
+        "sft",
+        "sft",
+        {"args": options.args},
+        {"start": start.key, "data": data.checksums["sft"]},
+        build,
     )
     return Policy(stage.path / "model", stage.key)
 
@@ -221,7 +228,8 @@ def make_pairs(
     sampling = lab.sampling(generation.samples_per_prompt, generation.temperature)
     samplers = {"policy": policy, "init": start, "sft": initial}
     used = {side for source in options.sources for side in source.split("/")}
-    parts = {"train": data.reward, "held_out": data.held_out}
+    uses = {"train": "reward", "held_out": "held_out"}
+    parts: dict[str, Dataset] = {part: getattr(data, use) for part, use in uses.items()}
     drawn = {
         (name, part): samples_by_key(lab, samplers[name], rows, sampling, part)
         for name in sorted(used & set(samplers))
@@ -273,7 +281,10 @@ def make_pairs(
             "pairs": options.model_dump(exclude={"window"}),
             "sampling": vars(sampling),
         },
-        {"data": data.key, **{name: samplers[name].identity for name, _ in drawn}},
+        {
+            **{part: data.checksums[use] for part, use in uses.items()},
+            **{name: samplers[name].identity for name, _ in drawn},
+        },
         build,
     )
     lab.run.log(f"pairs/{k}", stage.metrics)

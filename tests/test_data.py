@@ -115,7 +115,7 @@ def test_card_mistake_names_file_and_key(tmp_path: Path, options: str, message: 
     ("text", "message"),
     [
         ("# No front matter\n", r"line 1: expected YAML front matter"),
-        ("---\nirl_align: {\n---\n", r"front matter: .*line 3"),
+        ("---\nirl_align: {\n---\n", r"front matter: .*line 2, column 13"),
         ("---\n- a list\n---\n", r"found \['a list'\], expected keys and values"),
         ("---\nlicense: mit\n---\n", r"irl_align: found None"),
     ],
@@ -130,7 +130,7 @@ def test_import_object() -> None:
     assert import_object("json:dumps", "gold") is json.dumps
     assert import_object("pathlib:Path.cwd", "gold") == Path.cwd
     for path in ("nowhere.at.all:x", "json:nothing", "json", ":x"):
-        with pytest.raises(UserError, match="^gold: .*"):
+        with pytest.raises(UserError, match=r"^gold: .*"):
             import_object(path, "gold")
 
 
@@ -287,7 +287,7 @@ def test_checksum_and_row_count_are_compared(
     good = write_card(tmp_path, DEMOS + f"  sha256: {{train: {found}}}\n  rows: {{train: 2}}\n")
     load_demonstrations(good, "train")
     assert not caplog.records
-    other = write_card(tmp_path, DEMOS + f"  sha256: {{train: {'0' * 64}}}\n  rows: {{train: 9}}\n")
+    other = write_card(tmp_path, DEMOS + f"  sha256: {{train: {'f' * 64}}}\n  rows: {{train: 9}}\n")
     with caplog.at_level(logging.WARNING):
         assert load_demonstrations(other, "train") == LOADED
     assert found in caplog.text and "found 2 rows, the card says 9" in caplog.text
@@ -441,7 +441,7 @@ def test_known_faults_are_dropped_and_counted(
     with caplog.at_level(logging.WARNING):
         assert len(load_preferences(card, "test")) == 1
     assert "5 faulty rows dropped" in caplog.text
-    (tmp_path / "pairs.jsonl").write_text(lines([{"chosen": "no other column"}]))
+    (tmp_path / "pairs.jsonl").write_text(lines([{"chosen": f"{HUMAN} a"}]))
     with pytest.raises(UserError, match="expected a column 'rejected'"):
         load_preferences(card, "test")
 

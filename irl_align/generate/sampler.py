@@ -3,11 +3,10 @@
 Dimensions: B rows in a batch, V vocabulary.
 """
 
+import numpy as np
 import torch
 
 from irl_align.generate.protocol import Sampling
-
-TOP_P_CANDIDATES = 256  # the nucleus is looked for among so many tokens before a full sort
 
 
 def sample_tokens(
@@ -55,21 +54,14 @@ def warp(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def _nucleus_floor(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """The least logit (B, 1) of the smallest set of likeliest tokens that reaches ``top_p``."""
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    candidates = logits.topk(min(TOP_P_CANDIDATES, logits.shape[1])).values
-    floor, reached = _floor_among(candidates, total, top_p)
-    flat = ~reached
-    if candidates.shape[1] < logits.shape[1] and flat.any():  # rows too flat for the short list
-        ordered = logits[flat].sort(dim=-1, descending=True).values
-        floor[flat], _ = _floor_among(ordered, total[flat], top_p)
-    return floor
-
-
-def _floor_among(
-    ordered: torch.Tensor, total: torch.Tensor, top_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Floor (B, 1) among descending logits (B, K), and whether (B,) these K reach ``top_p``."""
-    reach = (ordered - total).exp().cumsum(dim=-1, dtype=torch.float64)
+    ordered = _sort_descending(logits)
+    reach = ordered.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     # The nucleus is every token that begins before top_p: one more than those that end before it.
-    last = (reach < top_p).sum(dim=-1, keepdim=True).clamp_(max=ordered.shape[1] - 1)
-    return ordered.gather(1, last), reach[:, -1] >= top_p
+    last = (reach < top_p).sum(dim=-1, keepdim=True).clamp_(max=logits.shape[1] - 1)
+    return ordered.gather(1, last)
+
+
+def _sort_descending(logits: torch.Tensor) -> torch.Tensor:
+    if logits.device.type == "cpu":  # numpy's vectorised sort takes a tenth of torch's time
+        return torch.from_numpy(np.sort(logits.numpy(), axis=-1)).flip(-1)
+    return logits.sort(dim=-1, descending=True).values

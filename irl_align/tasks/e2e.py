@@ -1,4 +1,37 @@
-"""Gold metric of the E2E NLG challenge: does a text state the slots of its prompt?"""
+"""Gold metric of the E2E NLG challenge: does a text state the slots of its prompt?
+
+A checker by regular expressions counts missing, wrong and hallucinated slots; their number over
+the slots asked for is the slot error rate. Values that mean the same are one: cheap and less than
+£20, moderate and £20-25, high and more than £30; low and 1 out of 5, average and 3, high and 5.
+
+What it says of the human references (4,672 of the development set, 4,693 of the test set):
+
+====================  ===========  ====
+in percent            development  test
+====================  ===========  ====
+slot error rate       7.1          7.9
+fully right           73.2         67.9
+name                  0.2          0.1
+eatType               2.6          3.3
+food                  13.5         13.6
+priceRange            10.1         11.1
+customer rating       11.8         15.3
+area                  8.3          12.9
+familyFriendly        11.7         12.9
+near                  0.4          0.2
+====================  ===========  ====
+
+Slots: errors, hallucinated ones included, over the references that should state the slot.
+Nine in ten errors of the references are omissions.
+
+How far it can be trusted, by reading references drawn at random: of 50 that it flags, 2 are
+right, and 4 of their 81 flags are its own mistake (misspelt values such as "Chines", and "rated
+and priced averagely"). Of 100 flagged ones that were read before, and whose lessons went into
+the rules, 5 were right, and 8 of 159 flags mistaken. Of 150 that it passes, 1 has an error ("Crowne
+Plaza Hotel is a pub in Clowns": the roles of name and landmark exchanged without a "near").
+It does not see whether a text is fluent, nor claims outside the eight slots.
+:func:`template` scores 0 on all 6,039 prompts of the data.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,6 @@ ALIASES = {
     "Crowne Plaza Hotel": r"crowne? plaza",
     "Express by Holiday Inn": r"(?:express (?:by|at|of) )?(?:the )?holiday inn(?: express)?",
     "Fitzbillies": r"fitz ?bill(?:ies|y'?s?|ie'?s)",
-    "Golden Curry": r"golden curry",
     "Midsummer House": r"mid ?summer'?s? house",
     "Rainbow Vegetarian Café": r"rainbow(?: vegetarian| cafe)*",
     "Raja Indian Cuisine": r"raja(?: indian)?(?: cuisine| restaurant)?",
@@ -119,14 +118,14 @@ _RATER = (
 )
 _PRICE = (
     r"(?:(?:price|cost|pricing) ?(?:range[ds]?|level|point|bracket|category)|"
-    r"pric(?:e|es|ed|ing|ings|ey)|costs?|costing|priced range|menu prices)\b"
+    r"pric(?:e|es|ed|ing|ings)|costs?|costing|priced range|menu prices)\b"
 )
 _PRICER = (
     r"(?:in |on )?(?:its |their |the |a )?(?:(?:menu|food|meal|overall|"
     r"quality and|to \w+) )?"
 )
 _IS = (
-    r"(?: ?[:(,-] ?| )(?:(?:is|are|was|of|at|as|in|on|from|being|be|has|have|been|it|its|they|by|"
+    r"(?: ?[:(,-] ?| )(?:(?:@|place|venue|restaurant|is|are|was|of|at|as|in|on|from|being|be|has|have|been|it|its|they|by|"
     r"customers?|which|that|range|level|around|about|just|only|considered|listed|for|with|falls?|"
     r"ranges?|and|out|to|run|runs|category|the|a|an|very|quite|fairly|rather|pretty|also|"
     r"relatively|somewhat|tends?|service|food|all) )*"
@@ -177,7 +176,7 @@ _OUT_OF = (
     r" ?(?:5|five)\b(?: ?stars?\b)?"
 )
 RATING = re.compile(
-    rf"\b(?:(?P<count>{_COUNT})(?:\.0)?{_OUT_OF}(?: {_RATER}{_RATING})?"
+    rf"\b(?:(?P<count>{_COUNT}){_OUT_OF}(?: {_RATER}{_RATING})?"
     rf"|(?P<stars>{_COUNT}) ?stars?\b(?: {_RATER}{_RATING})?"
     rf"|(?P<before>{_RATING_WORD}) (?:{_RATER}{_RATING}{_NO_VALUE_NEXT}|{_PRICE} and "
     rf"(?:customer )?{_RATING}{_NO_VALUE_NEXT}(?! (?:{_COUNT}|{_RATING_WORD})\b))"
@@ -239,9 +238,9 @@ EAT_TYPE = re.compile(
 
 FOOD = re.compile(
     r"\b(?:(?P<chinese>chinese|china)|(?P<english>english|british(?! pounds?)|britain|england)|"
-    r"(?P<fast>fast ?foods?)|(?P<french>french(?! fr(?:y|ies))|france)|(?P<indian>indian?)|"
+    r"(?P<fast>fast ?foods?)|(?P<french>french(?! fr(?:y|ies))|france)|(?P<indian>indian)|"
     r"(?P<italian>italian|italy)|(?P<japanese>japanese|japan)|"
-    r"(?P<weak_fast>burgers?|hamburgers?|fries|drive thr\w+|quick)|"
+    r"(?P<weak_fast>burgers?|hamburgers?|fries|drive thr\w+)|"
     r"(?P<weak_japanese>sushi|sashimi|ramen)|(?P<weak_italian>pastas?|pizzas?|spaghetti|lasagn\w+)|"
     r"(?P<weak_french>wines?|cheeses?|croissants?|crepes?)|"
     r"(?P<weak_english>fish (?:and|&) chips|roasts?)|(?P<weak_indian>curry|curries|tandoori)|"
@@ -254,8 +253,9 @@ _FAMILY = (
     r"little ones|(?:all|any) ages?|babies)"
 )
 _NOT = (
-    r"(?:\bnot|n't|\b(?:is|does|are|do|was|ca|wo)nt|\bnon|\bno|\bnever|\bunsuitable|\bunfriendly|\binappropriate|\bwithout|"
-    r"\bcannot|\bnone|\bneither|\bnor|\banti|\bavoid|\bunwelcoming|\bdiscourag\w+|\black(?:s|ing)?|\bun)"
+    r"(?:\bnot|n't|\b(?:is|does|are|do|was|ca|wo)nt|\bnon|\bno|\bnever|\bwithout|\bcannot|"
+    r"\bnone|\bneither|\bnor|\banti|\bavoid|\bun|\bunsuitable|\bunfriendly|\binappropriate|"
+    r"\bunwelcoming|\bdiscourag\w+|\black(?:s|ing)?)"
 )
 # Between a negation and the family that it denies: no other clause, at most 45 characters.
 _DENIED = r"(?:(?!\b(?:and|but|yet|while|though)\b)[^.,;!?]){0,45}?"

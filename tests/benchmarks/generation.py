@@ -106,7 +106,7 @@ def run_plain(setting: Setting, prompts: Prompts, n: int) -> tuple[int, int]:
     per_batch = max(1, setting.rows // n)
     for start in range(0, len(prompts), per_batch):
         ids, mask = left_pad(prompts[start : start + per_batch], setting.pad)
-        output = setting.model.generate(
+        output = setting.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
@@ -219,9 +219,8 @@ def main() -> None:
         rate = samples / seconds
         if name.startswith("model.generate"):
             base = rate  # of this and the following rows
-        print(
-            f"{name:26}{rate:10.0f}{tokens / seconds:10.0f}{tokens / samples:13.1f}{rate / base:8.2f}"
-        )
+        speeds = f"{rate:10.0f}{tokens / seconds:10.0f}"
+        print(f"{name:26}{speeds}{tokens / samples:13.1f}{rate / base:8.2f}")
 
 
 if __name__ == "__main__":
