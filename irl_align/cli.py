@@ -164,8 +164,10 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from the last checkpoint", 130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's, for Ctrl-C
+            _fail("stopped; the same command goes on from the last checkpoint", 130)
+        raise
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         _fail(f"unexpected fault: {cause} (run with --debug for the traceback)", 1)
@@ -176,16 +178,31 @@ def _fail(message: str, status: int) -> None:
     raise SystemExit(status)
 
 
+class _Lines(logging.Formatter):
+    """One line per record: the time, the level where it is more than information, the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        line = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
+        return line if record.exc_info is None else f"{line}\n{super().format(record)}"
+
+
 def _set_up(debug: bool) -> None:
-    """Quiet libraries (unless --debug), our own warnings as plain lines on standard error."""
-    logging.basicConfig(level=logging.WARNING, format="irl-align: %(message)s")
+    """Log stages and warnings as plain lines on standard error; quiet libraries unless --debug."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, handlers=[handler])
+    logging.getLogger("irl_align").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if debug:
-        logging.getLogger().setLevel(logging.INFO)
         return
     import warnings
 
     warnings.filterwarnings("ignore")
+    # tqdm's defaults: no bar for what is done at once, and few lines in a log file.
+    os.environ.setdefault("TQDM_DELAY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     for variable in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -194,8 +211,8 @@ def _set_up(debug: bool) -> None:
 
 
 def _console() -> Console:
-    """Wide when the output is a file, so that tables are not cut."""
-    return Console(width=None if sys.stdout.isatty() else 200)
+    """As wide as the terminal; 100 columns when the output is a file."""
+    return Console(width=None if sys.stdout.isatty() else 100)
 
 
 def _plain(text: str) -> str:

@@ -7,6 +7,7 @@ order, is in :mod:`irl_align.loop`.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,22 @@ from irl_align.samples import SampleSet, read_samples, write_chosen, write_sampl
 from irl_align.stages import Run, Stage, Store
 from irl_align.trainers import Training
 
+logger = logging.getLogger(__name__)
+
 
 class Lab:
     """One run's recipe, store, device and tokenizer, and what its stages share."""
 
     tokenizer: PreTrainedTokenizerBase
+    names: dict[str, str]
+    """Identity of a policy -> its name in the roles of stages: start, policy-0, policy-1, ..."""
 
     def __init__(self, recipe: Recipe, store: Store, run: Run, device: torch.device) -> None:
         self.recipe = recipe
         self.store = store
         self.run = run
         self.device = device
+        self.names = {}
 
     def stage(
         self,
@@ -46,7 +52,14 @@ class Lab:
         build: Callable[[Path], Mapping[str, Any] | None],
     ) -> Stage:
         """A stage of the store, linked and logged in this run; the seed is part of its settings."""
-        stage = self.store.stage(name, {"seed": self.recipe.seed, **settings}, inputs, build)
+
+        def announced(work: Path) -> Mapping[str, Any] | None:
+            logger.info(role)
+            return build(work)
+
+        stage = self.store.stage(name, {"seed": self.recipe.seed, **settings}, inputs, announced)
+        if stage.reused:
+            logger.info("%s: reused", role)
         self.run.link(role, stage)
         costs: dict[str, Any] = {
             name: stage.record[name]
@@ -120,7 +133,7 @@ class Lab:
             return {"prompts": len(prompts), "samples": len(prompts) * sampling.n}
 
         stage = self.stage(
-            f"samples/{role}/{policy.key}/t{sampling.temperature:g}",
+            f"samples/{role}/{self.name_of(policy)}/t{sampling.temperature:g}",
             "samples",
             {"sampling": vars(seeded), "max_batch_tokens": max_batch_tokens},
             {"policy": policy.key, "prompts": checksum(prompts)},
@@ -150,13 +163,17 @@ class Lab:
             return {"samples": len(prompts) * sampling.n}
 
         stage = self.stage(
-            f"selected/{role}/{policy.identity}",
+            f"selected/{role}/{self.name_of(policy)}",
             "selected",
-            {"n": sampling.n, "of": ranking.n, "score": ranking.score, "role": role},
+            {"sampling": vars(many), "of": ranking.n, "score": ranking.score, "role": role},
             {"policy": policy.identity, "prompts": checksum(prompts)},
             build,
         )
         return read_samples(stage.path, prompts)
+
+    def name_of(self, policy: Policy) -> str:
+        """Name of a policy for people; of one that the loop does not know, its identity."""
+        return self.names.get(policy.identity, policy.identity)
 
     def logprobs(
         self, policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]

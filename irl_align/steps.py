@@ -116,9 +116,9 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     sums = {part: data_checksum(some) for part, some in rows.items()}
     start = start_model(lab, card, division.sft, sums["sft"])
     lab.tokenizer = load_tokenizer(start.path)
-    context = context_length(lab.load_policy(start.path))
 
     def build(work: Path) -> dict[str, Any]:
+        context = context_length(lab.load_policy(start.path))
         counts: dict[str, Any] = {**division.counts(), "token_checksums": {}}
         for part, some in rows.items():
             encoded = encode_demonstrations(some, lab.tokenizer, card, options, context)
@@ -191,6 +191,7 @@ def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Pol
     else:
         inputs = {"model": f"{options.path}@{options.revision or 'main'}"}
     stage = lab.stage("start", "start", settings, inputs, build)
+    lab.names[stage.key] = "start"
     return Policy(stage.path / "model", stage.key)
 
 
@@ -214,6 +215,7 @@ def supervise(lab: Lab, start: Policy, data: Data) -> Policy:
         {"start": start.key, "data": data.checksums["sft"]},
         build,
     )
+    lab.names[stage.key] = "policy-0"
     return Policy(stage.path / "model", stage.key)
 
 
@@ -324,7 +326,7 @@ def fit_reward_level(
     if options.kind == "implicit":
         return _fit_implicit(lab, k, policy, initial, train, args, settings, inputs)
     warm = previous if options.init == "warm" else None
-    preferences = _preferences(lab)
+    preferences = _preferences(lab, initial)
     inputs |= {"warm": warm.key} if warm is not None else {}
     inputs |= {"preferences": preferences.checksum} if preferences is not None else {}
 
@@ -408,13 +410,14 @@ class Preferences:
     checksum: str
 
 
-def _preferences(lab: Lab) -> Preferences | None:
+def _preferences(lab: Lab, initial: Policy) -> Preferences | None:
     options = lab.recipe.reward.preferences
     if options is None:
         return None
     card = load_card(options.card)
     rows = load_preferences(card, "train", options.path)
-    encoded = encode_preferences(rows, lab.tokenizer, card, lab.recipe.data).rows
+    context = context_length(lab.load_policy(initial.path))
+    encoded = encode_preferences(rows, lab.tokenizer, card, lab.recipe.data, context).rows
     pairs = encoded.add_column("rejected_prompt_ids", list(encoded["prompt_ids"]))
     return Preferences(
         pair_columns(pairs, options.weight), f"{data_checksum(rows)}*{options.weight}"
@@ -427,7 +430,9 @@ def improve_policy(
     """pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
     part = "sft" if reward is None else "reward"
     update = make_update(lab.recipe)
-    return update(lab, k, policy, initial, reward, data.demonstrations(part))
+    improved = update(lab, k, policy, initial, reward, data.demonstrations(part))
+    lab.names.setdefault(improved.identity, f"policy-{k + 1}")
+    return improved
 
 
 def make_update(recipe: Recipe) -> PolicyUpdate:

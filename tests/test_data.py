@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -161,8 +162,6 @@ def test_changed_file_is_read_anew(tmp_path: Path) -> None:
     assert load_demonstrations(card, "train") == LOADED
     stamp = file.stat()
     file.write_text(lines(ROWS).replace("4", "5"))  # same size
-    import os
-
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # and same time
     assert load_demonstrations(card, "train")[0]["completion"] == "5"
 

@@ -1,6 +1,7 @@
 """The E2E checker on sentences written for this test, with errors counted by hand."""
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -122,7 +123,10 @@ CASES = [
     # Ratings.
     ("name[Wildwood], customer rating[5 out of 5]", "Wildwood is rated five out of five.", {}),
     ("name[Wildwood], customer rating[high]", "Wildwood is a 5-star venue.", {}),
-    ("name[Wildwood], customer rating[high]", "Customers rate Wildwood highly.", {"customer rating": M}),
+    ("name[Wildwood], customer rating[high]", "Customers rate Wildwood highly.", {}),
+    ("name[Wildwood], customer rating[high]", "Wildwood is highly acclaimed.", {}),
+    ("name[Wildwood], eatType[pub]", "Wildwood is an acclaimed pub.", {}),
+    ("name[Wildwood], customer rating[high]", "Wildwood is wild.", {"customer rating": M}),
     ("name[Wildwood], customer rating[5 out of 5]", "Wildwood is highly rated by guests.", {}),
     ("name[Wildwood], customer rating[3 out of 5]", "Wildwood got 3 of 5 stars.", {}),
     ("name[Wildwood], customer rating[3 out of 5]", "Wildwood has 3/5 in reviews.", {}),
@@ -250,5 +254,213 @@ def test_errors_by_hand(prompt, text, expected):
     assert e2e.errors(prompt.lower(), text.lower()) == expected
 
 
-def test_there_are_many_cases():
-    assert len({text for _, text, _ in CASES}) >= 60
+def test_gold_counts_and_divides():
+    prompts = [
+        "name[Cotto], food[Italian], area[riverside]",
+        "name[Zizzi], eatType[pub]",
+        "name[Aromi], priceRange[high], near[Clare Hall], familyFriendly[no]",
+    ]
+    completions = [
+        "Cotto serves Italian food on the riverside.",
+        "Zizzi is a cheap coffee shop.",  # type wrong, price hallucinated
+        "Aromi is expensive and welcomes children.",  # family wrong, near missing
+    ]
+    result = e2e.gold(prompts, completions, [])
+    assert result.rows[0] == {
+        "slot_errors": 0.0,
+        "slots": 3.0,
+        "missing": 0.0,
+        "wrong": 0.0,
+        "hallucinated": 0.0,
+        "fully_right": 1.0,
+    }
+    assert [row["slot_errors"] for row in result.rows] == [0.0, 2.0, 2.0]
+    assert [row["hallucinated"] for row in result.rows] == [0.0, 1.0, 0.0]
+    assert result.corpus == pytest.approx(
+        {
+            "slot_error_rate": 4 / 9,
+            "fully_right": 1 / 3,
+            "missing_rate": 1 / 9,
+            "wrong_rate": 2 / 9,
+            "hallucinated_rate": 1 / 9,
+        }
+    )
+    assert e2e.gold.headline in result.corpus
+    assert e2e.gold.lower_is_better
+
+
+def test_gold_has_bleu_where_there_are_references():
+    # All of the unigrams to 4-grams match but for the last word: see test_tasks_bleu.
+    texts, references = ["cotto has good french food"], [["Cotto has good French meals"]]
+    result = e2e.gold(["name[Cotto], food[French]"], texts, references)
+    assert result.corpus["bleu"] == pytest.approx(100 * 0.2**0.25)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("name[Cotto], colour[red]", "colour"),
+        ("name[Cotto], food[Thai]", "Thai"),
+        ("name[Cotto] food[Thai", "food"),
+        ("name[Cotto], name[Zizzi]", "name"),
+        ("", "no slot"),
+    ],
+)
+def test_prompt_of_another_task_is_refused(prompt, found):
+    with pytest.raises(UserError, match=found) as error:
+        e2e.errors(prompt, "text")
+    assert "expected" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_must_match():
+    with pytest.raises(UserError, match="2 prompts and 1 completions"):
+        e2e.gold(["name[Cotto]", "name[Zizzi]"], ["Cotto"], [])
+
+
+VALUES = {slot: list(values) for slot, values in e2e.patterns.CLOSED.items()}
+VALUES |= {"name": e2e.patterns.NAMES, "near": e2e.patterns.NEIGHBOURS}
+
+
+@st.composite
+def prompts(draw):
+    slots = draw(st.sets(st.sampled_from(e2e.ORDER[1:]), min_size=2))
+    chosen = {s: draw(st.sampled_from(VALUES[s])) for s in e2e.ORDER if s in slots or s == "name"}
+    if chosen.get("near") == chosen["name"]:
+        chosen["near"] = "Clare Hall"
+    return ", ".join(f"{slot}[{value}]" for slot, value in chosen.items())
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompts(), st.integers(0, 2**32), st.booleans())
+def test_edit_asks_for_something_else(prompt, seed, lower):
+    if lower:
+        prompt = prompt.lower()
+    edited = e2e.edit(prompt, random.Random(seed))
+    assert edited == e2e.edit(prompt, random.Random(seed))
+    assert (edited == edited.lower()) == lower
+    before, after = e2e.slots_of(prompt), e2e.slots_of(edited)
+    changed = {s for s in before.keys() | after.keys() if before.get(s) != after.get(s)}
+    assert len(changed) == 1
+    assert list(after) == [slot for slot in e2e.ORDER if slot in after]
+    assert e2e.errors(prompt, e2e.template(prompt)) == {}
+    assert e2e.errors(edited, e2e.template(edited)) == {}
+    assert set(e2e.errors(edited, e2e.template(prompt))) == changed
+
+
+def test_edit_adds_drops_and_changes():
+    prompt, rng = "name[Cotto], food[French], area[riverside]", random.Random(0)
+    sizes = [len(e2e.slots_of(e2e.edit(prompt, rng))) for _ in range(300)]
+    assert {size: 60 < sizes.count(size) < 140 for size in (2, 3, 4)} == {2: True, 3: True, 4: True}
+
+
+WORDS = [
+    "the",
+    "a",
+    "is",
+    "are",
+    "not",
+    "no",
+    "very",
+    "low",
+    "high",
+    "average",
+    "good",
+    "cheap",
+    "expensive",
+    "inexpensive",
+    "moderately",
+    "quite",
+    "fairly",
+    "reasonably",
+    "price",
+    "prices",
+    "priced",
+    "range",
+    "rating",
+    "rated",
+    "customer",
+    "customers",
+    "star",
+    "stars",
+    "1",
+    "3",
+    "5",
+    "out",
+    "of",
+    "five",
+    "£20",
+    "£30",
+    "25",
+    "less",
+    "more",
+    "than",
+    "under",
+    "over",
+    "and",
+    "or",
+    "family",
+    "kids",
+    "child",
+    "friendly",
+    "adults",
+    "only",
+    "children",
+    "city",
+    "centre",
+    "river",
+    "near",
+    "by",
+    "Cotto",
+    "pub",
+    "coffee",
+    "shop",
+    "costs",
+    "a",
+    "lot",
+    ",",
+    ".",
+    "-",
+    "20-25",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(WORDS), max_size=25), prompts())
+def test_any_text_is_judged(words, prompt):
+    stated = e2e.statements(e2e.normalise(" ".join(words)))
+    meanings = {level for values in e2e.patterns.CLOSED.values() for level in values.values()}
+    for statement in itertools.chain.from_iterable(stated.values()):
+        assert statement.levels
+        assert statement.levels <= meanings | {"off scale"}
+    assert set(e2e.errors(prompt, " ".join(words)).values()) <= {M, W, H}
+
+
+def _data(split):
+    root = Path(__file__).parents[1]
+    folder = Path(os.environ.get("IRL_ALIGN_DATA", root.parent / "shared" / "data"))
+    path = folder / "e2e" / f"{split}.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"no {path}: set IRL_ALIGN_DATA to the folder that holds e2e/")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(("split", "prompts"), [("train", 4862), ("dev", 547), ("test", 630)])
+def test_template_is_right_on_every_prompt(split, prompts):
+    mrs = sorted({row["mr"] for row in _data(split)})
+    assert len(mrs) == prompts
+    assert [mr for mr in mrs if e2e.errors(mr, e2e.template(mr))] == []
+    lower = [mr.lower() for mr in mrs]
+    assert [mr for mr in lower if e2e.errors(mr, e2e.template(mr).lower())] == []
+
+
+@pytest.mark.parametrize(
+    ("split", "rate", "right"), [("dev", 0.0707, 0.7327), ("test", 0.0789, 0.6785)]
+)
+def test_human_references(split, rate, right):
+    """The numbers of the module's documentation."""
+    rows = _data(split)
+    corpus = e2e.gold([row["mr"] for row in rows], [row["ref"] for row in rows], []).corpus
+    assert corpus["slot_error_rate"] == pytest.approx(rate, abs=0.0002)
+    assert corpus["fully_right"] == pytest.approx(right, abs=0.0002)

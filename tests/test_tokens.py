@@ -35,8 +35,8 @@ ROWS = [
 ]
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}"
 )
 
 
@@ -218,9 +218,8 @@ def test_chat_ids_are_those_of_the_whole(chat: PreTrainedTokenizerFast) -> None:
     encoded = encode_demonstrations([row], chat, card("chat"), OPTIONS).rows[0]
     turns = [*TALK, {"role": "assistant", "content": row["completion"]}]
     whole = chat.apply_chat_template(turns, tokenize=True, return_dict=False)
-    assert (
-        encoded["prompt_ids"] + encoded["completion_ids"] == whole[: -len(chat("\n").input_ids[1:])]
-    )
+    newline = chat("\n", add_special_tokens=False).input_ids  # what follows the last EOS
+    assert encoded["prompt_ids"] + encoded["completion_ids"] + newline == whole
 
 
 def test_chat_template_with_bos_is_not_given_another(chat: PreTrainedTokenizerFast) -> None:
@@ -239,11 +238,12 @@ def test_chat_template_without_eos_gets_one(chat: PreTrainedTokenizerFast) -> No
 
 def test_token_over_the_seam_is_split(chat: PreTrainedTokenizerFast) -> None:
     """The policy is given the prompt's ids, so a token that joins prompt and answer cannot be."""
-    tokenizer = words("ask", "ask:b", "ask:", "b", "</s>")
+    tokenizer = words("ask", "ask:b", "ask:", "b")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}ask:"
         "{% else %}{{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
     )
+    prepare_tokenizer(tokenizer)
     assert tokenizer("ask:b").input_ids == [4]
     encoded = encode_demonstrations(
         [{"prompt": "x", "completion": "b"}], tokenizer, card("chat"), OPTIONS

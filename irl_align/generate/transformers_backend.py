@@ -67,9 +67,14 @@ class TransformersGenerator:
     ) -> None:
         if not eos_token_ids:
             raise UserError("eos_token_ids: found none, expected at least one end-of-sequence id")
-        for field, value in (("tokens", max_batch_tokens), ("rows", max_batch_rows)):
-            if value < 1:
-                raise UserError(f"max_batch_{field}: found {value}, expected at least 1")
+        limits = {
+            "max_batch_tokens": (max_batch_tokens, 1),
+            "max_batch_rows": (max_batch_rows, 1),
+            "context_length": (context_length, 2),
+        }
+        for field, (value, least) in limits.items():
+            if value is not None and value < least:
+                raise UserError(f"{field}: found {value}, expected at least {least}")
         config = model.config.get_text_config(decoder=True)
         self.model = model
         self.eos = np.asarray(sorted(eos_token_ids), dtype=np.int64)

@@ -125,10 +125,10 @@ _PRICER = (
     r"quality and|to \w+) )?"
 )
 _IS = (
-    r"(?: ?[:(,-] ?| )(?:(?:@|place|venue|restaurant|is|are|was|of|at|as|in|on|from|being|be|has|have|been|it|its|they|by|"
-    r"customers?|which|that|range|level|around|about|just|only|considered|listed|for|with|falls?|"
-    r"ranges?|and|out|to|run|runs|category|the|a|an|very|quite|fairly|rather|pretty|also|"
-    r"relatively|somewhat|tends?|service|food|all) )*"
+    r"(?: ?[:(,-] ?| )(?:(?:@|place|venue|restaurant|is|are|was|of|at|as|in|on|from|being|be|has|"
+    r"have|been|it|its|they|by|customers?|which|that|range|level|around|about|just|only|considered|"
+    r"listed|for|with|falls?|ranges?|and|out|to|run|runs|category|the|a|an|very|quite|fairly|"
+    r"rather|pretty|also|relatively|somewhat|tends?|service|food|all) )*"
 )
 
 # "An average price of £30" averages, it does not call the price average.

@@ -224,12 +224,11 @@ def _bucket(prompt: str) -> int:
 def realise(slots: Mapping[str, str], rng: random.Random) -> str:
     """One or two lower-case sentences that state the slots, in an order and a wording by chance."""
     parts: dict[str, list[str]] = {place: [] for place in Phrases._fields}
-    for slot in rng.sample(list(slots), len(slots)):
-        places = PHRASES[slot][slots[slot]]._asdict()
-        usable = [place for place, phrases in places.items() if phrases]
-        if usable:
-            place = rng.choice(usable)
-            parts[place].append(rng.choice(places[place]))
+    stated = [slot for slot in slots if slot != "name"]
+    for slot in rng.sample(stated, len(stated)):
+        ways = PHRASES[slot][slots[slot]]._asdict()
+        place = rng.choice([place for place, phrases in ways.items() if phrases])
+        parts[place].append(rng.choice(ways[place]))
     noun = " ".join([*parts["before"], rng.choice(("restaurant", "place"))])
     article = "an" if noun[0] in "aeiou" else "a"
     return _sentences(slots["name"], f"{article} {noun}", parts["after"], parts["clause"], rng)

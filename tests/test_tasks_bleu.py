@@ -1,0 +1,49 @@
+"""Corpus BLEU against values worked out by hand and sacrebleu's own function."""
+
+import pytest
+import sacrebleu
+
+from irl_align.errors import UserError
+from irl_align.tasks.bleu import corpus_bleu
+
+
+def test_one_reference_by_hand():
+    # Of 5, 4, 3, 2 n-grams 4, 3, 2, 1 match; as long as the reference, so no brevity penalty.
+    expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert corpus_bleu(["a b c d e"], [["a b c d f"]]) == pytest.approx(expected)
+
+
+def test_numbers_of_references_may_differ():
+    # The second text finds its fifth word in its second reference: 9 of 10 words match.
+    expected = 100 * (9 / 10 * 6 / 8 * 4 / 6 * 2 / 4) ** 0.25
+    references = [["a b c d f"], ["a b c d f", "x x x x e"]]
+    assert corpus_bleu(["a b c d e", "a b c d e"], references) == pytest.approx(expected)
+
+
+def test_case_counts_only_where_asked():
+    assert corpus_bleu(["A b C d"], [["a B c D"]]) == pytest.approx(100)
+    assert corpus_bleu(["A b C d"], [["a B c D"]], lowercase=False) < 20
+
+
+def test_same_as_sacrebleu():
+    texts = ["The Mill is a cheap pub.", "Cotto serves French food near the river, cheaply."]
+    references = [
+        ["The Mill is an inexpensive pub.", "A cheap pub is The Mill."],
+        ["Cotto is a French place near the river.", "Near the river, Cotto serves French food."],
+    ]
+    streams = [list(stream) for stream in zip(*references, strict=True)]
+    expected = sacrebleu.corpus_bleu(texts, streams, lowercase=True).score
+    assert corpus_bleu(texts, references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("texts", "references", "found"),
+    [
+        (["a"], [], "0 rows"),
+        (["a", "b"], [["a"], []], r"references\[1\] is empty"),
+        ([], [], "completions is empty"),
+    ],
+)
+def test_mistakes_are_named(texts, references, found):
+    with pytest.raises(UserError, match=found):
+        corpus_bleu(texts, references)
