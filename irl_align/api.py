@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from irl_align.config import Recipe
+from irl_align.errors import UserError
 from irl_align.lab import Lab
 from irl_align.loop import bilevel
 from irl_align.models import pick_device
@@ -38,6 +41,7 @@ def train(recipe: Recipe | str | Path) -> Result:
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    check_trackers(recipe)
     device = pick_device(recipe.device)
     output = Path(recipe.output_dir)
     folder = output / f"{recipe.name}-seed{recipe.seed}"
@@ -51,8 +55,8 @@ def train(recipe: Recipe | str | Path) -> Result:
         ranking = outcome.policy.ranking
         run.finish(
             {
-                "policy": str(result.policy.resolve().relative_to(output.resolve())),
-                "reward": str(reward.resolve().relative_to(output.resolve())) if reward else None,
+                "policy": os.path.relpath(result.policy, output),
+                "reward": os.path.relpath(reward, output) if reward else None,
                 "policy_number": outcome.policies.index(outcome.policy)
                 if outcome.policy in outcome.policies
                 else len(outcome.policies) - 1,
@@ -64,3 +68,13 @@ def train(recipe: Recipe | str | Path) -> Result:
             }
         )
     return result
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise UserError where a tracker of report_to is not installed, before any work is done."""
+    for tracker in recipe.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(
+                f"recipe: report_to: {tracker} is not installed; install irl-align[tracking], or "
+                "leave it out"
+            )

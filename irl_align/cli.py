@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 
 from irl_align import __version__
 from irl_align.errors import UserError
@@ -41,7 +41,7 @@ def train(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe: SFT, pairs, reward, policy, evaluation. The same command goes on after a stop."""
+    """Run a recipe. After a stop or a kill the same command goes on from where it was."""
     _set_up(debug)
     from irl_align.api import train as run_recipe
     from irl_align.recipe import load_recipe
@@ -68,13 +68,12 @@ def recipes(
     console = _console()
     if options:
         for key, kind, default, doc in options_table():
-            console.print(f"[bold]{key}[/bold]  {_plain(kind)} = {_plain(default)}")
-            console.print(f"    {_plain(doc)}")
+            console.print(f"[bold]{key}[/bold]  {_plain(kind)} = {_plain(default)}", soft_wrap=True)
+            console.print(_indented(doc))
         return
-    table = Table("recipe", "name", "description")
-    for path, name, description in list_recipes():
-        table.add_row(_plain(os.path.relpath(path)), name, _plain(description.split("\n")[0]))
-    console.print(table)
+    for path, _, description in list_recipes():
+        console.print(f"[bold]{_plain(os.path.relpath(path))}[/bold]", soft_wrap=True)
+        console.print(_indented(description))
 
 
 @app.command(epilog="Example: irl-align show runs/e2e-spin-seed1 runs/e2e-irl-best-of-n-seed1")
@@ -124,7 +123,12 @@ def generate(
         Path | None, typer.Option("--output", help="JSON lines; standard output if left out.")
     ] = None,
     n: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 is greedy. Left out: 1, or that of a selecting run.", show_default=False
+        ),
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest sample in tokens.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
@@ -136,11 +140,15 @@ def generate(
     from irl_align.generate import Sampling
     from irl_align.serve import generate_rows, read_rows, resolve_policy
 
-    rows = read_rows(input, [("prompt",)])
+    rows, policy = read_rows(input, [("prompt",)]), resolve_policy(model)
     sampling = Sampling(
-        n=n, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+        n=n,
+        temperature=policy.temperature if temperature is None else temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
     )
-    _write(generate_rows(resolve_policy(model), rows, sampling, device), output)
+    _write(generate_rows(policy, rows, sampling, device), output)
 
 
 @app.callback(invoke_without_command=True)
@@ -174,6 +182,9 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()  # so that the message has a line of its own
     typer.echo(f"irl-align: {message}", err=True)
     raise SystemExit(status)
 
@@ -213,6 +224,10 @@ def _set_up(debug: bool) -> None:
 def _console() -> Console:
     """As wide as the terminal; 100 columns when the output is a file."""
     return Console(width=None if sys.stdout.isatty() else 100)
+
+
+def _indented(text: str) -> Padding:
+    return Padding(_plain(" ".join(text.split())), (0, 0, 0, 4))
 
 
 def _plain(text: str) -> str:

@@ -165,6 +165,8 @@ class PreferenceOptions(Options):
 
     card: str
     """Card of a preference set."""
+    split: str = "train"
+    """Split of the card."""
     path: str | None = None
     """Local file or folder in place of the card's source."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0

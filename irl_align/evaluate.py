@@ -53,7 +53,8 @@ def vitals(
 def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) -> list[str]:
     """Signs that a policy went wrong against pi_0: one line for each bound that is passed.
 
-    now, start: vital signs of the new policy and of pi_0; a key that is missing is not judged.
+    now, start: vital signs of the new policy and of pi_0; a key that is missing is not judged, a
+    NaN is a sign.
     """
     signs = []
 
@@ -71,7 +72,7 @@ def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) 
             f"{bounds.entropy_low:g} to {bounds.entropy_high:g}",
         )
     if "kl" in now:
-        judge("kl", now["kl"] > bounds.kl, f"{now['kl']:.2f} nats, above {bounds.kl:g}")
+        judge("kl", not now["kl"] <= bounds.kl, f"{now['kl']:.2f} nats, above {bounds.kl:g}")
     change = now["length"] / start["length"] - 1.0
     judge(
         "length",
@@ -88,7 +89,7 @@ def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) 
         fall = start["demonstration_logp"] - now["demonstration_logp"]
         judge(
             "demonstration_log_prob",
-            fall > bounds.demonstration_log_prob,
+            not fall <= bounds.demonstration_log_prob,
             f"fell by {fall:.2f} nats, more than {bounds.demonstration_log_prob:g}",
         )
     return signs

@@ -22,8 +22,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
     Missing parent folders are made. One writer at a time: callers hold a lock.
     """
-    # A fixed name, so that what a kill leaves is overwritten by the next try.
-    aside = path.with_name(f".{path.name}.partial")
+    aside = path.with_name(partial_name(path.name))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A lone surrogate, which JSON can carry and UTF-8 cannot, becomes "?".
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
@@ -35,6 +34,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     fsync(path.parent)
 
 
+def partial_name(name: str) -> str:
+    """Name of what is being written; fixed, so that the next try overwrites what a kill leaves."""
+    return f".{name}.partial"
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill, which becomes ``path`` when the block ends without error.
@@ -44,7 +48,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    aside = path.with_name(f".{path.name}.partial")
+    aside = path.with_name(partial_name(path.name))
     if aside.exists():
         shutil.rmtree(aside)
     aside.mkdir(parents=True)
@@ -185,24 +189,35 @@ def full_disk_told(task: str, folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        kept = "nothing already computed is lost"
+        if _has_errno(error, errno.EFBIG):
+            raise UserError(
+                f"{task}: a file below {folder} grew past the largest that is allowed; {kept}: "
+                "raise the limit (ulimit -f) and run the same command again"
+            ) from error
         if not _is_full_disk(error, folder):
             raise
         free = _free_bytes(folder) / 2**20
         raise UserError(
-            f"{task}: no space left for {folder} ({free:.0f} MiB free); nothing already computed "
-            "is lost: free space and run the same command again"
+            f"{task}: no space left for {folder} ({free:.0f} MiB free); {kept}: free space and "
+            "run the same command again"
         ) from error
 
 
-def _is_full_disk(error: BaseException | None, folder: Path) -> bool:
+def _is_full_disk(error: BaseException, folder: Path) -> bool:
+    # torch.save and NumPy do not say why, but leave what they managed to write.
+    return _has_errno(error, errno.ENOSPC, errno.EDQUOT) or _free_bytes(folder) < 2**20
+
+
+def _has_errno(error: BaseException | None, *numbers: int) -> bool:
+    """Whether an error or what led to it is one of these of the system's."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in numbers:
             return True
-        if os.strerror(errno.ENOSPC) in str(error):  # safetensors
+        if any(os.strerror(number) in str(error) for number in numbers):  # safetensors
             return True
         error = error.__cause__ or error.__context__
-    # torch.save and NumPy say neither, but leave what they managed to write.
-    return _free_bytes(folder) < 2**20
+    return False
 
 
 def _free_bytes(folder: Path) -> int:

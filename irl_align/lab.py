@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ class Lab:
 
     def training(self, work: Path, label: str) -> Training:
         """Settings of a trainer working in a stage's folder, with a seed of its own."""
+        if "tensorboard" in self.recipe.report_to:
+            # transformers' own switch; by default events go beside the checkpoints, which are
+            # thrown away.
+            events = self.run.folder / "tensorboard" / label.replace(" ", "-")
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(events)
         return Training(
             work=work,
             seed=derive_seed(self.recipe.seed, label) % 2**31,

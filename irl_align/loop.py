@@ -31,6 +31,7 @@ from irl_align.steps import (
 )
 
 logger = logging.getLogger(__name__)
+ROUNDING = 1e-6  # of a float32 mean: a reward that learned nothing has loss ln 2 up to this
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,11 @@ def judge_reward(lab: Lab, k: int, fit: dict[str, Any]) -> str | None:
                 f"older pairs: accuracy on iteration {older} fell by {fall:.1%}, more than "
                 f"{bounds.older_drop:.1%}: the reward forgets; widen pairs.window or init warm"
             )
-    unfit = fit["held_out"]["loss"] >= bounds.unfit_loss
+    loss = fit["held_out"]["loss"]
+    unfit = loss is None or loss >= bounds.unfit_loss - ROUNDING
     if unfit:
-        signs.append(
-            f"held-out pair loss {fit['held_out']['loss']:.4f} is at or above "
-            f"{bounds.unfit_loss:.4f}: the reward is unfit and is not optimised on"
-        )
+        found = "not finite" if loss is None else f"{loss:.4f}, at or above {bounds.unfit_loss:.4f}"
+        signs.append(f"held-out pair loss is {found}: the reward is unfit and is not optimised on")
     _tell(lab, f"signs/reward-{k}", signs)
     return f"iteration {k}: the reward is unfit" if unfit else None
 
@@ -103,7 +103,10 @@ def judge_reward(lab: Lab, k: int, fit: dict[str, Any]) -> str | None:
 def judge_policy(lab: Lab, k: int, vitals: dict[str, Any], baseline: dict[str, Any]) -> str | None:
     """Warn of every bound that the new policy passes; the reason to end if the recipe says so."""
     bounds = lab.recipe.loop.signs
-    signs = find_signs(bounds, vitals, baseline)
+    # In a record, null is a number that was not finite.
+    signs = [f"{name}: not finite" for name, value in vitals.items() if value is None]
+    finite = {name: v for name, v in vitals.items() if None not in (v, baseline.get(name, v))}
+    signs += find_signs(bounds, finite, baseline)
     _tell(lab, f"signs/policy-{k + 1}", signs)
     if signs and bounds.action == "stop":
         return f"iteration {k}: {signs[0]}; policy {k} is kept"

@@ -27,8 +27,17 @@ from irl_align.errors import UserError
 from irl_align.maths.logprobs import chosen_logprobs
 
 TOKENS_PER_BATCH = 16384
+LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: vocabularies of 150,000 would fill a GPU otherwise
 # Heads that transform the logits after the output matrix: these need the model's own forward.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "mup_width_scale")
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier",
+)
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,19 +53,26 @@ def load_model(
     path: str | Path,
     device: torch.device | str = "cpu",
     loader: Any = AutoModelForCausalLM,
+    fresh: Sequence[str] = (),
     **options: Any,
 ) -> PreTrainedModel:
     """Load a model folder or Hub id with `loader`, safetensors only, in eval mode.
 
-    Raises UserError when the folder is missing, half written, or no such model.
+    fresh: weights that may be missing, to start at random. Raises UserError when the folder is
+    missing, half written, or no such model, or when other weights are missing.
     """
     options.setdefault("dtype", torch.float32)
     try:
-        model = loader.from_pretrained(str(path), use_safetensors=True, **options)
-    except UserError:
-        raise
+        model, report = loader.from_pretrained(
+            str(path), use_safetensors=True, output_loading_info=True, **options
+        )
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         raise UserError(_load_message(path, "model", error)) from error
+    if missing := sorted(set(report["missing_keys"]) - set(fresh)):
+        raise UserError(
+            f"{path}: *.safetensors: {len(missing)} weights of {type(model).__name__} are missing "
+            f"({', '.join(missing[:4])}); expected all of them"
+        )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
@@ -65,6 +81,9 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises UserError when the folder or Hub id has none."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **options)
+        # Of a folder with config.json alone some architectures make a tokenizer without a text.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError(f"its vocabulary has {len(tokenizer)} tokens, all of them special")
     except Exception as error:
         raise UserError(_load_message(path, "tokenizer", error)) from error
     return tokenizer
@@ -138,12 +157,26 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def has_plain_logits(model: PreTrainedModel) -> bool:
+    """Whether logits are the output layer's, neither scaled nor capped after it."""
+    config = model.config.get_text_config()
+    return all(getattr(config, name, None) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS)
+
+
 def lm_head_logits(head: torch.nn.Module | Tensor, hidden: Tensor) -> Tensor:
     """Logits (..., V) of hidden states (..., H) by an output layer or its weight (V, H)."""
     if isinstance(head, Tensor):
         return torch.nn.functional.linear(hidden, head)
     logits: Tensor = head(hidden)
     return logits
+
+
+def head_logprobs(head: torch.nn.Module | Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-prob (M,) of token ids (M,) by an output layer on hidden states (M, H), in pieces."""
+    weight: Any = head if isinstance(head, Tensor) else head.weight  # (V, H)
+    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    pieces = zip(hidden.split(rows), token_ids.split(rows), strict=True)
+    return torch.cat([chosen_logprobs(lm_head_logits(head, h), ids) for h, ids in pieces])
 
 
 def completion_logprobs(
@@ -160,7 +193,10 @@ def completion_logprobs(
     """
     rows = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
-    direct = all(getattr(model.config, name, None) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS)
+    direct = has_plain_logits(model)
+    if not direct:  # the logits of all places are there at once
+        vocabulary = model.config.get_text_config().vocab_size
+        max_batch_tokens = min(max_batch_tokens, LOGITS_AT_ONCE // vocabulary)
 
     def one_batch(batch: list[int]) -> None:
         ids, mask = pad_right([rows[i] for i in batch], model.config.pad_token_id or 0)
@@ -171,10 +207,12 @@ def completion_logprobs(
         row, place = row.to(model.device), place.to(model.device)
         if direct:
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            logits = lm_head_logits(model.get_output_embeddings(), hidden[row, place])
+            head = model.get_output_embeddings()
+            chosen = head_logprobs(head, hidden[row, place], ids[row, place + 1])
         else:
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[row, place]
-        logps = chosen_logprobs(logits, ids[row, place + 1]).cpu().numpy()
+            chosen = chosen_logprobs(logits, ids[row, place + 1])
+        logps = chosen.cpu().numpy()
         ends = np.cumsum([len(completions[i]) for i in batch])[:-1]
         for number, values in zip(batch, np.split(logps, ends), strict=True):
             out[number] = values

@@ -69,12 +69,16 @@ def write_chosen(work: Path, completions: Sequence[Sequence[Completion]]) -> Non
 
 
 def read_samples(folder: Path, prompts: Sequence[Sequence[int]]) -> SampleSet:
-    """Read what :func:`write_samples` wrote for the same prompts."""
+    """Read what :func:`write_samples` wrote for the same prompts; UserError if it is damaged."""
     path = folder / "samples.parquet"
     try:
         table = pq.read_table(path, schema=_SCHEMA)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: not a whole samples file: {error}") from error
+    rows = table.column("prompt").to_numpy()
+    found = int(rows.max()) + 1 if len(rows) else 0
+    if found != len(prompts):
+        raise UserError(f"{path}: samples of {found} prompts, expected {len(prompts)}")
     completions: list[list[Completion]] = [[] for _ in prompts]
     columns = (table.column(name).to_pylist() for name in _SCHEMA.names)
     for prompt, ids, logprobs, truncated in zip(*columns, strict=True):

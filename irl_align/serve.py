@@ -24,12 +24,13 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """A policy folder, and for Best-of-N selection its reward folder, N and score."""
+    """A policy folder, and for Best-of-N selection its reward folder, N, score and temperature."""
 
     model: Path
     reward: Path | None = None
     best_of: int = 1
     score: str = "reward"
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,13 @@ def resolve_policy(path: Path) -> SavedPolicy:
     ranking = (Run.load(path).summary or {}).get("ranking")
     if ranking is None:
         return SavedPolicy(model)
-    return SavedPolicy(model, resolve(path, "reward"), int(ranking["n"]), str(ranking["score"]))
+    return SavedPolicy(
+        model,
+        resolve(path, "reward"),
+        int(ranking["n"]),
+        str(ranking["score"]),
+        float(ranking["temperature"]),
+    )
 
 
 def score_rows(path: Path, rows: Rows, device: str) -> tuple[Rows, float | None]:

@@ -31,6 +31,7 @@ from irl_align.files import (
     fsync_tree,
     full_disk_told,
     locked,
+    partial_name,
     read_json,
     read_lines,
     to_json,
@@ -118,7 +119,9 @@ def _build(
 ) -> None:
     """Run ``build`` in ``work`` and write the stage's record, the last file to appear there."""
     work.mkdir(exist_ok=True)
-    (work / RECORD).unlink(missing_ok=True)
+    # What a kill left of the record, whole or half written, is no artefact.
+    for name in (RECORD, partial_name(RECORD)):
+        (work / name).unlink(missing_ok=True)
     resumed = any(work.iterdir())
     if cuda := _cuda():
         cuda.reset_peak_memory_stats()

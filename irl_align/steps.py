@@ -64,6 +64,7 @@ from irl_align.tokens import (
 from irl_align.trainers import fit_sft, save_model, sft_columns
 
 logger = logging.getLogger(__name__)
+NORMALISED = 4096  # demonstrations, evenly spaced, that the reward's mean and variance come from
 PARTS = ("sft", "reward", "held_out", "evaluation")
 
 
@@ -78,6 +79,8 @@ class Data:
     evaluation: Dataset
     checksums: dict[str, str]
     """Checksum of each part's token ids: what the stages that read the part are keyed by."""
+    context: int | None
+    """Most tokens of prompt and completion together, the model's positions."""
 
     def demonstrations(self, part: str) -> Demonstrations:
         """Token ids of one part."""
@@ -119,7 +122,7 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
 
     def build(work: Path) -> dict[str, Any]:
         context = context_length(lab.load_policy(start.path))
-        counts: dict[str, Any] = {**division.counts(), "token_checksums": {}}
+        counts: dict[str, Any] = {**division.counts(), "context": context, "token_checksums": {}}
         for part, some in rows.items():
             encoded = encode_demonstrations(some, lab.tokenizer, card, options, context)
             encoded.rows.to_parquet(str(work / f"{part}.parquet"))
@@ -145,7 +148,8 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
         part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
         for part in PARTS
     }
-    return Data(card=card, checksums=stage.metrics["token_checksums"], **parts), start
+    limit = stage.metrics.get("context")
+    return Data(card, checksums=stage.metrics["token_checksums"], context=limit, **parts), start
 
 
 def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Policy:
@@ -248,6 +252,7 @@ def make_pairs(
                 per_demonstration=options.contrast_per_demonstration,
                 edit=import_object(data.card.edit, "edit") if data.card.edit else None,
                 encode=lambda texts: encode_prompts(texts, lab.tokenizer, data.card),
+                context=data.context,
                 **common,
             )
         common |= {
@@ -351,8 +356,8 @@ def fit_reward_level(
             for name, values in preferences.columns.items():
                 columns[name] = columns[name] + values
         metrics = fit_reward(reward, columns, options.loss, args, lab.training(work, f"reward {k}"))
-        rows = data.demonstrations("reward")
-        reward.fit_normaliser(rows.prompts, rows.completions)
+        rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
+        reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["completion_ids"]))
         reward.save_pretrained(work / "model")
         return {**metrics, "normaliser": [reward.settings.mean, reward.settings.std]}
 
@@ -415,7 +420,7 @@ def _preferences(lab: Lab, initial: Policy) -> Preferences | None:
     if options is None:
         return None
     card = load_card(options.card)
-    rows = load_preferences(card, "train", options.path)
+    rows = load_preferences(card, options.split, options.path)
     context = context_length(lab.load_policy(initial.path))
     encoded = encode_preferences(rows, lab.tokenizer, card, lab.recipe.data, context).rows
     pairs = encoded.add_column("rejected_prompt_ids", list(encoded["prompt_ids"]))

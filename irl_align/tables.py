@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,117 +16,151 @@ MISSING = "-"
 
 
 def results_table(views: Sequence[RunView]) -> Table:
-    """One row per policy of each run: gold at every temperature, KL, length, reward accuracy."""
-    records = {id(view): {r["key"]: r for r in view.metrics} for view in views}
-    temperatures = sorted(
-        {r["temperature"] for rs in records.values() for r in rs.values() if "temperature" in r},
-        reverse=True,
-    )
-    table = Table(title="results", title_justify="left")
-    table.add_column("policy")
-    headline = _headline(records.values())
-    for t in temperatures:
-        name = "greedy" if t == 0 else f"T={t:g}"
-        if headline:
-            table.add_column(f"{headline.replace('_', ' ')} {name}", justify="right")
-            table.add_column(f"fully right {name}", justify="right")
-        table.add_column(f"BLEU {name}" if headline else f"length {name}", justify="right")
-    for column in ("KL to pi_0", "length", "truncated", "reward accuracy"):
-        table.add_column(column, justify="right")
-    shown: set[str] = set()
-    for view in views:
-        by_key = records[id(view)]
-        for label, evaluations, stages in _policies(view, by_key):
-            if stages in shown:
-                continue
-            shown.add(stages)
-            table.add_row(label, *_cells(evaluations, temperatures, headline, by_key))
+    """One row per policy of each run: gold at every temperature (length where there is no gold)."""
+    rows = _rows(views)
+    temperatures = sorted({t for row in rows for t in row.evaluations}, reverse=True)
+    records = [record for row in rows for record in row.evaluations.values()]
+    headline = next((str(r["headline"]) for r in records if "headline" in r), None)
+    metrics = [headline, "fully_right", "bleu"] if headline else ["length"]
+    metrics = [m for m in metrics if any(_value(r, m) is not None for r in records)]
+    at = ["greedy" if t == 0 else f"T={t:g}" for t in temperatures]
+    columns = [f"{metric.replace('_', ' ')} {t}" for metric in metrics for t in at]
+    table = _table("results", "policy", columns)
+    for row in rows:
+        table.add_row(
+            row.label,
+            *(
+                _shown(metric, _value(row.evaluations.get(t, {}), metric))
+                for metric in metrics
+                for t in temperatures
+            ),
+        )
     return table
 
 
-def _headline(all_records: Iterable[Mapping[str, Any]]) -> str | None:
-    for records in all_records:
-        for record in records.values():
-            if "headline" in record:
-                return str(record["headline"])
-    return None
-
-
-def _policies(
-    view: RunView, by_key: Mapping[str, Any]
-) -> Iterable[tuple[str, dict[float, Any], str]]:
-    """(label, temperature -> evaluation record, key that names what was evaluated)."""
-    if "evaluation/demonstrations" in by_key:
-        record = by_key["evaluation/demonstrations"]
-        stage = view.stages.get("evaluation/demonstrations", {}).get("key", "demonstrations")
-        yield "demonstrations", {1.0: {**record, "policy": None}}, stage
-    numbers = sorted(
-        {
-            r["policy"]
-            for r in by_key.values()
-            if r["key"].startswith("evaluation/") and "policy" in r
-        }
+def vitals_table(views: Sequence[RunView]) -> Table:
+    """One row per policy of each run: what its samples at temperature 1 look like, and how well
+    the reward that it was improved on tells demonstrations from samples, old and fresh."""
+    rows = _rows(views)
+    columns = (
+        "KL",
+        "entropy per token",
+        "length",
+        "truncated",
+        "reward accuracy",
+        "fresh samples",
     )
-    for number in numbers:
-        found = {
-            r["temperature"]: r
-            for r in by_key.values()
-            if r["key"].startswith(f"evaluation/{number}/")
-        }
-        role = f"evaluation/{number}/t1"
-        stage = view.stages.get(role, {}).get("key", f"{view.folder}/{number}")
-        name = view.recipe["name"]
-        label = "SFT" if number == 0 else f"{name} {number}"
-        yield f"{label} (seed {view.recipe['seed']})", found, stage
+    table = _table("vital signs, at temperature 1", "policy", columns)
+    for row in rows:
+        first = row.evaluations.get(1.0, {})
+        kl = f"<= {first['kl_bound']:.2f}" if "kl_bound" in first else _number(first.get("kl"), 2)
+        table.add_row(
+            row.label,
+            kl,
+            _number(first.get("entropy"), 2),
+            _number(first.get("length"), 1),
+            _percent(first.get("truncated")),
+            _percent(row.reward.get("held_out", {}).get("accuracy")),
+            _percent(row.vitals.get("fresh_accuracy")),
+        )
+    return table
 
 
-def _cells(
-    evaluations: Mapping[float, Any],
-    temperatures: Sequence[float],
-    headline: str | None,
-    by_key: Mapping[str, Any],
-) -> list[str]:
-    cells = []
-    for t in temperatures:
-        record = evaluations.get(t, {})
-        metrics = record.get("metrics", {})
-        if headline:
-            cells.append(_percent(metrics.get(headline)))
-            cells.append(_percent(metrics.get("fully_right")))
-        cells.append(_number(metrics.get("bleu") if headline else record.get("length"), 1))
-    first = evaluations.get(1.0, {})
-    kl = _number(first.get("kl"), 2)
-    if "kl_bound" in first:
-        kl = f"<= {first['kl_bound']:.2f}"
-    cells += [kl, _number(first.get("length"), 1), _percent(first.get("truncated"))]
-    number = first.get("policy")
-    fit = by_key.get(f"reward/{number - 1}") if number else None
-    cells.append(_percent(fit["held_out"]["accuracy"]) if fit else MISSING)
-    return cells
+@dataclass(frozen=True)
+class _Row:
+    """One policy of a run: temperature -> evaluation record, its reward's and its own report."""
+
+    label: str
+    evaluations: dict[float, dict[str, Any]]
+    reward: dict[str, Any]
+    vitals: dict[str, Any]
+
+
+def _rows(views: Sequence[RunView]) -> list[_Row]:
+    """Every policy of the runs; one that several runs share (the demonstrations, SFT) once."""
+    rows: dict[str, _Row] = {}
+    seeds = {view.recipe["seed"] for view in views}
+    for view in views:
+        by_key = {record["key"]: record for record in view.metrics}
+        stages = {role: stage["key"] for role, stage in view.stages.items()}
+        seed = f", seed {view.recipe['seed']}" if len(seeds) > 1 else ""
+        if record := by_key.get("evaluation/demonstrations"):
+            stage = stages.get("evaluation/demonstrations", "demonstrations")
+            rows.setdefault(stage, _Row("demonstrations", {1.0: record}, {}, {}))
+        numbers = [r["policy"] for r in view.metrics if _is_evaluation(r)]
+        for number in sorted(set(numbers)):
+            found = {
+                r["temperature"]: r
+                for r in view.metrics
+                if _is_evaluation(r) and r["policy"] == number
+            }
+            rows.setdefault(
+                stages.get(f"evaluation/{number}/t1", f"{view.folder}/{number}"),
+                _Row(
+                    f"{_label(view, number)}{seed}",
+                    found,
+                    by_key.get(f"reward/{number - 1}", {}),
+                    by_key.get(f"vitals/{number}", {}),
+                ),
+            )
+    return list(rows.values())
+
+
+def _is_evaluation(record: Mapping[str, Any]) -> bool:
+    return record["key"].startswith("evaluation/") and "policy" in record
+
+
+def _label(view: RunView, number: int) -> str:
+    """A policy's name in tables: SFT, or the run's name and the iteration."""
+    if number == 0:
+        return "SFT" if view.recipe["sft"]["enabled"] else "start model"
+    update = view.recipe["policy_update"]
+    best = f", best of {update['n']}" if update.get("use") == "select" else ""
+    return f"{view.recipe['name']} {number}{best}"
+
+
+def _value(record: Mapping[str, Any], metric: str) -> float | None:
+    value = record.get("metrics", record).get(metric)
+    return None if value is None else float(value)
+
+
+def _shown(metric: str, value: float | None) -> str:
+    return _number(value, 1) if metric in ("bleu", "length") else _percent(value)
+
+
+def _table(title: str, label: str, numbers: Sequence[str]) -> Table:
+    """A table of a column of labels and of narrow columns of numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(label, vertical="bottom")
+    for name in numbers:
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    return table
 
 
 def costs_table(view: RunView) -> Table:
-    """Time and peak memory of every stage of a run, and whether it was reused."""
-    table = Table(title=f"stages of {view.folder.name}", title_justify="left")
-    for column in ("stage", "seconds", "peak MiB", ""):
-        table.add_column(column, justify="left" if column in ("stage", "") else "right")
+    """Time and peak memory of a run's stages, those of one kind together."""
+    columns = ("built", "reused", "seconds", "peak MiB")
+    table = _table(f"costs of {view.folder.name}", "stage", columns)
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
     for record in view.metrics:
         if record["key"].startswith("stage/"):
-            peak = record.get("peak_cuda_mib", record.get("peak_rss_mib"))
-            table.add_row(
-                record["key"].removeprefix("stage/"),
-                _number(record.get("seconds"), 1),
-                _number(peak, 0),
-                "reused" if record["reused"] else "",
-            )
+            kinds.setdefault(record["stage"], []).append(record)
+    for kind, records in [*kinds.items(), ("total", [r for rs in kinds.values() for r in rs])]:
+        reused = sum(bool(record["reused"]) for record in records)
+        peaks = [r.get("peak_cuda_mib", r.get("peak_rss_mib")) for r in records]
+        table.add_row(
+            kind,
+            str(len(records) - reused),
+            str(reused),
+            _number(sum(record.get("seconds") or 0.0 for record in records), 1),
+            _number(max((peak for peak in peaks if peak is not None), default=None), 0),
+        )
     return table
 
 
 def reward_table(view: RunView) -> Table:
     """Held-out health of every iteration's reward, beside the shortcuts on the same pairs."""
-    table = Table(title=f"rewards of {view.folder.name}", title_justify="left")
     columns = (
-        "iteration",
         "accuracy",
         "loss",
         "margin",
@@ -132,11 +168,11 @@ def reward_table(view: RunView) -> Table:
         "older pairs",
         "fresh samples",
         "length alone",
-        "truncation alone",
+        "EOS alone",
         "SFT log-prob",
     )
-    for column in columns:
-        table.add_column(column, justify="right")
+    title = f"rewards of {view.folder.name}, on held-out demonstrations"
+    table = _table(title, "iteration", columns)
     by_key = {record["key"]: record for record in view.metrics}
     for key, record in by_key.items():
         if not key.startswith("reward/"):
@@ -170,8 +206,9 @@ def signs(view: RunView) -> list[str]:
 
 
 def show_runs(views: Sequence[RunView], console: Console) -> None:
-    """Print results, rewards, costs and signs of runs."""
+    """Print results, vital signs, rewards, costs and signs of runs."""
     console.print(results_table(views))
+    console.print(vitals_table(views))
     for view in views:
         if any(record["key"].startswith("reward/") for record in view.metrics):
             console.print(reward_table(view))
@@ -187,4 +224,5 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return MISSING if value is None else f"{value:.{digits}f}"
+    # Adding 0 makes of -0.0 a 0.
+    return MISSING if value is None else f"{round(value, digits) + 0.0:.{digits}f}"

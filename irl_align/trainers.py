@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from irl_align.errors import UserError
@@ -54,13 +54,13 @@ def training_args(config_class: type, options: Mapping[str, Any], training: Trai
     on_cpu = training.device.type == "cpu"
     merged: dict[str, Any] = {
         "gradient_checkpointing": False,
-        "save_strategy": "steps",
         "save_steps": 0.25,
         "save_total_limit": 2,
         "logging_steps": 10,
         **({"bf16": False, "dataloader_pin_memory": False} if on_cpu else {}),
         **options,
         "output_dir": str(training.work / "scratch"),
+        "save_strategy": "steps",
         "seed": training.seed,
         "data_seed": training.seed,
         "report_to": list(training.report_to) or "none",
@@ -78,8 +78,42 @@ def training_args(config_class: type, options: Mapping[str, Any], training: Trai
         ) from error
 
 
+class LengthGroups(LengthGroupedSampler):
+    """transformers' batches of similar length, in an order that seed and epoch alone decide.
+
+    Its own order comes from torch's global random numbers: a training that resumes in its second
+    epoch would see the rows of the first epoch's order.
+    """
+
+    def __init__(
+        self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]
+    ) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(hash((self.seed, self.epoch())) % 2**63)
+        rows: Iterator[int] = super().__iter__()
+        return rows
+
+
 class Guarded:
-    """Mixin before a Trainer: the first loss that is not finite stops the training."""
+    """Mixin before a Trainer: stops at a loss that is not finite; orders rows by epoch and seed."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """Order of the rows: ours for batches of similar length, else the trainer's own."""
+        trainer: Any = self
+        args = trainer.args
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        rows = trainer.train_dataset if train_dataset is None else train_dataset
+        return LengthGroups(
+            args.train_batch_size * args.gradient_accumulation_steps,
+            list(rows[args.length_column_name]),
+            args.data_seed,
+            lambda: int(trainer.state.epoch or 0),
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step of the trainer below; raises UserError on a NaN or infinite loss."""
@@ -106,7 +140,7 @@ class _Progress(ProgressCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            self.training_bar.set_description(self.label)
+            self.training_bar.set_description(self.label, refresh=False)
 
     def on_log(
         self,
@@ -117,11 +151,17 @@ class _Progress(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}", refresh=False)
 
 
 class _MarkComplete(TrainerCallback):
-    """Marks a checkpoint after its last file, so that a half-written one is never resumed."""
+    """Marks a checkpoint after its last file, so that a half-written one is never resumed.
+
+    Logs before every checkpoint too: a mean over steps on both sides of it would be lost.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _DONE).touch()
@@ -149,18 +189,27 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
         logging.getLogger(__name__).info("%s: resuming from %s", training.label, resume.name)
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     history = trainer.state.log_history
-    losses = [record["loss"] for record in history if "loss" in record]
+    losses = [(record["step"], record["loss"]) for record in history if "loss" in record]
+    starts = [0] + [step for step, _ in losses]
     metrics: dict[str, Any] = {
         "steps": output.global_step,
-        "train_loss": output.training_loss,
-        "last_loss": losses[-1] if losses else output.training_loss,
+        # The output's own is of the steps since the resume.
+        "train_loss": sum(
+            (step - start) * loss for start, (step, loss) in zip(starts, losses, strict=False)
+        )
+        / output.global_step,
+        "last_loss": losses[-1][1],
         "history": [
             {key: value for key, value in record.items() if isinstance(value, int | float)}
             for record in history
         ],
     }
-    if not math.isfinite(metrics["last_loss"]):
-        raise UserError(f"{training.label}: training ended with loss {metrics['last_loss']}")
+    model: Any = trainer.model
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise UserError(
+            f"{training.label}: training ended at step {output.global_step} with weights that are "
+            "not finite; lower learning_rate in the stage's args"
+        )
     return metrics
 
 
@@ -173,7 +222,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def as_dataset(columns: Mapping[str, list[Any]], name: str) -> Dataset:
     """A dataset of equal columns; raises UserError when there are no rows."""
     if not next(iter(columns.values()), None):
-        raise UserError(f"{name}: no rows are left to train on; look at the counts above")
+        raise UserError(
+            f"{name}: no rows are left to train on: no sample ended with EOS; raise "
+            "generation.max_new_tokens, or train SFT for longer"
+        )
     return Dataset.from_dict(dict(columns))
 
 

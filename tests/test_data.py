@@ -524,6 +524,15 @@ def test_smaller_shares_are_nested_part_by_part(seed: int, one: float, other: fl
         assert names[0] <= names[1] <= names[2]
 
 
+def test_part_of_a_prompt_does_not_depend_on_other_prompts() -> None:
+    rows = demos(list(range(183)))
+    values = options(share=0.8, reward_data="disjoint")
+    whole, half = divide(rows, values, 0), divide(rows[:31], values, 0)
+    own = prompts_of(rows[:31])
+    for part in ("sft", "reward", "held_out"):
+        assert prompts_of(getattr(half, part)) == prompts_of(getattr(whole, part)) & own
+
+
 def test_division_sizes_and_seeds() -> None:
     rows = [{"prompt": f"p{n}", "completion": "c"} for n in range(4000)]
     parts = divide(

@@ -204,13 +204,15 @@ def test_draws_invert_the_cumulative_distribution() -> None:
     np.testing.assert_allclose(logprobs.exp(), [0.25, 0.25, 0.5, 0.25, 0.25], rtol=1e-6)
 
 
-def test_a_uniform_near_one_never_draws_a_token_of_probability_zero() -> None:
+def test_the_extreme_uniforms_never_draw_a_token_of_probability_zero() -> None:
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, 100:900] = torch.randn(800, generator=torch.Generator().manual_seed(0))
     highest = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
     tokens, logprobs = sample_tokens(logits, highest, Sampling())
     assert tokens.item() == 899
     assert logprobs.isfinite().all()
+    tokens, _ = sample_tokens(logits, torch.zeros(1, 1, dtype=torch.float64), Sampling())
+    assert tokens.item() == 100
 
 
 @pytest.mark.parametrize(
@@ -319,6 +321,11 @@ def test_completions_end_at_the_context(models: dict[str, PreTrainedModel]) -> N
     groups = generate(sampler(model), prompts, Sampling(n=2, max_new_tokens=40))
     assert [[len(c.token_ids) for c in group] for group in groups] == [[1, 1], [30, 30], [40, 40]]
     assert all(c.truncated and not c.finished for group in groups for c in group)
+    # One row of eight is done after 3 tokens; it must not leave GPT-2's table of positions.
+    groups = generate(
+        sampler(model), [[5] * (CONTEXT - 3), *[[5]] * 7], Sampling(max_new_tokens=30)
+    )
+    assert [len(completion.token_ids) for [completion] in groups] == [3] + [30] * 7
     [[short]] = generate(sampler(model, context_length=10), [[5] * 7], Sampling())
     assert len(short.token_ids) == 3
 

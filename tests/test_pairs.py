@@ -181,6 +181,16 @@ def test_order_of_rows_and_dicts_does_not_matter(order: list[int], seed: int) ->
         assert a.to_dict() == b.to_dict()
 
 
+def test_no_sample_is_favoured_by_its_place() -> None:
+    """Of two samples for three demonstrations either is, by the seed, the one used twice."""
+    demos = [demo("x", 100 + i) for i in range(3)]
+    twice = set()
+    for seed in range(20):
+        pairs, _ = make(demos, {"x": [sample(1), sample(2)]}, seed=seed)
+        twice.add(Counter(pairs["sample_index"]).most_common(1)[0])
+    assert twice == {(0, 2), (1, 2)}
+
+
 def test_seed_and_iteration_change_the_matching() -> None:
     demos = [demo("x", 100 + i) for i in range(8)]
     samples = {"x": [sample(200 + j) for j in range(8)]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,4 +28,4 @@ def k1(policy_logp: Tensor, reference_logp: Tensor) -> Tensor:
 
 def best_of_n_kl_bound(n: int) -> float:
     """Upper bound of KL(best-of-n || pi) in nats: log n - (n - 1)/n (arXiv:2204.05862 sec. 4)."""
-    return float(torch.tensor(float(n)).log() - (n - 1) / n)
+    return math.log(n) - (n - 1) / n

@@ -23,7 +23,7 @@ def bradley_terry(
 
     preferred, rejected: (B,) rewards of the two sides; weight: (B,) or None for equal weights.
     """
-    margin = (preferred - rejected).float()
+    margin = _margin(preferred, rejected)
     return _weighted(-F.logsigmoid(margin), weight), pair_metrics(margin.detach())
 
 
@@ -34,7 +34,7 @@ def linear(
 
     Unbounded: give rewards that went through :func:`bound`. Shapes as in :func:`bradley_terry`.
     """
-    margin = (preferred - rejected).float()
+    margin = _margin(preferred, rejected)
     return _weighted(-margin, weight), pair_metrics(margin.detach())
 
 
@@ -84,6 +84,12 @@ def calibration_error(margin: Tensor, bins: int = 10) -> float:
         for c, o in zip(confidence.chunk(bins), outcome.chunk(bins), strict=True)
     ]
     return math.fsum(gaps)
+
+
+def _margin(preferred: Tensor, rejected: Tensor) -> Tensor:
+    """Difference of (B,) rewards, in float32 or better: half precision would round it."""
+    dtype = torch.promote_types(preferred.dtype, torch.float32)
+    return preferred.to(dtype) - rejected.to(dtype)
 
 
 def _weighted(loss: Tensor, weight: Tensor | None) -> Tensor:

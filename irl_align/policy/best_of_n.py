@@ -49,9 +49,8 @@ class BestOfN:
             ranking = Ranking(reward, options.n, options.score, options.temperature)
             return Policy(policy.path, policy.key, ranking)
         prompts = choose_prompts(demonstrations.distinct_prompts(), options.prompts)
-        candidates = workshop.sample(
-            base, prompts, workshop.sampling(options.n, options.temperature), "candidates"
-        )
+        sampling = workshop.sampling(options.n, options.temperature)
+        candidates = workshop.sample(base, prompts, sampling, "candidates")
         start = policy if options.start == "current" else initial
 
         def build(work: Path) -> dict[str, Any]:
@@ -74,7 +73,11 @@ class BestOfN:
         stage = workshop.stage(
             f"policy-{iteration + 1}",
             f"best-of-n-{options.use}",
-            {"options": options.model_dump(), "iteration": iteration},
+            {
+                "options": options.model_dump(),
+                "iteration": iteration,
+                "sampling": vars(sampling),
+            },
             {
                 "policy": policy.key,
                 "start": start.key,

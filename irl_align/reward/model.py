@@ -5,6 +5,7 @@ Legend of shapes: B rows, P prompt tokens, T completion tokens, L = P + T, V voc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,12 +23,12 @@ from transformers import (
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from irl_align.errors import UserError
-from irl_align.maths.logprobs import chosen_logprobs
 from irl_align.maths.losses import bound, implicit_reward, mixture_logp
 from irl_align.models import (
     TOKENS_PER_BATCH,
     completion_logprobs,
-    lm_head_logits,
+    has_plain_logits,
+    head_logprobs,
     load_model,
     load_tokenizer,
     over_batches,
@@ -97,9 +98,10 @@ def prefix_rewards(
     if settings.lm_coef:
         place = torch.arange(ids.shape[1] - 1, device=ids.device)
         completion = (place >= prompts[:, None] - 1) & mask[:, 1:].bool()  # (B, L - 1)
-        logits = lm_head_logits(last_layer_head(model), hidden[:, :-1][completion])
         logps = torch.zeros(completion.shape, device=ids.device)
-        logps[completion] = chosen_logprobs(logits, ids[:, 1:][completion])
+        logps[completion] = head_logprobs(
+            last_layer_head(model), hidden[:, :-1][completion], ids[:, 1:][completion]
+        )
         mean = logps.cumsum(1) / completion.cumsum(1).clamp(min=1)
         reward = reward + settings.lm_coef * torch.nn.functional.pad(mean, (1, 0))
     if settings.bound is not None:
@@ -138,7 +140,12 @@ class RewardModel:
         """
         with suppress_seqcls_warning():
             model = load_model(
-                path, device, AutoModelForSequenceClassification, num_labels=1, **options
+                path,
+                device,
+                AutoModelForSequenceClassification,
+                fresh=("score.weight",),
+                num_labels=1,
+                **options,
             )
         width = score_head(model).in_features
         with seeded(seed), torch.no_grad():
@@ -147,6 +154,7 @@ class RewardModel:
         if settings.lm_coef and not model.config.tie_word_embeddings:
             policy = load_model(path, device, AutoModelForCausalLM, **options)
             model.lm_head = policy.get_output_embeddings()
+        _check_lm_coef(path, model, settings)
         return cls(model, tokenizer, settings)
 
     @classmethod
@@ -155,8 +163,7 @@ class RewardModel:
     ) -> RewardModel:
         """Load a reward: ours, or any one-label AutoModelForSequenceClassification."""
         tokenizer = load_tokenizer(path)
-        with suppress_seqcls_warning():
-            model = load_model(path, device, AutoModelForSequenceClassification, **options)
+        model = load_model(path, device, AutoModelForSequenceClassification, **options)
         head = getattr(model, "score", None)
         if head is None or model.config.num_labels != 1:
             raise UserError(
@@ -164,7 +171,8 @@ class RewardModel:
                 f"{'score is there' if head is not None else 'score is missing'}; expected a "
                 "causal sequence classifier with one label"
             )
-        settings = RewardSettings(**(getattr(model.config, _CONFIG_KEY, None) or {}))
+        settings = _read_settings(path, getattr(model.config, _CONFIG_KEY, None) or {})
+        _check_lm_coef(path, model, settings)
         if settings.lm_coef and not model.config.tie_word_embeddings:
             model.lm_head = _load_lm_head(Path(path), model)
         return cls(model, tokenizer, settings)
@@ -179,8 +187,13 @@ class RewardModel:
         """Give these demonstrations' rewards mean 0 and variance 1."""
         self.settings = replace(self.settings, mean=0.0, std=1.0)
         raw = self.score_ids(prompts, completions).double()
-        std = float(raw.std(correction=0))
-        self.settings = replace(self.settings, mean=float(raw.mean()), std=max(std, 1e-6))
+        mean, std = float(raw.mean()), float(raw.std(correction=0))
+        if not (math.isfinite(mean) and math.isfinite(std)):
+            raise UserError(
+                f"reward: the demonstrations' rewards have mean {mean} and std {std}; expected "
+                "finite ones: lower learning_rate in reward.args"
+            )
+        self.settings = replace(self.settings, mean=mean, std=max(std, 1e-6))
 
     def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
         """Reward of texts: prompts (strings or message lists) and completions; (B,).
@@ -193,7 +206,7 @@ class RewardModel:
         """Reward after every token of each text, the empty completion first: (T + 1,) per row."""
         return self.prefix_scores_ids(*self._encode(prompts, completions))
 
-    def score_ids(self, prompts: Ids, completions: Ids, progress: str | None = None) -> Tensor:
+    def score_ids(self, prompts: Ids, completions: Ids, progress: str | None = "rewards") -> Tensor:
         """Reward of completions as token ids: (B,) float32 on the CPU."""
         scores = torch.empty(len(prompts))
         for row, prefixes in enumerate(self._prefixes(prompts, completions, progress, False)):
@@ -236,14 +249,38 @@ class RewardModel:
         return prompt_ids, ids
 
 
+def _read_settings(path: str | Path, values: dict[str, Any]) -> RewardSettings:
+    """Settings from a config.json, which people edit."""
+    try:
+        return RewardSettings(**values)
+    except TypeError as error:
+        raise UserError(
+            f"{path}: config.json: {_CONFIG_KEY}: {error}; expected the fields "
+            f"{', '.join(RewardSettings.__dataclass_fields__)}"
+        ) from error
+
+
+def _check_lm_coef(path: str | Path, model: PreTrainedModel, settings: RewardSettings) -> None:
+    if settings.lm_coef and not has_plain_logits(model):
+        raise UserError(
+            f"{path}: reward.lm_coef is {settings.lm_coef:g}, but a {model.config.model_type} "
+            "scales or caps its logits; expected 0 for this architecture"
+        )
+
+
 def _load_lm_head(folder: Path, model: PreTrainedModel) -> torch.nn.Module:
     """The untied output layer that a reward with lm_coef keeps beside its classifier."""
-    head = torch.nn.Linear(score_head(model).in_features, model.config.vocab_size, bias=False)
+    state = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            if "lm_head.weight" in tensors.keys():  # noqa: SIM118  (safe_open has no __contains__)
-                head.weight.data.copy_(tensors.get_tensor("lm_head.weight"))
-                return head.to(model.device)
+            for name in ("weight", "bias"):
+                if f"lm_head.{name}" in tensors.keys():  # noqa: SIM118  (it has no __contains__)
+                    state[name] = tensors.get_tensor(f"lm_head.{name}")
+    if "weight" in state:
+        vocabulary, width = state["weight"].shape
+        head = torch.nn.Linear(width, vocabulary, bias="bias" in state)
+        head.load_state_dict(state)
+        return head.to(model.device, model.dtype)
     raise UserError(
         f"{folder}: config.json: irl_reward.lm_coef is set, but no *.safetensors holds "
         "lm_head.weight; expected a folder written by RewardModel.save_pretrained"
@@ -269,7 +306,7 @@ class ImplicitReward:
 
     def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
         """Rewards of whole completions: (B,)."""
-        return torch.stack([scores[-1] for scores in self.prefix_scores_ids(prompts, completions)])
+        return torch.tensor([float(s[-1]) for s in self.prefix_scores_ids(prompts, completions)])
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes: (T + 1,) per row, 0 for the empty completion."""

@@ -1,0 +1,55 @@
+"""How much of a run's time our own code takes around TRL's trainers and around the stages.
+
+    irl-align train recipes/restaurant/irl-best-of-n.yaml output_dir=runs-fresh
+    python tests/benchmarks/overhead.py runs-fresh/restaurant-irl-best-of-n-seed0
+
+Reads a run that was built in one go, nothing reused. Two shares of the run's wall time:
+around trainers, what the training stages (SFT, reward, implicit reward, Best-of-N) took beyond
+`trainer.train()`: loading, pairing, reference log-probs, scoring, saving, committing; and between
+stages, what is left of the wall time when all stages are taken off.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from irl_align.files import read_json
+from irl_align.stages import Run
+
+
+def main(folder: Path) -> None:
+    """Print the shares of one finished run."""
+    view = Run.load(folder)
+    if view.summary is None:
+        raise SystemExit(f"{folder}: not finished")
+    stages = {
+        role: read_json(folder / where["path"] / "stage.json", "a stage", "run again")
+        for role, where in view.stages.items()
+    }
+    reused = [r["key"] for r in view.metrics if r["key"].startswith("stage/") and r["reused"]]
+    if len(reused) > sum("samples" in key for key in reused):
+        print(
+            f"warning: {len(reused)} stages were reused; take a fresh output_dir", file=sys.stderr
+        )
+    distinct = {record["key"]: (role, record) for role, record in stages.items()}
+    wall, in_stages, around = view.summary["seconds"], 0.0, 0.0
+    print(f"{'stage':30s} {'seconds':>8s} {'trainer':>8s} {'around':>8s}")
+    for role, record in distinct.values():
+        in_stages += record["seconds"]
+        runtimes = [
+            h["train_runtime"] for h in record["metrics"].get("history", []) if "train_runtime" in h
+        ]
+        if runtimes:
+            rest = record["seconds"] - runtimes[-1]
+            around += rest
+            print(f"{role:30s} {record['seconds']:8.1f} {runtimes[-1]:8.1f} {rest:8.1f}")
+    between = wall - in_stages
+    print(
+        f"wall {wall:.1f} s; around trainers {around:.1f} s ({around / wall:.1%}); "
+        f"between stages {between:.1f} s ({between / wall:.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
