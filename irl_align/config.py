@@ -234,7 +234,7 @@ class BestOfNOptions(Options):
     score: Literal["reward", "logprob", "both"] = "reward"
     """Rank by the reward, by the policy's mean log-prob, or by their standardised sum."""
     keep: Positive = 1
-    """With use=sft: the so many best of each prompt are trained on."""
+    """So many of each prompt's best are trained on; with use=dpo, against as many of the worst."""
     prompts: Positive | None = None
     """Prompts that are sampled, chosen by hash; null is all of the reward's prompts."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -250,8 +250,10 @@ class BestOfNOptions(Options):
             raise ValueError(f"keep {self.keep} is more than n {self.n}")
         if self.use == "select" and self.args:
             raise ValueError("args are for use sft or dpo: select trains nothing")
-        if self.use != "sft" and self.keep != 1:
-            raise ValueError(f"keep is an option of use sft, not of {self.use}")
+        if self.use == "select" and self.keep != 1:
+            raise ValueError("keep is for use sft or dpo: select keeps the best one")
+        if self.use == "dpo" and 2 * self.keep > self.n:
+            raise ValueError(f"keep {self.keep} best and as many worst are more than n {self.n}")
         return self
 
 

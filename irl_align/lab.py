@@ -21,7 +21,7 @@ from irl_align.config import Recipe
 from irl_align.generate import Completion, Sampling, TransformersGenerator
 from irl_align.models import completion_logprobs, context_length, load_model
 from irl_align.policy import Policy, Reward
-from irl_align.ranking import rank_samples
+from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
 from irl_align.samples import SampleSet, read_samples, write_chosen, write_samples
 from irl_align.stages import Run, Stage, Store
@@ -158,8 +158,10 @@ class Lab:
         candidates = self.sample(base, prompts, many, f"{role}-candidates")
 
         def build(work: Path) -> dict[str, Any]:
-            function = self.load_reward(ranking.reward) if ranking.score != "logprob" else None
-            scores = rank_samples(candidates, function, ranking.score)
+            rewards = None
+            if ranking.score != "logprob":
+                rewards = sample_rewards(candidates, self.load_reward(ranking.reward))
+            scores = rank_samples(candidates, rewards, ranking.score)
             best = scores.reshape(len(prompts), sampling.n, ranking.n).argmax(2)
             chosen: list[list[Completion]] = [
                 [group[g * ranking.n + int(j)] for g, j in enumerate(row)]

@@ -8,20 +8,28 @@ from irl_align.reward.model import RewardFunction
 from irl_align.samples import SampleSet
 
 
-def rank_samples(samples: SampleSet, reward: RewardFunction | None, score: str) -> np.ndarray:
+def sample_rewards(samples: SampleSet, reward: RewardFunction) -> np.ndarray:
+    """Reward of every sample, (M * N,) float32 in the order of SampleSet.flat."""
+    prompts, completions = samples.flat()
+    rewards: np.ndarray = reward.score_ids(prompts, [c.token_ids for c in completions]).numpy()
+    return rewards
+
+
+def rank_samples(samples: SampleSet, rewards: np.ndarray | None, score: str) -> np.ndarray:
     """Score (M, N) of every sample, higher is better; truncated samples are -inf.
 
-    score: `reward`, `logprob` (mean per token under the sampler) or `both`, the sum of the two
-    after each has been brought to variance 1 over all samples that are not truncated.
+    rewards: (M * N,) from :func:`sample_rewards`. score: `reward`, `logprob` (mean per token under
+    the sampler) or `both`, the sum of the two after each has been brought to variance 1 over all
+    samples that are not truncated.
     """
-    prompts, completions = samples.flat()
+    _, completions = samples.flat()
     finished = np.array([not c.truncated for c in completions])
     total = np.zeros(len(completions))
     parts = []
     if score in ("reward", "both"):
-        if reward is None:
+        if rewards is None:
             raise ValueError(f"score {score} needs a reward")
-        parts.append(reward.score_ids(prompts, [c.token_ids for c in completions]).double().numpy())
+        parts.append(rewards.astype(np.float64))
     if score in ("logprob", "both"):
         parts.append(np.array([float(c.logprobs.mean()) for c in completions]))
     for part in parts:

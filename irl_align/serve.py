@@ -12,7 +12,7 @@ from irl_align.generate import Completion, Sampling, TransformersGenerator
 from irl_align.generate import generate as sample
 from irl_align.lab import eos_ids
 from irl_align.models import context_length, load_model, load_tokenizer, pick_device
-from irl_align.ranking import rank_samples
+from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.model import RewardModel
 from irl_align.samples import SampleSet
 from irl_align.sources import file_rows
@@ -151,7 +151,8 @@ def _best(samples: SampleSet, policy: SavedPolicy, n: int, device: Any) -> list[
     """The best of each of n groups of best_of samples."""
     assert policy.reward is not None
     reward = RewardModel.from_pretrained(policy.reward, device)
-    scores = rank_samples(samples, reward, policy.score).reshape(-1, n, policy.best_of)
+    scores = rank_samples(samples, sample_rewards(samples, reward), policy.score)
+    scores = scores.reshape(-1, n, policy.best_of)
     return [
         [group[g * policy.best_of + int(j)] for g, j in enumerate(row)]
         for group, row in zip(samples.completions, scores.argmax(2), strict=True)

@@ -27,7 +27,7 @@ from irl_align.policy.best_of_n import (
     score_report,
 )
 from irl_align.policy.identity import Identity
-from irl_align.ranking import rank_samples
+from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.samples import SampleSet
 from irl_align.trainers import Training
 
@@ -74,7 +74,7 @@ SAMPLES = SampleSet(
 
 
 def test_rank_by_reward() -> None:
-    got = rank_samples(SAMPLES, Sum(), "reward")
+    got = rank_samples(SAMPLES, sample_rewards(SAMPLES, Sum()), "reward")
     assert got.tolist() == [[-3.0, 1.0, -INF], [12.0, -15.0, 22.0]]
 
 
@@ -91,21 +91,21 @@ def test_rank_by_both_brings_each_to_variance_1_over_the_finished() -> None:
         return (sum((v - mean) ** 2 for v in values) / 5) ** 0.5
 
     both = [r / std(rewards) + q / std(logps) for r, q in zip(rewards, logps, strict=True)]
-    got = rank_samples(SAMPLES, Sum(), "both")
+    got = rank_samples(SAMPLES, sample_rewards(SAMPLES, Sum()), "both")
     assert got[np.isfinite(got)].tolist() == pytest.approx(both)
     assert got[0, 2] == -INF
 
 
 def test_rank_by_both_of_equal_rewards_is_the_logprobs() -> None:
     same = SampleSet([[1]], [[completion([4, 2], [-1, -1]), completion([4, 2], [-2, -2])]])
-    got = rank_samples(same, Sum(), "both")
+    got = rank_samples(same, sample_rewards(same, Sum()), "both")
     assert got[0, 0] - got[0, 1] == pytest.approx(2.0)  # -1 and -2 have standard deviation 1/2
 
 
 def test_rank_where_nothing_is_finished() -> None:
     cut = SampleSet([[1]], [[completion([4], cut=True), completion([5], cut=True)]])
     for score in ("reward", "logprob", "both"):
-        assert rank_samples(cut, Sum(), score).tolist() == [[-INF, -INF]]
+        assert rank_samples(cut, sample_rewards(cut, Sum()), score).tolist() == [[-INF, -INF]]
 
 
 def test_rank_without_the_reward_it_needs() -> None:
@@ -158,6 +158,18 @@ def test_best_against_worst_takes_the_ends_of_what_is_finished() -> None:
             "rejected_ids": [8, 2],
         },
     ]
+
+
+def test_best_against_worst_pairs_inwards_and_never_a_sample_with_itself() -> None:
+    group = [completion([i, 2]) for i in (3, 4, 5)] + [completion([6], cut=True)]
+    pairs = best_against_worst(SampleSet([[10]], [group]), np.array([[2.0, 9.0, 1.0, -INF]]), 2)
+    assert [(row["chosen_ids"], row["rejected_ids"]) for row in pairs.to_list()] == [
+        ([4, 2], [5, 2])
+    ]
+    four = SampleSet([[10]], [[completion([i, 2]) for i in (3, 4, 5, 6)]])
+    pairs = best_against_worst(four, np.array([[2.0, 9.0, 1.0, 4.0]]), 2)
+    got = [(row["chosen_ids"][0], row["rejected_ids"][0]) for row in pairs.to_list()]
+    assert got == [(4, 5), (6, 3)]
 
 
 def test_best_against_worst_needs_two_different_samples_somewhere() -> None:

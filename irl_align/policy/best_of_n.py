@@ -2,7 +2,7 @@
 
 select  the policy stays as it is; whoever samples it keeps the best of N (no training);
 sft     fine-tune on the best `keep` of each prompt (rejection sampling, distillation);
-dpo     train best against worst with the pair loss of the implicit reward.
+dpo     train the best `keep` against as many of the worst with the implicit reward's loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datasets import Dataset
 from irl_align.config import BestOfNOptions
 from irl_align.errors import UserError
 from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
-from irl_align.ranking import rank_samples
+from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.samples import SampleSet
 from irl_align.trainers import fit_sft, save_model, sft_columns
@@ -53,16 +53,35 @@ class BestOfN:
         candidates = workshop.sample(base, prompts, sampling, "candidates")
         start = policy if options.start == "current" else initial
 
+        drawn = {"sampling": vars(sampling)}
+        inputs = {"policy": policy.key, "demonstrations": demonstrations.checksum}
+
+        def build_rewards(work: Path) -> dict[str, Any]:
+            rewards = sample_rewards(candidates, workshop.load_reward(reward))
+            np.save(work / "rewards.npy", rewards)
+            return {"samples": len(rewards)}
+
+        # A stage of their own: every use of the same candidates scores them once.
+        rewards = None
+        if options.score != "logprob":
+            scored = workshop.stage(
+                f"candidate-rewards/{iteration}",
+                "candidate-rewards",
+                {**drawn, "prompts": options.prompts},
+                {**inputs, "reward": reward.key},
+                build_rewards,
+            )
+            rewards = np.load(scored.path / "rewards.npy")
+        scores = rank_samples(candidates, rewards, options.score)
+
         def build(work: Path) -> dict[str, Any]:
-            function = workshop.load_reward(reward) if options.score != "logprob" else None
-            scores = rank_samples(candidates, function, options.score)
             model = workshop.load_policy(start.path)
             training = workshop.training(work, f"best of {options.n} ({options.use}) {iteration}")
             if options.use == "sft":
                 columns = best_columns(candidates, scores, options.keep)
                 metrics = fit_sft(model, workshop.tokenizer, columns, options.args, training)
             else:
-                pairs = best_against_worst(candidates, scores)
+                pairs = best_against_worst(candidates, scores, options.keep)
                 logps = reference_logps([(1.0, model)], pairs)
                 metrics = fit_implicit(
                     model, workshop.tokenizer, pairs, logps, options.args, training, True
@@ -73,16 +92,11 @@ class BestOfN:
         stage = workshop.stage(
             f"policy-{iteration + 1}",
             f"best-of-n-{options.use}",
+            {**drawn, "options": options.model_dump(), "iteration": iteration},
             {
-                "options": options.model_dump(),
-                "iteration": iteration,
-                "sampling": vars(sampling),
-            },
-            {
-                "policy": policy.key,
+                **inputs,
                 "start": start.key,
-                "reward": reward.key,
-                "demonstrations": demonstrations.checksum,
+                **({"reward": reward.key} if rewards is not None else {}),
             },
             build,
         )
@@ -117,23 +131,25 @@ def best_columns(samples: SampleSet, scores: np.ndarray, keep: int) -> dict[str,
     return sft_columns(prompts, completions)
 
 
-def best_against_worst(samples: SampleSet, scores: np.ndarray) -> Dataset:
-    """Pairs (best, worst) of each prompt with two different finished samples; scores (M, N)."""
+def best_against_worst(samples: SampleSet, scores: np.ndarray, keep: int = 1) -> Dataset:
+    """Pairs of each prompt's finished samples: best over worst, second over second last, and so on.
+
+    At most `keep` pairs a prompt, and none of two equal samples; scores (M, N).
+    """
     rows = []
     for prompt, group, row in zip(samples.prompts, samples.completions, scores, strict=True):
         finished = [int(j) for j in np.argsort(-row, kind="stable") if np.isfinite(row[j])]
-        if not finished:
-            continue
-        best, worst = group[finished[0]].token_ids, group[finished[-1]].token_ids
-        if best != worst:
-            rows.append(
-                {
-                    "prompt_ids": prompt,
-                    "chosen_ids": best,
-                    "rejected_prompt_ids": prompt,
-                    "rejected_ids": worst,
-                }
-            )
+        half = min(keep, len(finished) // 2)
+        for better, worse in zip(finished[:half], finished[::-1][:half], strict=True):
+            if group[better].token_ids != group[worse].token_ids:
+                rows.append(
+                    {
+                        "prompt_ids": prompt,
+                        "chosen_ids": group[better].token_ids,
+                        "rejected_prompt_ids": prompt,
+                        "rejected_ids": group[worse].token_ids,
+                    }
+                )
     if not rows:
         raise UserError(
             "policy_update.use: dpo: no prompt has two different finished samples; raise "
