@@ -125,8 +125,7 @@ def vital_signs(
         return report
     flat_prompts, completions = sample_set.flat()
     ids = [completion.token_ids for completion in completions]
-    plain = lab.recipe.generation.top_p == 1.0 and lab.recipe.generation.top_k == 0
-    own = None if plain else lab.logprobs(policy, flat_prompts, ids)
+    own = None if lab.sampling(1, 1.0).plain else lab.logprobs(policy, flat_prompts, ids)
     return vitals(sample_set, lab.logprobs(initial, flat_prompts, ids), own)
 
 

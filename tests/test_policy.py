@@ -150,12 +150,16 @@ def test_best_against_worst_takes_the_ends_of_what_is_finished() -> None:
             "chosen_ids": [6, 2],
             "rejected_prompt_ids": [10],
             "rejected_ids": [5, 2],
+            "chosen_logp": -2.0,
+            "rejected_logp": -2.0,
         },
         {
             "prompt_ids": [20],
             "chosen_ids": [1, 2],
             "rejected_prompt_ids": [20],
             "rejected_ids": [8, 2],
+            "chosen_logp": -2.0,
+            "rejected_logp": -2.0,
         },
     ]
 
@@ -170,6 +174,12 @@ def test_best_against_worst_pairs_inwards_and_never_a_sample_with_itself() -> No
     pairs = best_against_worst(four, np.array([[2.0, 9.0, 1.0, 4.0]]), 2)
     got = [(row["chosen_ids"][0], row["rejected_ids"][0]) for row in pairs.to_list()]
     assert got == [(4, 5), (6, 3)]
+
+
+def test_best_against_worst_keeps_the_samplers_log_probs() -> None:
+    group = [completion([3, 2], [-0.25, -0.5]), completion([4, 2], [-1.0, -2.0])]
+    row = best_against_worst(SampleSet([[10]], [group]), np.array([[1.0, 2.0]])).to_list()[0]
+    assert (row["chosen_logp"], row["rejected_logp"]) == (-3.0, -0.75)
 
 
 def test_best_against_worst_needs_two_different_samples_somewhere() -> None:

@@ -52,6 +52,11 @@ class Sampling:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
 
     @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution, so logprobs are its own."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+
+    @property
     def greedy(self) -> bool:
         """Whether each token is the likeliest one."""
         return self.temperature == 0

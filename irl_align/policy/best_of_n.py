@@ -82,7 +82,11 @@ class BestOfN:
                 metrics = fit_sft(model, workshop.tokenizer, columns, options.args, training)
             else:
                 pairs = best_against_worst(candidates, scores, options.keep)
-                logps = reference_logps([(1.0, model)], pairs)
+                if start == policy and sampling.plain:
+                    # The reference is the sampler, which has told its log-probs already.
+                    logps = np.array([pairs["chosen_logp"], pairs["rejected_logp"]], np.float32)
+                else:
+                    logps = reference_logps([(1.0, model)], pairs)
                 metrics = fit_implicit(
                     model, workshop.tokenizer, pairs, logps, options.args, training, True
                 )
@@ -134,7 +138,8 @@ def best_columns(samples: SampleSet, scores: np.ndarray, keep: int) -> dict[str,
 def best_against_worst(samples: SampleSet, scores: np.ndarray, keep: int = 1) -> Dataset:
     """Pairs of each prompt's finished samples: best over worst, second over second last, and so on.
 
-    At most `keep` pairs a prompt, and none of two equal samples; scores (M, N).
+    At most `keep` pairs a prompt, and none of two equal samples; scores (M, N). chosen_logp and
+    rejected_logp are the sampler's summed log-probs.
     """
     rows = []
     for prompt, group, row in zip(samples.prompts, samples.completions, scores, strict=True):
@@ -148,6 +153,8 @@ def best_against_worst(samples: SampleSet, scores: np.ndarray, keep: int = 1) ->
                         "chosen_ids": group[better].token_ids,
                         "rejected_prompt_ids": prompt,
                         "rejected_ids": group[worse].token_ids,
+                        "chosen_logp": float(group[better].logprobs.sum(dtype=np.float64)),
+                        "rejected_logp": float(group[worse].logprobs.sum(dtype=np.float64)),
                     }
                 )
     if not rows:
