@@ -91,7 +91,8 @@ def measure_policy(
         logps = lab.logprobs(policy, rows["prompt_ids"], rows["completion_ids"])
         if policy.ranking is None:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
-        if reward is not None:
+        # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
+        if reward is not None and reward.kind == "explicit":
             report["fresh_accuracy"] = fresh_accuracy(lab, reward, rows, samples)
         return report
 
