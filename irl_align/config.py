@@ -186,6 +186,8 @@ class RewardOptions(Options):
     """Start of each iteration's fit: the SFT model, or the reward of the iteration before."""
     lm_coef: Annotated[float, Field(ge=0.0)] = 0.0
     """a in r = head + a * (mean log-prob of the completion under the reward's own backbone)."""
+    max_pairs: Positive | None = None
+    """At most so many pairs of the window are trained on, drawn by the seed; null is all."""
     reference: Literal["previous", "initial", "mixture"] = "previous"
     """Opponent of the implicit reward: pi_k, pi_0, or their geometric mixture."""
     mixture: Share = 0.5

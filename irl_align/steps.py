@@ -321,13 +321,18 @@ def fit_reward_level(
     options = lab.recipe.reward
     args = scheduled(options.args, options.schedule, k)
     train = window([p.train for p in pairs], lab.recipe.pairs.window)
+    if options.max_pairs is not None and options.max_pairs < len(train):
+        seed = derive_seed(lab.recipe.seed, f"pairs of {k}") % 2**32
+        train = train.shuffle(seed=seed).select(range(options.max_pairs))
     inputs = {f"pairs-{i}": p.key for i, p in enumerate(pairs)} | {"initial": initial.key}
     settings = {
         "iteration": k,
         "window": lab.recipe.pairs.window,
         "args": args,
-        "reward": options.model_dump(exclude={"args", "schedule", "preferences"}),
+        "reward": options.model_dump(exclude={"args", "schedule", "preferences", "max_pairs"}),
     }
+    if options.max_pairs is not None:
+        settings["max_pairs"] = options.max_pairs
     if options.kind == "implicit":
         return _fit_implicit(lab, k, policy, initial, train, args, settings, inputs)
     warm = previous if options.init == "warm" else None

@@ -154,6 +154,13 @@ def test_the_window_decides_how_many_pairs_are_fitted(
     assert metrics(both.folder)["stage/reward/0"]["reused"] is False  # the window is a setting
 
 
+def test_a_fit_on_a_part_of_the_pairs_shares_them(best: Result, run: Callable[..., Result]) -> None:
+    part = run("part", *SPIN, "reward.max_pairs=40", "pairs.truncated=drop")
+    records, whole = stage_records(part.folder), stage_records(best.folder)
+    assert records["pairs/0"]["key"] == whole["pairs/0"]["key"]
+    assert records["reward/0"]["metrics"]["steps"] == 2  # 40 pairs, 32 a batch
+
+
 def test_running_again_builds_nothing_and_touches_no_stage(
     best: Result, folder: Path, run: Callable[..., Result]
 ) -> None:
