@@ -50,6 +50,12 @@ class DataOptions(Options):
     overlong: Literal["error", "drop"] = "error"
     """A row longer than the limits stops the run, or is dropped and counted."""
 
+    @model_validator(mode="after")
+    def _share_is_used(self) -> DataOptions:
+        if self.reward_data == "same" and self.reward_share != 0.5:
+            raise ValueError("reward_share is an option of reward_data disjoint, not of same")
+        return self
+
 
 class ScratchOptions(Options):
     """A small model from random weights, its tokenizer trained on the demonstrations."""
@@ -126,8 +132,6 @@ class SFTOptions(Options):
 class GenerationOptions(Options):
     """How the policy is sampled for pairs, Best-of-N and evaluation."""
 
-    backend: Literal["auto", "transformers"] = "auto"
-    """Sampling engine; auto takes the fastest one that is installed."""
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     """Temperature of the negatives; 0 is greedy, and warned of."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -214,6 +218,8 @@ class RewardOptions(Options):
         for name in ("args", "schedule"):
             if self.kind == "none" and getattr(self, name):
                 raise ValueError(f"{name} is for kind explicit or implicit: none trains nothing")
+        if self.reference != "mixture" and self.mixture != 0.5:
+            raise ValueError(f"mixture is an option of reference mixture, not of {self.reference}")
         both = sorted(set(self.args) & set(self.schedule))
         if both:
             raise ValueError(f"{both[0]} is both in args and in schedule: give one")

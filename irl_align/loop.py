@@ -20,14 +20,13 @@ from irl_align.evaluate import find_signs
 from irl_align.lab import Lab
 from irl_align.measure import evaluate_policy, measure_policy, measure_reward, nearest_policy
 from irl_align.policy import Policy, Reward
+from irl_align.prepare import prepare, supervise
 from irl_align.reward.audit import shortcut_warnings
 from irl_align.steps import (
     Pairs,
     fit_reward_level,
     improve_policy,
     make_pairs,
-    prepare,
-    supervise,
 )
 
 logger = logging.getLogger(__name__)

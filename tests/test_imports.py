@@ -94,6 +94,7 @@ LAYERS = (
     "ranking",
     "policy",
     "lab",
+    "prepare",
     "steps",
     "measure",
     "loop",

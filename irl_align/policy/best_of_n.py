@@ -8,13 +8,14 @@ dpo     train the best `keep` against as many of the worst with the implicit rew
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from irl_align.config import BestOfNOptions
 from irl_align.errors import UserError
@@ -22,7 +23,7 @@ from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
 from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.samples import SampleSet
-from irl_align.trainers import fit_sft, save_model, sft_columns
+from irl_align.trainers import Training, fit_sft, save_model, sft_columns
 
 
 @dataclass(frozen=True)
@@ -53,58 +54,81 @@ class BestOfN:
         candidates = workshop.sample(base, prompts, sampling, "candidates")
         start = policy if options.start == "current" else initial
 
-        drawn = {"sampling": vars(sampling)}
         inputs = {"policy": policy.key, "demonstrations": demonstrations.checksum}
-
-        def build_rewards(work: Path) -> dict[str, Any]:
-            rewards = sample_rewards(candidates, workshop.load_reward(reward))
-            np.save(work / "rewards.npy", rewards)
-            return {"samples": len(rewards)}
-
-        # A stage of their own: every use of the same candidates scores them once.
         rewards = None
         if options.score != "logprob":
-            scored = workshop.stage(
-                f"candidate-rewards/{iteration}",
-                "candidate-rewards",
-                {**drawn, "prompts": options.prompts},
-                {**inputs, "reward": reward.key},
-                build_rewards,
-            )
-            rewards = np.load(scored.path / "rewards.npy")
+            settings = {"sampling": vars(sampling), "prompts": options.prompts}
+            rewards = score_candidates(workshop, iteration, candidates, reward, settings, inputs)
+            inputs["reward"] = reward.key
         scores = rank_samples(candidates, rewards, options.score)
 
         def build(work: Path) -> dict[str, Any]:
             model = workshop.load_policy(start.path)
             training = workshop.training(work, f"best of {options.n} ({options.use}) {iteration}")
-            if options.use == "sft":
-                columns = best_columns(candidates, scores, options.keep)
-                metrics = fit_sft(model, workshop.tokenizer, columns, options.args, training)
-            else:
-                pairs = best_against_worst(candidates, scores, options.keep)
-                if start == policy and sampling.plain:
-                    # The reference is the sampler, which has told its log-probs already.
-                    logps = np.array([pairs["chosen_logp"], pairs["rejected_logp"]], np.float32)
-                else:
-                    logps = reference_logps([(1.0, model)], pairs)
-                metrics = fit_implicit(
-                    model, workshop.tokenizer, pairs, logps, options.args, training, True
-                )
+            own = start == policy and sampling.plain
+            metrics = self._fit(model, workshop, candidates, scores, training, own)
             save_model(model, workshop.tokenizer, work / "model")
             return {**score_report(scores), **metrics}
 
         stage = workshop.stage(
             f"policy-{iteration + 1}",
             f"best-of-n-{options.use}",
-            {**drawn, "options": options.model_dump(), "iteration": iteration},
             {
-                **inputs,
-                "start": start.key,
-                **({"reward": reward.key} if rewards is not None else {}),
+                "sampling": vars(sampling),
+                "options": options.model_dump(),
+                "iteration": iteration,
             },
+            {**inputs, "start": start.key},
             build,
         )
         return Policy(stage.path / "model", stage.key)
+
+    def _fit(
+        self,
+        model: PreTrainedModel,
+        workshop: Workshop,
+        candidates: SampleSet,
+        scores: np.ndarray,
+        training: Training,
+        own: bool,
+    ) -> dict[str, Any]:
+        """Train the model in place; own: it is the sampler itself, not changed by top-p or such."""
+        options, tokenizer = self.options, workshop.tokenizer
+        if options.use == "sft":
+            columns = best_columns(candidates, scores, options.keep)
+            return fit_sft(model, tokenizer, columns, options.args, training)
+        pairs = best_against_worst(candidates, scores, options.keep)
+        if own:  # the reference is the sampler, which has told its log-probs already
+            logps = np.array([pairs["chosen_logp"], pairs["rejected_logp"]], np.float32)
+        else:
+            logps = reference_logps([(1.0, model)], pairs)
+        return fit_implicit(model, tokenizer, pairs, logps, options.args, training, True)
+
+
+def score_candidates(
+    workshop: Workshop,
+    iteration: int,
+    candidates: SampleSet,
+    reward: Reward,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> np.ndarray:
+    """Rewards (M * N,) of candidates, as a stage: every use of the same candidates shares it."""
+
+    def build(work: Path) -> dict[str, Any]:
+        rewards = sample_rewards(candidates, workshop.load_reward(reward))
+        np.save(work / "rewards.npy", rewards)
+        return {"samples": len(rewards)}
+
+    stage = workshop.stage(
+        f"candidate-rewards/{iteration}",
+        "candidate-rewards",
+        settings,
+        {**inputs, "reward": reward.key},
+        build,
+    )
+    rewards: np.ndarray = np.load(stage.path / "rewards.npy")
+    return rewards
 
 
 def choose_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> list[list[int]]:

@@ -1,0 +1,187 @@
+"""Before the loop: demonstrations loaded, divided and encoded, the start model, and its SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from irl_align.cards import Card, load_card
+from irl_align.data import (
+    Demonstration,
+    data_checksum,
+    divide,
+    load_demonstrations,
+)
+from irl_align.errors import UserError
+from irl_align.files import file_checksum
+from irl_align.lab import Lab, checksum, derive_seed
+from irl_align.models import context_length, load_model, load_tokenizer, scratch_model
+from irl_align.policy import Demonstrations, Policy
+from irl_align.tokens import (
+    check_tokenizer,
+    encode_demonstrations,
+    prepare_tokenizer,
+    train_tokenizer,
+    training_texts,
+)
+from irl_align.trainers import fit_sft, save_model, sft_columns
+
+PARTS = ("sft", "reward", "held_out", "evaluation")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded demonstrations by use; see tokens.encode_demonstrations for the columns."""
+
+    card: Card
+    sft: Dataset
+    reward: Dataset
+    held_out: Dataset
+    evaluation: Dataset
+    checksums: dict[str, str]
+    """Checksum of each part's token ids: what the stages that read the part are keyed by."""
+    context: int | None
+    """Most tokens of prompt and completion together, the model's positions."""
+
+    def demonstrations(self, part: str) -> Demonstrations:
+        """Token ids of one part."""
+        rows = getattr(self, part)
+        return Demonstrations(
+            list(rows["prompt_ids"]), list(rows["completion_ids"]), self.checksums[part]
+        )
+
+
+def prepare(lab: Lab) -> tuple[Data, Policy]:
+    """Load and divide the demonstrations, make or load the start model, encode the rows."""
+    recipe = lab.recipe
+    options = recipe.data
+    card = load_card(options.card)
+    seed = derive_seed(recipe.seed, "data")
+
+    def load(split: str) -> list[Demonstration]:
+        return load_demonstrations(card, split, options.path, options.task, recipe.seed)
+
+    division = divide(load("train"), options, seed)
+    rows = {
+        "sft": division.sft,
+        "reward": division.reward,
+        "held_out": division.held_out,
+        "evaluation": load(recipe.evaluation.split),
+    }
+    sums = {part: data_checksum(some) for part, some in rows.items()}
+    start = start_model(lab, card, division.sft, sums["sft"])
+    lab.tokenizer = load_tokenizer(start.path)
+
+    def build(work: Path) -> dict[str, Any]:
+        context = context_length(lab.load_policy(start.path))
+        counts: dict[str, Any] = {**division.counts(), "context": context, "token_checksums": {}}
+        for part, some in rows.items():
+            encoded = encode_demonstrations(some, lab.tokenizer, card, options, context)
+            encoded.rows.to_parquet(str(work / f"{part}.parquet"))
+            counts[f"{part}_overlong"] = encoded.dropped
+            counts[f"{part}_tokens"] = sum(map(len, encoded.rows["completion_ids"]))
+            columns = zip(encoded.rows["prompt_ids"], encoded.rows["completion_ids"], strict=True)
+            counts["token_checksums"][part] = checksum([ids for pair in columns for ids in pair])
+        return counts
+
+    limits = ("max_prompt_tokens", "max_completion_tokens", "overlong")
+    stage = lab.stage(
+        "data",
+        "data",
+        {
+            "card": {"template": card.template, "lowercase": card.lowercase, "name": card.name},
+            "limits": {name: getattr(options, name) for name in limits},
+        },
+        {"tokenizer": start.key, **sums},
+        build,
+    )
+    lab.run.log("data", {"checksums": sums, "licence": card.license, **stage.metrics})
+    parts = {
+        part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
+        for part in PARTS
+    }
+    limit = stage.metrics.get("context")
+    return Data(card, checksums=stage.metrics["token_checksums"], context=limit, **parts), start
+
+
+def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Policy:
+    """The model before SFT with its tokenizer, as a folder: made from scratch, or copied once."""
+    options = lab.recipe.model
+
+    def build(work: Path) -> dict[str, Any]:
+        if options.from_scratch is not None:
+            tokenizer: Any = train_tokenizer(
+                training_texts(rows, card), options.from_scratch.vocab_size
+            )
+            seed = derive_seed(lab.recipe.seed, "weights") % 2**63
+            model = scratch_model(options.from_scratch, tokenizer, seed)
+        else:
+            assert options.path is not None
+            hub: dict[str, Any] = {
+                "revision": options.revision,
+                "trust_remote_code": options.trust_remote_code,
+            }
+            tokenizer = load_tokenizer(options.path, **hub)
+            model = load_model(options.path, **hub)
+            if options.chat_template is not None:
+                tokenizer.chat_template = read_template(options.chat_template)
+            if prepare_tokenizer(tokenizer):
+                model.resize_token_embeddings(len(tokenizer))
+        check_tokenizer(tokenizer, needs_chat=card.template == "chat")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.config.irl_prompt = {
+            "name": card.name,
+            "template": card.template,
+            "lowercase": card.lowercase,
+        }
+        save_model(model, tokenizer, work / "model")
+        return {"parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
+
+    settings = options.model_dump(exclude={"path"})
+    settings["card"] = [card.name, card.template, card.lowercase]
+    if options.path is None:
+        inputs = {"tokenizer_rows": rows_sum}
+    elif Path(options.path).exists():
+        inputs = {"model": file_checksum(Path(options.path))}
+    else:
+        inputs = {"model": f"{options.path}@{options.revision or 'main'}"}
+    stage = lab.stage("start", "start", settings, inputs, build)
+    lab.names[stage.key] = "start"
+    return Policy(stage.path / "model", stage.key)
+
+
+def supervise(lab: Lab, start: Policy, data: Data) -> Policy:
+    """pi_0: SFT of the start model on the demonstrations, or the start model itself."""
+    options = lab.recipe.sft
+    if not options.enabled:
+        return start
+
+    def build(work: Path) -> dict[str, Any]:
+        model = lab.load_policy(start.path)
+        columns = sft_columns(data.sft["prompt_ids"], data.sft["completion_ids"])
+        metrics = fit_sft(model, lab.tokenizer, columns, options.args, lab.training(work, "SFT"))
+        save_model(model, lab.tokenizer, work / "model")
+        return metrics
+
+    stage = lab.stage(
+        "sft",
+        "sft",
+        {"args": options.args},
+        {"start": start.key, "data": data.checksums["sft"]},
+        build,
+    )
+    lab.names[stage.key] = "policy-0"
+    return Policy(stage.path / "model", stage.key)
+
+
+def read_template(path: str) -> str:
+    """Text of a chat template's file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template: {path}: cannot be read: {error}") from error
