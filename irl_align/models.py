@@ -6,14 +6,13 @@ Legend of shapes: B rows, P prompt tokens, T completion tokens, L = P + T, V voc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,11 +21,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from irl_align.batches import (
+    TOKENS_PER_BATCH,
+    PackedRows,
+    hidden_states,
+    model_inputs,
+    over_packed,
+)
 from irl_align.config import ScratchOptions
 from irl_align.errors import UserError
 from irl_align.maths.logprobs import chosen_logprobs
 
-TOKENS_PER_BATCH = 16384
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: vocabularies of 150,000 would fill a GPU otherwise
 # Heads that transform the logits after the output matrix: these need the model's own forward.
 _LOGIT_TRANSFORMS = (
@@ -136,27 +141,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, padded size at most max_tokens (or one row)."""
-    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
-    start = 0
-    while start < len(order):
-        rows = max(1, max_tokens // max(1, lengths[order[start]]))
-        yield [int(row) for row in order[start : start + rows]]
-        start += rows
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (B, L), padded at the end."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.as_tensor(row, dtype=torch.long)
-        mask[number, : len(row)] = 1
-    return ids, mask
-
-
 def has_plain_logits(model: PreTrainedModel) -> bool:
     """Whether logits are the output layer's, neither scaled nor capped after it."""
     config = model.config.get_text_config()
@@ -189,49 +173,28 @@ def completion_logprobs(
     """Log-prob of every completion token given its prompt, at temperature 1.
 
     Token ids of P and T tokens per row; returns a float32 array (T,) per row. The output layer
-    runs on completion positions only. Rows are padded to their batch's longest.
+    runs on completion positions only.
     """
-    rows = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
-    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
     direct = has_plain_logits(model)
     if not direct:  # the logits of all places are there at once
         vocabulary = model.config.get_text_config().vocab_size
         max_batch_tokens = min(max_batch_tokens, LOGITS_AT_ONCE // vocabulary)
 
-    def one_batch(batch: list[int]) -> None:
-        ids, mask = pad_right([rows[i] for i in batch], model.config.pad_token_id or 0)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        # Token at place j is predicted at place j - 1.
-        row = torch.cat([torch.full((len(completions[i]),), n) for n, i in enumerate(batch)])
-        place = torch.cat([torch.arange(len(completions[i])) + len(prompts[i]) - 1 for i in batch])
-        row, place = row.to(model.device), place.to(model.device)
+    def one_batch(batch: list[int], packed: PackedRows) -> None:
+        places = packed.places()  # the token at a place is predicted at the one before it
+        real = torch.arange(places.shape[1] - 1, device=places.device) < packed.length[:, None]
+        row = packed.row.repeat_interleave(packed.length)
+        place, target = places[:, :-1][real], packed.input_ids[row, places[:, 1:][real]]
         if direct:
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            head = model.get_output_embeddings()
-            chosen = head_logprobs(head, hidden[row, place], ids[row, place + 1])
+            hidden = hidden_states(model, packed)
+            chosen = head_logprobs(model.get_output_embeddings(), hidden[row, place], target)
         else:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[row, place]
-            chosen = chosen_logprobs(logits, ids[row, place + 1])
-        logps = chosen.cpu().numpy()
+            logits = model(**model_inputs(packed)).logits[row, place]
+            chosen = chosen_logprobs(logits, target)
         ends = np.cumsum([len(completions[i]) for i in batch])[:-1]
-        for number, values in zip(batch, np.split(logps, ends), strict=True):
+        for number, values in zip(batch, np.split(chosen.cpu().numpy(), ends), strict=True):
             out[number] = values
 
-    over_batches(one_batch, [len(row) for row in rows], max_batch_tokens, progress)
+    over_packed(one_batch, model, prompts, completions, max_batch_tokens, progress)
     return out
-
-
-def over_batches(
-    one_batch: Callable[[list[int]], None],
-    lengths: Sequence[int],
-    max_batch_tokens: int,
-    progress: str | None = None,
-) -> None:
-    """Call `one_batch` with the row numbers of each batch, without gradients, behind a bar."""
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(lengths), desc=progress, unit="row", disable=progress is None) as bar,
-    ):
-        for batch in batches_by_tokens(lengths, max_batch_tokens):
-            one_batch(batch)
-            bar.update(len(batch))

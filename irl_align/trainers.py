@@ -82,20 +82,36 @@ class LengthGroups(LengthGroupedSampler):
     """transformers' batches of similar length, in an order that seed and epoch alone decide.
 
     Its own order comes from torch's global random numbers: a training that resumes in its second
-    epoch would see the rows of the first epoch's order.
+    epoch would see the rows of the first epoch's order. Rows of one unit stay side by side.
     """
 
     def __init__(
-        self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]
+        self,
+        batch_size: int,
+        lengths: list[int],
+        seed: int,
+        epoch: Callable[[], int],
+        units: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        members: dict[int, list[int]] = {}
+        for row, unit in enumerate(range(len(lengths)) if units is None else units):
+            members.setdefault(unit, []).append(row)
+        self.members = list(members.values())
+        super().__init__(
+            max(1, batch_size * len(self.members) // len(lengths)),
+            lengths=[max(lengths[row] for row in unit) for unit in self.members],
+            generator=torch.Generator(),
+        )
         self.seed = seed
         self.epoch = epoch
 
+    def __len__(self) -> int:
+        return sum(map(len, self.members))
+
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(hash((self.seed, self.epoch())) % 2**63)
-        rows: Iterator[int] = super().__iter__()
-        return rows
+        for unit in super().__iter__():
+            yield from self.members[unit]
 
 
 class Guarded:
@@ -113,6 +129,7 @@ class Guarded:
             list(rows[args.length_column_name]),
             args.data_seed,
             lambda: int(trainer.state.epoch or 0),
+            list(rows["unit"]) if "unit" in rows.column_names else None,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

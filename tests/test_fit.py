@@ -15,6 +15,7 @@ from rows import plain_logps, random_pairs, save
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import RewardConfig
 
+from irl_align.batches import can_pack
 from irl_align.errors import UserError
 from irl_align.reward.audit import shortcut_audit, shortcut_warnings
 from irl_align.reward.fit import (
@@ -79,32 +80,23 @@ def test_columns_and_batch_by_hand() -> None:
         {
             "prompt_ids": [[10, 11], [12]],
             "chosen_ids": [[13, 2], [14, 15, 2]],
-            "rejected_prompt_ids": [[10, 11], [20, 21, 22]],
-            "rejected_ids": [[16], [17, 2]],
+            "rejected_prompt_ids": [[10, 11], [10, 11]],
+            "rejected_ids": [[16], [13, 2]],
         }
     )
     columns = pair_columns(pairs, weight=0.5)
-    assert columns == {
-        "chosen_ids": [[10, 11, 13, 2], [12, 14, 15, 2]],
-        "chosen_prompt": [2, 1],
-        "rejected_ids": [[10, 11, 16], [20, 21, 22, 17, 2]],
-        "rejected_prompt": [2, 3],
-        "length": [4, 5],
-        "weight": [0.5, 0.5],
-    }
+    assert columns == {**pairs.to_dict(), "weight": [0.5, 0.5]}
     rows = [{name: values[i] for name, values in columns.items()} for i in range(2)]
-    batch = {name: value.tolist() for name, value in PairCollator(0)(rows).items()}
-    assert batch == {
-        "input_ids": [
-            [10, 11, 13, 2, 0],
-            [12, 14, 15, 2, 0],
-            [10, 11, 16, 0, 0],
-            [20, 21, 22, 17, 2],
-        ],
-        "attention_mask": [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1] * 5],
-        "prompts": [2, 1, 2, 3],
-        "weight": [0.5, 0.5],
-    }
+    batch = PairCollator(0, share=True)(rows)
+    # Three sequences: the second pair's rejected one is the first pair's preferred one.
+    assert batch["input_ids"].tolist() == [[10, 11, 13, 2, 16], [12, 14, 15, 2, 0]]
+    assert batch["start"].tolist() == [2, 4, 1]
+    assert batch["slot"].tolist() == [0, 2, 1, 0]
+    assert batch["weight"].tolist() == [0.5, 0.5]
+    plain = PairCollator(0, share=False)(rows)
+    assert plain["input_ids"].tolist() == [[10, 11, 13, 2], [12, 14, 15, 2], [10, 11, 16, 0]]
+    assert plain["attention_mask"].tolist() == [[1] * 4, [1] * 4, [1, 1, 1, 0]]
+    assert plain["slot"].tolist() == [0, 1, 2, 0]
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -116,7 +108,7 @@ def batch_loss(
     """The trainer's loss of all pairs in one batch."""
     columns = {**pair_columns(pairs), "weight": weights}
     dataset = as_dataset(columns, "test")
-    collator = PairCollator(reward.tokenizer.pad_token_id)
+    collator = PairCollator(reward.tokenizer.pad_token_id, can_pack(reward.model, 40))
     trainer = PairRewardTrainer(
         model=reward.model,
         args=training_args(RewardConfig, options, training(work)),
@@ -129,6 +121,16 @@ def batch_loss(
     return trainer.compute_loss(reward.model, collator(list(dataset))), trainer
 
 
+def with_one_prompt(pairs: Dataset) -> Dataset:
+    """The pairs, the first three of one prompt and the first two of one demonstration."""
+    columns = pairs.to_dict()
+    for name in ("prompt_ids", "rejected_prompt_ids"):
+        columns[name][:3] = [columns["prompt_ids"][0]] * 3
+    columns["chosen_ids"][1] = columns["chosen_ids"][0]
+    return Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("loss", "options"),
@@ -140,6 +142,7 @@ def batch_loss(
     ],
 )
 def test_the_batch_loss_and_its_gradient(
+    shared: bool,
     arch: str,
     loss: str,
     options: dict,
@@ -147,7 +150,8 @@ def test_the_batch_loss_and_its_gradient(
     tiny_model: MakeModel,
     tmp_path: Path,
 ) -> None:
-    pairs, weights = random_pairs(4, seed=3), [1.0, 0.25, 1.0, 3.0]
+    weights = [1.0, 0.25, 1.0, 3.0]
+    pairs = with_one_prompt(random_pairs(4, seed=3)) if shared else random_pairs(4, seed=3)
     ours = reward(arch, **options)
     got, trainer = batch_loss(ours, pairs, weights, loss, tmp_path)
     chosen, rejected = plain_rewards(ours, tiny_model(arch), pairs)
@@ -218,7 +222,7 @@ def test_a_separable_relation_is_learnt(
     # Neither side's tokens alone tell them apart: the reward must compare with the prompt.
     ours, held_out = reward(**options), toy_pairs(200, seed=2)
     before = margin_report(margins(ours, held_out))
-    args = {**BATCH, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "max_steps": 100}
+    args = {**BATCH, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_steps": 100}
     columns = pair_columns(toy_pairs(600, seed=1))
     metrics = fit_reward(ours, columns, loss, args, training(tmp_path))
     report = margin_report(margins(ours, held_out))

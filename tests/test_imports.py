@@ -86,7 +86,7 @@ def test_imports_of_resolves_every_form() -> None:
 LAYERS = (
     "errors maths resources",
     "config files generate neighbours recipe_yaml tasks tokenizer",
-    "cards models recipe_args samples stages trainers",
+    "batches cards models recipe_args samples stages trainers",
     "evaluate recipe sources",
     "data",
     "pairs tokens",

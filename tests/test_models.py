@@ -25,13 +25,11 @@ from irl_align import models
 from irl_align.config import ScratchOptions
 from irl_align.errors import UserError
 from irl_align.models import (
-    batches_by_tokens,
     completion_logprobs,
     context_length,
     has_plain_logits,
     load_model,
     load_tokenizer,
-    pad_right,
     pick_device,
     scratch_model,
     seeded,
@@ -132,35 +130,6 @@ def test_completion_logprobs_hold_no_gradient_and_do_not_change_the_model(
     completion_logprobs(model, PROMPTS, COMPLETIONS)
     assert same_weights(model, tiny_model("gpt2"))
     assert all(weight.grad is None for weight in model.parameters())
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 200))
-def test_batches_hold_every_row_once_within_their_limit(
-    lengths: list[int], max_tokens: int
-) -> None:
-    batches = list(batches_by_tokens(lengths, max_tokens))
-    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    for batch in batches:
-        padded = len(batch) * max(lengths[row] for row in batch)
-        assert padded <= max_tokens or len(batch) == 1
-    longest = [max(lengths[row] for row in batch) for batch in batches]
-    shortest = [min(lengths[row] for row in batch) for batch in batches]
-    # The longest come first, so that what does not fit fails at once; no batch is between another.
-    assert all(low >= high for low, high in zip(shortest, longest[1:], strict=False))
-
-
-def test_batches_are_as_full_as_they_can_be() -> None:
-    assert list(batches_by_tokens([4, 9, 5, 1, 1], 10)) == [[1], [2, 0], [4, 3]]
-
-
-def test_pad_right_by_hand() -> None:
-    ids, mask = pad_right([[5, 6, 7], [8]], 9)
-    assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Training: resume to the same bits, the completion-only loss, and plain errors."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,17 @@ def test_rows_are_ordered_by_seed_and_epoch_alone() -> None:
         return sum(4 * max(batch) - sum(batch) for batch in batches)
 
     assert padding(first) < padding(list(range(200))) / 3
+
+
+def test_rows_of_one_unit_stay_together() -> None:
+    units = [0, 1, 0, 2, 1, 2, 2, 3]
+    sampler = LengthGroups(4, [3, 9, 3, 5, 9, 5, 5, 7], seed=7, epoch=lambda: 0, units=units)
+    order = list(sampler)
+    assert len(sampler) == 8
+    assert sorted(order) == list(range(8))
+    assert [unit for unit, _ in itertools.groupby(units[row] for row in order)] == list(
+        dict.fromkeys(units[row] for row in order)
+    )
 
 
 def test_every_epoch_has_an_order_of_its_own(

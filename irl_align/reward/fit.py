@@ -1,12 +1,12 @@
 """Fit the explicit reward on pairs, with TRL's RewardTrainer and our pair losses.
 
-Legend of shapes: B pairs, L padded length (prompt and completion).
+Legend of shapes: B pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from datasets import Dataset
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
+from irl_align.batches import PackedRows, can_pack, pack_rows, row_lengths, share_prompts
 from irl_align.maths.losses import PAIR_LOSSES, calibration_error, pair_metrics
-from irl_align.models import pad_right
-from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, prefix_rewards
+from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, whole_rewards
 from irl_align.trainers import (
     LENGTH_GROUPS,
     Guarded,
@@ -26,44 +26,66 @@ from irl_align.trainers import (
     training_args,
 )
 
+SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
+
 
 def pair_columns(pairs: Dataset, weight: float = 1.0) -> dict[str, list[Any]]:
-    """Columns that the trainer reads: whole sequences of both sides, prompt lengths, weight.
+    """Columns that the trainer reads: prompt and completion of both sides, and the pair's weight.
 
     pairs has prompt_ids, chosen_ids, rejected_prompt_ids and rejected_ids (token ids).
     """
-    sides = {
-        "chosen": (pairs["prompt_ids"], pairs["chosen_ids"]),
-        "rejected": (pairs["rejected_prompt_ids"], pairs["rejected_ids"]),
-    }
-    columns: dict[str, list[Any]] = {}
-    for side, (prompts, completions) in sides.items():
-        prompts = list(prompts)
-        columns[f"{side}_ids"] = [p + c for p, c in zip(prompts, completions, strict=True)]
-        columns[f"{side}_prompt"] = [len(p) for p in prompts]
-    columns["length"] = [
-        max(len(a), len(b))
-        for a, b in zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)
-    ]
-    columns["weight"] = [weight] * len(columns["length"])
+    columns: dict[str, list[Any]] = {name: list(pairs[name]) for side in SIDES for name in side}
+    columns["weight"] = [weight] * len(columns["prompt_ids"])
     return columns
+
+
+_TOGETHER = 4  # pairs of one prompt in a batch, at most: beyond it little is left to save
+
+
+def _sorted_by(columns: Mapping[str, list[Any]], share: bool) -> dict[str, list[int]]:
+    """Columns for the order of the rows: the unit that stays together, and the unit's length.
+
+    A unit is some pairs of one prompt that fit into one row of tokens: few, since a batch should
+    have many prompts.
+    """
+    both = [a + b for a, b in zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)]
+    rows_of_pairs = share_prompts(columns["prompt_ids"], both, share)
+    units = [
+        row[start : start + _TOGETHER]
+        for row in rows_of_pairs
+        for start in range(0, len(row), _TOGETHER)
+    ]
+    lengths = row_lengths(columns["prompt_ids"], both, units)
+    unit, length = [0] * len(both), [0] * len(both)
+    for number, (rows, total) in enumerate(zip(units, lengths, strict=True)):
+        for row in rows:
+            unit[row], length[row] = number, total
+    return {"unit": unit, "length": length}
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Rows to one right-padded batch of 2B sequences: preferred first, rejected after."""
+    """Rows to one batch of packed rows in which every sequence is once.
+
+    Pairs of one prompt share its tokens, and pairs of one demonstration share it too.
+    """
 
     pad_token_id: int
+    share: bool
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """input_ids, attention_mask (2B, L); prompts (2B,) prompt lengths; weight (B,)."""
-        sequences = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        prompts = [row["chosen_prompt"] for row in rows] + [row["rejected_prompt"] for row in rows]
-        ids, mask = pad_right(sequences, self.pad_token_id)
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Fields of PackedRows, with S sequences for its B; slot (2B,), weight (B,).
+
+        slot: the sequence of each side of each pair, all preferred first, all rejected after.
+        """
+        sides = [(tuple(row[p]), tuple(row[c])) for p, c in SIDES for row in rows]
+        unique = list(dict.fromkeys(sides))
+        prompts, completions = [p for p, _ in unique], [c for _, c in unique]
+        packed_rows = share_prompts(prompts, completions, self.share)
+        order = {unique[i]: slot for slot, i in enumerate(i for row in packed_rows for i in row)}
         return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "prompts": torch.tensor(prompts),
+            **vars(pack_rows(prompts, completions, packed_rows, self.pad_token_id)),
+            "slot": torch.tensor([order[side] for side in sides]),
             "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
         }
 
@@ -79,21 +101,14 @@ class PairRewardTrainer(Guarded, RewardTrainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Weighted pair loss of one batch, plus TRL's centring term when it is asked for."""
-        mask = inputs["attention_mask"]
-        rewards = prefix_rewards(
-            self.accelerator.unwrap_model(model),
-            self.reward_settings,
-            inputs["input_ids"],
-            mask,
-            inputs["prompts"],
-        )
-        last = rewards.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
-        preferred, rejected = last.chunk(2)
+        packed = PackedRows(**{field.name: inputs[field.name] for field in fields(PackedRows)})
+        rewards = whole_rewards(self.accelerator.unwrap_model(model), self.reward_settings, packed)
+        preferred, rejected = rewards[inputs["slot"]].chunk(2)
         loss, metrics = self.pair_loss(preferred, rejected, inputs["weight"])
         args: Any = self.args
         if args.center_rewards_coefficient is not None:
@@ -112,11 +127,16 @@ def fit_reward(
 ) -> dict[str, Any]:
     """Train `reward` in place on pairs (see :func:`pair_columns`); returns training metrics."""
     args = training_args(RewardConfig, {**LENGTH_GROUPS, **options}, training)
+    longest = max(
+        (len(p) + len(c) for a, b in SIDES for p, c in zip(columns[a], columns[b], strict=True)),
+        default=0,
+    )
+    share = can_pack(reward.model, longest)
     trainer = PairRewardTrainer(
         model=reward.model,
         args=args,
-        data_collator=PairCollator(reward.tokenizer.pad_token_id),
-        train_dataset=as_dataset(columns, training.label),
+        data_collator=PairCollator(reward.tokenizer.pad_token_id, share),
+        train_dataset=as_dataset({**columns, **_sorted_by(columns, share)}, training.label),
         processing_class=reward.tokenizer,
         settings=reward.settings,
         loss=loss,

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
+from irl_align.batches import pad_right
 from irl_align.errors import UserError
 from irl_align.maths.losses import mixture_logp
-from irl_align.models import completion_logprobs, pad_right
+from irl_align.models import completion_logprobs
+from irl_align.reward.fit import SIDES
 from irl_align.trainers import (
     LENGTH_GROUPS,
     Guarded,
@@ -31,7 +33,6 @@ from irl_align.trainers import (
 )
 
 LN2 = math.log(2.0)
-SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
 
 
 def reference_logps(

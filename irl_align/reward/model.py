@@ -1,12 +1,12 @@
 """Reward functions: an explicit reward model, and the implicit reward of SPIN and DPO.
 
-Legend of shapes: B rows, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H width.
+Legend of shapes: B completions, P prompt tokens, T completion tokens, V vocabulary, H width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,17 +22,15 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from irl_align.batches import TOKENS_PER_BATCH, PackedRows, hidden_states, over_packed
 from irl_align.errors import UserError
 from irl_align.maths.losses import bound, implicit_reward, mixture_logp
 from irl_align.models import (
-    TOKENS_PER_BATCH,
     completion_logprobs,
     has_plain_logits,
     head_logprobs,
     load_model,
     load_tokenizer,
-    over_batches,
-    pad_right,
     seeded,
 )
 from irl_align.tokens import encode_completions, encode_prompts
@@ -85,25 +83,37 @@ def last_layer_head(model: PreTrainedModel) -> torch.nn.Module | Tensor:
     return model.get_input_embeddings().weight  # type: ignore[return-value]
 
 
-def prefix_rewards(
-    model: PreTrainedModel, settings: RewardSettings, ids: Tensor, mask: Tensor, prompts: Tensor
-) -> Tensor:
-    """Reward of every prefix of right-padded rows in one pass of a causal backbone: (B, L).
+def prefix_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:
+    """Reward of every prefix of each completion, the empty one first: (B, T + 1).
 
-    ids, mask: (B, L); prompts: (B,) prompt lengths. Place j holds the reward of the prefix that
-    ends there; places before P - 1 and after the last token mean nothing. Differentiable.
+    One pass of a causal backbone. Values after a completion's end mean nothing. Differentiable.
     """
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-    reward = score_head(model)(hidden).squeeze(-1).float()
+    hidden = hidden_states(model, packed)
+    places, rows = packed.places(), packed.row[:, None]
+    reward = score_head(model)(hidden[rows, places]).squeeze(-1).float()
     if settings.lm_coef:
-        place = torch.arange(ids.shape[1] - 1, device=ids.device)
-        completion = (place >= prompts[:, None] - 1) & mask[:, 1:].bool()  # (B, L - 1)
-        logps = torch.zeros(completion.shape, device=ids.device)
-        logps[completion] = head_logprobs(
-            last_layer_head(model), hidden[:, :-1][completion], ids[:, 1:][completion]
+        count = torch.arange(places.shape[1], device=places.device)
+        real = count[1:] <= packed.length[:, None]  # (B, T)
+        targets = packed.input_ids[rows, places[:, 1:]][real]
+        logps = torch.zeros(real.shape, device=real.device)
+        logps[real] = head_logprobs(
+            last_layer_head(model), hidden[rows, places[:, :-1]][real], targets
         )
-        mean = logps.cumsum(1) / completion.cumsum(1).clamp(min=1)
-        reward = reward + settings.lm_coef * torch.nn.functional.pad(mean, (1, 0))
+        mean = torch.nn.functional.pad(logps.cumsum(1), (1, 0)) / count.clamp(min=1)
+        reward = reward + settings.lm_coef * mean
+    return _bounded(reward, settings)
+
+
+def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:
+    """Reward of each whole completion: (B,). Differentiable."""
+    if settings.lm_coef:
+        prefixes = prefix_rewards(model, settings, packed)
+        return prefixes.gather(1, packed.length[:, None]).squeeze(1)
+    last = hidden_states(model, packed)[packed.row, packed.ends()]
+    return _bounded(score_head(model)(last).squeeze(-1).float(), settings)
+
+
+def _bounded(reward: Tensor, settings: RewardSettings) -> Tensor:
     if settings.bound is not None:
         reward = bound(reward, settings.bound)
     return (reward - settings.mean) / settings.std
@@ -209,37 +219,36 @@ class RewardModel:
     def score_ids(self, prompts: Ids, completions: Ids, progress: str | None = "rewards") -> Tensor:
         """Reward of completions as token ids: (B,) float32 on the CPU."""
         scores = torch.empty(len(prompts))
-        for row, prefixes in enumerate(self._prefixes(prompts, completions, progress, False)):
-            scores[row] = prefixes[-1]
+
+        def one_batch(batch: list[int], packed: PackedRows) -> None:
+            scores[batch] = whole_rewards(self.model, self.settings, packed).cpu()
+
+        self._over(one_batch, prompts, completions, progress)
         return scores
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes, one pass: (T + 1,) float32 per row, on the CPU."""
-        return self._prefixes(prompts, completions, None, True)
+        out = [torch.empty(0)] * len(prompts)
 
-    def _prefixes(
-        self, prompts: Ids, completions: Ids, progress: str | None, every: bool
-    ) -> list[Tensor]:
-        """Per row the rewards of all prefixes (T + 1,), or (every=False) of the whole (1,)."""
-        rows = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
-        out = [torch.empty(0)] * len(rows)
-        device = self.model.device
+        def one_batch(batch: list[int], packed: PackedRows) -> None:
+            rewards = prefix_rewards(self.model, self.settings, packed).cpu()
+            for values, i in zip(rewards, batch, strict=True):
+                out[i] = values[: len(completions[i]) + 1].clone()
+
+        self._over(one_batch, prompts, completions, None)
+        return out
+
+    def _over(
+        self,
+        one_batch: Callable[[list[int], PackedRows], None],
+        prompts: Ids,
+        completions: Ids,
+        progress: str | None,
+    ) -> None:
         was_training = self.model.training
         self.model.eval()
-
-        def one_batch(batch: list[int]) -> None:
-            ids, mask = pad_right([rows[i] for i in batch], self.tokenizer.pad_token_id)
-            lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
-            rewards = prefix_rewards(
-                self.model, self.settings, ids.to(device), mask.to(device), lengths
-            ).cpu()
-            for n, i in enumerate(batch):
-                first = len(prompts[i]) if every else len(rows[i])
-                out[i] = rewards[n, first - 1 : len(rows[i])].clone()
-
-        over_batches(one_batch, [len(row) for row in rows], self.max_batch_tokens, progress)
+        over_packed(one_batch, self.model, prompts, completions, self.max_batch_tokens, progress)
         self.model.train(was_training)
-        return out
 
     def _encode(
         self, prompts: Sequence[Any], completions: Sequence[str]
