@@ -78,6 +78,8 @@ def load_model(
             f"{path}: *.safetensors: {len(missing)} weights of {type(model).__name__} are missing "
             f"({', '.join(missing[:4])}); expected all of them"
         )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # torch's own kernel leaves the cap out (Gemma 2)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 

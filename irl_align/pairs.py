@@ -38,6 +38,7 @@ FEATURES = Features(
         "rejected_truncated": Value("bool"),
         "generator": Value("string"),  # key of the stage that sampled; empty for contrast
         "temperature": Value("float32"),  # null for contrast
+        "rejected_logp": Value("float64"),  # under its generator; null where that is not known
         "prompt_key": Value("string"),
     }
 )
@@ -55,6 +56,10 @@ class Sample(Protocol):
     def truncated(self) -> bool:
         """Whether it lacks an EOS."""
 
+    @property
+    def logprobs(self) -> np.ndarray:
+        """(T,) log-probs under the distribution that was sampled from."""
+
 
 class Sampled(Protocol):
     """What pairs need of a generate.Sampling."""
@@ -62,6 +67,10 @@ class Sampled(Protocol):
     @property
     def temperature(self) -> float:
         """Sampling temperature."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether that distribution is the model's own."""
 
 
 class Pairs(NamedTuple):
@@ -103,7 +112,7 @@ def policy_pairs(
         chosen = [list(row["completion_ids"]) for row in group[:demonstrations_per_prompt]]
         rejected = _usable(samples.get(key, ()), truncated, dropped)
         rows += _matched(key, list(group[0]["prompt_ids"]), chosen, rejected, rng, dropped)
-    return _finish(rows, dropped, source, iteration, generator, sampling.temperature)
+    return _finish(rows, dropped, source, iteration, generator, sampling)
 
 
 def sample_pairs(
@@ -131,7 +140,7 @@ def sample_pairs(
         rng.shuffle(better)
         worse = _usable(rejected.get(key, ()), truncated, dropped)
         rows += _matched(key, list(prompts[key]), better, worse, rng, dropped)
-    return _finish(rows, dropped, source, iteration, generator, sampling.temperature)
+    return _finish(rows, dropped, source, iteration, generator, sampling)
 
 
 def contrast_pairs(
@@ -267,6 +276,7 @@ def _matched(
             continue
         rows.append(_row(key, prompt_ids, better, prompt_ids, list(sample.token_ids), index))
         rows[-1]["rejected_truncated"] = bool(sample.truncated)
+        rows[-1]["rejected_logp"] = float(sample.logprobs.sum(dtype=np.float64))
     return rows
 
 
@@ -285,6 +295,7 @@ def _row(
         "rejected_ids": rejected_ids,
         "sample_index": index,
         "rejected_truncated": False,
+        "rejected_logp": None,
         "prompt_key": key,
     }
 
@@ -295,7 +306,7 @@ def _finish(
     source: PairSource,
     iteration: int,
     generator: str,
-    temperature: float | None,
+    sampling: Sampled | None,
 ) -> Pairs:
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
@@ -304,8 +315,10 @@ def _finish(
         "source": source,
         "iteration": iteration,
         "generator": generator,
-        "temperature": temperature,
+        "temperature": None if sampling is None else sampling.temperature,
     }
+    if sampling is not None and not sampling.plain:  # the log-probs are of another distribution
+        constant["rejected_logp"] = None
     columns = {
         name: [constant[name]] * len(rows) if name in constant else [row[name] for row in rows]
         for name in FEATURES

@@ -83,6 +83,18 @@ def test_reference_logps_of_a_mixture_and_of_repeated_rows(tiny_model: MakeModel
     np.testing.assert_allclose(got, np.concatenate([expected, expected], axis=1), atol=2e-5)
 
 
+def test_log_probs_that_samples_brought_along_are_taken_from_their_generator_only(
+    tiny_model: MakeModel,
+) -> None:
+    pairs = random_pairs(4, seed=6)
+    pairs = pairs.add_column("generator", ["mine", "other", "mine", ""])
+    pairs = pairs.add_column("rejected_logp", [-1.0, -2.0, None, None])
+    plain = reference_logps([(1.0, tiny_model("llama"))], pairs)
+    known = reference_logps([(1.0, tiny_model("llama"))], pairs, "mine")
+    np.testing.assert_allclose(known[0], plain[0], atol=1e-5)
+    np.testing.assert_allclose(known[1], [-1.0, *plain[1, 1:]], atol=1e-5)
+
+
 # --- the loss -------------------------------------------------------------------------------------
 
 

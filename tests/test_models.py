@@ -140,6 +140,19 @@ def folder(tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_p
     return save(tiny_model("gpt2"), tiny_tokenizer, tmp_path / "model")
 
 
+def test_capped_attention_is_kept(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    config = Gemma2Config(**SIZES, head_dim=16, attn_logit_softcapping=0.5)
+    with seeded(0):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    loaded = load_model(save(model, tiny_tokenizer, tmp_path / "gemma"))
+    ids = torch.tensor([PROMPTS[0] + COMPLETIONS[0]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
+        loaded.set_attn_implementation("sdpa")  # the cap matters here
+        assert (loaded(input_ids=ids).logits - expected).abs().max() > 1e-2
+
+
 def test_a_model_loads_in_float32_and_eval(folder: Path, tiny_model: MakeModel) -> None:
     model = load_model(folder)
     assert same_weights(model, tiny_model("gpt2"))

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -24,7 +25,8 @@ from irl_align.pairs import (
     window,
 )
 
-SAMPLING = SimpleNamespace(temperature=0.7)
+SAMPLING = SimpleNamespace(temperature=0.7, plain=False)
+PLAIN = SimpleNamespace(temperature=1.0, plain=True)
 EOS = 2
 
 
@@ -40,7 +42,8 @@ def demo(prompt: str, *tokens: int) -> dict[str, object]:
 
 def sample(*tokens: int, truncated: bool = False) -> SimpleNamespace:
     ids = list(tokens) if truncated else [*tokens, EOS]
-    return SimpleNamespace(token_ids=ids, truncated=truncated)
+    logprobs = -np.asarray(ids, np.float32)
+    return SimpleNamespace(token_ids=ids, truncated=truncated, logprobs=logprobs)
 
 
 def make(demos: object, samples: dict[str, list[SimpleNamespace]], **options: object) -> object:
@@ -66,9 +69,15 @@ def test_one_pair_has_every_column() -> None:
         "rejected_truncated": False,
         "generator": "abc",
         "temperature": pytest.approx(0.7),
+        "rejected_logp": None,  # those of temperature 0.7 are not the model's own
         "prompt_key": prompt_key("ab"),
     }
     assert dropped == {"identical": 0, "truncated": 0}
+
+
+def test_a_sample_brings_its_log_prob_where_it_is_the_models_own() -> None:
+    pairs, _ = make([demo("ab", 7, 8)], {"ab": [sample(9, 4)]}, sampling=PLAIN)
+    assert pairs["rejected_logp"][:] == [-15.0]  # -(9 + 4 + EOS)
 
 
 counts = st.integers(1, 7)
@@ -279,6 +288,7 @@ def test_neighbour_is_the_nearest_that_is_not_answered_alike() -> None:
     assert pairs.features == FEATURES and set(pairs["iteration"]) == {4}
     assert set(pairs["source"]) == {"demonstration/contrast"}
     assert set(pairs["temperature"]) == {None} and set(pairs["generator"]) == {""}
+    assert set(pairs["rejected_logp"]) == {None}
 
 
 def test_neighbours_are_near() -> None:

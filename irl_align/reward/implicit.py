@@ -36,35 +36,38 @@ LN2 = math.log(2.0)
 
 
 def reference_logps(
-    references: Sequence[tuple[float, PreTrainedModel]], pairs: Dataset
+    references: Sequence[tuple[float, PreTrainedModel]], pairs: Dataset, generator: str = ""
 ) -> np.ndarray:
     """Summed log-probs of both sides under a reference: (2, B) float32, preferred first.
 
     references: models with weights that sum to 1; several are a geometric mixture. Equal
-    sequences (one demonstration in several pairs) are scored once.
+    sequences (one demonstration in several pairs) are scored once. generator: the key of a single
+    reference, whose own samples have brought their log-probs along and are not scored again.
     """
-    sides = []
-    for prompt_column, completion_column in SIDES:
-        rows = zip(pairs[prompt_column], pairs[completion_column], strict=True)
-        keys = [(tuple(p), tuple(c)) for p, c in rows]
-        unique = list(dict.fromkeys(keys))
-        prompts, completions = [k[0] for k in unique], [k[1] for k in unique]
-        totals = [
-            torch.tensor(
-                [
-                    float(logps.sum(dtype=np.float64))
-                    for logps in completion_logprobs(
-                        model, prompts, completions, progress="reference log-probs"
-                    )
-                ],
-                dtype=torch.float64,
-            )
-            for _, model in references
-        ]
-        total = mixture_logp(totals, [weight for weight, _ in references])
-        by_key = dict(zip(unique, total.tolist(), strict=True))
-        sides.append([by_key[key] for key in keys])
-    return np.asarray(sides, dtype=np.float32)
+    rows = [
+        key for side in SIDES for key in zip(*(map(tuple, pairs[c]) for c in side), strict=True)
+    ]
+    known = {}
+    if generator and "rejected_logp" in pairs.column_names:
+        of = zip(rows[len(pairs) :], pairs["generator"], pairs["rejected_logp"], strict=True)
+        known = {key: logp for key, by, logp in of if by == generator and logp is not None}
+    missing = [key for key in dict.fromkeys(rows) if key not in known]
+    prompts, completions = [prompt for prompt, _ in missing], [ids for _, ids in missing]
+    totals = [
+        torch.tensor(
+            [
+                float(logps.sum(dtype=np.float64))
+                for logps in completion_logprobs(
+                    model, prompts, completions, progress="reference log-probs"
+                )
+            ],
+            dtype=torch.float64,
+        )
+        for _, model in references
+    ]
+    total = mixture_logp(totals, [weight for weight, _ in references])
+    known |= dict(zip(missing, total.tolist(), strict=True))
+    return np.asarray([known[key] for key in rows], np.float32).reshape(2, -1)
 
 
 @dataclass(frozen=True)

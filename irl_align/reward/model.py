@@ -101,7 +101,7 @@ def prefix_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pac
         )
         mean = torch.nn.functional.pad(logps.cumsum(1), (1, 0)) / count.clamp(min=1)
         reward = reward + settings.lm_coef * mean
-    return _bounded(reward, settings)
+    return settled(reward, settings)
 
 
 def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:
@@ -110,10 +110,11 @@ def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pack
         prefixes = prefix_rewards(model, settings, packed)
         return prefixes.gather(1, packed.length[:, None]).squeeze(1)
     last = hidden_states(model, packed)[packed.row, packed.ends()]
-    return _bounded(score_head(model)(last).squeeze(-1).float(), settings)
+    return settled(score_head(model)(last).squeeze(-1).float(), settings)
 
 
-def _bounded(reward: Tensor, settings: RewardSettings) -> Tensor:
+def settled(reward: Tensor, settings: RewardSettings) -> Tensor:
+    """Raw rewards with the settings' bound and normaliser applied, any shape."""
     if settings.bound is not None:
         reward = bound(reward, settings.bound)
     return (reward - settings.mean) / settings.std
