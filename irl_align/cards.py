@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from irl_align.config import Options
 from irl_align.errors import UserError
+from irl_align.options import Options
 from irl_align.resources import data_cards_dir
 
 IMPORT_PATH = r"^[\w.]+:[\w.]+$"
@@ -32,10 +32,11 @@ ImportPath = Annotated[str, Field(pattern=IMPORT_PATH)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 PLAIN, MESSAGES = frozenset({"prompt", "completion"}), frozenset({"messages"})
+TEXT = frozenset({"text"})
 PAIRS = frozenset({"prompt", "chosen", "rejected"})
 TRANSCRIPTS = frozenset({"chosen_transcript", "rejected_transcript"})
 LABELLED = frozenset({"prompt", "first", "second", "label"})
-FORMATS = {"demonstrations": (PLAIN, MESSAGES), "preferences": (PAIRS, TRANSCRIPTS, LABELLED)}
+FORMATS = {"demonstrations": (PLAIN, MESSAGES, TEXT), "preferences": (PAIRS, TRANSCRIPTS, LABELLED)}
 """What a row holds, by the fields that its columns are mapped to."""
 ALSO = {"demonstrations": frozenset[str](), "preferences": frozenset({"subset", "margin"})}
 """Fields that any format of the kind may have besides."""
@@ -107,7 +108,8 @@ class CardOptions(Options):
     splits: dict[str, Split] = Field(default_factory=dict)
     """Splits by name: train, validation, test or others. A task has just these three."""
     columns: Columns = Field(default_factory=dict)
-    """Field -> column. Demonstrations: prompt and completion, or messages. Preferences: prompt,
+    """Field -> column; a.0.b is key b of item 0 of column a. Demonstrations: prompt and
+    completion, or messages, or text that starts with its prompt. Preferences: prompt,
     chosen, rejected; or chosen_transcript, rejected_transcript; or prompt, first, second, label
     (1 or 2, the better); each with margin and subset where there are such columns. Several
     columns joined by + may make the subset; without it, a subset is a file of the split."""
@@ -115,6 +117,10 @@ class CardOptions(Options):
     """Text with one {prompt}, or chat: the tokenizer's chat template."""
     lowercase: bool = False
     """Prompts and completions are lowercased when they are encoded."""
+    prompt_words: Annotated[int, Field(gt=0)] | None = None
+    """With text: the prompt is so many words, the completion what follows them."""
+    labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(default=[1, 2])
+    """Values of label by which the first and by which the second text is the better one."""
     turn: Literal["first", "last"] = "last"
     """With messages: the assistant turn that is the demonstration; what follows it is left out."""
     where: dict[str, bool | int | str] = Field(default_factory=dict)
@@ -178,6 +184,10 @@ class CardOptions(Options):
             raise ValueError("template: conversations need template chat")
         if self.turn == "first" and row != MESSAGES:
             raise ValueError("turn: goes with columns.messages only")
+        if (self.prompt_words is None) == (row == TEXT):
+            raise ValueError("prompt_words: goes with columns.text, which needs it")
+        if self.labels != [1, 2] and row != LABELLED:
+            raise ValueError("labels: goes with columns.label only")
         return self
 
     @model_validator(mode="after")

@@ -1,29 +1,36 @@
 """The recipe: one tree of options, each documented once, beside its field.
 
 Reading a recipe from YAML, overrides and error messages are in :mod:`irl_align.recipe`.
-Options of TRL's trainers are passed through under TRL's own names in the ``args`` fields.
+Options of TRL's trainers are passed through under TRL's own names in the ``args`` fields. Those of
+the policy updates are in :mod:`irl_align.policy_options`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+from irl_align.options import Above, AtLeast, Count, Options, Positive, Share
+from irl_align.policy_options import BestOfNOptions, PolicyUpdateOptions
+
 PairSource = Literal[
     "demonstration/policy", "demonstration/contrast", "demonstration/init", "sft/init"
 ]
 
-
-class Options(BaseModel):
-    """Base of every group of options: strict types, unknown keys fail, values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
-    )
+# What decides the meaning of samples, or has an option of its own in the recipe.
+ENGINE_OPTIONS_SET_HERE = {
+    "dtype",
+    "enable_lora",
+    "generation_config",
+    "logprobs_mode",
+    "max_model_len",
+    "model",
+    "seed",
+    "skip_tokenizer_init",
+    "trust_remote_code",
+    "worker_extension_cls",
+}
 
 
 class DataOptions(Options):
@@ -33,7 +40,7 @@ class DataOptions(Options):
     """Name of a card in data_cards/, or the path of a card of your own."""
     path: str | None = None
     """Local file or folder in place of the card's source."""
-    task: dict[str, Any] = {}
+    task: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the card's task when the card names a procedural task (size, noise)."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the training prompts that are used, chosen by a hash of the prompt."""
@@ -125,14 +132,45 @@ class SFTOptions(Options):
 
     enabled: bool = True
     """False: the model given is taken as pi_0 as it is."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     """Fields of trl.SFTConfig."""
+
+
+class ServerOptions(Options):
+    """vLLM servers, of backend vllm-server."""
+
+    urls: list[str] = Field(default_factory=list)
+    """Servers that are there (irl-align vllm-serve), which see this machine's files under the same
+    paths; empty starts one here."""
+    port: Annotated[int, Field(gt=0, lt=65536)] | None = None
+    """Port of the server that is started, on the loopback; null is a free one."""
+    api_key_env: str = "VLLM_API_KEY"
+    """Environment variable that holds the servers' API key."""
+    timeout: Above = 600.0
+    """Seconds for one request, or for loading weights."""
+    start_timeout: Above = 600.0
+    """Seconds for a server to start."""
+    retries: Positive = 4
+    """How often a request, or a server that fails, is tried again, with growing pauses."""
+
+    @model_validator(mode="after")
+    def _port_is_used(self) -> ServerOptions:
+        if self.urls and self.port is not None:
+            raise ValueError("port is of the server that is started: urls are given, so none is")
+        return self
 
 
 class GenerationOptions(Options):
     """How the policy is sampled for pairs, Best-of-N and evaluation."""
 
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    backend: Literal["transformers", "vllm", "vllm-server", "auto"] = "transformers"
+    """What samples: transformers, vllm in this process, vllm-server; auto is vllm where there is a
+    GPU and vLLM is installed. Each draws its own random numbers."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's own options under its own names, e.g. {tensor_parallel_size: 2}."""
+    server: ServerOptions = ServerOptions()
+    """vLLM servers."""
+    temperature: AtLeast = 1.0
     """Temperature of the negatives; 0 is greedy, and warned of."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling for the negatives; 1 is off."""
@@ -145,11 +183,24 @@ class GenerationOptions(Options):
     max_batch_tokens: Positive = 16384
     """Cache positions (prompt and sample, all rows) in one batch."""
 
+    @model_validator(mode="after")
+    def _options_are_used(self) -> GenerationOptions:
+        if self.backend != "vllm-server" and self.server != ServerOptions():
+            raise ValueError(f"server is an option of backend vllm-server, not of {self.backend}")
+        if self.engine and (self.backend == "transformers" or self.server.urls):
+            raise ValueError("engine is for a vLLM that is started here: there is none")
+        ours = sorted(set(self.engine) & ENGINE_OPTIONS_SET_HERE)
+        if ours:
+            raise ValueError(f"engine.{ours[0]} is set by irl-align: leave it out")
+        return self
+
 
 class PairOptions(Options):
     """What the reward is fitted on: (x, preferred, rejected) made without any preference label."""
 
-    sources: Annotated[list[PairSource], Field(min_length=1)] = ["demonstration/policy"]
+    sources: Annotated[list[PairSource], Field(min_length=1)] = Field(
+        default_factory=lambda: ["demonstration/policy"]  # type: ignore[arg-type]
+    )
     """Preferred/rejected: policy sample, the same text under another prompt (contrast), samples of
     the model before SFT (init)."""
     contrast: Literal["neighbour", "edit"] = "neighbour"
@@ -173,7 +224,7 @@ class PreferenceOptions(Options):
     """Split of the card."""
     path: str | None = None
     """Local file or folder in place of the card's source."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: Above = 1.0
     """Weight of a preference pair against a demonstration pair."""
 
 
@@ -184,11 +235,11 @@ class RewardOptions(Options):
     """A reward model, the policy's own log-ratio (SPIN, DPO), or no reward (SFT as a control)."""
     loss: Literal["bradley_terry", "linear"] = "bradley_terry"
     """Pair loss of the explicit reward: -log sigmoid(r_E - r_hat), or -(r_E - r_hat)."""
-    bound: Annotated[float, Field(gt=0.0)] | None = None
+    bound: Above | None = None
     """Largest |r|, by bound * tanh(r / bound); the linear loss needs one."""
     init: Literal["cold", "warm"] = "cold"
     """Start of each iteration's fit: the SFT model, or the reward of the iteration before."""
-    lm_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    lm_coef: AtLeast = 0.0
     """a in r = head + a * (mean log-prob of the completion under the reward's own backbone)."""
     max_pairs: Positive | None = None
     """At most so many pairs of the window are trained on, drawn by the seed; null is all."""
@@ -198,9 +249,9 @@ class RewardOptions(Options):
     """With reference=mixture: weight of pi_0; pi_k has the rest."""
     preferences: PreferenceOptions | None = None
     """Human preference pairs to mix in (explicit reward only)."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     """Fields of trl.RewardConfig (explicit) or trl.DPOConfig (implicit)."""
-    schedule: dict[str, list[Any]] = {}
+    schedule: dict[str, list[Any]] = Field(default_factory=dict)
     """Per-iteration values of fields of args, e.g. beta: [0.1, 0.1, 0.1, 5.0]; the last repeats."""
 
     @model_validator(mode="after")
@@ -229,92 +280,28 @@ class RewardOptions(Options):
         return self
 
 
-class BestOfNOptions(Options):
-    """Best-of-N: sample N completions per prompt, score them, use the best."""
-
-    kind: Literal["best_of_n"]
-    """Name of the update."""
-    n: Annotated[int, Field(ge=2)] = 8
-    """Samples per prompt."""
-    use: Literal["select", "sft", "dpo"] = "sft"
-    """select: the policy stays, its samples are ranked when it is used; sft: fine-tune on the best;
-    dpo: train best against worst."""
-    score: Literal["reward", "logprob", "both"] = "reward"
-    """Rank by the reward, by the policy's mean log-prob, or by their standardised sum."""
-    keep: Positive = 1
-    """So many of each prompt's best are trained on; with use=dpo, against as many of the worst."""
-    prompts: Positive | None = None
-    """Prompts that are sampled, chosen by hash; null is all of the reward's prompts."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Sampling temperature of the N candidates."""
-    start: Literal["current", "initial"] = "current"
-    """Model that is fine-tuned: pi_k or pi_0."""
-    args: dict[str, Any] = {}
-    """Fields of trl.SFTConfig (use=sft) or trl.DPOConfig (use=dpo)."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> BestOfNOptions:
-        if self.keep > self.n:
-            raise ValueError(f"keep {self.keep} is more than n {self.n}")
-        if self.use == "select" and self.args:
-            raise ValueError("args are for use sft or dpo: select trains nothing")
-        if self.use == "select" and self.keep != 1:
-            raise ValueError("keep is for use sft or dpo: select keeps the best one")
-        if self.use == "dpo" and 2 * self.keep > self.n:
-            raise ValueError(f"keep {self.keep} best and as many worst are more than n {self.n}")
-        return self
-
-
-class IdentityOptions(Options):
-    """No policy step of its own: fitting the implicit reward has moved the policy (SPIN)."""
-
-    kind: Literal["identity"]
-    """Name of the update."""
-
-
-class MoreSFTOptions(Options):
-    """Control: go on with SFT on the demonstrations, no reward."""
-
-    kind: Literal["sft"]
-    """Name of the update."""
-    args: dict[str, Any] = {}
-    """Fields of trl.SFTConfig."""
-
-
-class CustomUpdateOptions(Options):
-    """A policy update of your own."""
-
-    kind: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
-    """Import path module:callable of an irl_align.policy.PolicyUpdate factory."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of the factory."""
-
-
-PolicyUpdateOptions = BestOfNOptions | IdentityOptions | MoreSFTOptions | CustomUpdateOptions
-
-
 class SignOptions(Options):
     """Signs that an iteration went wrong, all seen on demonstrations alone, and what to do."""
 
     action: Literal["warn", "stop"] = "warn"
     """On a sign after a policy update: say so, or stop and keep the policy before it."""
-    unfit_loss: Annotated[float, Field(gt=0.0)] = 0.6931471805599453
+    unfit_loss: Above = 0.6931471805599453
     """Held-out pair loss at or above this (ln 2): the reward is unfit and is not optimised on."""
     fresh_accuracy: Share = 0.52
     """Demonstrations against fresh samples at or below this accuracy: nothing left to learn."""
     older_drop: Share = 0.05
     """Fall of the held-out accuracy on earlier iterations' pairs after a refit: forgetting."""
-    entropy_low: Annotated[float, Field(ge=0.0)] = 0.75
+    entropy_low: AtLeast = 0.75
     """Least entropy of the policy, as a multiple of pi_0's."""
-    entropy_high: Annotated[float, Field(gt=0.0)] = 1.25
+    entropy_high: Above = 1.25
     """Largest entropy of the policy, as a multiple of pi_0's."""
-    kl: Annotated[float, Field(gt=0.0)] = 3.0
+    kl: Above = 3.0
     """Largest KL(pi || pi_0) per completion, in nats."""
-    length_change: Annotated[float, Field(gt=0.0)] = 0.25
+    length_change: Above = 0.25
     """Largest relative change of the mean completion length against pi_0's."""
     missing_eos: Share = 0.02
     """Largest share of samples without EOS above pi_0's."""
-    demonstration_log_prob: Annotated[float, Field(gt=0.0)] = 5.0
+    demonstration_log_prob: Above = 5.0
     """Largest fall of the held-out demonstrations' mean log-prob below pi_0's, in nats."""
 
 
@@ -337,7 +324,9 @@ class EvaluationOptions(Options):
     """Split of the card whose prompts are answered; tune on validation, report on test."""
     prompts: Positive | None = None
     """Number of distinct prompts, chosen by hash; null is all."""
-    temperatures: Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=1)] = [1.0, 0.0]
+    temperatures: Annotated[list[AtLeast], Field(min_length=1)] = Field(
+        default_factory=lambda: [1.0, 0.0]
+    )
     """Sampling temperatures; 0 is greedy. The first gives length, entropy and KL."""
     gold: bool = True
     """Compute the gold metric that the card names, where it names one."""
@@ -367,7 +356,7 @@ class Recipe(Options):
     """Folder of the runs and of the store of stages that they share."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers: tensorboard, wandb, trackio."""
     data: DataOptions
     """Demonstrations."""
@@ -400,6 +389,6 @@ class Recipe(Options):
                 f"reward.kind {kind} does not go with policy_update.kind {update}: the implicit "
                 "reward moves the policy itself, so it goes with identity, and only it does"
             )
-        if kind == "none" and update == "best_of_n":
-            raise ValueError("policy_update.kind best_of_n needs a reward: reward.kind is none")
+        if kind == "none" and update in ("best_of_n", "ppo"):
+            raise ValueError(f"policy_update.kind {update} needs a reward: reward.kind is none")
         return self

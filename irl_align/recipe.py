@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from irl_align.config import CustomUpdateOptions, Options, PolicyUpdateOptions, Recipe
+from irl_align.config import Recipe
 from irl_align.errors import UserError
+from irl_align.options import Options
+from irl_align.policy_options import CustomUpdateOptions, PolicyUpdateOptions
 from irl_align.recipe_args import args_problems, describe, nearest_arg, trl_config
 from irl_align.recipe_yaml import (
     Loc,
     Node,
     dump_yaml,
+    from_plain,
     merge,
     nearest,
     nest,
@@ -61,7 +64,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Overrides apply in order, those of a ``kind`` first. Raises UserError with one line per mistake,
     each with its file and line, or the override, and its dotted key.
     """
-    tree = read_recipe_tree(Path(path), _KINDS)
+    return _overridden(read_recipe_tree(Path(path), _KINDS), overrides)
+
+
+def make_recipe(values: Mapping[str, Any], place: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of plain values, which messages say were written at `place`; overrides as above."""
+    return _overridden(from_plain(dict(values), place), overrides)
+
+
+def _overridden(tree: Node, overrides: Sequence[str]) -> Recipe:
     parsed = [parse_override(override) for override in overrides]
     for loc, node in sorted(parsed, key=lambda pair: pair[0][-1] != "kind"):
         tree = merge(tree, nest(loc, node), _KINDS)

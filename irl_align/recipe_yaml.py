@@ -145,6 +145,13 @@ def merge(base: Node, over: Node, kinds: Mapping[Loc, str], at: Loc = ()) -> Nod
     return Node(merged, base.place)
 
 
+def from_plain(value: Any, place: str) -> Node:
+    """The tree of plain mappings and scalars that were written at one place."""
+    if isinstance(value, dict):
+        return Node({key: from_plain(inner, place) for key, inner in value.items()}, place)
+    return Node(value, place)
+
+
 def dump_yaml(value: Any) -> str:
     """Write plain values as YAML that this module, and readers of YAML 1.1, read back the same."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

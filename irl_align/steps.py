@@ -14,14 +14,9 @@ from datasets import Dataset, concatenate_datasets
 from trl import DPOConfig
 
 from irl_align.cards import import_object, load_card
-from irl_align.config import (
-    BestOfNOptions,
-    IdentityOptions,
-    MoreSFTOptions,
-    PairSource,
-    Recipe,
-)
+from irl_align.config import PairSource, Recipe
 from irl_align.data import (
+    choose_prompts,
     data_checksum,
     load_preferences,
 )
@@ -41,14 +36,22 @@ from irl_align.pairs import (
     stats,
     window,
 )
-from irl_align.policy import Policy, PolicyUpdate, Reward
+from irl_align.policy import Demonstrations, Policy, PolicyUpdate, Reward
 from irl_align.policy.best_of_n import BestOfN
 from irl_align.policy.identity import Identity
+from irl_align.policy.ppo.update import PPO
 from irl_align.policy.sft import MoreSFT
+from irl_align.policy_options import (
+    BestOfNOptions,
+    IdentityOptions,
+    MoreSFTOptions,
+    PPOOptions,
+)
 from irl_align.prepare import Data
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.tasks.gold import GoldMetric
 from irl_align.tokens import (
     encode_preferences,
     encode_prompts,
@@ -238,8 +241,10 @@ def _fit_implicit(
 
     def build(work: Path) -> dict[str, Any]:
         references = [(weight, lab.load_policy(path)) for weight, path in paths]
+        generator = policy.identity if starts_at_reference else ""
         logps = cached_array(
-            work / "scratch" / "reference.npy", lambda: reference_logps(references, train)
+            work / "scratch" / "reference.npy",
+            lambda: reference_logps(references, train, generator),
         )
         model = lab.load_policy(policy.path)
         training = lab.training(work, f"SPIN {k}")
@@ -284,17 +289,21 @@ def improve_policy(
 ) -> Policy:
     """pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
     part = "sft" if reward is None else "reward"
-    update = make_update(lab.recipe)
+    update = make_update(lab.recipe, data)
     improved = update(lab, k, policy, initial, reward, data.demonstrations(part))
     lab.names.setdefault(improved.identity, f"policy-{k + 1}")
     return improved
 
 
-def make_update(recipe: Recipe) -> PolicyUpdate:
+def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
     """The recipe's policy update: built in, or made by a factory given by import path."""
     options = recipe.policy_update
     if isinstance(options, BestOfNOptions):
         return BestOfN(options)
+    if isinstance(options, PPOOptions):
+        gold = data.card.gold if recipe.evaluation.gold else None
+        judge = rollout_judge(gold, data.reward) if gold is not None else None
+        return PPO(options, some_held_out(data, options.held_out_prompts, recipe.seed), judge, gold)
     if isinstance(options, MoreSFTOptions):
         return MoreSFT(options.args)
     if isinstance(options, IdentityOptions):
@@ -305,6 +314,33 @@ def make_update(recipe: Recipe) -> PolicyUpdate:
     except TypeError as error:
         raise UserError(f"policy_update.options: {options.kind} refused them: {error}") from error
     return update
+
+
+def some_held_out(data: Data, prompts: int, seed: int) -> Demonstrations:
+    """Demonstrations of at most so many held-out prompts, chosen by hash."""
+    keys = choose_prompts(data.held_out["prompt_key"], prompts, seed)
+    rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
+    checksum = f"{data.checksums['held_out']}/{prompts}/{seed}"
+    return Demonstrations(list(rows["prompt_ids"]), list(rows["completion_ids"]), checksum)
+
+
+def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]]:
+    """The card's gold metric of samples for these rows' prompts, given as token ids, and texts."""
+    metric: GoldMetric = import_object(gold, "gold")
+    texts: dict[tuple[int, ...], str] = {}
+    references: dict[tuple[int, ...], list[str]] = {}
+    for ids, prompt, completion in zip(
+        rows["prompt_ids"], rows["prompt"], rows["completion"], strict=True
+    ):
+        texts.setdefault(tuple(ids), prompt)
+        references.setdefault(tuple(ids), []).append(completion)
+
+    def judge(prompts: Sequence[Sequence[int]], completions: Sequence[str]) -> Mapping[str, float]:
+        keys = [tuple(ids) for ids in prompts]
+        asked = [texts[key] for key in keys]
+        return metric(asked, completions, [references[key] for key in keys]).corpus
+
+    return judge
 
 
 def scheduled(

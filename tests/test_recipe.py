@@ -214,7 +214,8 @@ def test_bad_override(override: str, message: str) -> None:
         ),
         (
             "policy_update:\n  kind: identity\n  n: 3",
-            "8: policy_update.n: unknown option; did you mean policy_update(best_of_n).n?",
+            "8: policy_update.n: unknown option; did you mean policy_update(best_of_n).n or "
+            "policy_update(ppo).n?",
         ),
         (
             "policy_update:\n  kind: my module:f",
@@ -231,7 +232,7 @@ def test_mistake_against_the_schema(added: str, message: str) -> None:
         window="expected string that matches ^(latest|all|last-[1-9][0-9]*)$",
         trackers="expected one of tensorboard, wandb, trackio; did you mean wandb?",
         anything="expected list of anything",
-        kinds="best_of_n, identity, sft, module:callable",
+        kinds="best_of_n, ppo, identity, sft, module:callable",
         top=", ".join(Recipe.model_fields),
     )
     assert mistakes(SMALL + added + "\n") == [f"r.yaml:{expected}"]

@@ -1,7 +1,7 @@
 """The policy level: what a policy is, and the protocol of an update that improves it.
 
-A policy update is a value behind :class:`PolicyUpdate`. Built in: :mod:`best_of_n`, the identity
-(SPIN) and more SFT. A recipe names one of its own by import path (``policy_update.kind``).
+A policy update is a value behind :class:`PolicyUpdate`. Built in: :mod:`best_of_n`, :mod:`ppo`, the
+identity (SPIN) and more SFT. A recipe names one of its own by import path (``policy_update.kind``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from irl_align.generate import Sampling
+    from irl_align.generate import Generator, Sampling
     from irl_align.reward.model import RewardFunction
-    from irl_align.samples import SampleSet
+    from irl_align.samples import Samples
     from irl_align.stages import Stage
     from irl_align.trainers import Training
 
@@ -83,9 +83,12 @@ class Workshop(Protocol):
     ) -> Stage:
         """Return a committed stage, building it if it is not in the store (see Store.stage)."""
 
+    def log(self, key: str, record: Mapping[str, Any]) -> None:
+        """Set a line of the run's metrics."""
+
     def sample(
         self, policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, role: str
-    ) -> SampleSet:
+    ) -> Samples:
         """Samples of a policy, as a stage. The role is part of the seed."""
 
     def training(self, work: Path, label: str) -> Training:
@@ -93,6 +96,9 @@ class Workshop(Protocol):
 
     def load_policy(self, path: Path) -> PreTrainedModel:
         """The language model of a policy, on the run's device."""
+
+    def generator(self, model: PreTrainedModel) -> Generator:
+        """What samples this model, whatever its weights become."""
 
     def load_reward(self, reward: Reward) -> RewardFunction:
         """The reward function of an artefact, on the run's device."""

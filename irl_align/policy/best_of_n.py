@@ -17,12 +17,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from irl_align.config import BestOfNOptions
 from irl_align.errors import UserError
+from irl_align.generate import Completion
 from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
+from irl_align.policy_options import BestOfNOptions
 from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.samples import SampleSet
+from irl_align.samples import Samples
 from irl_align.trainers import Training, fit_sft, save_model, sft_columns
 
 
@@ -87,7 +88,7 @@ class BestOfN:
         self,
         model: PreTrainedModel,
         workshop: Workshop,
-        candidates: SampleSet,
+        candidates: Samples,
         scores: np.ndarray,
         training: Training,
         own: bool,
@@ -108,7 +109,7 @@ class BestOfN:
 def score_candidates(
     workshop: Workshop,
     iteration: int,
-    candidates: SampleSet,
+    candidates: Samples,
     reward: Reward,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
@@ -143,50 +144,54 @@ def choose_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> list[
     return [list(prompts[i]) for i in sorted(chosen)]
 
 
-def best_columns(samples: SampleSet, scores: np.ndarray, keep: int) -> dict[str, list[Any]]:
+def best_columns(samples: Samples, scores: np.ndarray, keep: int) -> dict[str, list[Any]]:
     """SFT rows of the best `keep` distinct finished samples of each prompt; scores (M, N)."""
-    prompts, completions = [], []
-    for prompt, group, row in zip(samples.prompts, samples.completions, scores, strict=True):
-        taken: set[tuple[int, ...]] = set()
-        for j in np.argsort(-row, kind="stable"):
-            ids = group[j].token_ids
-            if len(taken) == keep or not np.isfinite(row[j]):
+    best: dict[int, list[list[int]]] = {}
+    for index, group in samples.groups():
+        taken: dict[tuple[int, ...], None] = {}
+        for j in np.argsort(-scores[index], kind="stable"):
+            if len(taken) == keep or not np.isfinite(scores[index, j]):
                 break
-            if tuple(ids) not in taken:
-                taken.add(tuple(ids))
-                prompts.append(prompt)
-                completions.append(ids)
-    return sft_columns(prompts, completions)
+            taken.setdefault(tuple(group[j].token_ids))
+        best[index] = [list(ids) for ids in taken]
+    rows = [(samples.prompts[index], ids) for index in sorted(best) for ids in best[index]]
+    return sft_columns([prompt for prompt, _ in rows], [ids for _, ids in rows])
 
 
-def best_against_worst(samples: SampleSet, scores: np.ndarray, keep: int = 1) -> Dataset:
+def best_against_worst(samples: Samples, scores: np.ndarray, keep: int = 1) -> Dataset:
     """Pairs of each prompt's finished samples: best over worst, second over second last, and so on.
 
     At most `keep` pairs a prompt, and none of two equal samples; scores (M, N). chosen_logp and
     rejected_logp are the sampler's summed log-probs.
     """
-    rows = []
-    for prompt, group, row in zip(samples.prompts, samples.completions, scores, strict=True):
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for index, group in samples.groups():
+        row = scores[index]
         finished = [int(j) for j in np.argsort(-row, kind="stable") if np.isfinite(row[j])]
         half = min(keep, len(finished) // 2)
-        for better, worse in zip(finished[:half], finished[::-1][:half], strict=True):
-            if group[better].token_ids != group[worse].token_ids:
-                rows.append(
-                    {
-                        "prompt_ids": prompt,
-                        "chosen_ids": group[better].token_ids,
-                        "rejected_prompt_ids": prompt,
-                        "rejected_ids": group[worse].token_ids,
-                        "chosen_logp": float(group[better].logprobs.sum(dtype=np.float64)),
-                        "rejected_logp": float(group[worse].logprobs.sum(dtype=np.float64)),
-                    }
-                )
-    if not rows:
+        rows[index] = [
+            _pair(samples.prompts[index], group[better], group[worse])
+            for better, worse in zip(finished[:half], finished[::-1][:half], strict=True)
+            if group[better].token_ids != group[worse].token_ids
+        ]
+    pairs = [pair for index in sorted(rows) for pair in rows[index]]
+    if not pairs:
         raise UserError(
             "policy_update.use: dpo: no prompt has two different finished samples; raise "
             "temperature or generation.max_new_tokens"
         )
-    return Dataset.from_list(rows)
+    return Dataset.from_list(pairs)
+
+
+def _pair(prompt: list[int], better: Completion, worse: Completion) -> dict[str, Any]:
+    return {
+        "prompt_ids": prompt,
+        "chosen_ids": better.token_ids,
+        "rejected_prompt_ids": prompt,
+        "rejected_ids": worse.token_ids,
+        "chosen_logp": float(better.logprobs.sum(dtype=np.float64)),
+        "rejected_logp": float(worse.logprobs.sum(dtype=np.float64)),
+    }
 
 
 def score_report(scores: np.ndarray) -> dict[str, float]:

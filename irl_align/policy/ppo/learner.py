@@ -1,0 +1,328 @@
+"""The learner: one rollout's update of policy and critic, by micro-batches on accelerate.
+
+Legend of shapes: B samples, R rows, T completion tokens, M tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from irl_align.batches import can_pack, row_lengths, share_prompts
+from irl_align.errors import UserError
+from irl_align.maths import ppo_losses
+from irl_align.policy.ppo.network import (
+    Entropy,
+    MicroBatch,
+    Network,
+    Outputs,
+    micro_batch,
+    tokens_of,
+)
+from irl_align.policy.ppo.rollout import Samples
+from irl_align.policy_options import PPOOptions
+
+_PADDING = 0.03  # most padding of a micro-batch, as a share of its slots
+_FEW = 512  # slots below which another row is cheaper than another forward pass
+_SUMS = ("policy_loss", "value_loss", "entropy", "update_kl", "clip_fraction", "log_ratio")
+# Mean |log pi_learner - log pi_sampler| per token before the first step: rounding, and no more.
+_SAME = {False: 1e-3, True: 5e-2}  # by bf16
+
+
+class Diverged(Exception):
+    """Training cannot go on; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an update reads of a rollout: samples, and (B, T) float32 arrays on the CPU."""
+
+    samples: Samples
+    old_logps: Tensor
+    advantages: Tensor
+    reference_logps: Tensor | None
+    """For a KL in the loss."""
+    kl_coef: float
+    """Of the KL in the loss; 0 without one."""
+    old_values: Tensor | None
+    targets: Tensor | None
+    """The critic's: rewards-to-go, estimated."""
+
+
+class Micro:
+    """A rollout's samples as micro-batches: packed once, and cut anew for every minibatch."""
+
+    def __init__(self, samples: Samples, share: bool, pad: int, device: torch.device) -> None:
+        self.prompts, self.completions = samples.prompts, samples.completions
+        self.rows = share_prompts(self.prompts, self.completions, share)
+        self.lengths = row_lengths(self.prompts, self.completions, self.rows)
+        self.shape = samples.mask.shape
+        self.pad, self.device = pad, device
+
+    def batches(self, rows: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+        """The rows with these numbers, sorted by length."""
+        cut = padded_batches([self.lengths[r] for r in rows], max_tokens)
+        return [
+            micro_batch(
+                self.prompts,
+                self.completions,
+                [self.rows[rows[i]] for i in chosen],
+                self.pad,
+                self.shape[1],
+                self.device,
+            )
+            for chosen in cut
+        ]
+
+
+def padded_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length: at most max_tokens slots, little of it padding.
+
+    A row longer than max_tokens has a batch to itself.
+    """
+    batch: list[int] = []
+    longest = real = 0
+    for number in np.argsort(-np.asarray(lengths), kind="stable"):
+        length = int(lengths[number])
+        slots = (len(batch) + 1) * longest
+        wasted = slots - real - length
+        if batch and (slots > max_tokens or (slots > _FEW and wasted > _PADDING * slots)):
+            yield batch
+            batch, real = [], 0
+        if not batch:
+            longest = length
+        batch.append(int(number))
+        real += length
+    if batch:
+        yield batch
+
+
+class Learner:
+    """Holds the network, its optimiser and the accelerator; `update` is PPO's inner loop."""
+
+    def __init__(
+        self,
+        network: Network,
+        options: PPOOptions,
+        device: torch.device,
+        seed: int,
+        pad: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.options = options
+        self.seed, self.pad, self.device = seed, pad, device
+        self.accelerator = accelerator
+        _quiet(network, options.gradient_checkpointing)
+        groups = [{"params": network.policy_parameters(), "lr": options.learning_rate}]
+        if critic := network.critic_parameters():
+            rate = options.critic_learning_rate or options.learning_rate
+            groups.append({"params": critic, "lr": rate})
+        self.norms = ("grad_norm", "critic_grad_norm")[: len(groups)]
+        self.rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+        # eps 1e-5 as in arXiv:2403.17031; one fused kernel instead of several per weight
+        optimizer = torch.optim.AdamW(
+            groups, eps=1e-5, weight_decay=options.weight_decay, fused=True
+        )
+        prepared: Any = accelerator.prepare(network, optimizer)
+        self.network: Network = prepared[0]
+        self.optimizer = prepared[1]
+        self.trunks: list[Any] = [network.policy]
+        if network.critic is not None and network.critic.trunk is not None:
+            self.trunks.append(network.critic.trunk)
+
+    def micro(self, samples: Samples) -> Micro:
+        """Samples ready to be cut into micro-batches; a prompt's completions share its tokens."""
+        rows = zip(samples.prompts, samples.completions, strict=True)
+        longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+        share = all(can_pack(trunk, longest) for trunk in self.trunks)
+        return Micro(samples, share, self.pad, self.device)
+
+    def whole(self, micro: Micro) -> list[MicroBatch]:
+        """All rows of a rollout."""
+        return micro.batches(range(len(micro.rows)), self.options.max_batch_tokens)
+
+    @torch.no_grad()
+    def infer(
+        self, micro: Micro, batches: Sequence[MicroBatch], logps: bool, values: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probs and values of a rollout's tokens as the weights are now: (B, T) each."""
+        out = [torch.zeros(micro.shape).flatten() if asked else None for asked in (logps, values)]
+        for batch in batches:
+            found: Outputs = self.network(batch, logps=logps, values=values)
+            for array, part in zip(out, (found.logps, found.values), strict=True):
+                if array is not None and part is not None:
+                    array[batch.index.cpu()] = part.float().cpu()
+        first, second = (None if a is None else a.view(micro.shape) for a in out)
+        return first, second
+
+    @torch.no_grad()
+    def logps_of(
+        self, model: PreTrainedModel, micro: Micro, batches: Sequence[MicroBatch]
+    ) -> Tensor:
+        """Log-probs of a rollout's tokens under another model, at the same temperature: (B, T)."""
+        out = torch.zeros(micro.shape).flatten()
+        for batch in batches:
+            with self.accelerator.autocast():
+                logps = tokens_of(model, batch, self.options.temperature).logps
+            assert logps is not None
+            out[batch.index.cpu()] = logps.float().cpu()
+        return out.view(micro.shape)
+
+    def update(
+        self, number: int, batch: Batch, micro: Micro, whole: Sequence[MicroBatch]
+    ) -> dict[str, float]:
+        """Train on one rollout for its epochs; returns means over tokens of the last one, and such.
+
+        Raises Diverged for a loss or a gradient that is not finite, before the step with it.
+        """
+        options = self.options
+        arrays = self._on_device(batch)
+        report = {"learning_rate": self.rates[0] * self._schedule(number)}
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._schedule(number)
+        for epoch in range(options.epochs):
+            totals, tokens = torch.zeros(len(_SUMS), device=self.device), 0
+            for step, minibatch in enumerate(self._minibatches(number, epoch, micro, whole)):
+                sums, count = self._accumulate(minibatch, arrays, batch.kl_coef, epoch)
+                means = dict(zip(_SUMS, (sums / count).tolist(), strict=True))
+                self._check(number, means, first=epoch == 0 and step == 0)
+                if epoch == 0 and step == 0:
+                    report["first_log_ratio"] = means["log_ratio"]
+                if options.epoch_kl is not None and means["update_kl"] > options.epoch_kl:
+                    self.optimizer.zero_grad()
+                    report.update(self._measured(means, epoch))
+                    return {**report, "epochs": epoch + step / options.minibatches}
+                report.update(self._step(number))
+                totals, tokens = totals + sums, tokens + count
+            means = dict(zip(_SUMS, (totals / tokens).tolist(), strict=True))
+            report.update(self._measured(means, epoch))
+        return {**report, "epochs": float(options.epochs)}
+
+    def _accumulate(
+        self, minibatch: Sequence[MicroBatch], arrays: dict[str, Tensor], kl_coef: float, epoch: int
+    ) -> tuple[Tensor, int]:
+        """Gradients of a minibatch's loss, the mean over its tokens however it is cut; its sums."""
+        options = self.options
+        count = sum(len(micro.index) for micro in minibatch)
+        sums = torch.zeros(len(_SUMS), device=self.device)
+        entropy: Entropy = "none"
+        if self._entropy(epoch):
+            entropy = "loss" if options.entropy_coef else "monitor"
+        for micro in minibatch:
+            own = {name: array[micro.index] for name, array in arrays.items()}
+            out: Outputs = self.network(micro, entropy=entropy)
+            assert out.logps is not None
+            old = own["old_logps"]
+            policy = ppo_losses.policy_loss(out.logps, old, own["advantages"], options.clip)
+            loss = policy
+            if kl_coef:
+                loss = loss + kl_coef * ppo_losses.k3(out.logps, own["reference_logps"])
+            if entropy == "loss" and out.entropy is not None:
+                loss = loss - options.entropy_coef * out.entropy
+            value = torch.zeros_like(policy)
+            if out.values is not None:
+                value = ppo_losses.value_loss(
+                    out.values, own["old_values"], own["targets"], options.value_clip
+                )
+                loss = loss + options.vf_coef * value
+            self.accelerator.backward(loss.sum() / count)
+            with torch.no_grad():
+                logps = out.logps.detach()
+                spread = policy.new_zeros(1) if out.entropy is None else out.entropy
+                clipped = ppo_losses.clipped_share(logps, old, options.clip) * len(logps)
+                kl = ppo_losses.k3(old, logps).sum()  # KL(pi_old || pi), on samples of pi_old
+                moved = (logps - old).abs().sum()
+                sums += torch.stack([policy.sum(), value.sum(), spread.sum(), kl, clipped, moved])
+        return sums, count
+
+    def _step(self, number: int) -> dict[str, float]:
+        """Clip and apply the gradients of policy and critic; their norms before."""
+        report = {}
+        limit = self.options.max_grad_norm
+        for name, group in zip(self.norms, self.optimizer.param_groups, strict=True):
+            norm = float(self.accelerator.clip_grad_norm_(group["params"], limit))
+            if not math.isfinite(norm):
+                raise Diverged(f"update {number + 1}: the {name} is {norm}; lower learning_rate")
+            report[name] = norm
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return report
+
+    def _check(self, number: int, means: dict[str, float], first: bool) -> None:
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise Diverged(
+                f"update {number + 1}: {bad[0]} is {means[bad[0]]}; lower learning_rate or "
+                "max_grad_norm"
+            )
+        limit = log_ratio_limit(self.options)
+        if first and means["log_ratio"] > limit:
+            raise UserError(
+                f"PPO: update {number + 1}: before its first step the policy's log-probs differ "
+                f"from those it sampled with by {means['log_ratio']:.2g} per token, expected at "
+                f"most {limit:g}: the model is not the same function in sampling and in training"
+            )
+
+    def _minibatches(
+        self, number: int, epoch: int, micro: Micro, whole: Sequence[MicroBatch]
+    ) -> Iterator[Sequence[MicroBatch]]:
+        if self.options.minibatches == 1:
+            yield whole
+            return
+        order = np.random.default_rng([self.seed, number, epoch]).permutation(len(micro.rows))
+        for rows in np.array_split(order, min(self.options.minibatches, len(order))):
+            yield micro.batches(rows.tolist(), self.options.max_batch_tokens)
+
+    def _entropy(self, epoch: int) -> bool:
+        """Whether an epoch computes entropies: the first, as a monitor, or all, for the loss."""
+        return epoch == 0 or self.options.entropy_coef > 0.0
+
+    def _measured(self, means: dict[str, float], epoch: int) -> dict[str, float]:
+        """Those that an epoch measures."""
+        found = {"entropy": self._entropy(epoch), "value_loss": self.options.advantage == "gae"}
+        return {name: value for name, value in means.items() if found.get(name, True)}
+
+    def _schedule(self, number: int) -> float:
+        """Factor of the learning rates in an update, counted from 0."""
+        return 1.0 - number / self.options.updates if self.options.lr_schedule == "linear" else 1.0
+
+    def _on_device(self, batch: Batch) -> dict[str, Tensor]:
+        names = ("old_logps", "advantages", "reference_logps", "old_values", "targets")
+        found = {name: getattr(batch, name) for name in names}
+        return {n: a.flatten().to(self.device) for n, a in found.items() if a is not None}
+
+
+def log_ratio_limit(options: PPOOptions) -> float:
+    """Largest mean |log ratio| per token of one model with itself."""
+    return _SAME[options.bf16]
+
+
+def make_accelerator(device: torch.device, bf16: bool, **options: Any) -> Accelerator:
+    """An accelerator for this device; the state that a trainer before it left behind is dropped."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as transformers' trainers do
+    return Accelerator(
+        cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no", **options
+    )
+
+
+def _quiet(network: nn.Module, checkpointing: bool) -> None:
+    """No dropout. Eval mode, unless checkpointing, which transformers' layers do when training."""
+    network.eval()
+    for module in network.modules():
+        if checkpointing and isinstance(module, PreTrainedModel):
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    network.train(checkpointing)

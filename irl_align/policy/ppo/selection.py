@@ -1,0 +1,140 @@
+"""Which policy is kept: the best by held-out demonstrations, or the last that was sound."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from irl_align.errors import UserError
+from irl_align.files import atomic_folder
+from irl_align.models import completion_logprobs
+from irl_align.policy.ppo.actors import Actors
+from irl_align.policy.ppo.checkpoint import Progress, checkpoints, load_checkpoint, updates_of
+from irl_align.policy.ppo.learner import Diverged, Learner
+from irl_align.policy.ppo.rollout import at_missing_eos, collate, sample
+from irl_align.policy_options import PPOOptions
+from irl_align.reward.scoring import score_tokens
+from irl_align.trainers import Training, save_model
+
+logger = logging.getLogger("irl_align.policy.ppo")
+
+
+class Selection:
+    """Looks at held-out demonstrations, never at gold, and keeps policies on disk."""
+
+    def __init__(
+        self, actors: Actors, learner: Learner, options: PPOOptions, training: Training
+    ) -> None:
+        self.actors, self.learner = actors, learner
+        self.options, self.training = options, training
+        self.scratch = training.work / "scratch"
+        self.model = training.work / "model"
+        self.demonstrated: float | None = None
+
+    def evaluate(self, progress: Progress) -> dict[str, float]:
+        """Held-out demonstrations against fresh samples; the policy is kept if it is the best.
+
+        held_out_gap: mean reward of the demonstrations less that of one sample per prompt;
+        held_out_log_prob: of a demonstration at temperature 1; held_out_kl: of the samples to the
+        reference. Every look draws with the same random numbers.
+        """
+        held_out, actors = self.actors.held_out, self.actors
+        if self.demonstrated is None:
+            scores = self._rewards(held_out.prompts, held_out.completions)
+            self.demonstrated = mean_by_prompt(held_out.prompts, scores)
+        prompts = held_out.distinct_prompts()
+        sampling = replace(actors.sampling, n=1, seed=self.training.seed)
+        samples = collate(prompts, sample(actors.generator, prompts, sampling))
+        rewards = self._rewards(samples.prompts, samples.completions)
+        returns = at_missing_eos(rewards, samples.truncated, self.options)
+        logps = completion_logprobs(actors.policy, held_out.prompts, held_out.completions)
+        micro = self.learner.micro(samples)
+        reference = self.learner.logps_of(actors.reference, micro, self.learner.whole(micro))
+        apart = ((samples.logps - reference) * samples.mask).double().sum(1)
+        report = {
+            "held_out_gap": self.demonstrated - float(returns.double().mean()),
+            "held_out_log_prob": sum(float(row.sum(dtype="float64")) for row in logps) / len(logps),
+            "held_out_kl": float(apart.mean()),
+        }
+        self._keep_if_best(report, progress)
+        return report
+
+    def finish(self, progress: Progress) -> int:
+        """Put the policy that is kept into work/model; the number of its updates."""
+        shutil.rmtree(self.model, ignore_errors=True)
+        if self.options.keep == "last":
+            self._save(self.model)
+            return progress.updates
+        best = progress.best_update
+        if best == 0:
+            logger.warning(
+                "%s: by %s no update was better than the start, which is kept",
+                self.training.label,
+                self.options.keep,
+            )
+        shutil.copytree(self.scratch / f"best-{best}", self.model)
+        return best
+
+    def fall_back(self, fault: Diverged, progress: Progress) -> tuple[str, int]:
+        """After a divergence: the best policy, or that of the last checkpoint before it.
+
+        A checkpoint is sound once a rollout has been drawn from it and updated on.
+        """
+        if self.options.keep != "last" and progress.best_update > 0:
+            kept = self.finish(progress)
+        else:
+            sound = [c for c in checkpoints(self.scratch) if updates_of(c) < progress.updates]
+            if not sound:
+                raise UserError(f"PPO: {fault}; no earlier policy was kept to go on with")
+            load_checkpoint(sound[-1], self.learner.accelerator)
+            kept = updates_of(sound[-1])
+            shutil.rmtree(self.model, ignore_errors=True)
+            self._save(self.model)
+        return f"stopped at {fault}; the policy after update {kept} is kept", kept
+
+    def forget_older(self, progress: Progress) -> None:
+        """Delete best policies that the checkpoint just written does not name."""
+        for folder in self.scratch.glob("best-*"):
+            if folder.name != f"best-{progress.best_update}":
+                shutil.rmtree(folder)
+
+    def _keep_if_best(self, report: dict[str, float], progress: Progress) -> None:
+        if self.options.keep == "last" or not report["held_out_kl"] <= self.options.kl_stop:
+            return
+        by_gap = self.options.keep == "reward_gap"
+        result = -abs(report["held_out_gap"]) if by_gap else report["held_out_log_prob"]
+        if progress.best is None or result > progress.best:
+            progress.best, progress.best_update = result, progress.updates
+            folder = self.scratch / f"best-{progress.best_update}"
+            shutil.rmtree(folder, ignore_errors=True)
+            with atomic_folder(folder) as aside:
+                self._save(aside)
+
+    def _rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
+        scores = score_tokens(
+            self.actors.reward, prompts, completions, prefixes=False, attention=False
+        )
+        return scores.rewards.float()
+
+    def _save(self, folder: Path) -> None:
+        policy, tokenizer, dtype = self.actors.policy, self.actors.tokenizer, self.actors.dtype
+        if dtype == torch.float32:
+            save_model(policy, tokenizer, folder)
+            return
+        weights = {name: weight.to(dtype) for name, weight in policy.state_dict().items()}
+        policy.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def mean_by_prompt(prompts: Sequence[Sequence[int]], scores: Tensor) -> float:
+    """Mean over prompts of the mean score of a prompt's demonstrations."""
+    groups: dict[tuple[int, ...], list[float]] = {}
+    for prompt, value in zip(prompts, scores.tolist(), strict=True):
+        groups.setdefault(tuple(prompt), []).append(value)
+    return sum(sum(group) / len(group) for group in groups.values()) / len(groups)

@@ -1,0 +1,139 @@
+"""PPO as a policy update of the loop: pi_{k+1} maximises r_k under a KL leash."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irl_align.errors import UserError
+from irl_align.generate import Sampling
+from irl_align.policy import Demonstrations, Policy, Reward, Workshop
+from irl_align.policy.ppo.actors import Actors
+from irl_align.policy.ppo.critic import make_critic
+from irl_align.policy.ppo.learner import Learner, make_accelerator
+from irl_align.policy.ppo.monitors import Judge
+from irl_align.policy.ppo.network import Network
+from irl_align.policy.ppo.trainer import PPOTrainer
+from irl_align.policy_options import PPOOptions
+from irl_align.reward.model import RewardFunction
+from irl_align.trainers import Training
+
+
+@dataclass(frozen=True)
+class PPO:
+    """pi_{k+1} from PPO on the demonstrations' prompts, with one reward from start to end.
+
+    held_out: demonstrations of other prompts, by which the best policy is chosen; judge: gold
+    metrics of the rollouts, which are reported and decide nothing; gold: their name; load: the
+    reward function of an artefact, where it is not the workshop's own.
+    """
+
+    options: PPOOptions
+    held_out: Demonstrations
+    judge: Judge | None = None
+    gold: str | None = None
+    load: Callable[[Reward], RewardFunction] | None = None
+
+    def __call__(
+        self,
+        workshop: Workshop,
+        iteration: int,
+        policy: Policy,
+        initial: Policy,
+        reward: Reward | None,
+        demonstrations: Demonstrations,
+    ) -> Policy:
+        """Train pi_k (or pi_0) in one stage, which resumes from its own checkpoints."""
+        options = self.options
+        if reward is None:
+            raise UserError("policy_update.kind: ppo needs a reward")
+        if not demonstrations.prompts:
+            raise UserError("PPO: there are no prompts to roll out; expected at least one")
+        if not self.held_out.prompts:
+            raise UserError("PPO: there are no held-out demonstrations; raise data.held_out")
+        start = policy if options.start == "current" else initial
+        reference = policy if options.reference == "current" else initial
+        sampling = workshop.sampling(options.n, options.temperature)
+
+        def build(work: Path) -> dict[str, Any]:
+            actors = self._actors(workshop, start, reference, reward, demonstrations, sampling)
+            return train_ppo(actors, options, workshop.training(work, f"PPO {iteration}"))
+
+        stage = workshop.stage(
+            f"policy-{iteration + 1}",
+            "ppo",
+            {
+                "sampling": vars(sampling),
+                "options": options.model_dump(),
+                "iteration": iteration,
+                "gold": self.gold,
+            },
+            {
+                "start": start.key,
+                "reference": reference.key,
+                "reward": reward.key,
+                "demonstrations": demonstrations.checksum,
+                "held_out": self.held_out.checksum,
+            },
+            build,
+        )
+        history = stage.metrics["history"]
+        summary = {name: value for name, value in stage.metrics.items() if name != "history"}
+        workshop.log(f"ppo/{iteration}", {**summary, "last": history[-1] if history else None})
+        return Policy(stage.path / "model", stage.key)
+
+    def _actors(
+        self,
+        workshop: Workshop,
+        start: Policy,
+        reference: Policy,
+        reward: Reward,
+        demonstrations: Demonstrations,
+        sampling: Sampling,
+    ) -> Actors:
+        """The models, loaded; the policy's weights become float32."""
+        model = workshop.load_policy(start.path)
+        stored = model.dtype
+        return Actors(
+            policy=model.float(),
+            reference=workshop.load_policy(reference.path).requires_grad_(False),
+            reward=(self.load or workshop.load_reward)(reward),
+            generator=workshop.generator(model),
+            tokenizer=workshop.tokenizer,
+            prompts=demonstrations.distinct_prompts(),
+            held_out=self.held_out,
+            sampling=sampling,
+            starts_at_reference=start.key == reference.key,
+            judge=self.judge,
+            dtype=stored,
+        )
+
+
+def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[str, Any]:
+    """Train actors.policy in place; the policy that is kept, metrics and samples in training.work.
+
+    Returns the training's metrics, `history` with one record per update among them.
+    """
+    pad, eos = actors.tokenizer.pad_token_id, actors.tokenizer.eos_token_id
+    if pad is None or pad == eos:
+        raise UserError(
+            f"PPO: the tokenizer's pad token is {pad} and its EOS {eos}; expected a pad token of "
+            "its own, or the end of a completion cannot be told from padding"
+        )
+    critic = make_critic(options, actors.policy, actors.reward, actors.tokenizer)
+    trackers: dict[str, Any] = {}
+    if training.report_to:
+        folder = os.environ.get("TENSORBOARD_LOGGING_DIR", str(training.work / "tensorboard"))
+        trackers = {"log_with": list(training.report_to), "project_dir": folder}
+    accelerator = make_accelerator(training.device, options.bf16, **trackers)
+    if training.report_to:
+        accelerator.init_trackers(training.run_name or "ppo")
+    network = Network(actors.policy, critic, options.temperature)
+    learner = Learner(network, options, training.device, training.seed, int(pad), accelerator)
+    metrics = PPOTrainer(actors, learner, options, training).run()
+    accelerator.end_training()
+    actors.policy.eval()
+    return metrics

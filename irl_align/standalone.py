@@ -1,0 +1,134 @@
+"""PPO outside the loop: any policy, any reward model, the prompts of a data card."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from irl_align.config import Recipe
+from irl_align.data import Prompt
+from irl_align.errors import UserError
+from irl_align.files import file_checksum, read_json
+from irl_align.lab import Lab
+from irl_align.models import pick_device
+from irl_align.policy import Policy, Reward
+from irl_align.policy.ppo.update import PPO
+from irl_align.policy_options import PPOOptions
+from irl_align.prepare import Data, prepare
+from irl_align.recipe import make_recipe, to_dict, to_yaml
+from irl_align.reward.alignment import load_reward
+from irl_align.reward.model import RewardFunction
+from irl_align.serve import resolve
+from irl_align.stages import RECORD, Run, Store, environment
+from irl_align.steps import make_update
+
+
+@dataclass(frozen=True)
+class Improved:
+    """What PPO left behind."""
+
+    policy: Path
+    """Folder of the policy, with its tokenizer."""
+    folder: Path
+    """Run folder; the stage policy-1 has metrics.jsonl and samples.jsonl."""
+    metrics: dict[str, Any]
+    """Of the training: see the record `history`."""
+
+
+def ppo_recipe(policy: str, card: str, output: str, options: Sequence[str]) -> Recipe:
+    """The recipe of a PPO run by itself; options are key=value, those of PPO by their own name."""
+    own = set(PPOOptions.model_fields)
+    overrides = [f"policy_update.{o}" if o.split("=")[0].strip() in own else o for o in options]
+    values = {
+        "name": "ppo",
+        "output_dir": output,
+        "data": {"card": card},
+        "model": {"path": str(resolve(Path(policy), "policy"))},
+        "sft": {"enabled": False},
+        "policy_update": {"kind": "ppo"},
+        "loop": {"iterations": 1},
+    }
+    recipe = make_recipe(values, "irl-align ppo", overrides)
+    if not isinstance(recipe.policy_update, PPOOptions):
+        kind = recipe.policy_update.kind
+        raise UserError(f"irl-align ppo: policy_update.kind: found {kind}, expected ppo")
+    return recipe
+
+
+def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improved:
+    """Train the recipe's model on a reward; the same call goes on after a kill.
+
+    reward: a run with an explicit reward, or any one-label AutoModelForSequenceClassification;
+    template: its prompts' (text with {prompt}, or chat), where its tokenizer is not the policy's.
+    Raises UserError for what the user can mend.
+    """
+    output = Path(recipe.output_dir)
+    folder, began = output / f"{recipe.name}-seed{recipe.seed}", time.time()
+    path = resolve(Path(reward), "reward")
+    key = file_checksum(path)[:16] if path.exists() else str(path)
+    artefact = Reward("explicit", path, key if template is None else f"{key}+{template}")
+    where = path if path.exists() else reward
+    with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
+        run.log("environment", {**environment(), "device": recipe.device, "seed": recipe.seed})
+        lab = Lab(recipe, Store(output / "store"), run, pick_device(recipe.device))
+        try:
+            improved = _improve(lab, artefact, where, template)
+        finally:
+            lab.close()
+        record = improved.path.parent / RECORD
+        metrics = read_json(record, "the record of a finished stage", "run the command again")
+        run.finish(
+            {
+                "policy": os.path.relpath(improved.path, output),
+                "reward": os.path.relpath(path, output) if path.exists() else None,
+                "policy_number": 1,
+                "ranking": None,
+                "ended": metrics["metrics"]["ended"],
+                "seconds": round(time.time() - began, 1),
+            }
+        )
+    return Improved(improved.path, folder, metrics["metrics"])
+
+
+def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) -> Policy:
+    """The policy after PPO on the reward model that is at `where`, one stage of the lab."""
+    data, start = prepare(lab)
+    prompt_of = raw_prompts(data)
+
+    def load(artefact: Reward) -> RewardFunction:
+        return load_reward(where, lab.tokenizer, lab.device, prompt_of.__getitem__, template)
+
+    update = make_update(lab.recipe, data)
+    assert isinstance(update, PPO)
+    improve = replace(update, load=load)
+    return improve(lab, 0, start, start, reward, data.demonstrations("reward"))
+
+
+def summary_line(improved: Improved) -> str:
+    """How the training ended, and what it moved."""
+    first, last = improved.metrics["history"][0], improved.metrics["history"][-1]
+    return (
+        f"{improved.metrics['ended']}; reward {first['reward']:.3f} to {last['reward']:.3f}, "
+        f"KL {last['kl']:.2f} nats, length {first['length']:.1f} to {last['length']:.1f}; "
+        f"kept: after update {improved.metrics['kept_update']}"
+    )
+
+
+class Prompts(dict[tuple[int, ...], Prompt]):
+    """Prompts as they are in the data, by their token ids."""
+
+    def __getitem__(self, ids: Sequence[int]) -> Prompt:
+        return super().__getitem__(tuple(ids))
+
+
+def raw_prompts(data: Data) -> Prompts:
+    """Of every row that PPO may roll out or look at."""
+    prompts = Prompts()
+    for rows in (data.reward, data.held_out):
+        for ids, text in zip(rows["prompt_ids"], rows["prompt"], strict=True):
+            prompts[tuple(ids)] = text
+    return prompts

@@ -1,0 +1,345 @@
+"""PPO that is stopped, killed or diverges: it goes on bit by bit, or keeps its last good policy."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_tools import EOS, Scripted, actors, options, small_llama, train
+from rows import random_ids, same_weights
+from tiny_runs import stage_records, tiny_recipe, weights, write_recipe
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from irl_align.api import train as run_recipe
+from irl_align.errors import UserError
+from irl_align.models import load_model
+from irl_align.policy.ppo.actors import Actors
+from irl_align.policy_options import PPOOptions
+
+PROMPTS = random_ids(16, 2, 5, 0, vocabulary=12)  # as many as a rollout has samples
+REWARD = Scripted(lambda prompt, completion: completion.count(5) - 0.1 * len(completion))
+
+
+def cast_of(tokenizer: PreTrainedTokenizerFast, chosen: PPOOptions, reward: Any = REWARD) -> Actors:
+    return actors(small_llama(12), reward, tokenizer, PROMPTS, chosen)
+
+
+def timeless(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what a clock says."""
+    history = [
+        {name: value for name, value in record.items() if not name.startswith("seconds")}
+        for record in report["history"]
+    ]
+    return {**{k: v for k, v in report.items() if k != "start"}, "history": history}
+
+
+class Stop(Exception):
+    """In place of a kill."""
+
+
+def stop_after(cast: Actors, rollouts: int) -> None:
+    """Have the generator fail once it has drawn so often, looks at held-out prompts included."""
+    whole, drawn = cast.generator.stream, 0
+
+    def stream(*arguments: Any) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn > rollouts:
+            raise Stop
+        return whole(*arguments)
+
+    cast.generator.stream = stream  # type: ignore[method-assign]
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "gae": {"critic": "shared", "minibatches": 2, "kl_target": 0.5, "kl_horizon": 100},
+    "reinforce": {"advantage": "reinforce", "keep": "reward_gap", "evaluate_every": 1},
+    "random": {"credit": "random", "keep": "log_prob", "evaluate_every": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_and_two_updates_are_four(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, way: str
+) -> None:
+    chosen = options(checkpoint_every=2, **WAYS[way])
+    assert chosen.updates == 4
+    whole = cast_of(tiny_tokenizer, chosen)
+    want = train(tmp_path / "whole", whole, chosen)
+
+    halves = tmp_path / "halves"
+    first = cast_of(tiny_tokenizer, chosen)
+    # stopped in its third rollout, after the looks at held-out prompts that lie before it
+    looks = 1 + sum(done % chosen.evaluate_every == 0 for done in (1, 2))
+    stop_after(first, looks + 2)
+    with pytest.raises(Stop):
+        train(halves, first, chosen)
+    assert [p.name for p in (halves / "scratch").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (halves / "model").exists()
+    second = cast_of(tiny_tokenizer, chosen)
+    got = train(halves, second, chosen)
+
+    assert same_weights(second.policy, whole.policy)
+    assert timeless(got) == timeless(want)
+    assert weights(halves / "model") == weights(tmp_path / "whole/model")
+    assert (halves / "samples.jsonl").read_bytes() == (
+        tmp_path / "whole/samples.jsonl"
+    ).read_bytes()
+    updates = [json.loads(x)["update"] for x in (halves / "metrics.jsonl").read_text().splitlines()]
+    assert updates == [1, 2, 3, 4]
+
+
+def test_a_half_written_checkpoint_and_journal_are_forgotten(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chosen = options(checkpoint_every=2)
+    want = train(tmp_path / "whole", cast_of(tiny_tokenizer, chosen), chosen)
+    work = tmp_path / "killed"
+    first = cast_of(tiny_tokenizer, chosen)
+    stop_after(first, 4)  # the fourth rollout
+    with pytest.raises(Stop):
+        train(work, first, chosen)
+    torn = work / "scratch/.checkpoint-4.partial"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (work / name).open("a") as file:
+            file.write('{"update": 4, "rew')
+    assert timeless(train(work, cast_of(tiny_tokenizer, chosen), chosen)) == timeless(want)
+    assert weights(work / "model") == weights(tmp_path / "whole/model")
+    assert len((work / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def test_the_policy_nearest_the_demonstrations_is_kept(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """By their reward: the demonstrations' is -0.2, and training passes it on its way up."""
+    chosen = options(episodes=16 * 12, evaluate_every=1, keep="reward_gap", kl_coef=0.0)
+    report = train(tmp_path / "work", cast_of(tiny_tokenizer, chosen), chosen)
+    gaps = [report["start"], *report["history"]]
+    nearest = min(range(13), key=lambda i: abs(gaps[i]["held_out_gap"]))
+    assert report["kept_update"] == nearest and report["best"] == -abs(
+        gaps[nearest]["held_out_gap"]
+    )
+    assert nearest < 12, "the test is of a training that goes past the best"
+    again = cast_of(tiny_tokenizer, PPOOptions.model_validate({**vars(chosen), "keep": "last"}))
+    few = options(episodes=16 * 12, evaluate_every=100, kl_coef=0.0, checkpoint_every=nearest or 1)
+    if nearest:
+        stop_after(again, 1 + nearest)
+        with pytest.raises(Stop):
+            train(tmp_path / "again", again, few)
+        kept = load_model(tmp_path / "work/model")
+        assert same_weights(kept, again.policy)
+
+
+def test_by_log_prob_the_start_may_be_the_best(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(keep="log_prob", evaluate_every=1)
+    # a reward that runs from what the demonstrations say
+    away = Scripted(lambda prompt, completion: -float(3 in completion) - float(EOS in completion))
+    cast = cast_of(tiny_tokenizer, chosen, away)
+    report = train(tmp_path / "work", cast, chosen)
+    logps = [report["start"], *report["history"]]
+    best = max(range(5), key=lambda i: logps[i]["held_out_log_prob"])
+    assert report["kept_update"] == best == 0
+    assert same_weights(load_model(tmp_path / "work/model"), small_llama(12))
+    assert "no update was better than the start" in caplog.text
+
+
+# --- stops ----------------------------------------------------------------------------------------
+
+
+def broken_after(calls: int, value: float) -> Scripted:
+    """A reward that is `value` from its n-th pass on; the first is of the demonstrations."""
+    reward = Scripted(lambda prompt, completion: float(completion.count(5)))
+    whole = reward.score_ids
+
+    def score_ids(prompts: Any, completions: Any) -> torch.Tensor:
+        scores = whole(prompts, completions)
+        return scores if reward.calls <= calls else torch.full_like(scores, value)
+
+    reward.score_ids = score_ids  # type: ignore[method-assign]
+    return reward
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, value: float
+) -> None:
+    chosen = options()
+    with pytest.raises(UserError, match="finite"):
+        train(tmp_path / "work", cast_of(tiny_tokenizer, chosen, broken_after(2, value)), chosen)
+
+
+def test_a_reward_that_breaks_later_ends_training(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(checkpoint_every=1)
+    # two passes look at held-out prompts, then one per update: the third update's is broken
+    cast = cast_of(tiny_tokenizer, chosen, broken_after(4, math.nan))
+    report = train(tmp_path / "work", cast, chosen)
+    assert report["updates"] == 2 and report["kept_update"] == 1
+    assert report["ended"].startswith("stopped at update 3: ") and "\n" not in report["ended"]
+    assert report["ended"].endswith("the policy after update 1 is kept")
+    assert report["ended"] in caplog.text
+
+    one = cast_of(tiny_tokenizer, chosen, broken_after(99, math.nan))
+    stop_after(one, 2)
+    with pytest.raises(Stop):
+        train(tmp_path / "one", one, chosen)
+    assert same_weights(load_model(tmp_path / "work/model"), one.policy)
+
+
+def test_an_exploding_kl_stops_before_the_update(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    wild: dict[str, Any] = {"kl_stop": 0.5, "learning_rate": 0.5, "epoch_kl": None}
+    chosen = options(checkpoint_every=1, episodes=16 * 10, **wild)
+    with pytest.raises(UserError, match=r"update 2: KL to the reference is .* above kl_stop 0.5"):
+        train(tmp_path / "none", cast_of(tiny_tokenizer, chosen), chosen)
+
+    slow = options(
+        checkpoint_every=1, episodes=16 * 30, kl_stop=1.0, kl_coef=0.0, lr_schedule="constant"
+    )
+    report = train(tmp_path / "work", cast_of(tiny_tokenizer, slow), slow)
+    kls = [record["kl"] for record in report["history"]]
+    assert 2 <= len(kls) < 30 and max(kls) <= 1.0
+    assert report["kept_update"] == len(kls) - 1
+    assert "above kl_stop 1" in report["ended"]
+
+
+def test_weights_that_blow_up_stop_training(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chosen = options(
+        learning_rate=1e30, epoch_kl=None, kl_stop=1e30, kl_alarm=1e30, evaluate_every=100
+    )
+    with pytest.raises(UserError) as caught:
+        train(tmp_path / "work", cast_of(tiny_tokenizer, chosen), chosen)
+    assert "no earlier policy was kept" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_samples_without_eos(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    chosen = options(missing_eos="replace")
+    model: PreTrainedModel = small_llama(12)
+    cast = actors(model, REWARD, tiny_tokenizer, PROMPTS, chosen, max_new_tokens=1)
+    cast.generator.eos[:] = 10**6  # type: ignore[attr-defined]  # an end that is never said
+    with pytest.raises(UserError, match="all 16 samples of a rollout are without EOS; raise"):
+        train(tmp_path / "work", cast, chosen)
+
+
+def test_a_rollout_without_tokens_or_prompts(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    import numpy as np
+
+    from irl_align.generate import Completion
+    from irl_align.policy.ppo.rollout import collate
+
+    empty = Completion([], np.zeros(0, np.float32), True)
+    full = Completion([4], np.zeros(1, np.float32), True)
+    with pytest.raises(UserError, match="sample 1 has no token"):
+        collate([[3], [3]], [full, empty])
+    with pytest.raises(UserError, match="no samples"):
+        collate([], [])
+
+
+def test_pad_equal_to_eos_is_refused(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chosen = options()
+    tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
+    with pytest.raises(UserError, match="pad token is 2 and its EOS 2"):
+        train(tmp_path / "work", cast_of(tiny_tokenizer, chosen), chosen)
+
+
+def test_a_policy_that_is_another_function_in_training_is_refused(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The sampler's log-probs are of another model than the learner's."""
+    chosen = options()
+    cast = cast_of(tiny_tokenizer, chosen)
+    cast.generator.model = small_llama(12, seed=9)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="are the same model, but their log-probs differ"):
+        train(tmp_path / "work", cast, chosen)
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+RECIPE = (
+    "policy_update={kind: ppo, batch_size: 16, episodes: 192, learning_rate: 0.001}",
+    "policy_update.critic_init=reward",
+    "policy_update.credit=red",
+    "policy_update.checkpoint_every=2",
+    "policy_update.evaluate_every=3",
+    "policy_update.kl_coef=0.05",
+)
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "irl_align", "train", str(write_recipe(folder))]
+    return subprocess.Popen(
+        [*command, f"output_dir={folder / 'runs'}", *RECIPE],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(process: subprocess.Popen[str], happened: Callable[[], bool]) -> bool:
+    """Poll until something is there; False when the process ended first."""
+    while not happened():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def updates_begun(folder: Path) -> int:
+    """Updates of a PPO stage under way that have been recorded."""
+    found = list((folder / "runs/store/.work").glob("ppo-*/metrics.jsonl"))
+    try:
+        return len(found[0].read_text().splitlines()) if found else 0
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.timeout(400)
+def test_killed_in_an_update_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """The loop is killed in an update between two checkpoints of PPO, and run again."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    run_recipe(tiny_recipe(whole, *RECIPE))
+    left_out = shutil.ignore_patterns("ppo-*", "vitals-*", "evaluation-*")
+    shutil.copytree(whole / "runs/store", killed / "runs/store", ignore=left_out)
+    process = start(killed)
+    reached = wait(process, lambda: updates_begun(killed) >= 5)
+    os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert reached, errors
+    (scratch,) = (killed / "runs/store/.work").glob("ppo-*/scratch")
+    assert list(scratch.glob("checkpoint-*"))
+    run_recipe(tiny_recipe(killed, *RECIPE))
+
+    ours, theirs = (stage_records(f / "runs/tiny-seed0")["policy-1"] for f in (killed, whole))
+    assert ours["resumed"] and not theirs["resumed"]
+    assert ours["key"] == theirs["key"]
+    assert timeless(ours["metrics"]) == timeless(theirs["metrics"])
+    mine, other = (f / f"runs/store/ppo-{theirs['key']}" for f in (killed, whole))
+    assert weights(mine / "model") == weights(other / "model")
+    assert (mine / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    assert not (mine / "scratch").exists()
