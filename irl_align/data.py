@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
-from irl_align.cards import LABELLED, MESSAGES, TRANSCRIPTS, Card, import_object, load_card
+from irl_align.cards import LABELLED, MESSAGES, TEXT, TRANSCRIPTS, Card, import_object, load_card
 from irl_align.config import DataOptions
 from irl_align.errors import UserError
 from irl_align.sources import Raw, hub_rows, local_rows
@@ -223,9 +223,7 @@ def _load(
     base = own.carved_from or split
     on_hub = path is None and card.source is not None and card.source.hub is not None
     raws = hub_rows(card, base) if on_hub else local_rows(card, base, path)
-    columns = card.columns
-    if on_hub and card.source is not None and card.source.columns:
-        columns = card.source.columns
+    columns = (card.source.columns if on_hub and card.source else None) or card.columns
     rows: list[Row] = []
     dropped = 0
     for raw in raws:
@@ -267,7 +265,9 @@ def _carve(card: Card, split: str, base: str, rows: list[Row]) -> list[Row]:
 
 
 def _demonstration(raw: Raw, card: Card, columns: Mapping[str, str]) -> Demonstration:
-    if card.format(dict(columns)) != MESSAGES:
+    if (row := card.format(dict(columns))) == TEXT:
+        return _begun(raw, columns["text"], card.prompt_words or 1)
+    if row != MESSAGES:
         prompt = _prompt(raw, columns["prompt"], card)
         return {"prompt": prompt, "completion": _text(raw, columns["completion"])}
     messages = _messages(raw, columns["messages"])
@@ -280,14 +280,21 @@ def _demonstration(raw: Raw, card: Card, columns: Mapping[str, str]) -> Demonstr
     return {"prompt": messages[:turn], "completion": messages[turn]["content"]}
 
 
+def _begun(raw: Raw, column: str, words: int) -> Demonstration:
+    """A text whose first words are the prompt; the completion starts with the space after them."""
+    start = re.match(rf"\s*\S+(?:\s+\S+){{{words - 1}}}(?=\s+\S)", _text(raw, column))
+    if start is None:
+        raise _FaultyRow(raw.fault(column, f"no more than the {words} words of the prompt"))
+    return {"prompt": start[0], "completion": start.string[start.end() :]}
+
+
 def _preference(raw: Raw, card: Card, columns: Mapping[str, str]) -> Preference:
-    row = card.format(dict(columns))
     prompt: Prompt
-    if row == TRANSCRIPTS:
+    if (row := card.format(dict(columns))) == TRANSCRIPTS:
         prompt, chosen, rejected = _transcripts(raw, columns)
     elif row == LABELLED:
         prompt = _prompt(raw, columns["prompt"], card)
-        better, worse = _label(raw, columns["label"])
+        better, worse = _label(raw, columns["label"], card.labels)
         chosen, rejected = _text(raw, columns[better]), _text(raw, columns[worse])
     else:
         prompt = _prompt(raw, columns["prompt"], card)
@@ -372,13 +379,12 @@ def _checked(raw: Raw, column: str, value: Any) -> str:
     return value
 
 
-def _label(raw: Raw, column: str) -> tuple[str, str]:
-    value = raw.column(column)
-    if value in (1, "1"):
-        return "first", "second"
-    if value in (2, "2"):
-        return "second", "first"
-    raise UserError(raw.fault(column, f"{value!r}, expected 1 or 2, the better one"))
+def _label(raw: Raw, column: str, labels: Sequence[int]) -> tuple[str, str]:
+    value, (one, two) = raw.column(column), labels
+    for label, order in zip(labels, (("first", "second"), ("second", "first")), strict=True):
+        if value in (label, str(label)):
+            return order
+    raise UserError(raw.fault(column, f"{value!r}, expected {one} or {two}, the better one"))
 
 
 def _number(raw: Raw, column: str) -> float:

@@ -43,14 +43,23 @@ class Raw(NamedTuple):
         return f"{self.source}, {self.unit} {self.number}"
 
     def column(self, name: str) -> Any:
-        """Value of a column; UserError where the row has no such column."""
-        try:
+        """Value of a column, or inside it by a path such as answers.0.text: None if not there.
+
+        UserError where the row has no such column.
+        """
+        if name in self.values:
             return self.values[name]
-        except KeyError:
+        first, *path = name.split(".")
+        if first not in self.values:
             found = ", ".join(map(str, self.values)) or "none"
-            raise UserError(
-                f"{self.place}: found columns {found}, expected a column {name!r}"
-            ) from None
+            raise UserError(f"{self.place}: found columns {found}, expected a column {name!r}")
+        value = self.values[first]
+        for step in path:
+            try:
+                value = value[int(step)] if isinstance(value, list) else value[step]
+            except (IndexError, KeyError, TypeError, ValueError):
+                return None
+        return value
 
     def fault(self, column: str, found: str) -> str:
         """Message on a column's value."""

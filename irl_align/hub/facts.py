@@ -1,0 +1,253 @@
+"""What a finished run says of itself: its artefacts, its data, its numbers and where they are from.
+
+Reads run folders and data cards, never models.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from huggingface_hub import DatasetCard
+
+from irl_align.cards import Card, load_card
+from irl_align.errors import UserError
+from irl_align.files import read_json
+from irl_align.resources import data_cards_dir
+from irl_align.stages import RERUN, Run, RunView
+
+KINDS = ("reward", "policy", "pairs")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Artefact(NamedTuple):
+    """A model that a run made."""
+
+    role: str
+    """Its stage's role in the run, as in stages.json."""
+    path: Path
+    """Folder of the model."""
+    iteration: int
+    """k of r_k, or of pi_k; pi_0 is the policy before the loop."""
+    weights: int
+    """Iteration whose weights they are: an earlier one where pi_k selects among its samples."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One run, read once."""
+
+    view: RunView
+    card: Card | None
+    """The demonstrations' data card; None where it is no longer where the recipe says."""
+    front: dict[str, Any]
+    """Its Hub metadata: pretty_name, language, license and others."""
+    about: str
+    """Its text."""
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Key -> record of metrics.jsonl."""
+
+    @classmethod
+    def of(cls, run: Path) -> Facts:
+        """Facts of a finished run; UserError where it is not a run, or not finished."""
+        view = Run.load(run)
+        if view.summary is None:
+            raise UserError(f"{run}: this run is not finished; run its recipe again to go on")
+        name = str(view.recipe["data"]["card"])
+        card, front, about = _data_card(name)
+        return cls(view, card, front, about, {record["key"]: record for record in view.metrics})
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        assert self.view.summary is not None
+        return self.view.summary
+
+    @property
+    def data_name(self) -> str:
+        """The data card's name for people."""
+        return str(self.front.get("pretty_name") or card_name(self.view.recipe["data"]["card"]))
+
+    @property
+    def data_hub_id(self) -> str | None:
+        """The demonstrations on the Hub, if that is where they are."""
+        source = self.card.source if self.card is not None else None
+        return source.hub if source is not None else None
+
+    @property
+    def base_model(self) -> str | None:
+        """The recipe's model: a Hub id, or the name of a local folder; None from scratch."""
+        path = self.view.recipe["model"]["path"]
+        if path is None or not Path(path).exists():
+            return path
+        return Path(path).resolve().name
+
+    @property
+    def base_hub_id(self) -> str | None:
+        """The base model on the Hub, if that is where it came from."""
+        path = self.view.recipe["model"]["path"]
+        return path if path and HUB_ID.fullmatch(path) and not Path(path).exists() else None
+
+    def reward(self, iteration: int | None = None) -> Artefact:
+        """The explicit reward r_k, the last one by default."""
+        folders = {
+            int(role.removeprefix("reward/")): stage
+            for role, stage in self.view.stages.items()
+            if role.startswith("reward/") and stage["name"] == "reward"
+        }
+        if not folders:
+            raise UserError(
+                f"{self.view.folder}: this run has no explicit reward; expected one with "
+                "reward.kind explicit"
+            )
+        k = max(folders) if iteration is None else iteration
+        if k not in folders:
+            raise self._no_iteration("reward", k, folders)
+        return Artefact(f"reward/{k}", self._folder(folders[k]) / "model", k, k)
+
+    def policy(self, iteration: int | None = None) -> Artefact:
+        """The policy pi_k, the run's final one by default; 0 is the one before the loop."""
+        last = int(self.summary["policy_number"])
+        k = last if iteration is None else iteration
+        # A policy that selects among an earlier one's samples has no weights of its own.
+        selects = self.summary.get("ranking") is not None and k == last
+        for number in range(k, -1 if selects else k - 1, -1):
+            roles = [f"policy-{number}", f"reward/{number - 1}"] if number else ["sft", "start"]
+            for role in roles:
+                stage = self.view.stages.get(role)
+                if stage is not None and stage["name"] != "reward":
+                    return Artefact(role, self._folder(stage) / "model", k, number)
+        known = {0, last, *(int(r[7:]) for r in self.view.stages if re.fullmatch(r"policy-\d+", r))}
+        raise self._no_iteration("policy", k, known)
+
+    def pairs(self) -> dict[int, Path]:
+        """Iteration -> folder of its pairs."""
+        found = {
+            int(role.removeprefix("pairs/")): self._folder(stage)
+            for role, stage in self.view.stages.items()
+            if role.startswith("pairs/")
+        }
+        if not found:
+            raise UserError(f"{self.view.folder}: this run made no pairs; expected one with a loop")
+        return dict(sorted(found.items()))
+
+    def stage_folder(self, role: str) -> Path:
+        """Folder of the stage with this role; UserError where the run has none."""
+        if role not in self.view.stages:
+            raise UserError(f"{self.view.folder}/stages.json: found no stage {role}; {RERUN}")
+        return self._folder(self.view.stages[role])
+
+    def record(self, role: str) -> dict[str, Any]:
+        """stage.json of a role."""
+        path = self.stage_folder(role) / "stage.json"
+        return read_json(path, "the record of a finished stage", RERUN)
+
+    def lineage(self, role: str) -> list[dict[str, Any]]:
+        """Records of a stage and of all that it was made from, itself first, each once.
+
+        Fields: role, name, key, inputs.
+        """
+        roles: dict[str, str] = {}
+        for name, stage in self.view.stages.items():
+            roles.setdefault(stage["key"], name)
+        if role not in self.view.stages:
+            return []
+        queue, seen = [role], dict[str, dict[str, Any]]()
+        while queue:
+            current = queue.pop(0)
+            if current in seen:
+                continue
+            record = self.record(current)
+            shown = {name: record[name] for name in ("name", "key", "inputs")}
+            seen[current] = {"role": current, **shown}
+            # A selecting policy is named policy+reward+...: its parts are stages.
+            keys = [key for value in record["inputs"].values() for key in str(value).split("+")]
+            queue += [roles[key] for key in keys if key in roles]
+        return list(seen.values())
+
+    def recipe_text(self) -> str:
+        """The resolved recipe as YAML, without this machine's paths and addresses."""
+        recipe = _public(self.view.recipe)
+        recipe.pop("output_dir", None)
+        text: str = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        return text
+
+    def signs(self) -> list[str]:
+        """Warning signs of the run, one line each."""
+        return [
+            f"{key.removeprefix('signs/')}: {sign}"
+            for key, record in self.metrics.items()
+            if key.startswith("signs/")
+            for sign in record["signs"]
+        ]
+
+    def _folder(self, stage: Mapping[str, str]) -> Path:
+        return (self.view.folder / stage["path"]).resolve()
+
+    def _no_iteration(self, what: str, k: int, known: Any) -> UserError:
+        numbers = ", ".join(str(number) for number in sorted(known))
+        return UserError(
+            f"--iteration: {self.view.folder} has no {what} {k}; expected one of {numbers}"
+        )
+
+
+def card_name(card: str) -> str:
+    """What to call a data card that a recipe gives by name or by path."""
+    return Path(card).stem
+
+
+def _public(value: Any) -> Any:
+    """A recipe's value without local folders and servers: of a path to a file its name is left."""
+    if isinstance(value, Mapping):
+        return {name: _public(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value if "://" not in str(item)]
+    if isinstance(value, str) and "/" in value:
+        path = Path(value)
+        if path.is_absolute() or path.exists():
+            return None if path.is_dir() and not _is_model(path) else path.name
+    return value
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _data_card(name: str) -> tuple[Card | None, dict[str, Any], str]:
+    """A data card, its Hub metadata and its text; empty where it cannot be read any more."""
+    try:
+        card = load_card(name)
+        shipped = data_cards_dir() / f"{name}.md"
+        hub = DatasetCard.load(Path(name) if name.endswith(".md") or "/" in name else shipped)
+    except (UserError, ValueError):
+        return None, {}, ""
+    return card, hub.data.to_dict(), hub.text
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+    """sum(a) / sum(b) over independent groups, with its 95% interval by linearisation.
+
+    numerators, denominators: one number per group (G). The variance is that of a ratio of sums,
+    (G / (G - 1)) sum_g (a_g - R b_g)^2 / (sum b)^2: right for rows that depend within a group.
+    """
+    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
+    ratio, groups = float(a.sum() / b.sum()), len(a)
+    if groups < 2:
+        return Interval(ratio, math.nan, math.nan)
+    spread = float(((a - ratio * b) ** 2).sum()) * groups / (groups - 1)
+    half = 1.96 * math.sqrt(spread) / float(b.sum())
+    return Interval(ratio, ratio - half, ratio + half)

@@ -1,0 +1,96 @@
+"""The licence of what a run made, from those of its demonstrations and of its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download, metadata_load
+
+from irl_align.hub.facts import Facts
+
+# Licences that let a derived work carry another one, as long as the notice is kept.
+PERMISSIVE = frozenset(
+    {
+        "afl-3.0",
+        "apache-2.0",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc-by-2.0",
+        "cc-by-3.0",
+        "cc-by-4.0",
+        "cc0-1.0",
+        "cdla-permissive-1.0",
+        "cdla-permissive-2.0",
+        "isc",
+        "mit",
+        "odc-by",
+        "pddl",
+        "unlicense",
+        "zlib",
+    }
+)
+UNKNOWN = "unknown"
+
+
+class Licence(NamedTuple):
+    """A licence by the Hub's name, and how it was derived."""
+
+    name: str
+    why: str
+    other: str | None = None
+    """With name `other`: what to call it."""
+
+
+def derive(facts: Facts, given: str | None = None) -> Licence:
+    """Licence of a model or of pairs made by a run; `unknown` where the data or base has none."""
+    data = _joined(facts.front.get("license"))
+    base = _base_licence(facts)
+    found = f"the demonstrations: {data or UNKNOWN}; the base model: {base or UNKNOWN}"
+    if facts.base_model is None:
+        found = f"the demonstrations: {data or UNKNOWN}; no base model (trained from scratch)"
+    if given is not None:
+        return Licence(given, f"chosen by the publisher. {found[0].upper()}{found[1:]}")
+    return combine(data, base, facts.base_model is not None, found)
+
+
+def combine(data: str, base: str, has_base: bool, found: str) -> Licence:
+    """The one restrictive licence among the two, else the base model's, else the data's.
+
+    Two different restrictive ones give `other`, both named. Either unknown makes all unknown.
+    """
+    if not data or (has_base and not base):
+        return Licence(UNKNOWN, f"unknown: {found}")
+    parts = [part for part in dict.fromkeys((base, data)) if part]
+    restrictive = [part for part in parts if part not in PERMISSIVE]
+    if len(restrictive) > 1:
+        return Licence("other", f"both apply. From {found}", " + ".join(restrictive))
+    name = (restrictive or parts)[0]
+    return Licence(name, f"from {found}", "that-of-the-sources" if name == "other" else None)
+
+
+def _base_licence(facts: Facts) -> str:
+    path = facts.view.recipe["model"]["path"]
+    if path is None:
+        return ""
+    readme = Path(path) / "README.md"
+    if facts.base_hub_id is not None:
+        try:
+            readme = Path(
+                hf_hub_download(path, "README.md", revision=facts.view.recipe["model"]["revision"])
+            )
+        except Exception:  # offline, no card, gated: the licence is then not known
+            return ""
+    if not readme.is_file():
+        return ""
+    try:
+        return _joined((metadata_load(readme) or {}).get("license"))
+    except ValueError:
+        return ""
+
+
+def _joined(value: Any) -> str:
+    """A card's field license as one text; empty where it has none or says `unknown`."""
+    names = value if isinstance(value, list) else [value or UNKNOWN]
+    return "" if UNKNOWN in names else " and ".join(map(str, names))

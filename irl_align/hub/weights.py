@@ -1,0 +1,130 @@
+"""Models that any tool loads: a reward whose normaliser is in its weights, and chat templates.
+
+Legend of shapes: B rows, L tokens, H width.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from irl_align.batches import TOKENS_PER_BATCH, batches_by_tokens, pad_right
+from irl_align.reward.model import RewardModel, score_head
+from irl_align.tokens import Templated, encode_prompts
+
+_TEMPLATE = """\
+{{%- if messages[0]['role'] == 'system' or messages | length > 2 -%}}
+{{{{- raise_exception('this model takes one user turn and one assistant turn') -}}}}
+{{%- endif -%}}
+{bos}
+{{%- for message in messages -%}}
+{{%- if message['role'] == 'user' -%}}
+{{{{- {before} + message['content']{cased} + {after} -}}}}
+{{%- else -%}}
+{{{{- message['content']{cased} + eos_token -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+"""
+
+
+def fold_normaliser(reward: RewardModel) -> None:
+    """Move as much of the normaliser as can be into the weights; scores stay the same.
+
+    (r - mean) / std with r = w.h + a lm, perhaps bounded by b tanh(r / b):
+    std divides w, a and b (exact, since b tanh(u / b) / s = (b / s) tanh((u / s) / (b / s))).
+    mean goes into the bias c of the norm before the head, c' = c - mean w / |w|^2, where there is
+    one (LayerNorm of GPT-2, GPT-NeoX) and the head is all there is. An RMSNorm has no bias, nor
+    has the head: there the mean stays in the settings.
+    """
+    settings, head = reward.settings, score_head(reward.model)
+    std = settings.std
+    with torch.no_grad():
+        head.weight.div_(std)
+        settings = replace(
+            settings,
+            std=1.0,
+            mean=settings.mean / std,
+            lm_coef=settings.lm_coef / std,
+            bound=None if settings.bound is None else settings.bound / std,
+        )
+        weight = head.weight[0].double()  # (H,)
+        norm = final_norm(reward.model)
+        head_alone = not settings.lm_coef and settings.bound is None
+        if head_alone and norm is not None and weight.any():
+            norm.bias.sub_((settings.mean * weight / (weight @ weight)).to(norm.bias.dtype))
+            settings = replace(settings, mean=0.0)
+    reward.settings = settings
+
+
+def final_norm(model: PreTrainedModel) -> torch.nn.LayerNorm | None:
+    """The LayerNorm with a bias whose output is the last hidden state, if there is one."""
+    outputs: dict[torch.nn.LayerNorm, Tensor] = {}
+
+    def keep(module: Any, _: Any, output: Tensor) -> None:
+        outputs[module] = output
+
+    norms = [
+        module
+        for module in model.base_model.modules()
+        if isinstance(module, torch.nn.LayerNorm) and module.bias is not None
+    ]
+    hooks = [norm.register_forward_hook(keep) for norm in norms]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    found = [norm for norm, output in outputs.items() if torch.equal(output, hidden)]
+    return found[-1] if found else None
+
+
+def chat_template(card: Templated, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that writes what the card's plain template does, finished by EOS.
+
+    None where the card's template is the tokenizer's own.
+    """
+    if card.template == "chat":
+        return None
+    parts = list(string.Formatter().parse(card.template))
+    place = next(i for i, part in enumerate(parts) if part[1] is not None)
+    before = "".join(part[0] for part in parts[: place + 1])
+    after = "".join(part[0] for part in parts[place + 1 :])
+    adds_bos = encode_prompts(["a"], tokenizer, card)[0][0] == tokenizer.bos_token_id
+    return _TEMPLATE.format(
+        bos="{{- bos_token -}}" if adds_bos and tokenizer.bos_token_id is not None else "",
+        before=json.dumps(before, ensure_ascii=False),
+        after=json.dumps(after, ensure_ascii=False),
+        cased=" | lower" if card.lowercase else "",
+    )
+
+
+@torch.no_grad()
+def plain_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Logits (B,) of rows of L token ids by transformers alone: what any other tool computes."""
+    scores = torch.empty(len(rows))
+    for batch in batches_by_tokens([len(row) for row in rows], TOKENS_PER_BATCH):
+        ids, mask = pad_right([rows[i] for i in batch], int(model.config.pad_token_id))
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        scores[batch] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()
+    return scores
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of single-turn chats by the tokenizer's chat template."""
+    chats = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    render: Callable[..., Any] = tokenizer.apply_chat_template
+    texts = render(chats, tokenize=False)
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
