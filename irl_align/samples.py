@@ -1,23 +1,29 @@
-"""Samples of a policy as an artefact: written in parts that survive a kill, read back as columns.
+"""Samples of a policy as an artefact: written in parts that survive a kill, and read back.
 
 A part is a fixed run of prompts, so the batches, and with them every bit, are the same after a
-resume.
+resume. Groups of samples go to the disk as they come and are read one after another, so that N
+samples per prompt, of which Best-of-N keeps few, need no memory that grows with N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from irl_align.errors import UserError
-from irl_align.generate import Completion, Generator, Sampling, generate
+from irl_align.generate import Completion, Generator, Sampling
+from irl_align.generate.protocol import stream
 
 PROMPTS_PER_PART = 1024
+ROWS_AT_ONCE = 4096  # samples in memory, written and read
 _SCHEMA = pa.schema(
     {
         "prompt": pa.int32(),
@@ -26,6 +32,10 @@ _SCHEMA = pa.schema(
         "truncated": pa.bool_(),
     }
 )
+
+
+Group = tuple[int, list[Completion]]
+"""A prompt's index and its N completions."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,63 @@ class SampleSet:
         ]
         return [p for p, _ in rows], [c for _, c in rows]
 
+    def groups(self) -> Iterator[Group]:
+        """Every prompt's index with its completions."""
+        yield from enumerate(self.completions)
+
+
+class StoredSamples:
+    """The samples in a folder; :meth:`groups` reads them one after another, the rest reads all.
+
+    Raises:
+        UserError: the file is damaged, or of another number of prompts.
+    """
+
+    def __init__(self, folder: Path, prompts: Sequence[Sequence[int]]) -> None:
+        self.path = folder / "samples.parquet"
+        self.prompts = [list(prompt) for prompt in prompts]
+        with self._damage_told():
+            rows = pq.read_table(self.path, columns=["prompt"]).column("prompt").to_numpy()
+        found = int(rows.max()) + 1 if len(rows) else 0
+        if found != len(prompts):
+            raise UserError(f"{self.path}: samples of {found} prompts, expected {len(prompts)}")
+
+    def groups(self) -> Iterator[Group]:
+        """Every prompt's index with its completions, in the order in which they were sampled."""
+        with self._damage_told(), pq.ParquetFile(self.path) as file:
+            index, group = -1, list[Completion]()
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=_SCHEMA.names):
+                columns = (batch.column(name).to_pylist() for name in _SCHEMA.names)
+                for prompt, ids, logprobs, truncated in zip(*columns, strict=True):
+                    if prompt != index and group:
+                        yield index, group
+                        group = []
+                    index = prompt
+                    values = np.asarray(logprobs, dtype=np.float32)
+                    group.append(Completion(ids, values, truncated))
+            if group:
+                yield index, group
+
+    @cached_property
+    def completions(self) -> list[list[Completion]]:
+        """All of them, by prompt."""
+        found = dict(self.groups())
+        return [found[index] for index in range(len(self.prompts))]
+
+    def flat(self) -> tuple[list[list[int]], list[Completion]]:
+        """As :meth:`SampleSet.flat`."""
+        return SampleSet(self.prompts, self.completions).flat()
+
+    @contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{self.path}: not a whole samples file: {error}") from error
+
+
+Samples = SampleSet | StoredSamples
+
 
 def write_samples(
     work: Path, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling
@@ -56,11 +123,13 @@ def write_samples(
         if path.exists():
             continue
         chosen = prompts[start : start + PROMPTS_PER_PART]
-        completions = generate(generator, chosen, sampling, progress=True)
-        _write(path, enumerate(completions, start))
+        groups = stream(generator, chosen, sampling, progress=True)
+        _write(path, ((start + index, group) for index, group in groups))
     with pq.ParquetWriter(work / "samples.parquet", _SCHEMA) as writer:
         for path in paths:
-            writer.write_table(pq.read_table(path, schema=_SCHEMA))
+            with pq.ParquetFile(path) as part:
+                for batch in part.iter_batches(ROWS_AT_ONCE):
+                    writer.write_batch(batch)
 
 
 def write_chosen(work: Path, completions: Sequence[Sequence[Completion]]) -> None:
@@ -70,36 +139,27 @@ def write_chosen(work: Path, completions: Sequence[Sequence[Completion]]) -> Non
 
 def read_samples(folder: Path, prompts: Sequence[Sequence[int]]) -> SampleSet:
     """Read what :func:`write_samples` wrote for the same prompts; UserError if it is damaged."""
-    path = folder / "samples.parquet"
-    try:
-        table = pq.read_table(path, schema=_SCHEMA)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: not a whole samples file: {error}") from error
-    rows = table.column("prompt").to_numpy()
-    found = int(rows.max()) + 1 if len(rows) else 0
-    if found != len(prompts):
-        raise UserError(f"{path}: samples of {found} prompts, expected {len(prompts)}")
-    completions: list[list[Completion]] = [[] for _ in prompts]
-    columns = (table.column(name).to_pylist() for name in _SCHEMA.names)
-    for prompt, ids, logprobs, truncated in zip(*columns, strict=True):
-        completions[prompt].append(
-            Completion(ids, np.asarray(logprobs, dtype=np.float32), truncated)
-        )
-    return SampleSet([list(p) for p in prompts], completions)
+    stored = StoredSamples(folder, prompts)
+    return SampleSet(stored.prompts, stored.completions)
 
 
 def _write(path: Path, groups: Iterable[tuple[int, Sequence[Completion]]]) -> None:
-    """Write groups of samples aside and rename them in."""
-    rows = [
-        {
-            "prompt": prompt,
-            "token_ids": completion.token_ids,
-            "logprobs": completion.logprobs,
-            "truncated": completion.truncated,
-        }
-        for prompt, group in groups
-        for completion in group
-    ]
+    """Write groups of samples aside as they come, and rename them in."""
     aside = path.with_suffix(".writing")
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), aside)
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(aside, _SCHEMA) as writer:
+        for prompt, group in groups:
+            for completion in group:
+                rows.append(
+                    {
+                        "prompt": prompt,
+                        "token_ids": completion.token_ids,
+                        "logprobs": completion.logprobs,
+                        "truncated": completion.truncated,
+                    }
+                )
+                if len(rows) == ROWS_AT_ONCE:
+                    writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+                    rows.clear()
+        writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
     aside.rename(path)

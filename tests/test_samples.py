@@ -1,15 +1,25 @@
 """Samples on disk: written in parts that survive a kill, read back whole."""
 
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from irl_align import samples
+from irl_align import ranking, samples
 from irl_align.errors import UserError
 from irl_align.generate import Completion, Sampling
-from irl_align.samples import SampleSet, read_samples, write_chosen, write_samples
+from irl_align.policy.best_of_n import best_columns
+from irl_align.ranking import rank_samples, sample_rewards
+from irl_align.samples import (
+    SampleSet,
+    StoredSamples,
+    read_samples,
+    write_chosen,
+    write_samples,
+)
 
 PROMPTS = [[10, i] for i in range(7)]
 
@@ -110,3 +120,54 @@ def test_samples_of_other_prompts_are_refused(tmp_path: Path) -> None:
     write_samples(tmp_path, Echo(), PROMPTS, Sampling(n=2))
     with pytest.raises(UserError, match=r"samples of 7 prompts, expected 5"):
         read_samples(tmp_path, PROMPTS[:5])
+
+
+class Noise:
+    """A generator of long samples, each made as it is asked for; rewards are their first token."""
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        rng = np.random.default_rng(0)
+        for place in rng.permutation(len(prompts)).tolist():
+            tokens = rng.integers(2, 1000, size=(sampling.n, 100))
+            logprobs = np.full((sampling.n, 100), -1.0, np.float32)
+            yield (
+                place,
+                [
+                    Completion(row.tolist(), values.copy(), False)
+                    for row, values in zip(tokens, logprobs, strict=True)
+                ],
+            )
+
+    def score_ids(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        return torch.tensor([float(ids[0]) for ids in completions])
+
+
+def test_best_of_many_needs_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled, stored, scored and chosen from, with a small part of all samples at a time."""
+    for module in (samples, ranking):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 64)
+    prompts = [[i] for i in range(30)]
+    tracemalloc.start()
+    write_samples(tmp_path, Noise(), prompts, Sampling(n=128))
+    stored = StoredSamples(tmp_path, prompts)
+    rewards = sample_rewards(stored, Noise())
+    scores = rank_samples(stored, rewards, "reward")
+    best = best_columns(stored, scores, keep=1)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    whole = read_samples(tmp_path, prompts)
+    everything = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert most < 0.3 * everything
+
+    firsts = np.array([[c.token_ids[0] for c in group] for group in whole.completions])
+    assert (rewards.reshape(30, 128) == firsts).all()
+    for prompt, group, row, ids in zip(
+        prompts, whole.completions, firsts, best["input_ids"], strict=True
+    ):
+        assert ids == [*prompt, *group[int(row.argmax())].token_ids]

@@ -90,6 +90,32 @@ class Completion:
         return not self.truncated
 
 
+def check_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int, context_length: int | None
+) -> list[np.ndarray]:
+    """Prompts as arrays (P,) int64, each of which leaves room in the context for a token.
+
+    Raises:
+        UserError: one is empty, has ids outside the vocabulary, or leaves no room.
+    """
+    arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+    for index, ids in enumerate(arrays):
+        if not len(ids):
+            raise UserError(f"prompt {index}: found no tokens, expected at least one")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise UserError(
+                f"prompt {index}: found token ids {ids.min()} to {ids.max()}, "
+                f"expected 0 to {vocab_size - 1}, the model's vocabulary"
+            )
+        if context_length is not None and len(ids) >= context_length:
+            raise UserError(
+                f"prompt {index}: found {len(ids)} tokens, expected at most "
+                f"{context_length - 1}: the context of {context_length} tokens "
+                "must hold the prompt and at least one new token"
+            )
+    return arrays
+
+
 class Generator(Protocol):
     """Anything that samples completions for prompts."""
 
@@ -117,20 +143,29 @@ def generate(
     Returns:
         One list per prompt, of N completions by sample index.
     """
+    collected = dict(stream(generator, prompts, sampling, progress))
+    return [collected[index] for index in range(len(prompts))]
+
+
+def stream(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    progress: bool = False,
+) -> Iterator[tuple[int, list[Completion]]]:
+    """The generator's stream, with a bar as :func:`generate` shows it."""
     from tqdm.auto import tqdm
 
-    collected: dict[int, list[Completion]] = {}
     tokens = 0
     total = len(prompts) * sampling.n
     with tqdm(total=total, unit="samples", desc="sampling", disable=not progress) as bar:
         for index, completions in generator.stream(prompts, sampling):
-            collected[index] = completions
             tokens += sum(len(completion.token_ids) for completion in completions)
             if progress:
                 rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                 bar.update(len(completions))
-    return [collected[index] for index in range(len(prompts))]
+            yield index, completions
 
 
 def sample_uniforms(seed: int, prompt: np.ndarray, sample: int, count: int) -> np.ndarray:

@@ -31,7 +31,12 @@ from transformers.cache_utils import (
 
 from irl_align.errors import UserError
 from irl_align.generate.column_cache import ColumnLayer, clone_rows, gather_cache
-from irl_align.generate.protocol import Completion, Sampling, sample_uniforms
+from irl_align.generate.protocol import (
+    Completion,
+    Sampling,
+    check_prompts,
+    sample_uniforms,
+)
 from irl_align.generate.rows import Rows
 from irl_align.generate.sampler import sample_tokens
 
@@ -109,7 +114,7 @@ class TransformersGenerator:
         run = _Run(self, self._checked(prompts, sampling), sampling)
         while run.unfinished:
             # Nothing of this is left switched on while the consumer holds the generator.
-            with torch.inference_mode(), _evaluating(self.model):
+            with torch.inference_mode(), evaluating(self.model):
                 ready = run.advance()
             yield from ready
 
@@ -119,21 +124,8 @@ class TransformersGenerator:
         return min(longest, self.context_length or longest) + HEADROOM
 
     def _checked(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[np.ndarray]:
-        arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+        arrays = check_prompts(prompts, self.vocab_size, self.context_length)
         for index, ids in enumerate(arrays):
-            if not len(ids):
-                raise UserError(f"prompt {index}: found no tokens, expected at least one")
-            if ids.min() < 0 or ids.max() >= self.vocab_size:
-                raise UserError(
-                    f"prompt {index}: found token ids {ids.min()} to {ids.max()}, "
-                    f"expected 0 to {self.vocab_size - 1}, the model's vocabulary"
-                )
-            if self.context_length is not None and len(ids) >= self.context_length:
-                raise UserError(
-                    f"prompt {index}: found {len(ids)} tokens, expected at most "
-                    f"{self.context_length - 1}: the context of {self.context_length} tokens "
-                    "must hold the prompt and at least one new token"
-                )
             if (columns := self.columns(len(ids), sampling)) > self.max_batch_tokens:
                 raise UserError(
                     f"max_batch_tokens: found {self.max_batch_tokens}, expected at least {columns} "
@@ -164,7 +156,7 @@ class TransformersGenerator:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards exactly the modules that were training train again."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -1,23 +1,29 @@
-"""Samples per second: ours against ``model.generate`` and a bare decoding loop, in one run.
+"""Samples per second of every way to sample, in one run: a table with ratios.
 
-    python tests/benchmarks/generation.py --data path/to/e2e --rows 64
+    python tests/benchmarks/generation.py --data path/to/e2e --size 3M --rows 64
 
-Without ``--model`` a random Llama of 2M parameters is used, whose EOS bias makes completion
-lengths geometric with a mean of about 25 tokens. ``--data`` is a folder with ``train.jsonl.gz``
-(E2E meaning representations under ``mr``); without it prompt lengths are drawn at random.
-All contenders get the same prompts and the same number of rows per batch. Ours returns
-log-probabilities too, ``model.generate`` does not.
+Contenders: plain ``model.generate``, the generation of TRL's RLOOTrainer, our transformers backend,
+vLLM in this process where it is installed, and a bare decoding loop over equal lengths as a floor.
+Without ``--model`` a random Llama of the given size is used, whose completions end with the same
+chance after every token (a mean of about 25). ``--data`` is a folder with ``train.jsonl.gz`` (E2E
+meaning representations under ``mr``); without it prompt lengths are drawn at random. All contenders
+get the same prompts and, but for vLLM, the same number of rows per batch. Ours and vLLM return
+log-probabilities too, ``model.generate`` and TRL do not.
 """
 
 import argparse
+import copy
+import functools
 import gzip
 import json
 import re
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +37,8 @@ from transformers import (
 )
 
 from irl_align.generate import Sampling, TransformersGenerator, generate
+from irl_align.generate.vllm_common import vllm_importable
+from irl_align.models import completion_logprobs
 
 Prompts = list[list[int]]
 PAD, EOS = 0, 1
@@ -45,29 +53,44 @@ class Setting:
     max_new_tokens: int
 
 
-def random_llama(vocab: int, max_new_tokens: int, mean: float = 25.0) -> PreTrainedModel:
-    """A 4-layer, 192-wide Llama that ends a completion with a constant chance per token."""
+SIZES = {  # width, layers, feed-forward, heads
+    "3M": (256, 3, 704, 8),
+    "30M": (512, 9, 1408, 8),
+    "100M": (768, 14, 2048, 12),
+}
+
+
+def random_llama(size: str, vocab: int, max_new_tokens: int, mean: float = 25.0) -> PreTrainedModel:
+    """A Llama that ends a completion with a constant chance per token."""
     torch.manual_seed(0)
+    width, layers, feed_forward, heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=1024,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=PAD,
     )
     model = LlamaForCausalLM(config)
     chances = np.linspace(1e-3, 0.5, 10_000)
     truncated_means = (1 - (1 - chances) ** max_new_tokens) / chances
     chance = chances[np.abs(truncated_means - mean).argmin()]
-    # Random logits are near 0, so this bias gives EOS that chance against the other V - 1 tokens.
-    head = torch.nn.Linear(192, vocab)
-    head.weight = model.lm_head.weight
-    torch.nn.init.zeros_(head.bias)
-    head.weight.data[EOS] = 0
-    head.bias.data[EOS] = float(np.log(chance / (1 - chance) * (vocab - 1)))
-    model.lm_head = head
+    # Channel 0 of the residual stream is large and no layer writes to it, so that after the last
+    # norm it is sqrt(width) at every place. The other logits are near 0, so this weight gives EOS
+    # that chance against the other V - 1 tokens.
+    head = model.lm_head.weight.data
+    model.model.embed_tokens.weight.data[:, 0] = 100.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data[0] = 0
+        layer.mlp.down_proj.weight.data[0] = 0
+    head[:, 0] = 0
+    head[EOS] = 0
+    head[EOS, 0] = float(np.log(chance / (1 - chance) * (vocab - 1))) / width**0.5
     return model.eval()
 
 
@@ -137,6 +160,76 @@ def run_ours(setting: Setting, prompts: Prompts, n: int, top_p: float = 1.0) -> 
     return len(completions), sum(len(c.token_ids) for c in completions)
 
 
+class ByTRL:
+    """The generation of RLOOTrainer, which is that of its other online trainers."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+        from trl import RLOOConfig, RLOOTrainer
+
+        vocabulary = {str(i): i for i in range(setting.model.config.vocab_size)}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="2")),
+            pad_token=str(setting.pad),
+            eos_token=str(setting.eos),
+        )
+        args = RLOOConfig(
+            output_dir=str(folder / "trl"),
+            use_cpu=True,
+            report_to="none",
+            max_completion_length=setting.max_new_tokens,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            beta=0.0,
+        )
+        self.rows = setting.rows
+        self.trainer = RLOOTrainer(
+            model=copy.deepcopy(setting.model),
+            args=args,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            train_dataset=Dataset.from_dict({"prompt": ["2 3", "4 5"]}),
+            processing_class=tokenizer,
+        )
+
+    def __call__(self, prompts: Prompts, n: int) -> tuple[int, int]:
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        samples: list[list[int]] = []
+        for start in range(0, len(repeated), self.rows):
+            samples += self.trainer._generate_single_turn(
+                repeated[start : start + self.rows], None, {}
+            )
+        return len(samples), sum(map(len, samples))
+
+
+class ByVLLM:
+    """vLLM in this process."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        from irl_align.generate.vllm_backend import VLLMGenerator
+        from irl_align.generate.vllm_common import EngineSettings
+        from irl_align.generate.vllm_engine import VLLMEngine
+
+        begin = time.perf_counter()
+        setting.model.save_pretrained(folder / "policy")
+        engine = VLLMEngine(EngineSettings("cpu", "float32", 256, 16384))
+        self.setting = setting
+        self.generator = VLLMGenerator(engine, "float32", 256)
+        vocabulary = setting.model.config.vocab_size
+
+        def logprobs(prompts: Any, completions: Any) -> list[np.ndarray]:
+            return completion_logprobs(setting.model, prompts, completions)
+
+        self.generator.sync(folder / "policy", "a", [setting.eos], vocabulary, logprobs)
+        self.start = time.perf_counter() - begin
+
+    def __call__(self, prompts: Prompts, n: int) -> tuple[int, int]:
+        sampling = Sampling(n=n, max_new_tokens=self.setting.max_new_tokens)
+        completions = [c for group in generate(self.generator, prompts, sampling) for c in group]
+        return len(completions), sum(len(c.token_ids) for c in completions)
+
+
 @torch.inference_mode()
 def run_floor(setting: Setting, prompts: Prompts, steps: int) -> tuple[int, int]:
     """Prompts of one length; forward, multinomial, ``steps`` times; nobody stops early."""
@@ -172,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train.jsonl.gz of E2E")
     parser.add_argument("--model", help="model folder, tokenizer included")
+    parser.add_argument("--size", choices=SIZES, default="3M", help="of the random model")
     parser.add_argument("--vocab", type=int, default=1200, help="of the random model")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--rows", type=int, default=64, help="rows in a batch")
@@ -185,34 +279,47 @@ def main() -> None:
         eos, encode = tokenizer.eos_token_id, tokenizer.encode
         pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     else:
-        model = random_llama(options.vocab, options.max_new_tokens)
+        model = random_llama(options.size, options.vocab, options.max_new_tokens)
         eos, pad, encode = EOS, PAD, word_encoder(options.vocab)
     setting = Setting(model, eos, pad, options.rows, options.max_new_tokens)
     if options.data:
         prompts = e2e_prompts(options.data, options.prompts, encode)
     else:
         prompts = random_prompts(options.prompts, model.config.vocab_size)
-    samples, tokens = run_ours(setting, prompts, 1)  # warm-up, and the floor's length
-    steps = max(1, round(tokens / samples))
-    few = prompts[: max(1, len(prompts) // 8)]
-    results = time_in_turn(
-        options.repeats,
-        {
-            "model.generate, n=1": lambda: run_plain(setting, prompts, 1),
-            "ours, n=1": lambda: run_ours(setting, prompts, 1),
-            "ours, n=1, top_p=0.9": lambda: run_ours(setting, prompts, 1, 0.9),
-            "bare loop, equal lengths": lambda: run_floor(setting, prompts, steps),
-            "model.generate, n=8": lambda: run_plain(setting, few, 8),
-            "ours, n=8": lambda: run_ours(setting, few, 8),
-        },
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        compare(setting, prompts, options.repeats, Path(folder))
 
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+
+def compare(setting: Setting, prompts: Prompts, repeats: int, folder: Path) -> None:
+    """Time all contenders and print the table."""
+    few = prompts[: max(1, len(prompts) // 8)]
+    samples, tokens = run_ours(setting, few, 1)  # warm-up, and the floor's length
+    steps = max(1, round(tokens / samples))
+    trl = ByTRL(setting, folder)
+    vllm = ByVLLM(setting, folder) if vllm_importable() else None
+    contenders: dict[str, Callable[[], tuple[int, int]]] = {}
+    for some, n in ((prompts, 1), (few, 8)):
+        each: dict[str, Callable[[Prompts, int], tuple[int, int]]] = {
+            "model.generate": lambda p, n: run_plain(setting, p, n),
+            "TRL's generation": trl,
+            "ours, transformers": lambda p, n: run_ours(setting, p, n),
+        }
+        if vllm is not None:
+            vllm(few[:4], n)  # the first call of a shape is slower
+            each["ours, vllm"] = vllm
+        for name, run in each.items():
+            contenders[f"{name}, n={n}"] = functools.partial(run, some, n)
+    contenders["bare loop, equal lengths"] = lambda: run_floor(setting, prompts, steps)
+    results = time_in_turn(repeats, contenders)
+
+    parameters = sum(p.numel() for p in setting.model.parameters()) / 1e6
     print(
         f"{parameters:.1f}M parameters, {len(prompts)} prompts of "
-        f"{np.mean([len(p) for p in prompts]):.0f} tokens, {options.rows} rows, "
-        f"{torch.get_num_threads()} threads"
+        f"{np.mean([len(p) for p in prompts]):.0f} tokens ({len(few)} for n=8), {setting.rows} "
+        f"rows, {torch.get_num_threads()} threads"
     )
+    if vllm is not None:
+        print(f"vLLM: start, sync and comparison {vllm.start:.1f} s; gap {vllm.generator.gap:.1e}")
     print(f"{'':26}{'samples/s':>10}{'tokens/s':>10}{'tokens each':>13}{'ratio':>8}")
     base = 1.0
     for name, (samples, tokens, seconds) in results.items():

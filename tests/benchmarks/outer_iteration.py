@@ -1,0 +1,150 @@
+"""One outer iteration, SFT given: ours in one process against a chain of TRL's commands.
+
+    python tests/benchmarks/outer_iteration.py --model SFT_MODEL --data path/to/e2e --backend vllm
+
+Both sample the policy once per prompt, fit a reward on demonstration against sample, sample n
+candidates of some prompts, score them, and fine-tune on the best. The chain is what a user would
+write: ``trl_generate.py`` (beside this file), ``trl reward``, ``trl_generate.py``, ``trl sft``.
+Rows, epochs, batch sizes and lengths are the same; starting processes and loading models counts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irl_align.lab import Lab
+from irl_align.policy import Policy
+from irl_align.prepare import Data, prepare, supervise
+from irl_align.recipe import load_recipe
+from irl_align.stages import Run, Store
+from irl_align.steps import fit_reward_level, improve_policy, make_pairs
+from irl_align.tokens import decode_batch
+
+HERE = Path(__file__).parent
+RECIPE = """\
+name: outer
+device: cpu
+data: {{card: e2e_nlg, path: {data}, share: {share}}}
+model: {{path: {model}}}
+sft: {{enabled: false}}
+generation: {{max_new_tokens: 96, backend: {backend}}}
+reward: {{args: {{num_train_epochs: 1, per_device_train_batch_size: 32, learning_rate: 1.0e-4}}}}
+policy_update:
+  kind: best_of_n
+  n: {n}
+  prompts: {prompts}
+  args: {{num_train_epochs: 1, per_device_train_batch_size: 32, learning_rate: 1.0e-4}}
+"""
+
+
+def open_lab(folder: Path, options: argparse.Namespace) -> tuple[Lab, Data, Policy]:
+    """The recipe's run, with data encoded and the policy in the store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(**vars(options)))
+    loaded = load_recipe(recipe, [f"output_dir={folder}"])
+    lab = Lab(loaded, Store(folder / "store"), Run(folder), torch.device("cpu"))
+    data, start = prepare(lab)
+    return lab, data, supervise(lab, start, data)
+
+
+def ours(folder: Path, options: argparse.Namespace) -> None:
+    """One iteration, as bilevel() runs it."""
+    lab, data, policy = open_lab(folder, options)
+    pairs = make_pairs(lab, 0, policy, policy, policy, data)
+    reward = fit_reward_level(lab, 0, policy, policy, None, [pairs], data)
+    improve_policy(lab, 0, policy, policy, reward, data)
+    lab.close()
+    stages = json.loads((folder / "stages.json").read_text())
+    for role, stage in stages.items():
+        record = json.loads((folder / stage["path"] / "stage.json").read_text())
+        print(f"    {role:36}{record['seconds']:8.1f} s")
+
+
+def chain(folder: Path, rows: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    """The commands of the chain, by what they do."""
+    script = [sys.executable, str(HERE / "trl_generate.py")]
+    trl = [str(Path(sys.executable).with_name("trl"))]
+    common: dict[str, Any] = {
+        "model_name_or_path": options.model,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 1e-4,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+    }
+    flags = [part for name, value in common.items() for part in (f"--{name}", str(value))]
+    pairs, best, reward = folder / "pairs", folder / "best", folder / "reward"
+    n = ["--n", str(options.n), "--prompts", str(options.prompts), "--reward", str(reward)]
+    return {
+        "sample pairs": [*script, "pairs", options.model, str(rows), str(pairs)],
+        "trl reward": [
+            *trl, "reward", *flags, "--dataset_name", str(pairs), "--output_dir", str(reward),
+        ],
+        "sample, score, best": [*script, "best", options.model, str(rows), str(best), *n],
+        "trl sft": [
+            *trl, "sft", *flags, "--dataset_name", str(best), "--output_dir", str(folder / "sft"),
+        ],
+    }  # fmt: skip
+
+
+def timed(command: list[str]) -> float:
+    """Seconds of a command; its output is shown where it fails."""
+    begin = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("    ")]
+    print("\n".join(lines), end="\n" if lines else "")
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of the SFT model")
+    parser.add_argument("--data", required=True, help="folder of E2E")
+    parser.add_argument("--backend", default="vllm", help="transformers or vllm")
+    parser.add_argument("--share", type=float, default=0.03, help="of the training prompts")
+    parser.add_argument("--n", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=128, help="that get n candidates")
+    parser.add_argument("--ours-in", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ours_in is not None:
+        ours(options.ours_in, options)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        lab, data, _ = open_lab(folder / "ours", options)
+        lab.close()
+        columns = [decode_batch(lab.tokenizer, data.reward[f"{c}_ids"]) for c in SIDES]
+        rows = [dict(zip(SIDES, pair, strict=True)) for pair in zip(*columns, strict=True)]
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        distinct = len({row["prompt"] for row in rows})
+        print(f"{len(rows)} demonstrations of {distinct} prompts; {os.cpu_count()} cores")
+        again = [sys.executable, *sys.argv, "--ours-in", str(folder / "ours")]
+        mine = timed(again)
+        print(f"ours, {options.backend:33}{mine:8.1f} s")
+        total = 0.0
+        for name, command in chain(folder, file, options).items():
+            took = timed(command)
+            total += took
+            print(f"    {name:36}{took:8.1f} s")
+        print(f"{'chain of TRL commands':40}{total:6.1f} s, {total / mine:.2f} times ours")
+
+
+SIDES = ("prompt", "completion")
+
+if __name__ == "__main__":
+    main()

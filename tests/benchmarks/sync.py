@@ -1,0 +1,67 @@
+"""What it costs to give vLLM new weights: start, sync, comparison with the learner.
+
+    python tests/benchmarks/sync.py --size 100M --syncs 5
+
+Every sync is of other weights, from a folder as the store of a run has it; ``save`` is what a
+policy in training pays on top (PPO), and ``compare`` the check of log-probs that follows each sync.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from generation import EOS, SIZES, random_llama
+
+from irl_align.generate.vllm_backend import VLLMGenerator
+from irl_align.generate.vllm_common import EngineSettings, PolicyFolder
+from irl_align.generate.vllm_engine import VLLMEngine
+from irl_align.models import completion_logprobs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="100M")
+    parser.add_argument("--vocab", type=int, default=1200)
+    parser.add_argument("--syncs", type=int, default=5)
+    options = parser.parse_args()
+    model = random_llama(options.size, options.vocab, 64)
+    engine = VLLMEngine(EngineSettings("cpu", "float32", 256, 4096))
+    sampler = VLLMGenerator(engine, "float32", 256)
+
+    def logprobs(prompts: list[list[int]], completions: list[list[int]]) -> list[np.ndarray]:
+        return completion_logprobs(model, prompts, completions)
+
+    seconds: dict[str, list[float]] = {"save": [], "load": [], "compare": []}
+    gaps = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.syncs + 1):
+            with torch.no_grad():
+                for weights in model.model.layers.parameters():
+                    weights.mul_(1.01)
+            times = [time.perf_counter()]
+            path = Path(folder) / str(number)
+            model.save_pretrained(path)
+            times.append(time.perf_counter())
+            engine.load(PolicyFolder.read(path), str(number))
+            times.append(time.perf_counter())
+            sampler._vocab_size, sampler._eos = options.vocab, frozenset([EOS])
+            gaps.append(sampler._compare(logprobs))
+            times.append(time.perf_counter())
+            if number == 0:
+                print(f"start: {times[2] - times[1]:.1f} s")
+                continue  # the first load starts the engine, the first comparison warms it up
+            for name, took in zip(seconds, np.diff(times), strict=True):
+                seconds[name].append(float(took))
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{parameters:.0f}M parameters, {options.syncs} syncs, {torch.get_num_threads()} threads")
+    for name, all_of_it in seconds.items():
+        print(f"{name:8} median {np.median(all_of_it):.3f} s, most {max(all_of_it):.3f} s")
+    print(f"largest gap of a log-prob after a sync: {max(gaps):.1e}")
+    sampler.close()
+
+
+if __name__ == "__main__":
+    main()
