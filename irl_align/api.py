@@ -48,7 +48,11 @@ def train(recipe: Recipe | str | Path) -> Result:
     began = time.time()
     with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
         run.log("environment", {**environment(), "device": str(device), "seed": recipe.seed})
-        outcome = bilevel(Lab(recipe, Store(output / "store"), run, device))
+        lab = Lab(recipe, Store(output / "store"), run, device)
+        try:
+            outcome = bilevel(lab)
+        finally:
+            lab.close()
         explicit = outcome.reward is not None and outcome.reward.kind == "explicit"
         reward = outcome.reward.path if outcome.reward is not None and explicit else None
         result = Result(folder, outcome.policy.path, reward)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.padding import Padding
 
-from irl_align import __version__
+from irl_align import __version__, comparison_cli, hub_cli, vllm_cli
 from irl_align.errors import UserError
+from irl_align.terminal import Debug
+from irl_align.terminal import console as _console
+from irl_align.terminal import set_up as _set_up
 
 app = typer.Typer(
     name="irl-align",
@@ -24,7 +25,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ModelArgument = Annotated[
     Path, typer.Argument(help="Folder of a model, or of a run (its last one is taken).")
@@ -39,19 +39,69 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Options to change, as key=value.")
     ] = None,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke", help="Try the recipe out in seconds: a tiny model on made-up data."
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Run a recipe. After a stop or a kill the same command goes on from where it was."""
     _set_up(debug)
-    from irl_align.api import train as run_recipe
     from irl_align.recipe import load_recipe
     from irl_align.tables import show_runs
 
-    result = run_recipe(load_recipe(recipe, overrides or []))
+    options = load_recipe(recipe, overrides or [])
+    if smoke:
+        from irl_align.smoke import NOTICE, run_smoke
+
+        typer.echo(NOTICE)
+        result = run_smoke(options)
+    else:
+        from irl_align.api import train as run_recipe
+
+        result = run_recipe(options)
     show_runs([result.view()], _console())
     typer.echo(f"policy: {result.policy}")
     if result.reward is not None:
         typer.echo(f"reward: {result.reward}")
+    if smoke:
+        typer.echo(NOTICE)
+
+
+@app.command(
+    epilog="Example: irl-align ppo runs/e2e-sft-seed1 --reward runs/e2e-irl-select-seed1 "
+    "--data e2e_nlg --set data.path=../data/e2e --set credit=red",
+)
+def ppo(
+    policy: Annotated[str, typer.Argument(help="Model: a folder, a run or a Hub id.")],
+    reward: Annotated[
+        str, typer.Option(help="Sequence classifier with one label: a folder, a run or a Hub id.")
+    ],
+    data: Annotated[str, typer.Option(help="Data card, by name or path.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="key=value: an option of PPO (kl_coef=0.1), or any of a recipe (data.path=...).",
+        ),
+    ] = None,
+    output: Annotated[str, typer.Option(help="Folder of the run.")] = "runs",
+    reward_template: Annotated[
+        str | None,
+        typer.Option(help="The reward's prompts: text with {prompt}, or chat.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Improve a policy on a reward model by PPO. The same command goes on after a kill."""
+    _set_up(debug)
+    from irl_align.standalone import ppo_recipe, run_ppo, summary_line
+
+    recipe = ppo_recipe(policy, data, output, options or [])
+    improved = run_ppo(recipe, reward, reward_template)
+    typer.echo(summary_line(improved))
+    typer.echo(f"policy: {improved.policy}")
 
 
 @app.command(epilog="Example: irl-align recipes --options | less")
@@ -151,6 +201,11 @@ def generate(
     _write(generate_rows(policy, rows, sampling, device), output)
 
 
+comparison_cli.register(app)
+hub_cli.register(app)
+vllm_cli.register(app)
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -187,43 +242,6 @@ def _fail(message: str, status: int) -> None:
             bar.close()  # so that the message has a line of its own
     typer.echo(f"irl-align: {message}", err=True)
     raise SystemExit(status)
-
-
-class _Lines(logging.Formatter):
-    """One line per record: the time, the level where it is more than information, the message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        line = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
-        return line if record.exc_info is None else f"{line}\n{super().format(record)}"
-
-
-def _set_up(debug: bool) -> None:
-    """Log stages and warnings as plain lines on standard error; quiet libraries unless --debug."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Lines())
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, handlers=[handler])
-    logging.getLogger("irl_align").setLevel(logging.INFO)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if debug:
-        return
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    # tqdm's defaults: no bar for what is done at once, and few lines in a log file.
-    os.environ.setdefault("TQDM_DELAY", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")
-    for variable in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for library in ("transformers", "trl", "datasets", "accelerate", "torch"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def _console() -> Console:
-    """As wide as the terminal; 100 columns when the output is a file."""
-    return Console(width=None if sys.stdout.isatty() else 100)
 
 
 def _indented(text: str) -> Padding:

@@ -87,17 +87,17 @@ def _rows(views: Sequence[RunView]) -> list[_Row]:
         if record := by_key.get("evaluation/demonstrations"):
             stage = stages.get("evaluation/demonstrations", "demonstrations")
             rows.setdefault(stage, _Row("demonstrations", {1.0: record}, {}, {}))
-        numbers = [r["policy"] for r in view.metrics if _is_evaluation(r)]
+        numbers = [r["policy"] for r in view.metrics if is_evaluation(r)]
         for number in sorted(set(numbers)):
             found = {
                 r["temperature"]: r
                 for r in view.metrics
-                if _is_evaluation(r) and r["policy"] == number
+                if is_evaluation(r) and r["policy"] == number
             }
             rows.setdefault(
                 stages.get(f"evaluation/{number}/t1", f"{view.folder}/{number}"),
                 _Row(
-                    f"{_label(view, number)}{seed}",
+                    f"{policy_label(view, number)}{seed}",
                     found,
                     by_key.get(f"reward/{number - 1}", {}),
                     by_key.get(f"vitals/{number}", {}),
@@ -106,11 +106,12 @@ def _rows(views: Sequence[RunView]) -> list[_Row]:
     return list(rows.values())
 
 
-def _is_evaluation(record: Mapping[str, Any]) -> bool:
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record of metrics.jsonl is the evaluation of a policy."""
     return record["key"].startswith("evaluation/") and "policy" in record
 
 
-def _label(view: RunView, number: int) -> str:
+def policy_label(view: RunView, number: int) -> str:
     """A policy's name in tables: SFT, or the run's name and the iteration."""
     if number == 0:
         return "SFT" if view.recipe["sft"]["enabled"] else "start model"

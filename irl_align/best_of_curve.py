@@ -1,0 +1,212 @@
+"""What best-of-n selection by a reward gains in gold, for n = 1, 2, 4, ..., N, from one set of
+samples: reward against gold over KL (Gao et al., arXiv:2210.10760), and where it overoptimises.
+
+Legend of shapes: M prompts, N samples per prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from irl_align.cards import import_object, load_card
+from irl_align.config import Recipe
+from irl_align.data import choose_prompts
+from irl_align.errors import UserError
+from irl_align.generate import Sampling, TransformersGenerator
+from irl_align.lab import derive_seed, eos_ids
+from irl_align.maths.logprobs import best_of_n_kl_bound
+from irl_align.models import context_length, load_model, load_tokenizer, pick_device
+from irl_align.ranking import rank_samples, sample_rewards
+from irl_align.reward.model import RewardModel
+from irl_align.samples import SampleSet, read_samples, write_samples
+from irl_align.stages import Run, RunView, Store
+from irl_align.statistics import clustered_difference, estimate
+from irl_align.tasks.gold import GoldMetric
+from irl_align.tokens import decode_batch
+
+SIGNIFICANT = 0.05
+HIGHER_IS_BETTER = ("fully_right",)  # among a gold's rows, whatever its headline's direction
+
+
+def expected_best(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    """Expected value of the best of n by score, for each prompt: (M,).
+
+    scores, values: (M, N). Unbiased, over all subsets of n of the N samples: with samples in the
+    order of their scores, sum_i C(i-1, n-1) / C(N, n) value_(i). Equal scores share their weight.
+    """
+    count = scores.shape[1]
+    weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
+    out = np.empty(len(scores))
+    for row, (score, value) in enumerate(zip(scores, values, strict=True)):
+        _, group, size = np.unique(score, return_inverse=True, return_counts=True)
+        shared = np.bincount(group, weights=weights[np.argsort(np.argsort(score))]) / size
+        out[row] = float((shared[group] * value).sum())
+    return out
+
+
+def curve(
+    scores: np.ndarray, golds: Mapping[str, np.ndarray], lower_is_better: bool
+) -> dict[str, Any]:
+    """Reward and gold of best-of-n over n, with Gao et al.'s fit and the n where gold peaks.
+
+    scores and every gold: (M, N). Means are over prompts, with t intervals.
+    """
+    count = scores.shape[1]
+    ns = [2**i for i in range(count.bit_length()) if 2**i <= count]
+    finite = np.where(np.isfinite(scores), scores, np.nan)
+    rewards = np.where(np.isnan(finite), np.nanmin(finite, axis=None), finite)
+    report: dict[str, Any] = {
+        "n": ns,
+        "kl": [best_of_n_kl_bound(n) for n in ns],
+        "reward": _over_prompts([expected_best(scores, rewards, n) for n in ns]),
+        "gold": {},
+    }
+    for name, values in golds.items():
+        if not np.ptp(values, axis=1).any():
+            continue  # of the prompt alone, as its number of slots
+        sign = 1.0 if name in HIGHER_IS_BETTER or not lower_is_better else -1.0
+        by_n = [expected_best(scores, values, n) for n in ns]
+        means = [float(v.mean()) for v in by_n]
+        peak = int(np.argmax([sign * mean for mean in means]))
+        fall = clustered_difference(
+            (sign * (by_n[-1] - by_n[peak])).tolist(), [str(i) for i in range(len(scores))]
+        )
+        over = peak < len(ns) - 1 and fall.p_t is not None and fall.p_t < SIGNIFICANT
+        report["gold"][name] = {
+            "lower_is_better": sign < 0,
+            "estimates": _over_prompts(by_n),
+            "peak_n": ns[peak],
+            "overoptimised": bool(over and fall.mean < 0.0),
+            "fit": gao_fit(report["kl"], [sign * mean for mean in means]),
+        }
+    return report
+
+
+def gao_fit(kls: Sequence[float], values: Sequence[float]) -> dict[str, float] | None:
+    """alpha and beta of value(d) - value(0) = d (alpha - beta d), d = sqrt(KL), by least squares.
+
+    The form of best-of-n in arXiv:2210.10760, section 1. values: higher is better. None for fewer
+    than three points.
+    """
+    if len(kls) < 3:
+        return None
+    d = np.sqrt(np.asarray(kls, dtype=np.float64))
+    gain = np.asarray(values, dtype=np.float64) - values[0]
+    (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -d * d], 1), gain, rcond=None)
+    return {"alpha": float(alpha), "beta": float(beta)}
+
+
+def _over_prompts(by_n: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    return [asdict(estimate(values.tolist())) for values in by_n]
+
+
+def best_of_curve(
+    source: Path, count: int, prompts: int | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """The curve of a run's reward on samples of the policy it started from; a stage of its store.
+
+    count: N samples for each of `prompts` evaluation prompts (None is all). Raises UserError: no
+    finished run with an explicit reward, or a card without gold.
+    """
+    view = Run.load(source)
+    if view.summary is None or view.summary["reward"] is None:
+        raise UserError(
+            f"{source}: --best-of: found no finished run with an explicit reward, expected one"
+        )
+    recipe = Recipe.model_validate(view.recipe)
+    gold_path = load_card(recipe.data.card).gold
+    if gold_path is None:
+        raise UserError(f"{source}: --best-of: card {recipe.data.card} names no gold metric")
+    role = "sft" if "sft" in view.stages else "start"
+    options = recipe.generation
+    sampling = Sampling(
+        n=count,
+        temperature=1.0,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_new_tokens=options.max_new_tokens,
+        seed=derive_seed(recipe.seed, "best-of curve") % 2**63,
+    )
+
+    def build(work: Path) -> dict[str, Any]:
+        return _build(work, view, role, sampling, prompts, gold_path, device)
+
+    reward = Path(str(view.summary["reward"])).parent.name
+    return (
+        Store(source.parent / "store")
+        .stage(
+            "best-of-curve",
+            {"seed": recipe.seed, "sampling": vars(sampling), "prompts": prompts},
+            {
+                "policy": view.stages[role]["key"],
+                "data": view.stages["data"]["key"],
+                "reward": reward,
+                "gold": gold_path,
+            },
+            build,
+        )
+        .metrics
+    )
+
+
+def _build(
+    work: Path,
+    view: RunView,
+    role: str,
+    sampling: Sampling,
+    prompts: int | None,
+    gold_path: str,
+    device: str,
+) -> dict[str, Any]:
+    """Sample, score and judge in a stage's folder; the curve."""
+    where = pick_device(device)
+    rows = Dataset.from_parquet(
+        str(view.folder / view.stages["data"]["path"] / "evaluation.parquet"), keep_in_memory=True
+    )
+    keys = choose_prompts(rows["prompt_key"], prompts, view.recipe["seed"])
+    by_key = {
+        key: (list(ids), text)
+        for key, ids, text in zip(
+            rows["prompt_key"], rows["prompt_ids"], rows["prompt"], strict=True
+        )
+        if key in keys
+    }
+    ids, texts = [pair[0] for pair in by_key.values()], [pair[1] for pair in by_key.values()]
+    path = view.folder / view.stages[role]["path"] / "model"
+    model, tokenizer = load_model(path, where), load_tokenizer(path)
+    generator = TransformersGenerator(
+        model,
+        eos_token_ids=eos_ids(model, tokenizer),
+        pad_token_id=int(tokenizer.pad_token_id),
+        context_length=context_length(model),
+    )
+    write_samples(work, generator, ids, sampling)
+    samples = read_samples(work, ids)
+    assert view.summary is not None
+    reward = RewardModel.from_pretrained(view.folder.parent / str(view.summary["reward"]), where)
+    scores = rank_samples(samples, sample_rewards(samples, reward), "reward")
+    golds, lower = judge(samples, texts, tokenizer, gold_path)
+    return curve(scores, golds, lower)
+
+
+def judge(
+    samples: SampleSet, texts: Sequence[str], tokenizer: Any, gold_path: str
+) -> tuple[dict[str, np.ndarray], bool]:
+    """Every field of the gold's rows as (M, N), and whether its headline is better when low."""
+    metric: GoldMetric = import_object(gold_path, "gold")
+    _, completions = samples.flat()
+    count = len(completions) // len(texts)
+    prompts = [text for text in texts for _ in range(count)]
+    found = metric(prompts, decode_batch(tokenizer, [c.token_ids for c in completions]), [])
+    golds = {
+        name: np.array([row[name] for row in found.rows]).reshape(len(texts), count)
+        for name in found.rows[0]
+    }
+    return golds, metric.lower_is_better

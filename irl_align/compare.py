@@ -1,0 +1,268 @@
+"""`irl-align compare`: methods x seeds run through their recipes, each run a process of its own.
+
+Stages are shared by the store, so what methods have in common is built once per seed; a finished
+run costs nothing, and a stopped comparison goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from irl_align.comparison import FILE, Comparison, analyse, compare_runs
+from irl_align.comparison_tables import to_csv, to_markdown
+from irl_align.config import Recipe
+from irl_align.errors import UserError
+from irl_align.files import atomic_write, to_json
+from irl_align.recipe import load_recipe, to_dict
+from irl_align.stages import Run, RunView
+from irl_align.statistics import Method
+
+logger = logging.getLogger(__name__)
+POLL = 0.2  # seconds between looks at the running processes
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a recipe, its overrides, and its folder."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run, as api.train names it."""
+        return Path(self.recipe.output_dir) / f"{self.recipe.name}-seed{self.recipe.seed}"
+
+    def finished(self) -> RunView | None:
+        """The run, if it is there, finished and of this recipe."""
+        if not (self.folder / "summary.json").is_file():
+            return None
+        view = Run.load(self.folder)
+        try:  # with the defaults of options that are newer than the run
+            found = to_dict(Recipe.model_validate(view.recipe))
+        except ValidationError:
+            return None
+        return view if found == to_dict(self.recipe) else None
+
+
+def plan(arguments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """The runs of recipes x seeds. Arguments are recipes, `key=value` for all of them, and
+    `NAME:key=value` for the recipe of that name or file.
+
+    Raises UserError: no recipe, two of the same name, an override of none, runs in several folders.
+    """
+    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
+    paths = [Path(a) for a in arguments if a not in overrides]
+    if not paths:
+        raise UserError("compare: found no recipe, expected at least one YAML file or run folder")
+    jobs = [job for path in paths for job in _of_recipe(path, overrides, seeds)]
+    names: dict[str, Path] = {}
+    for job in jobs:
+        other = names.setdefault(job.recipe.name, job.path)
+        if other != job.path or paths.count(job.path) > 1:
+            raise UserError(
+                f"{job.path}: name: found {job.recipe.name!r}, which {other} has too; expected a "
+                "name of its own"
+            )
+    for override in overrides:
+        target, _ = _target(override)
+        if target not in (None, *names, *(path.stem for path in paths)):
+            expected = ", ".join(names)
+            raise UserError(f"{override}: found no recipe {target!r}, expected one of {expected}")
+    folders = sorted({job.recipe.output_dir for job in jobs})
+    if len(folders) > 1:
+        raise UserError(
+            f"output_dir: found {' and '.join(folders)}, expected the same in all recipes, so that "
+            "they share their stages"
+        )
+    return jobs
+
+
+def _of_recipe(path: Path, overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    name = load_recipe(path).name
+    targets = map(_target, overrides)
+    own = tuple(option for target, option in targets if target in (None, path.stem, name))
+    jobs = []
+    for seed in seeds:
+        options = (*own, f"seed={seed}")
+        jobs.append(Job(path, options, load_recipe(path, options)))
+    return jobs
+
+
+def _target(override: str) -> tuple[str | None, str]:
+    """(recipe that an override is for, or None for all of them; the override)."""
+    key, _, value = override.partition("=")
+    target, colon, rest = key.partition(":")
+    return (target, f"{rest}={value}") if colon else (None, override)
+
+
+def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
+    """Run what is not finished, at most `parallel` at a time; return what to say of failures.
+
+    Each run is `irl-align train` in a process with its share of the threads; its output goes to
+    logs/RUN.log. Runs of different seeds, which share few stages, go first beside each other.
+    """
+    waiting = [job for job in jobs if job.finished() is None]
+    for job in jobs:
+        if job not in waiting:
+            logger.info("%s: finished before", job.folder.name)
+    running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
+    failed: list[str] = []
+    environment = _environment(min(parallel, len(waiting) or 1))
+    # A signal has Python's main thread handle it, and only that may say how.
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop) if is_main else None
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                job = _next(waiting, {job.recipe.seed for job, _ in running.values()})
+                waiting.remove(job)
+                logger.info("%s: started", job.folder.name)
+                running[_start(job, logs, environment)] = (job, time.monotonic())
+            for process in [p for p in running if p.poll() is not None]:
+                job, began = running.pop(process)
+                took = time.monotonic() - began
+                if process.returncode == 0:
+                    logger.info("%s: finished in %.0f s", job.folder.name, took)
+                else:
+                    failed.append(f"{job.folder.name}: {_last_line(_log(logs, job))}")
+                    logger.warning("%s: failed after %.0f s", job.folder.name, took)
+            time.sleep(POLL if running else 0)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def _stop(number: int, frame: Any) -> None:
+    """End by an exception, so that the runs are ended too."""
+    raise SystemExit(128 + number)
+
+
+def _next(waiting: Sequence[Job], busy: set[int]) -> Job:
+    return next((job for job in waiting if job.recipe.seed not in busy), waiting[0])
+
+
+def _environment(parallel: int) -> dict[str, str]:
+    """The environment of a run that has its share of the threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdigit() else cores or 1
+    if parallel == 1:
+        return dict(os.environ)
+    return {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // parallel))}
+
+
+def _start(job: Job, logs: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "irl_align", "train", str(job.path), *job.overrides]
+    with _log(logs, job).open("wb") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+        )
+
+
+def _log(logs: Path, job: Job) -> Path:
+    return logs / f"{job.folder.name}.log"
+
+
+def _last_line(log: Path) -> str:
+    lines = [
+        line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line
+    ]
+    return lines[-1].removeprefix("irl-align: ") if lines else f"no output; see {log}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `irl-align compare` was asked for besides recipes."""
+
+    seeds: tuple[int, ...]
+    output: Path | None = None
+    parallel: int = 1
+    only_finished: bool = False
+    iterations: bool = False
+    baseline: str | None = None
+    by: str | None = None
+    interval: Method = "t"
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison left behind."""
+
+    analysis: dict[str, Any]
+    """As in comparison.json."""
+    folder: Path
+    failed: list[str]
+    """What to say of each run that failed."""
+
+
+def compare(arguments: Sequence[str], options: Options) -> Compared:
+    """Run what is missing, then write comparison.json, .csv and .md.
+
+    Arguments are recipes and overrides (see `plan`), or folders of runs, which are taken as they
+    are. Raises UserError.
+    """
+    folders = [Path(a) for a in arguments if Path(a).is_dir()]
+    failed: list[str] = []
+    if folders:
+        if len(folders) < len(arguments):
+            extra = next(a for a in arguments if not Path(a).is_dir())
+            raise UserError(f"compare: found runs and {extra!r}, expected runs or recipes alone")
+        views, missing = _finished(folders)
+        output = options.output or folders[0].parent / "comparison"
+    else:
+        jobs = plan(arguments, options.seeds)
+        output = options.output or Path(jobs[0].recipe.output_dir) / "comparison"
+        if not options.only_finished:
+            failed = run_jobs(jobs, options.parallel, output / "logs")
+        found = [(job, job.finished()) for job in jobs]
+        views = [view for _, view in found if view is not None]
+        missing = [f"{job.folder}: no finished run of this recipe" for job, v in found if not v]
+    if failed and not views:
+        raise UserError("\n".join(failed))
+    comparison = compare_runs(views, options.iterations, options.force, missing)
+    analysis = analyse(comparison, options.by, options.baseline, options.interval)
+    return Compared(_write(output, analysis, comparison), output, failed)
+
+
+def _finished(folders: Sequence[Path]) -> tuple[list[RunView], list[str]]:
+    views = [Run.load(folder) for folder in folders]
+    missing = [f"{view.folder}: not finished" for view in views if view.summary is None]
+    return [view for view in views if view.summary is not None], missing
+
+
+def _write(output: Path, analysis: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
+    """Write a comparison's files; run folders are noted relative to them."""
+    runs = [
+        {
+            "method": view.recipe["name"],
+            "seed": view.recipe["seed"],
+            "path": Path(os.path.relpath(view.folder, output)).as_posix(),
+        }
+        for view in comparison.runs
+    ]
+    analysis = {**analysis, "runs": runs}
+    atomic_write(output / "comparison.csv", to_csv(analysis))
+    atomic_write(output / "comparison.md", to_markdown(analysis))
+    atomic_write(output / FILE, to_json(analysis, indent=2) + "\n")
+    return analysis

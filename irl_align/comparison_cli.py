@@ -1,0 +1,204 @@
+"""The commands compare, report and evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from irl_align.errors import UserError
+from irl_align.terminal import Debug, console, set_up
+
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE... [KEY=VALUE...]",
+        help="Recipes, options to change in all of them (key=value) or in one "
+        "(NAME:key=value); or folders of runs, compared as they are.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 1 on.")]
+SeedList = Annotated[
+    list[int] | None,
+    typer.Option(min=0, help="A seed, instead; give it several times.", show_default=False),
+]
+ComparisonFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the tables; default: comparison, beside the runs."),
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each has its threads.")]
+OnlyFinished = Annotated[
+    bool, typer.Option("--only-finished", help="Run nothing; compare what is there.")
+]
+Iterations = Annotated[
+    bool, typer.Option("--iterations", help="Show every iteration's policy, not the last only.")
+]
+Baseline = Annotated[
+    str | None, typer.Option(help="Policy to compare with; default: the first, SFT.")
+]
+By = Annotated[
+    str | None,
+    typer.Option(help="Metric to rank by, as bleu@0.7; default: the headline at T=1."),
+]
+Interval = Annotated[
+    Literal["t", "bootstrap"], typer.Option(help="95% intervals of the means over seeds.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Compare even where data or evaluation differ.")
+]
+RunOrComparison = Annotated[
+    Path, typer.Argument(help="Folder of a run, or of a comparison that compare wrote.")
+]
+HtmlFile = Annotated[
+    Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")
+]
+Figures = Annotated[
+    Path | None, typer.Option(help="Folder for each figure as an SVG and as a PNG file.")
+]
+RunOrModel = Annotated[
+    Path, typer.Argument(help="Folder of a run, of a reward, or of a policy (with --sft).")
+]
+Card = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Card of a preference set, or CARD=PATH of its files; several times.",
+        show_default=False,
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(help="Split of the cards; default: test.", show_default=False)
+]
+TrainSplit = Annotated[
+    str | None,
+    typer.Option(
+        help="Split to train a reward on, from the run's SFT model by the run's settings: what "
+        "others gain over chance is told as a share of what it gains.",
+        show_default=False,
+    ),
+]
+Beside = Annotated[
+    list[Path] | None, typer.Option(help="Another run or reward to score the same pairs.")
+]
+Sft = Annotated[
+    Path | None, typer.Option(help="Model of the log-prob baselines; of a run its SFT model.")
+]
+BestOf = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Draw so many samples per evaluation prompt, and tell what best-of-n by the run's "
+        "reward gains in gold, n = 1, 2, 4, ....",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    int | None, typer.Option(min=2, help="With --best-of: number of prompts; default: all.")
+]
+Judge = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Another run's reward, or a reward's folder: how often the run's samples beat "
+        "those it started from and the demonstrations.",
+        show_default=False,
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON file of all numbers; of a run by default evaluation.json in its folder, "
+        "where report finds it.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(
+        epilog="Example: irl-align compare recipes/e2e/spin.yaml recipes/e2e/irl-best-of-n.yaml "
+        "data.path=../data/e2e --seeds 3"
+    )(compare)
+    app.command(epilog="Example: irl-align report runs/comparison --output report.html")(report)
+    app.command(
+        epilog="Example: irl-align evaluate runs/sfx-irl-seed1 --card "
+        "sfx_human_pairs=../data/sfx --best-of 64"
+    )(evaluate)
+
+
+def compare(
+    arguments: Arguments,
+    seeds: Seeds = 3,
+    seed: SeedList = None,
+    output: ComparisonFolder = None,
+    jobs: Jobs = 1,
+    only_finished: OnlyFinished = False,
+    iterations: Iterations = False,
+    baseline: Baseline = None,
+    by: By = None,
+    interval: Interval = "t",
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Run recipes with several seeds and compare them, with intervals and tests.
+
+    Stages that are the same are shared; the same command goes on after a stop.
+    """
+    set_up(debug)
+    from irl_align.compare import Options
+    from irl_align.compare import compare as compare_recipes
+    from irl_align.comparison_tables import show_comparison
+
+    chosen = tuple(dict.fromkeys(seed)) if seed else tuple(range(1, seeds + 1))
+    options = Options(
+        chosen, output, jobs, only_finished, iterations, baseline, by, interval, force
+    )
+    compared = compare_recipes(arguments, options)
+    show_comparison(compared.analysis, console())
+    typer.echo(f"comparison: {compared.folder}")
+    if compared.failed:
+        raise UserError("\n".join(compared.failed))
+
+
+def report(
+    source: RunOrComparison,
+    output: HtmlFile = None,
+    figures: Figures = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML file of a run or a comparison, which opens anywhere without a network."""
+    set_up(debug)
+    from irl_align.report import write_report
+
+    typer.echo(f"report: {write_report(source, output, figures)}")
+
+
+def evaluate(
+    source: RunOrModel,
+    card: Card = None,
+    split: Split = None,
+    train_split: TrainSplit = None,
+    beside: Beside = None,
+    sft: Sft = None,
+    best_of: BestOf = None,
+    prompts: Prompts = None,
+    judge: Judge = None,
+    output: JsonFile = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure rewards on preference sets and in best-of-n, and policies by other rewards."""
+    set_up(debug)
+    from irl_align.comparison_tables import show_grid
+    from irl_align.evaluate_run import Evaluation, evaluate_source
+    from irl_align.evaluation_tables import evaluation_grids, evaluation_notes
+
+    asked = Evaluation(
+        card or [], split, train_split, beside or [], sft, best_of, prompts, judge or []
+    )
+    found = evaluate_source(source, asked, device, output)
+    for grid in evaluation_grids(found):
+        show_grid(grid, console())
+    for line in evaluation_notes(found):
+        typer.echo(line)

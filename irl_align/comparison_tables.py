@@ -1,0 +1,326 @@
+"""A comparison as text, CSV and Markdown. Reads what comparison.analyse says, nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from irl_align.costs import PARTS
+
+Analysis = Mapping[str, Any]
+MISSING = "-"
+LABEL_WIDTH = 30  # of columns of text, which may wrap
+GAP = 2  # between columns
+TEXTS = ("policy", "metric", "rank", "scorer", "group", "baseline")  # columns that are no numbers
+# Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
+SHOWN = ("fully_right", "bleu")
+PLAIN = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
+PLAIN |= {"demonstration_logp": 2}
+"""Decimals of the metrics that are no share; of others percent are shown, with one."""
+VITALS = {
+    "kl": "KL",
+    "entropy": "entropy per token",
+    "length": "length",
+    "truncated": "truncated %",
+    "reward_accuracy": "reward accuracy %",
+    "fresh_accuracy": "fresh samples %",
+    "seconds": "seconds",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is text, Markdown or HTML: the first column is a label."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def grids(analysis: Analysis) -> list[Grid]:
+    """The tables of a comparison: results, vital signs, against the baseline, ranking, costs."""
+    found = [results(analysis), vital_signs(analysis)]
+    rest = (against_baseline(analysis), ranking(analysis), costs(analysis))
+    return [*found, *(grid for grid in rest if grid.rows)]
+
+
+def results(analysis: Analysis) -> Grid:
+    """Gold of every row at every temperature; length where there is no gold."""
+    measures = headline_measures(analysis) or ["length"]
+    rows = [[row["label"], *(cell(row, m, analysis) for m in measures)] for row in analysis["rows"]]
+    return Grid("results", ["policy", *map(column_name, measures)], rows)
+
+
+def headline_measures(analysis: Analysis) -> list[str]:
+    """The headline and the metrics shown beside it, each from the hottest samples to greedy."""
+    present = {m for row in analysis["rows"] for m in row["estimates"] if "@" in m}
+    metrics = [analysis["headline"], *SHOWN]
+
+    def order(measure: str) -> tuple[int, float]:
+        metric, _, temperature = measure.partition("@")
+        return metrics.index(metric), -float(temperature)
+
+    return sorted((m for m in present if m.partition("@")[0] in metrics), key=order)
+
+
+def vital_signs(analysis: Analysis) -> Grid:
+    """What is told of each policy besides gold, at temperature 1, and the cost of its run."""
+    present = {m for row in analysis["rows"] for m in row["estimates"]}
+    measures = [m for m in VITALS if m in present]
+    rows = []
+    for row in analysis["rows"]:
+        cells = [cell(row, m, analysis) for m in measures]
+        if "kl" in measures and "kl_bound" in row["estimates"]:
+            cells[measures.index("kl")] = "<= " + cell(row, "kl_bound", analysis)
+        rows.append([row["label"], *cells])
+    title = "vital signs, at temperature 1"
+    return Grid(title, ["policy", *(VITALS[m] for m in measures)], rows)
+
+
+def against_baseline(analysis: Analysis) -> Grid:
+    """Differences to the baseline in the headline, paired by seed, with their tests."""
+    columns = ["policy", "metric", "difference", "p, t-test", "p, sign flip", "P(better)"]
+    grid = Grid(f"against {analysis['baseline']}, paired by seed", columns, [])
+    headline = analysis["headline"]
+    for row in analysis["rows"]:
+        for measure in headline_measures(analysis):
+            found = row["against_baseline"].get(measure)
+            if found is None or measure.partition("@")[0] != headline:
+                continue
+            grid.rows.append(
+                [
+                    row["label"],
+                    column_name(measure),
+                    interval(found, measure, analysis["interval"], signed=True),
+                    _p(found["p_t"]),
+                    _p(found["p_sign_flip"]),
+                    _probability(found.get("probability_of_improvement")),
+                ]
+            )
+    return grid
+
+
+def ranking(analysis: Analysis) -> Grid:
+    """Policies from best to worst, with the probability that a run beats one of the next."""
+    by = analysis["ranked_by"]
+    grid = Grid(
+        f"ranking by {column_name(by)}" if by else "ranking",
+        ["rank", "policy", "mean", "P(beats the next)"],
+        [],
+    )
+    for place, entry in enumerate(analysis["ranking"], 1):
+        beats = _probability(entry["beats_next"])
+        grid.rows.append([str(place), entry["label"], number(entry["mean"], by), beats])
+    return grid
+
+
+def costs(analysis: Analysis) -> Grid:
+    """Seconds of every method by part, and of its iterations beside those of the first method that
+    has any."""
+    found = [cost for cost in analysis["costs"] if cost["parts"]]
+    parts = [part for part in PARTS if any(part in cost["parts"] for cost in found)]
+    columns = ["policy", *parts, "total", "per iteration", "relative", "peak MiB"]
+    grid = Grid("seconds, mean over seeds, as if nothing were shared", columns, [])
+    first = next((_per_iteration(cost) for cost in found if cost["iterations"]), 0.0)
+    for cost in found:
+        each = _per_iteration(cost)
+        peak = cost["peak_mib"]
+        grid.rows.append(
+            [
+                cost["method"],
+                *(f"{cost['parts'][p]:.0f}" if p in cost["parts"] else MISSING for p in parts),
+                f"{sum(cost['parts'].values()):.0f}",
+                f"{each:.0f}" if each else MISSING,
+                f"{each / first:.2f}" if each and first else MISSING,
+                MISSING if peak is None else f"{peak:.0f}",
+            ]
+        )
+    return grid
+
+
+def _per_iteration(cost: Mapping[str, Any]) -> float:
+    """Mean seconds of an iteration's samples, reward and policy; 0 without iterations."""
+    seconds = cost["iterations"].values()
+    return sum(seconds) / len(seconds) if seconds else 0.0
+
+
+def notes(analysis: Analysis) -> list[str]:
+    """What a reader of the tables must know, one line each."""
+    seeds = analysis["seeds"]
+    told = {
+        "t": f"± is the 95% t interval of the mean over {len(seeds)} seeds",
+        "bootstrap": f"in brackets: 95% bootstrap interval of the mean over {len(seeds)} seeds",
+        None: f"one seed ({seeds[0]}): there are no intervals and no tests",
+    }
+    lines = [told[analysis["interval"]]]
+    for row in analysis["rows"]:
+        full = max((e["n"] for e in row["estimates"].values()), default=0)
+        partial = sorted(m for m, e in row["estimates"].items() if e["n"] < full)
+        if full < len(seeds):
+            lines.append(f"{row['label']}: {full} of {len(seeds)} seeds")
+        if partial:
+            lines.append(f"{row['label']}: not in all of its seeds: {', '.join(partial)}")
+    shared, alone = analysis["seconds"]["shared"], analysis["seconds"]["one_by_one"]
+    if alone:
+        lines.append(
+            f"stages: {shared:.0f} s together, {alone:.0f} s if every run were by itself "
+            f"({shared / alone:.0%})"
+        )
+    lines += [f"not compared: {line}" for line in analysis["missing"]]
+    lines += [f"differs: {line}" for line in analysis["differences"]]
+    return lines
+
+
+def show_comparison(analysis: Analysis, console: Console) -> None:
+    """Print all tables of a comparison and its notes."""
+    for grid in grids(analysis):
+        show_grid(grid, console)
+    for line in notes(analysis):
+        console.print(line, markup=False)
+
+
+def show_grid(grid: Grid, console: Console) -> None:
+    """Print one table, its columns of numbers narrow; what is wider than the console in parts."""
+    for number, columns in enumerate(_parts(grid, console.width)):
+        table = Table(
+            title=None if number else Text(grid.title),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for at in columns:
+            name, is_text = grid.columns[at], _is_text(grid, at)
+            table.add_column(
+                name if is_text else name.replace(" ", "\n"),
+                justify="left" if is_text else "right",
+                no_wrap=not is_text,
+            )
+        for row in grid.rows:
+            table.add_row(*(Text(row[at]) for at in columns))
+        console.print(table)
+
+
+def _is_text(grid: Grid, at: int) -> bool:
+    return at == 0 or grid.columns[at] in TEXTS
+
+
+def _parts(grid: Grid, width: int) -> list[list[int]]:
+    """Columns of each part of a grid that is at most `width` wide, if one column can be; every part
+    starts with the columns of text."""
+    texts = [at for at in range(len(grid.columns)) if _is_text(grid, at)]
+    room = width - 2 - sum(min(_width(grid, at), LABEL_WIDTH) + GAP for at in texts)
+    parts, used = [list(texts)], 0
+    for at in range(len(grid.columns)):
+        if at in texts:
+            continue
+        needed = _width(grid, at) + GAP
+        if used and used + needed > room:
+            parts.append(list(texts))
+            used = 0
+        parts[-1].append(at)
+        used += needed
+    return [sorted(part) for part in parts]
+
+
+def _width(grid: Grid, at: int) -> int:
+    """Characters that a column needs: a header of numbers breaks at its spaces."""
+    head = [grid.columns[at]] if _is_text(grid, at) else grid.columns[at].split()
+    return max(map(len, [*head, *(row[at] for row in grid.rows)]))
+
+
+def to_markdown(analysis: Analysis) -> str:
+    """All tables and notes as GitHub's Markdown."""
+    parts = []
+    for grid in grids(analysis):
+        text = sum(name in TEXTS for name in grid.columns)
+        rule = ["---"] * text + ["---:"] * (len(grid.columns) - text)
+        lines = [_markdown_row(row) for row in (grid.columns, rule, *grid.rows)]
+        parts.append(f"**{_escaped(grid.title)}**\n\n" + "\n".join(lines))
+    parts.append("\n".join(f"- {_escaped(line)}" for line in notes(analysis)))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(analysis: Analysis) -> str:
+    """One line per policy and measure: mean, interval, seeds, and the difference to the baseline.
+
+    Numbers are as measured: shares, not percent.
+    """
+    columns = ["policy", "method", "iteration", "measure", "mean", "low", "high", "seeds"]
+    columns += ["difference", "difference_low", "difference_high", "p_t", "p_sign_flip"]
+    columns += ["probability_of_improvement"]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    for row in analysis["rows"]:
+        for measure, found in row["estimates"].items():
+            against = row["against_baseline"].get(measure, {})
+            better = against.get("probability_of_improvement", {})
+            line = [row["label"], row["method"], row["policy"], measure]
+            line += [found[k] for k in ("mean", "low", "high", "n")]
+            line += [against.get(k) for k in ("mean", "low", "high", "p_t", "p_sign_flip")]
+            writer.writerow([*line, better.get("mean")])
+    return file.getvalue()
+
+
+def cell(row: Mapping[str, Any], measure: str, analysis: Analysis) -> str:
+    """Mean and interval of a measure of a row, for people."""
+    found = row["estimates"].get(measure)
+    return MISSING if found is None else interval(found, measure, analysis["interval"])
+
+
+def interval(
+    found: Mapping[str, Any], measure: str, method: str | None, signed: bool = False
+) -> str:
+    """`20.5±1.2` for a t interval, `20.5 [19.1, 21.8]` for another; the mean alone without one."""
+    mean = number(found["mean"], measure, signed)
+    if found["low"] is None or method is None:
+        return mean
+    if method == "t":
+        return f"{mean}±{number(found['high'] - found['mean'], measure)}"
+    return f"{mean} [{number(found['low'], measure)}, {number(found['high'], measure)}]"
+
+
+def number(value: float, measure: str, signed: bool = False) -> str:
+    """A value in its unit: percent of shares, else with the metric's decimals."""
+    digits = PLAIN.get(measure.partition("@")[0])
+    scaled = 100.0 * value if digits is None else value
+    rounded = round(scaled, 1 if digits is None else digits) + 0.0  # no -0.0
+    return f"{rounded:{'+' if signed else ''}.{1 if digits is None else digits}f}"
+
+
+def column_name(measure: str) -> str:
+    """`slot_error_rate@0` as `slot error rate % greedy`."""
+    metric, _, temperature = measure.partition("@")
+    at = "greedy" if temperature == "0" else f"T={temperature}" if temperature else ""
+    unit = "" if metric in PLAIN else " %"
+    return f"{metric.replace('_', ' ')}{unit} {at}".strip()
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _probability(found: Mapping[str, Any] | None) -> str:
+    """A probability of improvement; of one seed each it would be 0 or 1 and say nothing."""
+    return MISSING if found is None or found["n"] < 2 else f"{found['mean']:.2f}"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_escaped(text) for text in cells) + " |"
+
+
+def _escaped(text: str) -> str:
+    """Text whose characters mean nothing to Markdown or HTML."""
+    marks = r"[\\|<>&`*_]|\](?=\()"
+    return re.sub(marks, lambda mark: f"&#{ord(mark[0])};", " ".join(text.split()))

@@ -1,0 +1,92 @@
+"""A run's policy judged by a reward that it was not trained on: how often it beats SFT and the
+demonstrations, and how varied its samples are. Reads the samples that the run left.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from irl_align.errors import UserError
+from irl_align.files import read_lines
+from irl_align.models import pick_device
+from irl_align.preference_eval import reward_of
+from irl_align.reward.model import RewardModel
+from irl_align.stages import RERUN, Run
+from irl_align.statistics import clustered_share
+from irl_align.tables import policy_label
+
+
+def judged(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]:
+    """Win rates of a run's last policy by the reward of `judge`, at every temperature.
+
+    Against the policy that the run started from and against the first demonstration of each prompt;
+    equal texts count half, intervals are over prompts. Raises UserError: no finished run, or a
+    judge that is the run's own reward.
+    """
+    view = Run.load(source)
+    if view.summary is None:
+        raise UserError(f"{source}: this run is not finished; run its recipe again to go on")
+    folder = reward_of(judge)
+    own = view.summary["reward"]
+    if own is not None and folder.resolve() == (source.parent / str(own)).resolve():
+        raise UserError(
+            f"--judge: found {judge}, the reward that the policy was trained on; expected another"
+        )
+    last = int(view.summary["policy_number"])
+    reward = RewardModel.from_pretrained(folder, pick_device(device))
+    rows = []
+    for path in sorted((source / "samples").glob(f"policy-{last}-t*.jsonl")):
+        temperature = path.stem.rpartition("-t")[2]
+        samples = read_lines(path, RERUN)
+        start = source / "samples" / f"policy-0-t{temperature}.jsonl"
+        first = read_lines(start, RERUN) if last and start.is_file() else []
+        rows.append({"temperature": float(temperature), **_wins(reward, samples, first)})
+    if not rows:
+        raise UserError(f"{source}: found no samples of policy {last}; run the recipe again")
+    rows.sort(key=lambda row: -row["temperature"])
+    return {"judge": judge.name, "policy": policy_label(view, last), "rows": rows}
+
+
+def _wins(
+    reward: RewardModel, samples: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Win rates and diversity of samples; `first` are those of the start's policy, or nothing."""
+    prompts = [row["prompt"] for row in samples]
+    keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
+    own = reward.score(prompts, [row["completion"] for row in samples]).numpy()
+    report: dict[str, Any] = {
+        "samples": len(samples),
+        "judge_score": float(own.mean()),
+        "distinct_bigrams": distinct_bigrams([row["completion"] for row in samples]),
+    }
+    at_start = {json.dumps(row["prompt"], sort_keys=True): row["completion"] for row in first}
+    demonstrated = {
+        key: row["demonstrations"][0]
+        for key, row in zip(keys, samples, strict=True)
+        if row.get("demonstrations")
+    }
+    for name, others in (("start", at_start), ("demonstrations", demonstrated)):
+        both = [i for i, key in enumerate(keys) if key in others]
+        if both:
+            texts = [others[keys[i]] for i in both]
+            theirs = reward.score([prompts[i] for i in both], texts).numpy()
+            difference = own[both].astype(np.float64) - theirs
+            # The same text may score a rounding apart in another batch.
+            same = [samples[i]["completion"] == text for i, text in zip(both, texts, strict=True)]
+            outcome = 0.5 * (1.0 + np.sign(np.where(same, 0.0, difference)))
+            report[f"wins_against_{name}"] = asdict(
+                clustered_share(outcome.tolist(), [keys[i] for i in both])
+            )
+    return report
+
+
+def distinct_bigrams(texts: Sequence[str]) -> float:
+    """Distinct pairs of neighbouring words over all of them (distinct-2, arXiv:1510.03055)."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
