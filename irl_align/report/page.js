@@ -1,0 +1,161 @@
+"use strict";
+// Texts are only ever set as textContent: what a sample says stays text.
+const byId = (id) => document.getElementById(id);
+
+function element(tag, text, name) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (name) made.className = name;
+  return made;
+}
+
+function followScheme() {
+  const button = byId("scheme"), root = document.documentElement;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.scheme || (dark.matches ? "dark" : "light")) === "dark";
+  const show = () => {
+    button.textContent = isDark() ? "light" : "dark";
+    button.setAttribute("aria-pressed", String(isDark()));
+  };
+  button.addEventListener("click", () => {
+    root.dataset.scheme = isDark() ? "light" : "dark";
+    show();
+  });
+  dark.addEventListener("change", show);
+  show();
+}
+
+// Numbers by their value, "<= 1.8" and "<0.001" too; what is no number goes to the end.
+function sortKey(text) {
+  const number = parseFloat(text.replace(/^<=?\s*/, ""));
+  return Number.isNaN(number) ? null : number;
+}
+
+function compareCells(a, b, sign) {
+  const x = sortKey(a), y = sortKey(b);
+  if (x !== null && y !== null) return sign * (x - y);
+  if (x !== null || y !== null) return x === null ? 1 : -1;
+  return sign * a.localeCompare(b);
+}
+
+function makeSortable(table) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    head.querySelector("button").addEventListener("click", () => {
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const body = table.tBodies[0];
+      const text = (row) => row.cells[column].textContent.trim();
+      body.append(...[...body.rows].sort((a, b) => compareCells(text(a), text(b), up ? 1 : -1)));
+    });
+  });
+}
+
+function browseSamples() {
+  const source = byId("sample-data");
+  if (!source) return;
+  const data = JSON.parse(source.textContent);
+  const table = byId("sample-table"), order = byId("order"), PAGE = 20;
+  let limit = PAGE;
+
+  const head = element("tr");
+  for (const name of ["prompt", "demonstrations", ...data.methods]) {
+    const cell = element("th", name);
+    cell.scope = "col";
+    head.append(cell);
+  }
+  table.tHead.append(head);
+  const choose = (value, text) => {
+    const option = element("option", text);
+    option.value = value;
+    order.append(option);
+  };
+  choose("", "the data's order");
+  choose("prompt", "prompt");
+  data.scores.forEach((score, s) =>
+    data.methods.forEach((method, m) => choose(`${m}/${s}`, `${score.replaceAll("_", " ")}, ${method}`)));
+
+  const said = (row) => row.s[Number(byId("temperature").value)];
+  const matches = (row, words) => {
+    const text = [row.p, ...row.d, ...said(row).map((cell) => (cell ? cell[0] : ""))].join(" ").toLowerCase();
+    return words.every((word) => text.includes(word));
+  };
+
+  function sorted(rows) {
+    const sign = byId("reverse").checked ? -1 : 1;
+    if (order.value === "") return sign < 0 ? rows.reverse() : rows;
+    if (order.value === "prompt") return rows.sort((a, b) => sign * a.p.localeCompare(b.p));
+    const [method, score] = order.value.split("/").map(Number);
+    const value = (row) => (said(row)[method] ? said(row)[method][score + 1] : null);
+    return rows.sort((a, b) => {
+      const x = value(a), y = value(b);
+      if (x === null || y === null) return (x === null) - (y === null);
+      return sign * (x - y);
+    });
+  }
+
+  function sampleCell(cell) {
+    const made = element("td", cell ? cell[0] : "–");
+    if (!cell) return made;
+    const scores = data.scores.map((name, s) => [name, cell[s + 1]]).filter(([, v]) => v !== null);
+    const shown = scores.map(([name, v]) => `${name.replaceAll("_", " ")} ${Number(v.toPrecision(4))}`);
+    made.append(element("span", shown.join(" · "), "score"));
+    return made;
+  }
+
+  function show() {
+    const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = sorted(data.rows.filter((row) => matches(row, words)));
+    table.tBodies[0].replaceChildren(...found.slice(0, limit).map((row) => {
+      const line = element("tr");
+      const prompt = element("th", row.p);
+      prompt.scope = "row";
+      line.append(prompt, element("td", row.d.join("\n\n")), ...said(row).map(sampleCell));
+      return line;
+    }));
+    byId("found").textContent = `${found.length} found, ${Math.min(limit, found.length)} shown`;
+    byId("more").hidden = found.length <= limit;
+  }
+
+  const restart = () => { limit = PAGE; show(); };
+  byId("browse").addEventListener("input", restart);
+  byId("browse").addEventListener("submit", (event) => event.preventDefault());
+  byId("more").addEventListener("click", () => { limit += PAGE; show(); });
+  show();
+}
+
+function drawCredit() {
+  const choice = byId("shown");
+  if (!choice) return;
+  const tokens = [...document.querySelectorAll(".token")];
+  const tint = () => tokens.forEach((token) => {
+    const share = Number(token.dataset[choice.value] || 0);
+    token.classList.toggle("up", share > 0);
+    token.classList.toggle("down", share < 0);
+    token.style.setProperty("--share", `${Math.round(70 * Math.abs(share))}%`);
+  });
+  const tell = (event) => {
+    const token = event.target.closest(".token");
+    if (token) byId("values").textContent = `“${token.textContent}” ${token.title}`;
+  };
+  const area = byId("credit");
+  area.addEventListener("pointerover", tell);
+  area.addEventListener("focusin", tell);
+  area.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+    const next = step && event.target.classList.contains("token") && event.target[step];
+    if (!next) return;
+    event.target.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+    event.preventDefault();
+  });
+  choice.addEventListener("change", tint);
+  tint();
+}
+
+followScheme();
+document.querySelectorAll("table.sortable").forEach(makeSortable);
+browseSamples();
+drawCredit();

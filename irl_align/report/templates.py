@@ -1,0 +1,40 @@
+"""The templates of the report, with every text escaped."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from irl_align.errors import UserError
+
+FOLDER = Path(__file__).parent
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder, filled; what is not marked as markup is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Any:
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ModuleNotFoundError as error:
+        raise UserError("report: jinja2 is not installed; install irl-align[report]") from error
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["script_json"] = script_json
+    return environment
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand inside a script element: no text can end it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -1,0 +1,124 @@
+"""One HTML file of a run or a comparison, and its figures as files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from irl_align import __version__
+from irl_align.comparison import FILE, analyse, compare_runs, read_comparison
+from irl_align.comparison_tables import Grid, grids, notes
+from irl_align.errors import UserError
+from irl_align.evaluation_tables import evaluation_grids, evaluation_notes, read_evaluation
+from irl_align.files import atomic_write
+from irl_align.report.browser import credited_samples, sample_browser
+from irl_align.report.curves import (
+    best_of_curves,
+    cost_bars,
+    frontier,
+    learning_curves,
+    ppo_curves,
+    reward_health,
+    reward_table,
+)
+from irl_align.report.figures import Bars, Plot
+from irl_align.report.images import png, svg
+from irl_align.report.templates import render
+from irl_align.stages import Run, RunView
+from irl_align.tables import signs
+
+
+def write_report(source: Path, output: Path | None = None, figures: Path | None = None) -> Path:
+    """Write the report of a run's folder or of a comparison's; return its path.
+
+    output: the HTML file; default report.html in the folder. figures: folder for each figure as an
+    SVG and as a PNG file. Raises UserError: no run or comparison there, or an unfinished run.
+    """
+    views, analysis, title = _read(source)
+    sections = _figures(views, analysis)
+    rewards = reward_table(views)
+    evaluated = [(view, found) for view in views if (found := read_evaluation(view))]
+    page = render(
+        "page.html.j2",
+        title=title,
+        version=__version__,
+        grids=[
+            *grids(analysis),
+            *([rewards] if rewards.rows else []),
+            *(_of(view, grid) for view, found in evaluated for grid in evaluation_grids(found)),
+        ],
+        notes=[
+            *notes(analysis),
+            *(
+                f"{v.folder.name}: {line}"
+                for v, found in evaluated
+                for line in evaluation_notes(found)
+            ),
+        ],
+        sections=[(name, [svg(one) for one in found]) for name, found in sections if found],
+        health=[grid for grid in [_ended(views), _told(views)] if grid["rows"]],
+        browser=sample_browser(views),
+        credited=credited_samples(views),
+    )
+    output = output or source / "report.html"
+    atomic_write(output, page)
+    if figures is not None:
+        for _, drawn in sections:
+            for figure in drawn:
+                name = re.sub(r"[^\w.-]", "-", figure.key)  # a gold field may have any name
+                atomic_write(figures / f"{name}.svg", svg(figure, alone=True))
+                atomic_write(figures / f"{name}.png", png(figure))
+    return output
+
+
+def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
+    """The runs of a folder, what is said of them side by side, and the page's title."""
+    if not (source / FILE).is_file():
+        if not (source / "recipe.yaml").is_file():
+            raise UserError(
+                f"{source}: found no {FILE} and no recipe.yaml, expected the folder of a "
+                "comparison or of a run"
+            )
+        view = Run.load(source)
+        return [view], analyse(compare_runs([view], iterations=True), None, None), source.name
+    analysis = read_comparison(source)
+    try:
+        paths = [source / str(run["path"]) for run in analysis["runs"]]
+        grids(analysis)
+    except (KeyError, TypeError) as error:
+        mend = "run irl-align compare again"
+        raise UserError(f"{source / FILE}: found no {error} in it; {mend}") from error
+    gone = [path for path in paths if not (path / "recipe.yaml").is_file()]
+    analysis["missing"] += [f"{path}: gone; tables have it, figures do not" for path in gone]
+    views = [Run.load(path) for path in paths if path not in gone]
+    return [v for v in views if v.summary is not None], analysis, "comparison"
+
+
+def _figures(
+    views: Sequence[RunView], analysis: dict[str, Any]
+) -> list[tuple[str, Sequence[Plot | Bars]]]:
+    return [
+        ("Learning curves", learning_curves(views, analysis)),
+        ("Gold against KL", frontier(views, analysis)),
+        ("Reward health", reward_health(views)),
+        ("Best of n", best_of_curves(views)),
+        ("PPO", ppo_curves(views)),
+        ("Cost", cost_bars(views)),
+    ]
+
+
+def _of(view: RunView, grid: Grid) -> Grid:
+    return replace(grid, title=f"{view.folder.name}: {grid.title}")
+
+
+def _ended(views: Sequence[RunView]) -> dict[str, Any]:
+    rows = [(v.folder.name, (v.summary or {}).get("ended", "not finished")) for v in views]
+    return {"title": "How the runs ended", "rows": rows}
+
+
+def _told(views: Sequence[RunView]) -> dict[str, Any]:
+    rows = [(view.folder.name, sign) for view in views for sign in signs(view)]
+    return {"title": "Warning signs", "rows": rows}
