@@ -146,9 +146,11 @@ def merge(base: Node, over: Node, kinds: Mapping[Loc, str], at: Loc = ()) -> Nod
 
 
 def from_plain(value: Any, place: str) -> Node:
-    """The tree of plain mappings and scalars that were written at one place."""
+    """The tree of plain mappings, lists and scalars that were written at one place."""
     if isinstance(value, dict):
         return Node({key: from_plain(inner, place) for key, inner in value.items()}, place)
+    if isinstance(value, list):
+        return Node([from_plain(inner, place) for inner in value], place)
     return Node(value, place)
 
 

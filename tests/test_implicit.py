@@ -276,6 +276,21 @@ def test_a_reference_that_is_wrong_alike_on_both_sides_is_told_too(
         fit_implicit(model, tiny_tokenizer, pairs, logps, options, training(tmp_path), True)
 
 
+def test_rounding_is_allowed_for_in_nats_at_every_beta(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pairs, model = random_pairs(4, seed=11), tiny_model("llama")
+    logps = reference_logps([(1.0, model)], pairs)
+    options = {**OPTIONS, "beta": 5.0, "per_device_train_batch_size": 4, "max_steps": 1}
+    logps[0] += 0.002  # moves the loss by 5 * 0.002 / 2
+    fit = (tiny_tokenizer, pairs, logps, options)
+    metrics = fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "near"), True)
+    assert metrics["first_loss"] == pytest.approx(LN2 + 0.005, abs=1e-3)
+    logps[0] += 0.05
+    with pytest.raises(UserError, match="ln 2"):
+        fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "far"), True)
+
+
 def test_dropout_does_not_part_policy_and_reference(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

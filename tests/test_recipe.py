@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from recipe_files import BASE, SMALL, load, mistakes, update, write
 
 from irl_align.config import Recipe
-from irl_align.recipe import list_recipes, load_recipe, options_table, to_dict, to_yaml
+from irl_align.errors import UserError
+from irl_align.recipe import (
+    list_recipes,
+    load_recipe,
+    make_recipe,
+    options_table,
+    to_dict,
+    to_yaml,
+)
 from irl_align.resources import recipes_dir
 
 SHIPPED = sorted(recipes_dir().rglob("*.yaml"))
@@ -347,3 +355,16 @@ def test_list_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "toy/a.yaml", "one", "First."),
         (tmp_path / "toy/b.yaml", "two", "First."),
     ]
+
+
+def test_a_recipe_of_plain_values_may_hold_lists() -> None:
+    values = {
+        "name": "plain",
+        "data": {"card": "restaurant"},
+        "model": {"path": "some-model"},
+        "evaluation": {"temperatures": [1.0, 0.5]},
+    }
+    assert make_recipe(values, "here").evaluation.temperatures == [1.0, 0.5]
+    values["evaluation"] = {"temperatures": [1.0, "warm"]}
+    with pytest.raises(UserError, match=r"here: evaluation\.temperatures\.1"):
+        make_recipe(values, "here")

@@ -112,8 +112,10 @@ class PairDPOTrainer(Guarded, DPOTrainer):
         if self.expect_ln2:
             self.expect_ln2 = False
             self.first_loss = loss.item()
-            # The reference's log-probs are float32; half precision rounds the policy's own.
-            slack = 2e-2 if self.args.bf16 or self.args.fp16 else 1e-3
+            # The reference's log-probs are float32; half precision rounds the policy's own. The
+            # loss magnifies a difference of log-probs by beta: the same nats whatever it is.
+            nats = 0.2 if self.args.bf16 or self.args.fp16 else 0.01
+            slack = nats * max(self.beta, 0.1)
             if self.state.global_step == 0 and abs(self.first_loss - LN2) > slack:
                 raise UserError(
                     f"{self.args.run_name}: the first loss is {self.first_loss:.6f}, expected ln 2 "
