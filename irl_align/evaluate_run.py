@@ -13,7 +13,7 @@ from irl_align.evaluation_tables import FILE, subject_of
 from irl_align.files import atomic_write, to_json
 from irl_align.policy_eval import judged
 from irl_align.preference_eval import Subject, evaluate, load_set, subject
-from irl_align.stages import Run
+from irl_align.stages import Run, is_run
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluate_source(
         "best_of": curve,
         "judged": judgements,
     }
-    if (source / "recipe.yaml").is_file():
+    if is_run(source):
         found["of"] = subject_of(Run.load(source))
         output = output or source / FILE
     if output is not None:

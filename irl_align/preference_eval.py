@@ -26,7 +26,7 @@ from irl_align.models import completion_logprobs, load_model, load_tokenizer, pi
 from irl_align.preference_report import PairSet, excess_share, preference_report
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.model import RewardModel, RewardSettings
-from irl_align.stages import Run, RunView, Store
+from irl_align.stages import Run, RunView, Store, is_run
 from irl_align.tokens import encode_preferences
 from irl_align.trainers import Training
 
@@ -73,7 +73,7 @@ def subject(path: Path, sft: Path | None = None, beside: Sequence[Path] = ()) ->
     """
     rewards: dict[str, Path] = {}
     policy, view = None, None
-    if (path / "recipe.yaml").is_file():
+    if is_run(path):
         view = Run.load(path)
         if view.summary is None:
             raise UserError(f"{path}: this run is not finished; run its recipe again to go on")
@@ -112,7 +112,7 @@ def is_classifier(path: Path) -> bool:
 
 def reward_of(path: Path) -> Path:
     """Folder of the explicit reward of a run, or a reward's own."""
-    found = subject(path).rewards if (path / "recipe.yaml").is_file() else {"reward": path}
+    found = subject(path).rewards if is_run(path) else {"reward": path}
     if "reward" not in found:
         raise UserError(f"{path}: this run has no explicit reward; expected one that has")
     return found["reward"]

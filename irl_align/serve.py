@@ -16,7 +16,7 @@ from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.model import RewardModel
 from irl_align.samples import SampleSet
 from irl_align.sources import file_rows
-from irl_align.stages import Run
+from irl_align.stages import Run, is_run
 from irl_align.tokens import decode_batch, encode_prompts
 
 Rows = list[dict[str, Any]]
@@ -67,7 +67,7 @@ def read_rows(path: Path, shapes: Sequence[tuple[str, ...]]) -> Rows:
 
 def resolve(path: Path, what: str) -> Path:
     """The folder of a run's final `policy` or last `reward`; a model's folder stays as it is."""
-    if not (path / "recipe.yaml").is_file():
+    if not is_run(path):
         return path
     view = Run.load(path)
     if view.summary is None:

@@ -293,6 +293,11 @@ class Run:
         atomic_write(self.folder / name, text)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, and no model's: an export holds the recipe that made it too."""
+    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
+
+
 @dataclass(frozen=True)
 class RunView:
     """What a run folder says; ``summary`` is None until the run has finished."""

@@ -273,6 +273,17 @@ def test_trl_takes_it_as_the_start_of_a_reward(reward: Path, tmp_path: Path) -> 
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss), abs=1e-4)
 
 
+def test_our_own_commands_take_an_export_as_the_model_it_is(
+    reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": RESTAURANTS[0], "completion": ANSWERS[0]}) + "\n")
+    scored = irl_align(capsys, "score", reward, "--input", rows)
+    assert scored.status == 0, scored.err
+    expected = RewardModel.from_pretrained(reward).score([RESTAURANTS[0]], [ANSWERS[0]])
+    assert json.loads(scored.out)["score"] == pytest.approx(float(expected), abs=1e-5)
+
+
 # --- policies and pairs ---------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from irl_align.report.curves import (
 from irl_align.report.figures import Bars, Plot
 from irl_align.report.images import png, svg
 from irl_align.report.templates import render
-from irl_align.stages import Run, RunView
+from irl_align.stages import Run, RunView, is_run
 from irl_align.tables import signs
 
 
@@ -77,7 +77,7 @@ def write_report(source: Path, output: Path | None = None, figures: Path | None 
 def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
     """The runs of a folder, what is said of them side by side, and the page's title."""
     if not (source / FILE).is_file():
-        if not (source / "recipe.yaml").is_file():
+        if not is_run(source):
             raise UserError(
                 f"{source}: found no {FILE} and no recipe.yaml, expected the folder of a "
                 "comparison or of a run"
@@ -91,7 +91,7 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
     except (KeyError, TypeError) as error:
         mend = "run irl-align compare again"
         raise UserError(f"{source / FILE}: found no {error} in it; {mend}") from error
-    gone = [path for path in paths if not (path / "recipe.yaml").is_file()]
+    gone = [path for path in paths if not is_run(path)]
     analysis["missing"] += [f"{path}: gone; tables have it, figures do not" for path in gone]
     views = [Run.load(path) for path in paths if path not in gone]
     return [v for v in views if v.summary is not None], analysis, "comparison"
