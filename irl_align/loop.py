@@ -19,15 +19,12 @@ from typing import Any
 from irl_align.evaluate import find_signs
 from irl_align.lab import Lab
 from irl_align.measure import evaluate_policy, measure_policy, measure_reward, nearest_policy
+from irl_align.pair_step import Pairs, make_pairs
 from irl_align.policy import Policy, Reward
+from irl_align.policy_step import improve_policy
 from irl_align.prepare import prepare, supervise
 from irl_align.reward.audit import shortcut_warnings
-from irl_align.steps import (
-    Pairs,
-    fit_reward_level,
-    improve_policy,
-    make_pairs,
-)
+from irl_align.reward_step import fit_reward_level
 
 logger = logging.getLogger(__name__)
 ROUNDING = 1e-6  # of a float32 mean: a reward that learned nothing has loss ln 2 up to this

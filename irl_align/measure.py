@@ -20,13 +20,13 @@ from irl_align.files import atomic_write, read_lines, to_lines
 from irl_align.generate import Completion
 from irl_align.lab import Lab
 from irl_align.maths.logprobs import best_of_n_kl_bound
+from irl_align.pair_step import Pairs, samples_by_key
 from irl_align.pairs import policy_pairs
 from irl_align.policy import Policy, Reward
 from irl_align.prepare import Data
 from irl_align.reward.audit import shortcut_audit
 from irl_align.reward.fit import margin_report, margins
 from irl_align.samples import SampleSet
-from irl_align.steps import Pairs, samples_by_key
 from irl_align.tasks.gold import GoldMetric
 from irl_align.tokens import decode_batch
 

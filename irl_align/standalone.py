@@ -18,13 +18,13 @@ from irl_align.models import pick_device
 from irl_align.policy import Policy, Reward
 from irl_align.policy.ppo.update import PPO
 from irl_align.policy_options import PPOOptions
+from irl_align.policy_step import make_update
 from irl_align.prepare import Data, prepare
 from irl_align.recipe import make_recipe, to_dict, to_yaml
 from irl_align.reward.alignment import load_reward
 from irl_align.reward.model import RewardFunction
 from irl_align.serve import resolve
 from irl_align.stages import RECORD, Run, Store, environment
-from irl_align.steps import make_update
 
 
 @dataclass(frozen=True)

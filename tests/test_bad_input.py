@@ -222,7 +222,7 @@ def test_a_full_disk(train_line: Line, tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("irl_align.steps.save_pairs", full)
+        patch.setattr("irl_align.pair_step.save_pairs", full)
         told = train_line("loop.iterations=1")
     assert told.startswith("stage pairs: no space left for ")
     assert told.endswith("is lost: free space and run the same command again")

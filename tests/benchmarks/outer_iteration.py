@@ -21,11 +21,13 @@ from typing import Any
 import torch
 
 from irl_align.lab import Lab
+from irl_align.pair_step import make_pairs
 from irl_align.policy import Policy
+from irl_align.policy_step import improve_policy
 from irl_align.prepare import Data, prepare, supervise
 from irl_align.recipe import load_recipe
+from irl_align.reward_step import fit_reward_level
 from irl_align.stages import Run, Store
-from irl_align.steps import fit_reward_level, improve_policy, make_pairs
 from irl_align.tokens import decode_batch
 
 HERE = Path(__file__).parent

@@ -1,0 +1,151 @@
+"""The loop's pairs: every demonstration beside samples of pi_k, as a stage."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from irl_align.cards import import_object
+from irl_align.config import PairSource
+from irl_align.generate import Completion, Sampling
+from irl_align.lab import Lab
+from irl_align.pairs import Pairs as MadePairs
+from irl_align.pairs import (
+    contrast_pairs,
+    load_pairs,
+    policy_pairs,
+    sample_pairs,
+    save_pairs,
+    stats,
+)
+from irl_align.policy import Policy
+from irl_align.prepare import Data
+from irl_align.tokens import encode_prompts
+
+logger = logging.getLogger(__name__)
+USES = {"train": "reward", "held_out": "held_out"}
+"""Part of a set of pairs -> the demonstrations that it is made of."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of one iteration: what the reward is fitted on, and held-out ones to judge it by."""
+
+    key: str
+    train: Dataset
+    held_out: Dataset
+
+
+def make_pairs(
+    lab: Lab, k: int, policy: Policy, initial: Policy, start: Policy, data: Data
+) -> Pairs:
+    """Sample y_hat ~ pi_k and pair every demonstration with a sample (and the recipe's extras)."""
+    options = lab.recipe.pairs
+    generation = lab.recipe.generation
+    if generation.temperature == 0:
+        logger.warning("generation.temperature is 0: greedy negatives, all the same per prompt")
+    sampling = lab.sampling(generation.samples_per_prompt, generation.temperature)
+    used = {side for source in options.sources for side in source.split("/")}
+    samplers = {"policy": policy, "init": start, "sft": initial}
+    samplers = {name: samplers[name] for name in sorted(used & set(samplers))}
+    drawn = {
+        part: {
+            name: samples_by_key(lab, sampler, getattr(data, use), sampling, part)
+            for name, sampler in samplers.items()
+        }
+        for part, use in USES.items()
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        metrics = {}
+        for part in USES:
+            making = _Making(lab, k, data, part, samplers, drawn[part], sampling)
+            made = [making.pairs(source) for source in options.sources]
+            dropped: Counter[str] = Counter()
+            for some in made:
+                dropped.update(some.dropped)
+            rows = concatenate_datasets([some.rows for some in made])
+            save_pairs(rows, work / f"{part}.parquet")
+            metrics[part] = stats(rows, dropped)
+        return metrics
+
+    stage = lab.stage(
+        f"pairs/{k}",
+        "pairs",
+        {
+            "iteration": k,
+            "pairs": options.model_dump(exclude={"window"}),
+            "sampling": vars(sampling),
+        },
+        {
+            **{part: data.checksums[use] for part, use in USES.items()},
+            **{name: sampler.identity for name, sampler in samplers.items()},
+        },
+        build,
+    )
+    lab.run.log(f"pairs/{k}", stage.metrics)
+    train, held_out = (load_pairs(stage.path / f"{part}.parquet") for part in USES)
+    return Pairs(stage.key, train, held_out)
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What pairs of one part (train or held_out) are made of."""
+
+    lab: Lab
+    k: int
+    data: Data
+    part: str
+    samplers: Mapping[str, Policy]
+    drawn: Mapping[str, Mapping[str, list[Completion]]]
+    sampling: Sampling
+
+    def pairs(self, source: PairSource) -> MadePairs:
+        """Pairs of one source of the recipe, as "demonstration/policy"."""
+        chosen, rejected = source.split("/")
+        rows: Dataset = getattr(self.data, USES[self.part])
+        if rejected == "contrast":
+            return self._contrast(rows)
+        options = self.lab.recipe.pairs
+        common: dict[str, Any] = {
+            "iteration": self.k,
+            "seed": self.lab.recipe.seed,
+            "source": source,
+            "generator": self.samplers[rejected].identity,
+            "sampling": self.sampling,
+            "truncated": options.truncated,
+        }
+        samples = self.drawn[rejected]
+        if chosen == "demonstration":
+            limit = options.demonstrations_per_prompt
+            return policy_pairs(rows, samples, demonstrations_per_prompt=limit, **common)
+        prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+        return sample_pairs(prompts, self.drawn[chosen], samples, **common)
+
+    def _contrast(self, rows: Dataset) -> MadePairs:
+        options, card = self.lab.recipe.pairs, self.data.card
+        return contrast_pairs(
+            rows,
+            options.contrast,
+            per_demonstration=options.contrast_per_demonstration,
+            iteration=self.k,
+            seed=self.lab.recipe.seed,
+            edit=import_object(card.edit, "edit") if card.edit else None,
+            encode=lambda texts: encode_prompts(texts, self.lab.tokenizer, card),
+            context=self.data.context,
+        )
+
+
+def samples_by_key(
+    lab: Lab, policy: Policy, rows: Dataset, sampling: Sampling, role: str
+) -> dict[str, list[Completion]]:
+    """Samples of every distinct prompt of these rows, by prompt key."""
+    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+    samples = lab.sample(policy, list(prompts.values()), sampling, role)
+    return dict(zip(prompts, samples.completions, strict=True))

@@ -1,0 +1,89 @@
+"""The loop's policy step: pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from datasets import Dataset
+
+from irl_align.cards import import_object
+from irl_align.config import Recipe
+from irl_align.data import choose_prompts
+from irl_align.errors import UserError
+from irl_align.lab import Lab
+from irl_align.policy import Demonstrations, Policy, PolicyUpdate, Reward
+from irl_align.policy.best_of_n import BestOfN
+from irl_align.policy.identity import Identity
+from irl_align.policy.iqlearn import IQLearn
+from irl_align.policy.ppo.update import PPO
+from irl_align.policy.sft import MoreSFT
+from irl_align.policy_options import (
+    BestOfNOptions,
+    IdentityOptions,
+    IQLearnOptions,
+    MoreSFTOptions,
+    PPOOptions,
+)
+from irl_align.prepare import Data
+from irl_align.tasks.gold import GoldMetric
+
+
+def improve_policy(
+    lab: Lab, k: int, policy: Policy, initial: Policy, reward: Reward | None, data: Data
+) -> Policy:
+    """pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
+    part = "sft" if reward is None else "reward"
+    update = make_update(lab.recipe, data)
+    improved = update(lab, k, policy, initial, reward, data.demonstrations(part))
+    lab.names.setdefault(improved.identity, f"policy-{k + 1}")
+    return improved
+
+
+def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
+    """The recipe's policy update: built in, or made by a factory given by import path."""
+    options = recipe.policy_update
+    if isinstance(options, BestOfNOptions):
+        return BestOfN(options)
+    if isinstance(options, PPOOptions):
+        gold = data.card.gold if recipe.evaluation.gold else None
+        judge = rollout_judge(gold, data.reward) if gold is not None else None
+        return PPO(options, some_held_out(data, options.held_out_prompts, recipe.seed), judge, gold)
+    if isinstance(options, MoreSFTOptions):
+        return MoreSFT(options.args)
+    if isinstance(options, IQLearnOptions):
+        return IQLearn(options)
+    if isinstance(options, IdentityOptions):
+        return Identity()
+    factory = import_object(options.kind, "policy_update.kind")
+    try:
+        update: PolicyUpdate = factory(**options.options)
+    except TypeError as error:
+        raise UserError(f"policy_update.options: {options.kind} refused them: {error}") from error
+    return update
+
+
+def some_held_out(data: Data, prompts: int, seed: int) -> Demonstrations:
+    """Demonstrations of at most so many held-out prompts, chosen by hash."""
+    keys = choose_prompts(data.held_out["prompt_key"], prompts, seed)
+    rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
+    checksum = f"{data.checksums['held_out']}/{prompts}/{seed}"
+    return Demonstrations(list(rows["prompt_ids"]), list(rows["completion_ids"]), checksum)
+
+
+def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]]:
+    """The card's gold metric of samples for these rows' prompts, given as token ids, and texts."""
+    metric: GoldMetric = import_object(gold, "gold")
+    texts: dict[tuple[int, ...], str] = {}
+    references: dict[tuple[int, ...], list[str]] = {}
+    for ids, prompt, completion in zip(
+        rows["prompt_ids"], rows["prompt"], rows["completion"], strict=True
+    ):
+        texts.setdefault(tuple(ids), prompt)
+        references.setdefault(tuple(ids), []).append(completion)
+
+    def judge(prompts: Sequence[Sequence[int]], completions: Sequence[str]) -> Mapping[str, float]:
+        keys = [tuple(ids) for ids in prompts]
+        asked = [texts[key] for key in keys]
+        return metric(asked, completions, [references[key] for key in keys]).corpus
+
+    return judge

@@ -1,0 +1,192 @@
+"""The loop's reward step: fit r_k on the pairs in the window, as a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import DPOConfig
+
+from irl_align.cards import load_card
+from irl_align.data import data_checksum, load_preferences
+from irl_align.lab import Lab, derive_seed
+from irl_align.models import context_length
+from irl_align.pair_step import Pairs
+from irl_align.pairs import window
+from irl_align.policy import Policy, Reward
+from irl_align.prepare import Data
+from irl_align.reward.fit import fit_reward, pair_columns
+from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.tokens import encode_preferences
+from irl_align.trainers import save_model
+
+NORMALISED = 4096  # demonstrations, evenly spaced, that the reward's mean and variance come from
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What one fit reads: its pairs, and what its stage is keyed by."""
+
+    train: Dataset
+    args: dict[str, Any]
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def fit_reward_level(
+    lab: Lab,
+    k: int,
+    policy: Policy,
+    initial: Policy,
+    previous: Reward | None,
+    pairs: Sequence[Pairs],
+    data: Data,
+) -> Reward:
+    """Fit r_k on the pairs in the window: an explicit reward model, or SPIN's implicit reward."""
+    options = lab.recipe.reward
+    args = scheduled(options.args, options.schedule, k)
+    train = window([p.train for p in pairs], lab.recipe.pairs.window)
+    settings = {
+        "iteration": k,
+        "window": lab.recipe.pairs.window,
+        "args": args,
+        "reward": options.model_dump(exclude={"args", "schedule", "preferences", "max_pairs"}),
+    }
+    if options.max_pairs is not None:
+        settings["max_pairs"] = options.max_pairs
+        if options.max_pairs < len(train):
+            seed = derive_seed(lab.recipe.seed, f"pairs of {k}") % 2**32
+            train = train.shuffle(seed=seed).select(range(options.max_pairs))
+    inputs = {f"pairs-{i}": p.key for i, p in enumerate(pairs)} | {"initial": initial.key}
+    fit = _Fit(train, args, settings, inputs)
+    if options.kind == "implicit":
+        return _fit_implicit(lab, k, policy, initial, fit)
+    return _fit_explicit(lab, k, initial, previous if options.init == "warm" else None, fit, data)
+
+
+def _fit_explicit(
+    lab: Lab, k: int, initial: Policy, warm: Reward | None, fit: _Fit, data: Data
+) -> Reward:
+    """Fit a reward model, from the SFT model or (warm) from the last iteration's reward."""
+    preferences = _preferences(lab, initial)
+    inputs = dict(fit.inputs)
+    inputs |= {"warm": warm.key} if warm is not None else {}
+    inputs |= {"preferences": preferences.checksum} if preferences is not None else {}
+
+    def build(work: Path) -> dict[str, Any]:
+        reward = _unfitted(lab, k, initial, warm, data)
+        columns = pair_columns(fit.train)
+        if preferences is not None:
+            for name, values in preferences.columns.items():
+                columns[name] = columns[name] + values
+        training = lab.training(work, f"reward {k}")
+        metrics = fit_reward(reward, columns, lab.recipe.reward.loss, fit.args, training)
+        rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
+        reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["completion_ids"]))
+        reward.save_pretrained(work / "model")
+        return {**metrics, "normaliser": [reward.settings.mean, reward.settings.std]}
+
+    stage = lab.stage(f"reward/{k}", "reward", fit.settings, inputs, build)
+    lab.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
+    std = float(stage.metrics["normaliser"][1])
+    return Reward("explicit", stage.path / "model", stage.key, scale=std)
+
+
+def _unfitted(lab: Lab, k: int, initial: Policy, warm: Reward | None, data: Data) -> RewardModel:
+    """The reward model that a fit starts from."""
+    if warm is not None:
+        reward = RewardModel.from_pretrained(warm.path, lab.device)
+        reward.settings = replace(reward.settings, mean=0.0, std=1.0)
+        return reward
+    options = lab.recipe.reward
+    settings = RewardSettings(
+        lm_coef=options.lm_coef,
+        bound=options.bound,
+        template=data.card.template,
+        lowercase=data.card.lowercase,
+        name=data.card.name,
+    )
+    seed = derive_seed(lab.recipe.seed, f"head {k}") % 2**63
+    return RewardModel.from_policy(initial.path, lab.tokenizer, settings, seed, lab.device)
+
+
+def _fit_implicit(lab: Lab, k: int, policy: Policy, initial: Policy, fit: _Fit) -> Reward:
+    """SPIN's step: move pi_theta from pi_k against the reference the recipe names."""
+    options = lab.recipe.reward
+    paths = {
+        "previous": ((1.0, policy.path),),
+        "initial": ((1.0, initial.path),),
+        "mixture": ((options.mixture, initial.path), (1.0 - options.mixture, policy.path)),
+    }[options.reference]
+    starts_at_reference = all(path == policy.path for _, path in paths)
+
+    def build(work: Path) -> dict[str, Any]:
+        references = [(weight, lab.load_policy(path)) for weight, path in paths]
+        generator = policy.identity if starts_at_reference else ""
+        logps = cached_array(
+            work / "scratch" / "reference.npy",
+            lambda: reference_logps(references, fit.train, generator),
+        )
+        model = lab.load_policy(policy.path)
+        training = lab.training(work, f"SPIN {k}")
+        metrics = fit_implicit(
+            model, lab.tokenizer, fit.train, logps, fit.args, training, starts_at_reference
+        )
+        save_model(model, lab.tokenizer, work / "model")
+        return metrics
+
+    stage = lab.stage(
+        f"reward/{k}", "implicit-reward", fit.settings, {**fit.inputs, "policy": policy.key}, build
+    )
+    lab.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
+    beta = float(fit.args.get("beta", DPOConfig.beta))
+    return Reward("implicit", stage.path / "model", stage.key, beta=beta, references=paths)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preference pairs as trainer columns, and their checksum."""
+
+    columns: dict[str, list[Any]]
+    checksum: str
+
+
+def _preferences(lab: Lab, initial: Policy) -> Preferences | None:
+    options = lab.recipe.reward.preferences
+    if options is None:
+        return None
+    card = load_card(options.card)
+    rows = load_preferences(card, options.split, options.path)
+    context = context_length(lab.load_policy(initial.path))
+    encoded = encode_preferences(rows, lab.tokenizer, card, lab.recipe.data, context).rows
+    pairs = encoded.add_column("rejected_prompt_ids", list(encoded["prompt_ids"]))
+    return Preferences(
+        pair_columns(pairs, options.weight), f"{data_checksum(rows)}*{options.weight}"
+    )
+
+
+def scheduled(
+    args: Mapping[str, Any], schedule: Mapping[str, Sequence[Any]], k: int
+) -> dict[str, Any]:
+    """args with iteration k's value of every scheduled field; the last value repeats."""
+    return {**args, **{name: values[min(k, len(values) - 1)] for name, values in schedule.items()}}
+
+
+def cached_array(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in `path`, computed and written aside and renamed in where it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".writing.npy")
+        np.save(aside, compute())
+        aside.rename(path)
+    array: np.ndarray = np.load(path)
+    return array
+
+
+def _without_history(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "history"}
