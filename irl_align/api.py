@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from irl_align import ranks
+from irl_align.cards import load_card
 from irl_align.config import Recipe
+from irl_align.data import check_source
 from irl_align.errors import UserError
-from irl_align.lab import Lab
+from irl_align.lab import Lab, open_run
 from irl_align.loop import bilevel
 from irl_align.models import pick_device
-from irl_align.recipe import load_recipe, to_dict, to_yaml
+from irl_align.recipe import load_recipe
 from irl_align.stages import Run, RunView, Store, environment
 
 
@@ -37,16 +40,18 @@ def train(recipe: Recipe | str | Path) -> Result:
     """Run a recipe to its end; what is already in the store is reused.
 
     Raises UserError for what the user can mend. After an interruption call it again: it goes on
-    from the last stage, or from the last checkpoint within it.
+    from the last stage, or from the last checkpoint within it. In processes that `accelerate
+    launch` has started, each calls it, and they share the work.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     check_trackers(recipe)
-    device = pick_device(recipe.device)
+    data = recipe.data
+    check_source(load_card(data.card), "train", data.path, data.task)
+    device = ranks.own_device(pick_device(recipe.device))
     output = Path(recipe.output_dir)
-    folder = output / f"{recipe.name}-seed{recipe.seed}"
     began = time.time()
-    with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
+    with ranks.joined(device), open_run(recipe) as run:
         run.log("environment", {**environment(), "device": str(device), "seed": recipe.seed})
         lab = Lab(recipe, Store(output / "store"), run, device)
         try:
@@ -55,7 +60,7 @@ def train(recipe: Recipe | str | Path) -> Result:
             lab.close()
         explicit = outcome.reward is not None and outcome.reward.kind == "explicit"
         reward = outcome.reward.path if outcome.reward is not None and explicit else None
-        result = Result(folder, outcome.policy.path, reward)
+        result = Result(run.folder, outcome.policy.path, reward)
         ranking = outcome.policy.ranking
         run.finish(
             {

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 TOKENS_PER_BATCH = 16384
 
 # Causal decoders that take a block mask and position ids, and have no state besides attention.
-_ARCHITECTURES = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})
+PACKABLE = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})
 _ROW = 256  # columns beyond which a longer row costs more attention than it saves prompt
 _PROMPTS = 4  # ... unless the prompt is long: a row may be as long as four of them
 
@@ -95,7 +95,7 @@ def can_pack(model: PreTrainedModel, longest: int) -> bool:
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return (
-        config.model_type in _ARCHITECTURES
+        config.model_type in PACKABLE
         and config._attn_implementation == "sdpa"
         and (window is None or longest <= window)
     )
@@ -114,12 +114,17 @@ def share_prompts(prompts: Ids, completions: Ids, share: bool) -> list[list[int]
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         key = tuple(prompt)
         row, used = open_rows.get(key, ([], 0))
-        if not row or used + len(completion) > max(_ROW, _PROMPTS * len(prompt)):
+        if not row or used + len(completion) > row_limit(len(prompt)):
             row, used = [], len(prompt)
             rows.append(row)
         row.append(number)
         open_rows[key] = row, used + len(completion)
     return rows
+
+
+def row_limit(prompt: int) -> int:
+    """Columns that a row of several completions of a prompt of P tokens may take."""
+    return max(_ROW, _PROMPTS * prompt)
 
 
 def row_lengths(prompts: Ids, completions: Ids, rows: Sequence[Sequence[int]]) -> list[int]:

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from irl_align.backends import resolve_backend, sampling_of
 from irl_align.cards import import_object, load_card
-from irl_align.config import Recipe
+from irl_align.config import GenerationOptions, Recipe
 from irl_align.data import choose_prompts
 from irl_align.errors import UserError
-from irl_align.generate import Sampling, TransformersGenerator
-from irl_align.lab import derive_seed, eos_ids
+from irl_align.generate import Sampling
+from irl_align.lab import derive_seed
 from irl_align.maths.logprobs import best_of_n_kl_bound
-from irl_align.models import context_length, load_model, load_tokenizer, pick_device
+from irl_align.models import load_tokenizer, pick_device
 from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.model import RewardModel
 from irl_align.samples import SampleSet, read_samples, write_samples
+from irl_align.saved_sampler import saved_sampler, with_backend
 from irl_align.stages import Run, RunView, Store
 from irl_align.statistics import clustered_difference, estimate
 from irl_align.tasks.gold import GoldMetric
@@ -108,12 +110,17 @@ def _over_prompts(by_n: Sequence[np.ndarray]) -> list[dict[str, Any]]:
 
 
 def best_of_curve(
-    source: Path, count: int, prompts: int | None = None, device: str = "auto"
+    source: Path,
+    count: int,
+    prompts: int | None = None,
+    device: str = "auto",
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """The curve of a run's reward on samples of the policy it started from; a stage of its store.
 
-    count: N samples for each of `prompts` evaluation prompts (None is all). Raises UserError: no
-    finished run with an explicit reward, or a card without gold.
+    count: N samples for each of `prompts` evaluation prompts (None is all); backend: what samples,
+    by default the run's. Raises UserError: no finished run with an explicit reward, or a card
+    without gold.
     """
     view = Run.load(source)
     if view.summary is None or view.summary["reward"] is None:
@@ -125,18 +132,13 @@ def best_of_curve(
     if gold_path is None:
         raise UserError(f"{source}: --best-of: card {recipe.data.card} names no gold metric")
     role = "sft" if "sft" in view.stages else "start"
-    options = recipe.generation
-    sampling = Sampling(
-        n=count,
-        temperature=1.0,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        max_new_tokens=options.max_new_tokens,
-        seed=derive_seed(recipe.seed, "best-of curve") % 2**63,
-    )
+    options = with_backend(recipe.generation, backend)
+    resolved = resolve_backend(options, pick_device(device))
+    seed = derive_seed(recipe.seed, "best-of curve") % 2**63
+    sampling = replace(sampling_of(options, resolved, count, 1.0), seed=seed)
 
     def build(work: Path) -> dict[str, Any]:
-        return _build(work, view, role, sampling, prompts, gold_path, device)
+        return _build(work, view, role, sampling, options, resolved, prompts, gold_path, device)
 
     reward = Path(str(view.summary["reward"])).parent.name
     return (
@@ -161,6 +163,8 @@ def _build(
     view: RunView,
     role: str,
     sampling: Sampling,
+    options: GenerationOptions,
+    backend: str,
     prompts: int | None,
     gold_path: str,
     device: str,
@@ -180,14 +184,9 @@ def _build(
     }
     ids, texts = [pair[0] for pair in by_key.values()], [pair[1] for pair in by_key.values()]
     path = view.folder / view.stages[role]["path"] / "model"
-    model, tokenizer = load_model(path, where), load_tokenizer(path)
-    generator = TransformersGenerator(
-        model,
-        eos_token_ids=eos_ids(model, tokenizer),
-        pad_token_id=int(tokenizer.pad_token_id),
-        context_length=context_length(model),
-    )
-    write_samples(work, generator, ids, sampling)
+    tokenizer = load_tokenizer(path)
+    with saved_sampler(path, tokenizer, ids, options, backend, where) as generator:
+        write_samples(work, generator, ids, sampling)
     samples = read_samples(work, ids)
     assert view.summary is not None
     reward = RewardModel.from_pretrained(view.folder.parent / str(view.summary["reward"]), where)

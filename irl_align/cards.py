@@ -19,11 +19,11 @@ import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from irl_align.errors import UserError
 from irl_align.options import Options
+from irl_align.recipe_yaml import load_plain, one_line, show
 from irl_align.resources import data_cards_dir
 
 IMPORT_PATH = r"^[\w.]+:[\w.]+$"
@@ -40,6 +40,7 @@ FORMATS = {"demonstrations": (PLAIN, MESSAGES, TEXT), "preferences": (PAIRS, TRA
 """What a row holds, by the fields that its columns are mapped to."""
 ALSO = {"demonstrations": frozenset[str](), "preferences": frozenset({"subset", "margin"})}
 """Fields that any format of the kind may have besides."""
+_MAX_BYTES = 1 << 24
 TASK_SPLITS = ("train", "validation", "test")
 
 
@@ -88,6 +89,9 @@ class Split(Options):
     def _one_kind(self) -> Split:
         if (self.carved_from is None) != (self.share is None):
             raise ValueError("from and share go together")
+        for pattern in self.patterns:
+            if not pattern or pattern[0] in "/\\~" or ".." in pattern or "\0" in pattern:
+                raise ValueError(f"files: {pattern!r} is not a name or glob inside the folder")
         if (self.carved_from is None) == (self.hub is None and self.files is None):
             raise ValueError("give hub and/or files, or else from and share")
         return self
@@ -129,6 +133,8 @@ class CardOptions(Options):
     """Rows known to be faulty (empty, chosen equal to rejected): stop, or drop and log how many."""
     rows: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     """Split -> expected number of rows; another number is warned of."""
+    about: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Split -> about how many rows, where they cannot be counted here: for plans, never checked."""
     sha256: dict[str, Sha256] = Field(default_factory=dict)
     """Split -> SHA-256 of its local files, decompressed; another one is warned of."""
     gold: ImportPath | None = None
@@ -143,7 +149,9 @@ class CardOptions(Options):
             return template
         try:
             fields = [
-                name for _, name, _, _ in string.Formatter().parse(template) if name is not None
+                name + (f":{spec}" if spec else "") + (f"!{how}" if how else "")
+                for _, name, spec, how in string.Formatter().parse(template)
+                if name is not None
             ]
         except ValueError as error:
             raise ValueError(f"{error}; write a literal brace twice") from error
@@ -192,7 +200,7 @@ class CardOptions(Options):
 
     @model_validator(mode="after")
     def _known_splits(self) -> CardOptions:
-        for field, names in (("rows", self.rows), ("sha256", self.sha256)):
+        for field, names in (("rows", self.rows), ("about", self.about), ("sha256", self.sha256)):
             unknown = sorted(set(names) - set(self.split_names))
             if unknown:
                 raise ValueError(f"{field}: {unknown[0]} is not a split of this card")
@@ -240,7 +248,7 @@ def load_card(name_or_path: str | Path) -> Card:
     front = _front_matter(path)
     options = front.get("irl_align")
     if not isinstance(options, dict):
-        raise UserError(f"{path}: irl_align: found {options!r}, expected the loader's options")
+        raise UserError(f"{path}: irl_align: found {show(options)}, expected the loader's options")
     own = {"name": path.stem, "folder": path.parent, "license": _license(front.get("license"))}
     reserved = sorted(set(options) & set(own))
     if reserved:
@@ -284,8 +292,12 @@ def _card_path(name_or_path: str | Path) -> Path:
 
 def _front_matter(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        text = raw.decode("utf-8")
+        if len(raw) > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes, which no card is")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     lines = text.splitlines()
     if not lines or lines[0].rstrip() != "---" or "---" not in (x.rstrip() for x in lines[1:]):
@@ -293,11 +305,11 @@ def _front_matter(path: Path) -> dict[str, Any]:
     end = next(i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---")
     try:
         # The blank line in place of --- keeps YAML's line numbers those of the file.
-        front = yaml.safe_load("\n".join(["", *lines[1:end]]))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: front matter: {' '.join(str(error).split())}") from error
+        front = load_plain("\n".join(["", *lines[1:end]]))
+    except ValueError as error:
+        raise UserError(f"{path}: front matter: {error}") from error
     if not isinstance(front, dict):
-        raise UserError(f"{path}: front matter: found {front!r}, expected keys and values")
+        raise UserError(f"{path}: front matter: found {show(front)}, expected keys and values")
     return front
 
 
@@ -314,4 +326,5 @@ def _first_error(error: ValidationError) -> str:
         return f"{key}: missing"
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
-    return f"{key}: {message}" + ("" if isinstance(given, dict) else f", found {given!r}")
+    found = "" if isinstance(given, dict) else f", found {show(given)}"
+    return one_line(f"{key}: {message}{found}")

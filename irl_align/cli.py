@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.padding import Padding
 
-from irl_align import __version__, comparison_cli, hub_cli, vllm_cli
+from irl_align import __version__, comparison_cli, hub_cli, plan_cli, prune_cli, ranks, vllm_cli
 from irl_align.errors import UserError
+from irl_align.hygiene import fit_to_show
 from irl_align.terminal import Debug
 from irl_align.terminal import console as _console
 from irl_align.terminal import set_up as _set_up
@@ -45,6 +48,9 @@ def train(
             "--smoke", help="Try the recipe out in seconds: a tiny model on made-up data."
         ),
     ] = False,
+    any_disk: Annotated[
+        bool, typer.Option("--any-disk", help="Run although the disk looks too small for it.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Run a recipe. After a stop or a kill the same command goes on from where it was."""
@@ -60,7 +66,10 @@ def train(
         result = run_smoke(options)
     else:
         from irl_align.api import train as run_recipe
+        from irl_align.disk import announce_disk
 
+        if not any_disk:
+            announce_disk(options)
         result = run_recipe(options)
     show_runs([result.view()], _console())
     typer.echo(f"policy: {result.policy}")
@@ -118,11 +127,13 @@ def recipes(
     console = _console()
     if options:
         for key, kind, default, doc in options_table():
-            console.print(f"[bold]{key}[/bold]  {_plain(kind)} = {_plain(default)}", soft_wrap=True)
+            line = f"[bold]{key}[/bold]  {_plain(kind)} = {_plain(default)}"
+            console.print(line, soft_wrap=True, markup=True)
             console.print(_indented(doc))
         return
     for path, _, description in list_recipes():
-        console.print(f"[bold]{_plain(os.path.relpath(path))}[/bold]", soft_wrap=True)
+        name = _plain(os.path.relpath(path))
+        console.print(f"[bold]{name}[/bold]", soft_wrap=True, markup=True)
         console.print(_indented(description))
 
 
@@ -182,13 +193,21 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest sample in tokens.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    backend: Annotated[
+        Literal["transformers", "vllm", "vllm-server", "auto"],
+        typer.Option(help="What samples; vllm-server without --server starts one."),
+    ] = "transformers",
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a vLLM server; several times. Key: VLLM_API_KEY."),
+    ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Sample a policy. A run whose policy is best-of-N by selection is sampled so."""
     _set_up(debug)
     from irl_align.generate import Sampling
-    from irl_align.serve import generate_rows, read_rows, resolve_policy
+    from irl_align.serve import generate_rows, read_rows, resolve_policy, sampling_backend
 
     rows, policy = read_rows(input, [("prompt",)]), resolve_policy(model)
     sampling = Sampling(
@@ -198,11 +217,14 @@ def generate(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    _write(generate_rows(policy, rows, sampling, device), output)
+    options = sampling_backend(backend, server or [])
+    _write(generate_rows(policy, rows, sampling, device, options), output)
 
 
 comparison_cli.register(app)
 hub_cli.register(app)
+prune_cli.register(app)
+plan_cli.register(app)
 vllm_cli.register(app)
 
 
@@ -220,32 +242,32 @@ def main() -> None:
 
     0 done, 1 a fault of ours or of the machine, 2 something that the user can mend, 130 Ctrl-C.
     """
-    if "--debug" in sys.argv:
-        app()
-        return
     try:
         app()
-    except UserError as error:
-        _fail(str(error), 2)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            _fail(traceback.format_exc(), 2 if isinstance(error, UserError) else 1)
+        if isinstance(error, UserError):
+            _fail(str(error), 2)
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        _fail(f"unexpected fault: {cause} (run with --debug for the traceback)", 1)
     except SystemExit as stop:
         if stop.code == 130:  # typer's, for Ctrl-C
             _fail("stopped; the same command goes on from the last checkpoint", 130)
         raise
-    except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        _fail(f"unexpected fault: {cause} (run with --debug for the traceback)", 1)
 
 
 def _fail(message: str, status: int) -> None:
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()  # so that the message has a line of its own
-    typer.echo(f"irl-align: {message}", err=True)
+    if ranks.tells():
+        typer.echo(f"irl-align: {fit_to_show(message)}", err=True)
     raise SystemExit(status)
 
 
 def _indented(text: str) -> Padding:
-    return Padding(_plain(" ".join(text.split())), (0, 0, 0, 4))
+    return Padding(" ".join(text.split()), (0, 0, 0, 4))
 
 
 def _plain(text: str) -> str:
@@ -257,7 +279,8 @@ def _plain(text: str) -> str:
 def _write(rows: list[dict[str, Any]], output: Path | None) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is None:
-        sys.stdout.write(text)
+        # JSON escapes the older control characters itself.
+        sys.stdout.write(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
     else:
         from irl_align.files import atomic_write
 

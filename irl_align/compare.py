@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from irl_align.comparison_tables import to_csv, to_markdown
 from irl_align.config import Recipe
 from irl_align.errors import UserError
 from irl_align.files import atomic_write, to_json
+from irl_align.frontier import frontiers
+from irl_align.memory_guard import GIB, MemoryGuard
 from irl_align.recipe import load_recipe, to_dict
 from irl_align.stages import Run, RunView
 from irl_align.statistics import Method
+from irl_align.sweep import Sweep, named, parse_sweeps, settings
 
 logger = logging.getLogger(__name__)
 POLL = 0.2  # seconds between looks at the running processes
@@ -40,6 +43,8 @@ class Job:
     path: Path
     overrides: tuple[str, ...]
     recipe: Recipe
+    swept: dict[str, str] | None = None
+    """Of a swept recipe: its own name (`family`) and what was set (`value`)."""
 
     @property
     def folder(self) -> Path:
@@ -58,17 +63,19 @@ class Job:
         return view if found == to_dict(self.recipe) else None
 
 
-def plan(arguments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+def plan(arguments: Sequence[str], seeds: Sequence[int], swept: Sequence[str] = ()) -> list[Job]:
     """The runs of recipes x seeds. Arguments are recipes, `key=value` for all of them, and
     `NAME:key=value` for the recipe of that name or file.
 
-    Raises UserError: no recipe, two of the same name, an override of none, runs in several folders.
+    swept: `[NAME:]key=value,value,...`: a recipe has a run of its own for every value. Raises
+    UserError: no recipe, two of the same name, an override of none, runs in several folders.
     """
+    sweeps = parse_sweeps(swept)
     overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
     paths = [Path(a) for a in arguments if a not in overrides]
     if not paths:
         raise UserError("compare: found no recipe, expected at least one YAML file or run folder")
-    jobs = [job for path in paths for job in _of_recipe(path, overrides, seeds)]
+    jobs = [job for path in paths for job in _of_recipe(path, overrides, seeds, sweeps)]
     names: dict[str, Path] = {}
     for job in jobs:
         other = names.setdefault(job.recipe.name, job.path)
@@ -77,10 +84,13 @@ def plan(arguments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
                 f"{job.path}: name: found {job.recipe.name!r}, which {other} has too; expected a "
                 "name of its own"
             )
-    for override in overrides:
-        target, _ = _target(override)
-        if target not in (None, *names, *(path.stem for path in paths)):
-            expected = ", ".join(names)
+    own = [load_recipe(path).name for path in paths]
+    for override, target in [
+        *((override, _target(override)[0]) for override in overrides),
+        *((sweep.text, sweep.target) for sweep in sweeps),
+    ]:
+        if target not in (None, *own, *(path.stem for path in paths)):
+            expected = ", ".join(own)
             raise UserError(f"{override}: found no recipe {target!r}, expected one of {expected}")
     folders = sorted({job.recipe.output_dir for job in jobs})
     if len(folders) > 1:
@@ -91,14 +101,24 @@ def plan(arguments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     return jobs
 
 
-def _of_recipe(path: Path, overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+def _of_recipe(
+    path: Path, overrides: Sequence[str], seeds: Sequence[int], sweeps: Sequence[Sweep]
+) -> list[Job]:
     name = load_recipe(path).name
     targets = map(_target, overrides)
     own = tuple(option for target, option in targets if target in (None, path.stem, name))
+    varied = [sweep for sweep in sweeps if sweep.target in (None, path.stem, name)]
     jobs = []
-    for seed in seeds:
-        options = (*own, f"seed={seed}")
-        jobs.append(Job(path, options, load_recipe(path, options)))
+    for chosen in settings(varied):
+        for seed in seeds:
+            options = (*own, *chosen, f"seed={seed}")
+            recipe = load_recipe(path, options)
+            swept = None
+            if chosen:
+                swept = {"family": recipe.name, "value": ", ".join(chosen)}
+                options = (*options, f"name={named(recipe.name, chosen)}")
+                recipe = load_recipe(path, options)
+            jobs.append(Job(path, options, recipe, swept))
     return jobs
 
 
@@ -110,14 +130,17 @@ def _target(override: str) -> tuple[str | None, str]:
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
-    """Run what is not finished, at most `parallel` at a time; return what to say of failures.
+    """Run what is not finished, at most `parallel` at a time and as many as memory holds; return
+    what to say of failures.
 
     Each run is `irl-align train` in a process with its share of the threads; its output goes to
     logs/RUN.log. Runs of different seeds, which share few stages, go first beside each other.
     """
-    waiting = [job for job in jobs if job.finished() is None]
-    for job in jobs:
-        if job not in waiting:
+    before_now = [(job, job.finished()) for job in jobs]
+    waiting = [job for job, view in before_now if view is None]
+    guard = MemoryGuard([view for _, view in before_now if view is not None])
+    for job, view in before_now:
+        if view is not None:
             logger.info("%s: finished before", job.folder.name)
     running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
     failed: list[str] = []
@@ -127,7 +150,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
     before = signal.signal(signal.SIGTERM, _stop) if is_main else None
     try:
         while waiting or running:
-            while waiting and len(running) < parallel:
+            while waiting and len(running) < parallel and _room(guard, running):
                 job = _next(waiting, {job.recipe.seed for job, _ in running.values()})
                 waiting.remove(job)
                 logger.info("%s: started", job.folder.name)
@@ -154,6 +177,20 @@ def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
 def _stop(number: int, frame: Any) -> None:
     """End by an exception, so that the runs are ended too."""
     raise SystemExit(128 + number)
+
+
+def _room(guard: MemoryGuard, running: Collection[subprocess.Popen[bytes]]) -> bool:
+    """Whether memory has room for another run; said once a number of runs that it has not."""
+    if guard.fits([process.pid for process in running]):
+        return True
+    if guard.told != len(running):
+        guard.told = len(running)
+        logger.warning(
+            "another run waits for memory: %d run now, and one needs about %.1f GiB",
+            len(running),
+            guard.need / GIB,
+        )
+    return False
 
 
 def _next(waiting: Sequence[Job], busy: set[int]) -> Job:
@@ -203,6 +240,7 @@ class Options:
     by: str | None = None
     interval: Method = "t"
     force: bool = False
+    sweeps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,14 +262,18 @@ def compare(arguments: Sequence[str], options: Options) -> Compared:
     """
     folders = [Path(a) for a in arguments if Path(a).is_dir()]
     failed: list[str] = []
+    swept: dict[str, dict[str, str]] = {}
     if folders:
         if len(folders) < len(arguments):
             extra = next(a for a in arguments if not Path(a).is_dir())
             raise UserError(f"compare: found runs and {extra!r}, expected runs or recipes alone")
+        if options.sweeps:
+            raise UserError("--sweep: found runs, expected recipes: runs are taken as they are")
         views, missing = _finished(folders)
         output = options.output or folders[0].parent / "comparison"
     else:
-        jobs = plan(arguments, options.seeds)
+        jobs = plan(arguments, options.seeds, options.sweeps)
+        swept = {job.recipe.name: job.swept for job in jobs if job.swept is not None}
         output = options.output or Path(jobs[0].recipe.output_dir) / "comparison"
         if not options.only_finished:
             failed = run_jobs(jobs, options.parallel, output / "logs")
@@ -242,7 +284,14 @@ def compare(arguments: Sequence[str], options: Options) -> Compared:
         raise UserError("\n".join(failed))
     comparison = compare_runs(views, options.iterations, options.force, missing)
     analysis = analyse(comparison, options.by, options.baseline, options.interval)
+    analysis |= {"sweeps": swept, "frontiers": _frontiers(comparison, swept)}
     return Compared(_write(output, analysis, comparison), output, failed)
+
+
+def _frontiers(
+    comparison: Comparison, swept: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    return frontiers(comparison.runs, swept, comparison.headline, comparison.lower_is_better)
 
 
 def _finished(folders: Sequence[Path]) -> tuple[list[RunView], list[str]]:

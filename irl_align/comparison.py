@@ -235,6 +235,7 @@ def policy_measures(view: RunView, number: int) -> dict[str, float]:
     fit = by_key.get(f"reward/{number - 1}", {})
     measures["fresh_accuracy"] = vitals.get("fresh_accuracy")
     measures["demonstration_logp"] = vitals.get("demonstration_logp")
+    measures["reward_gain"] = vitals.get("reward_gain")
     measures["reward_accuracy"] = fit.get("held_out", {}).get("accuracy")
     return {name: float(value) for name, value in measures.items() if value is not None}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from irl_align.chat_endpoint import Endpoint
 from irl_align.errors import UserError
 from irl_align.terminal import Debug, console, set_up
 
@@ -27,7 +29,20 @@ ComparisonFolder = Annotated[
     Path | None,
     typer.Option(help="Folder of the tables; default: comparison, beside the runs."),
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each has its threads.")]
+Jobs = Annotated[
+    int,
+    typer.Option(min=1, help="Runs at a time, while memory lasts; each has its threads."),
+]
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        help="[NAME:]KEY=VALUE,VALUE,...: a run for every value, which is a policy of its own in "
+        "the tables and a point of one frontier of gold and reward against KL. Several times: all "
+        "combinations.",
+        show_default=False,
+    ),
+]
 OnlyFinished = Annotated[
     bool, typer.Option("--only-finished", help="Run nothing; compare what is there.")
 ]
@@ -92,16 +107,49 @@ BestOf = Annotated[
         show_default=False,
     ),
 ]
-Prompts = Annotated[
-    int | None, typer.Option(min=2, help="With --best-of: number of prompts; default: all.")
-]
-Judge = Annotated[
-    list[Path] | None,
+Backend = Annotated[
+    Literal["transformers", "vllm", "vllm-server", "auto"] | None,
     typer.Option(
-        help="Another run's reward, or a reward's folder: how often the run's samples beat "
-        "those it started from and the demonstrations.",
+        help="With --best-of: what samples; default: the run's generation.backend.",
         show_default=False,
     ),
+]
+Prompts = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="With --best-of or a judge's address: number of prompts; default: all.",
+        show_default=False,
+    ),
+]
+Judge = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another run's reward, a reward's folder, or the address of an OpenAI-compatible "
+        "endpoint (https://HOST/v1, with --judge-model): how often the run's samples beat those "
+        "it started from and the demonstrations. The endpoint's key is read from JUDGE_API_KEY.",
+        show_default=False,
+    ),
+]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="Chat model behind the judge's address.", show_default=False)
+]
+JudgeTimeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one reply of the judge.")]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks of lm-eval, TASK[@SHOTS],...; open-llm-leaderboard stands for ARC@25, "
+        "HellaSwag@10, MMLU@5, TruthfulQA@0, Winogrande@5 and GSM8K@5.",
+        show_default=False,
+    ),
+]
+LmEvalTasks = Annotated[
+    Path | None,
+    typer.Option(help="Folder of lm-eval task files of your own.", show_default=False),
+]
+LmEvalLimit = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --lm-eval: rows per task, to try it out.", show_default=False),
 ]
 JsonFile = Annotated[
     Path | None,
@@ -139,6 +187,7 @@ def compare(
     by: By = None,
     interval: Interval = "t",
     force: Force = False,
+    sweep: SweepOption = None,
     debug: Debug = False,
 ) -> None:
     """Run recipes with several seeds and compare them, with intervals and tests.
@@ -152,7 +201,16 @@ def compare(
 
     chosen = tuple(dict.fromkeys(seed)) if seed else tuple(range(1, seeds + 1))
     options = Options(
-        chosen, output, jobs, only_finished, iterations, baseline, by, interval, force
+        chosen,
+        output,
+        jobs,
+        only_finished,
+        iterations,
+        baseline,
+        by,
+        interval,
+        force,
+        tuple(sweep or ()),
     )
     compared = compare_recipes(arguments, options)
     show_comparison(compared.analysis, console())
@@ -182,23 +240,55 @@ def evaluate(
     beside: Beside = None,
     sft: Sft = None,
     best_of: BestOf = None,
+    backend: Backend = None,
     prompts: Prompts = None,
     judge: Judge = None,
+    judge_model: JudgeModel = None,
+    judge_timeout: JudgeTimeout = 120.0,
+    lm_eval: LmEval = None,
+    lm_eval_tasks: LmEvalTasks = None,
+    lm_eval_limit: LmEvalLimit = None,
     output: JsonFile = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Measure rewards on preference sets and in best-of-n, and policies by other rewards."""
+    """Measure rewards on preference sets and in best-of-n; policies by judges and benchmarks."""
     set_up(debug)
     from irl_align.comparison_tables import show_grid
     from irl_align.evaluate_run import Evaluation, evaluate_source
     from irl_align.evaluation_tables import evaluation_grids, evaluation_notes
 
     asked = Evaluation(
-        card or [], split, train_split, beside or [], sft, best_of, prompts, judge or []
+        cards=card or [],
+        split=split,
+        train_split=train_split,
+        beside=beside or [],
+        sft=sft,
+        best_of=best_of,
+        backend=backend,
+        prompts=prompts,
+        judges=[Path(one) for one in judge or [] if not _is_address(one)],
+        endpoints=_endpoints(judge or [], judge_model, judge_timeout),
+        benchmarks=lm_eval,
+        tasks_folder=lm_eval_tasks,
+        limit=lm_eval_limit,
     )
     found = evaluate_source(source, asked, device, output)
     for grid in evaluation_grids(found):
         show_grid(grid, console())
     for line in evaluation_notes(found):
         typer.echo(line)
+
+
+def _is_address(judge: str) -> bool:
+    return judge.startswith(("http://", "https://"))
+
+
+def _endpoints(judges: list[str], model: str | None, timeout: float) -> list[Endpoint]:
+    """The judges that are endpoints; the key comes from the environment alone."""
+    addresses = [judge for judge in judges if _is_address(judge)]
+    if bool(addresses) != (model is not None):
+        what = "an address without --judge-model" if addresses else "--judge-model alone"
+        raise UserError(f"--judge: found {what}, expected both (--judge https://HOST/v1)")
+    key = os.environ.get("JUDGE_API_KEY", "")
+    return [Endpoint(url, model or "", key, timeout) for url in addresses]

@@ -20,11 +20,12 @@ Analysis = Mapping[str, Any]
 MISSING = "-"
 LABEL_WIDTH = 30  # of columns of text, which may wrap
 GAP = 2  # between columns
-TEXTS = ("policy", "metric", "rank", "scorer", "group", "baseline")  # columns that are no numbers
+# Columns that are no numbers.
+TEXTS = ("policy", "metric", "rank", "scorer", "group", "baseline", "against", "task")
 # Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
 SHOWN = ("fully_right", "bleu")
 PLAIN = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
-PLAIN |= {"demonstration_logp": 2}
+PLAIN |= {"demonstration_logp": 2, "reward_gain": 2}
 """Decimals of the metrics that are no share; of others percent are shown, with one."""
 VITALS = {
     "kl": "KL",
@@ -33,6 +34,7 @@ VITALS = {
     "truncated": "truncated %",
     "reward_accuracy": "reward accuracy %",
     "fresh_accuracy": "fresh samples %",
+    "reward_gain": "reward gain",
     "seconds": "seconds",
 }
 
@@ -49,7 +51,12 @@ class Grid:
 def grids(analysis: Analysis) -> list[Grid]:
     """The tables of a comparison: results, vital signs, against the baseline, ranking, costs."""
     found = [results(analysis), vital_signs(analysis)]
-    rest = (against_baseline(analysis), ranking(analysis), costs(analysis))
+    rest = (
+        against_baseline(analysis),
+        ranking(analysis),
+        frontier_fits(analysis),
+        costs(analysis),
+    )
     return [*found, *(grid for grid in rest if grid.rows)]
 
 
@@ -123,12 +130,45 @@ def ranking(analysis: Analysis) -> Grid:
     return grid
 
 
+def frontier_fits(analysis: Analysis) -> Grid:
+    """Gao et al.'s forms of gold's and the reward's gain against KL, where there are points."""
+    columns = ["policy", "points", "largest KL", "gold alpha", "gold beta", "gold best at KL"]
+    columns += ["reward alpha", "reward beta", "reward best at KL", "overoptimised"]
+    grid = Grid("gain against KL: d (alpha - beta log d), d = sqrt KL", columns, [])
+    for found in analysis.get("frontiers", []):
+        if found["gold"] is None and found["proxy"] is None:
+            continue
+        largest = max(place["kl"] for place in found["places"])
+        cells = [found["name"], str(len(found["places"])), f"{largest:.2f}"]
+        for fit in (found["gold"], found["proxy"]):
+            cells += [MISSING] * 3 if fit is None else _fitted(fit, largest)
+        grid.rows.append([*cells, "yes" if found["overoptimised"] else "no"])
+    if any(_is_best_of_n(found) for found in analysis.get("frontiers", [])):
+        return Grid(f"{grid.title}; of best-of-n d (alpha - beta d)", grid.columns, grid.rows)
+    return grid
+
+
+def _is_best_of_n(found: Mapping[str, Any]) -> bool:
+    fit = found["gold"] or found["proxy"]
+    return fit is not None and fit["form"] == "best_of_n"
+
+
+def _fitted(fit: Mapping[str, Any], largest: float) -> list[str]:
+    """alpha, beta and the KL of the peak, where that is among the points."""
+    peak = fit["peak_kl"]
+    shown = "beyond" if peak is None or peak > largest else f"{peak:.2f}"
+    return [f"{fit['alpha']:.3f}", f"{fit['beta']:.3f}", shown]
+
+
 def costs(analysis: Analysis) -> Grid:
-    """Seconds of every method by part, and of its iterations beside those of the first method that
-    has any."""
+    """Seconds of every method by part, and seconds and tokens of its iterations, the seconds beside
+    those of the first method that has any."""
     found = [cost for cost in analysis["costs"] if cost["parts"]]
     parts = [part for part in PARTS if any(part in cost["parts"] for cost in found)]
-    columns = ["policy", *parts, "total", "per iteration", "relative", "peak MiB"]
+    tokens = [n for n in ("trained", "sampled") if any(n in c.get("tokens", {}) for c in found)]
+    named = ["policy step" if part == "policy" else part for part in parts]
+    columns = ["policy", *named, "total", "per iteration", "relative"]
+    columns += [*(f"tokens {name}, thousands" for name in tokens), "peak MiB"]
     grid = Grid("seconds, mean over seeds, as if nothing were shared", columns, [])
     first = next((_per_iteration(cost) for cost in found if cost["iterations"]), 0.0)
     for cost in found:
@@ -141,10 +181,15 @@ def costs(analysis: Analysis) -> Grid:
                 f"{sum(cost['parts'].values()):.0f}",
                 f"{each:.0f}" if each else MISSING,
                 f"{each / first:.2f}" if each and first else MISSING,
+                *(_thousands(cost.get("tokens", {}).get(name)) for name in tokens),
                 MISSING if peak is None else f"{peak:.0f}",
             ]
         )
     return grid
+
+
+def _thousands(value: float | None) -> str:
+    return MISSING if value is None else f"{value / 1000:,.0f}"
 
 
 def _per_iteration(cost: Mapping[str, Any]) -> float:
@@ -175,6 +220,12 @@ def notes(analysis: Analysis) -> list[str]:
             f"stages: {shared:.0f} s together, {alone:.0f} s if every run were by itself "
             f"({shared / alone:.0%})"
         )
+    lines += [
+        f"overoptimised: {found['name']}: gold falls beyond KL {found['gold']['peak_kl']:.2f}, "
+        "while the reward still rises"
+        for found in analysis.get("frontiers", [])
+        if found["overoptimised"]
+    ]
     lines += [f"not compared: {line}" for line in analysis["missing"]]
     lines += [f"differs: {line}" for line in analysis["differences"]]
     return lines

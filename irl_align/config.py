@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from irl_align.lora_options import LoraOptions, QuantizationOptions, lora_problem
 from irl_align.options import Above, AtLeast, Count, Options, Positive, Share
 from irl_align.policy_options import BestOfNOptions, PolicyUpdateOptions
 
@@ -44,6 +45,9 @@ class DataOptions(Options):
     """Arguments of the card's task when the card names a procedural task (size, noise)."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the training prompts that are used, chosen by a hash of the prompt."""
+    noise: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the training demonstrations, held-out ones too, whose completion is replaced by
+    another prompt's, chosen by the seed: for ablations."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the training prompts that neither SFT nor the reward sees: for selection."""
     reward_data: Literal["same", "disjoint"] = "same"
@@ -119,6 +123,10 @@ class ModelOptions(Options):
     """Jinja file with a chat template, for a tokenizer that has none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the stored weights."""
+    lora: LoraOptions | None = None
+    """Train adapters in place of all weights, wherever a policy is trained."""
+    quantization: QuantizationOptions | None = None
+    """QLoRA: the weights below the adapters are held in 4 bits, by bitsandbytes."""
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelOptions:
@@ -132,6 +140,8 @@ class SFTOptions(Options):
 
     enabled: bool = True
     """False: the model given is taken as pi_0 as it is."""
+    full: bool = False
+    """With model.lora: SFT trains all weights all the same, and the adapters are those of pi_0."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of trl.SFTConfig."""
 
@@ -216,7 +226,7 @@ class PairOptions(Options):
 
 
 class PreferenceOptions(Options):
-    """Human preferences mixed into the reward's loss. Off in everything called IRL."""
+    """Human preferences in the reward's loss. Off in everything called IRL."""
 
     card: str
     """Card of a preference set."""
@@ -224,8 +234,16 @@ class PreferenceOptions(Options):
     """Split of the card."""
     path: str | None = None
     """Local file or folder in place of the card's source."""
+    use: Literal["beside", "alone"] = "beside"
+    """Beside the demonstration pairs, or alone: the reward of RLHF, to compare with."""
     weight: Above = 1.0
-    """Weight of a preference pair against a demonstration pair."""
+    """With use=beside: weight of a preference pair against a demonstration pair."""
+
+    @model_validator(mode="after")
+    def _weight_is_used(self) -> PreferenceOptions:
+        if self.use == "alone" and self.weight != 1.0:
+            raise ValueError("weight is an option of use beside, not of alone")
+        return self
 
 
 class RewardOptions(Options):
@@ -239,6 +257,10 @@ class RewardOptions(Options):
     """Largest |r|, by bound * tanh(r / bound); the linear loss needs one."""
     init: Literal["cold", "warm"] = "cold"
     """Start of each iteration's fit: the SFT model, or the reward of the iteration before."""
+    echo: bool = False
+    """Explicit reward: read the prompt again after the completion, and the reward at its end, so
+    that every part of the prompt can be checked against the text. No rewards of prefixes: not with
+    credit red, abc."""
     lm_coef: AtLeast = 0.0
     """a in r = head + a * (mean log-prob of the completion under the reward's own backbone)."""
     max_pairs: Positive | None = None
@@ -249,6 +271,8 @@ class RewardOptions(Options):
     """With reference=mixture: weight of pi_0; pi_k has the rest."""
     preferences: PreferenceOptions | None = None
     """Human preference pairs to mix in (explicit reward only)."""
+    lora: LoraOptions | None = None
+    """Train an adapter and the head in place of all weights (explicit reward only)."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of trl.RewardConfig (explicit) or trl.DPOConfig (implicit)."""
     schedule: dict[str, list[Any]] = Field(default_factory=dict)
@@ -258,8 +282,10 @@ class RewardOptions(Options):
     def _consistent(self) -> RewardOptions:
         if self.loss == "linear" and self.bound is None:
             raise ValueError("loss linear is unbounded: give bound, the largest |r|")
+        if self.echo and self.lm_coef:
+            raise ValueError("echo reads past the completion: expected lm_coef 0 with it")
         if self.kind != "explicit":
-            for name in ("loss", "bound", "init", "lm_coef", "preferences"):
+            for name in ("loss", "bound", "echo", "init", "lm_coef", "preferences", "lora"):
                 if getattr(self, name) != type(self).model_fields[name].get_default():
                     raise ValueError(f"{name} is an option of kind explicit, not of {self.kind}")
         if self.kind != "implicit":
@@ -380,10 +406,19 @@ class Recipe(Options):
     """Evaluation."""
 
     @model_validator(mode="after")
+    def _adapters_fit(self) -> Recipe:
+        if problem := lora_problem(self):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _levels_agree(self) -> Recipe:
         kind, update = self.reward.kind, self.policy_update.kind
         if self.loop.iterations == 0:
             return self
+        credit = getattr(self.policy_update, "credit", None)
+        if self.reward.echo and credit in ("red", "abc"):
+            raise ValueError(f"reward.echo has no rewards by token, which credit {credit} asks for")
         if (kind == "implicit") != (update == "identity"):
             raise ValueError(
                 f"reward.kind {kind} does not go with policy_update.kind {update}: the implicit "

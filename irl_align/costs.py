@@ -1,14 +1,17 @@
-"""What runs cost: seconds and peak memory of their stages, by part and by iteration."""
+"""What runs cost: seconds, tokens and peak memory of their stages, by part and by iteration."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from irl_align.files import read_lines
 from irl_align.stages import RunView
 
 MEASURING = ("vitals/", "evaluation/", "reward-report/", "pick")
+MEND = "delete this stage's folder and run the recipe again"
 PARTS = ("data", "SFT", "samples and pairs", "reward", "policy", "measuring")
 
 
@@ -23,6 +26,10 @@ class StageCost:
     """Outer iteration k, of what is trained on; None before the loop and for measuring."""
     seconds: float
     peak_mib: float | None
+    trained: int | None
+    """Tokens that were trained on, every pass counted; None where it is not known."""
+    sampled: int | None
+    """Tokens that were sampled."""
 
 
 def stage_costs(view: RunView) -> list[StageCost]:
@@ -31,13 +38,29 @@ def stage_costs(view: RunView) -> list[StageCost]:
     for record in view.metrics:
         if not record["key"].startswith("stage/"):
             continue
-        part, iteration = classify(record["key"].removeprefix("stage/"))
+        role = record["key"].removeprefix("stage/")
+        part, iteration = classify(role)
         peak = record.get("peak_cuda_mib", record.get("peak_rss_mib"))
         seconds = float(record.get("seconds") or 0.0)
+        trained, sampled = _tokens(view, role, record)
         found.setdefault(
-            record["stage_key"], StageCost(record["stage_key"], part, iteration, seconds, peak)
+            record["stage_key"],
+            StageCost(record["stage_key"], part, iteration, seconds, peak, trained, sampled),
         )
     return list(found.values())
+
+
+def _tokens(view: RunView, role: str, record: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """(tokens trained on, tokens sampled) of a stage; PPO's are in its journal."""
+    if record["stage"] != "ppo":
+        return record.get("tokens_trained"), record.get("tokens_sampled")
+    journal = view.folder / view.stages[role]["path"] / "metrics.jsonl"
+    if not journal.is_file():
+        return None, None
+    batch = view.recipe["policy_update"]["batch_size"]
+    rollouts = [(r["length"] * batch, r.get("epochs", 1)) for r in read_lines(journal, MEND)]
+    trained = sum(tokens * epochs for tokens, epochs in rollouts)
+    return round(trained), round(sum(tokens for tokens, _ in rollouts))
 
 
 def classify(role: str) -> tuple[str, int | None]:
@@ -81,6 +104,8 @@ class MethodCost:
     """Outer iteration -> seconds of its samples, reward and policy, without measuring."""
     peak_mib: float | None
     """Largest peak of any of its stages."""
+    tokens: dict[str, float]
+    """`trained` and `sampled` -> tokens per outer iteration, without measuring."""
 
 
 def method_costs(views: Sequence[RunView]) -> Iterator[MethodCost]:
@@ -98,4 +123,16 @@ def method_costs(views: Sequence[RunView]) -> Iterator[MethodCost]:
             k: sum(s.seconds for s in stages if s.iteration == k) / len(own) for k in numbers
         }
         peaks = [s.peak_mib for s in stages if s.peak_mib is not None]
-        yield MethodCost(method, parts, iterations, max(peaks, default=None))
+        tokens = _per_iteration(stages, len(numbers) * len(own)) if numbers else {}
+        yield MethodCost(method, parts, iterations, max(peaks, default=None), tokens)
+
+
+def _per_iteration(stages: Sequence[StageCost], iterations: int) -> dict[str, float]:
+    """Mean tokens of an iteration; nothing where no stage tells them, as of an older run."""
+    own = [stage for stage in stages if stage.iteration is not None]
+    counts = {"trained": [s.trained for s in own], "sampled": [s.sampled for s in own]}
+    return {
+        name: sum(values) / iterations
+        for name, found in counts.items()
+        if (values := [value for value in found if value is not None])
+    }

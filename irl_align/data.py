@@ -10,14 +10,17 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from irl_align.cards import LABELLED, MESSAGES, TEXT, TRANSCRIPTS, Card, import_object, load_card
 from irl_align.config import DataOptions
 from irl_align.errors import UserError
+from irl_align.recipe_yaml import show
 from irl_align.sources import Raw, hub_rows, local_rows
 
 __all__ = [
@@ -35,10 +38,12 @@ __all__ = [
     "load_demonstrations",
     "load_preferences",
     "prompt_key",
+    "unit_hash",
 ]
 
 logger = logging.getLogger(__name__)
 
+MAX_TEXT = 10_000_000  # characters; the longest contexts are of a million tokens
 ROLES = ("system", "user", "assistant")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -91,14 +96,35 @@ def load_demonstrations(
     whose source is a procedural task. Raises UserError: no such split, file or Hub dataset, or a
     row that is not a demonstration, named by file and line.
     """
-    _require_kind(card, "demonstrations", split)
+    check_source(card, split, path, task_args)
     if card.is_task:
-        if path is not None:
-            raise UserError(f"data.path: card {card.name} is a procedural task, which has no files")
         return _from_task(card, split, dict(task_args or {}), seed)
-    if task_args:
-        raise UserError(f"data.task: card {card.name} is not a procedural task")
     return _load(card, split, path, _demonstration)
+
+
+def check_source(
+    card: Card, split: str, path: str | None, task_args: Mapping[str, Any] | None
+) -> None:
+    """Raise UserError for what is wrong with a split's source before anything is loaded."""
+    _require_kind(card, "demonstrations", split)
+    if not card.is_task:
+        if task_args:
+            raise UserError(f"data.task: card {card.name} is not a procedural task")
+        if path is not None and not Path(path).exists():
+            raise UserError(f"data.path: found nothing at {path}, expected a file or a folder")
+        return
+    if path is not None:
+        raise UserError(f"data.path: card {card.name} is a procedural task, which has no files")
+    parameters = inspect.signature(_task(card)).parameters
+    known = [name for name in parameters if name not in ("split", "seed")]
+    needed = [name for name in known if parameters[name].default is inspect.Parameter.empty]
+    args = dict(task_args or {})
+    if set(args) - set(known) or set(needed) - set(args):
+        found = ", ".join(map(str, args)) or "nothing"
+        raise UserError(
+            f"data.task: found {found}, expected of {', '.join(known)} at least "
+            f"{', '.join(needed) or 'none'}"
+        )
 
 
 def load_preferences(card: Card, split: str, path: str | None = None) -> list[Preference]:
@@ -127,7 +153,7 @@ def choose_prompts(keys: Iterable[str], count: int | None, seed: int) -> set[str
     distinct = set(keys)
     if count is None or count >= len(distinct):
         return distinct
-    return set(sorted(distinct, key=lambda key: (_unit(seed, "choose", key), key))[:count])
+    return set(sorted(distinct, key=lambda key: (unit_hash(seed, "choose", key), key))[:count])
 
 
 @dataclass(frozen=True)
@@ -163,11 +189,11 @@ def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Di
     disjoint = options.reward_data == "disjoint"
     for row in rows:
         key = prompt_key(row["prompt"])
-        if _unit(seed, "share", key) >= options.share:
+        if unit_hash(seed, "share", key) >= options.share:
             continue
-        if _unit(seed, "held_out", key) < options.held_out:
+        if unit_hash(seed, "held_out", key) < options.held_out:
             held_out.append(row)
-        elif disjoint and _unit(seed, "reward", key) < options.reward_share:
+        elif disjoint and unit_hash(seed, "reward", key) < options.reward_share:
             reward.append(row)
         else:
             sft.append(row)
@@ -183,7 +209,7 @@ def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Di
     return division
 
 
-def _unit(seed: int, purpose: str, key: str) -> float:
+def unit_hash(seed: int, purpose: str, key: str) -> float:
     """A number in [0, 1) that looks random and depends on the arguments alone."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{key}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
@@ -199,20 +225,16 @@ def _require_kind(card: Card, kind: str, split: str) -> None:
         )
 
 
-def _from_task(card: Card, split: str, args: dict[str, Any], seed: int) -> list[Demonstration]:
+def _task(card: Card) -> Callable[..., Any]:
     assert card.source is not None and card.source.task is not None
-    make = import_object(card.source.task, f"data.card {card.name}: source.task")
-    parameters = inspect.signature(make).parameters
-    known = [name for name in parameters if name not in ("split", "seed")]
-    needed = [name for name in known if parameters[name].default is inspect.Parameter.empty]
-    wrong = sorted(set(args) - set(known)) + sorted(set(needed) - set(args))
-    if wrong:
-        found = ", ".join(map(str, args)) or "nothing"
-        raise UserError(
-            f"data.task: found {found}, expected of {', '.join(known)} at least "
-            f"{', '.join(needed) or 'none'}"
-        )
-    rows = make(split=split, seed=seed, **args)
+    made: Callable[..., Any] = import_object(
+        card.source.task, f"data.card {card.name}: source.task"
+    )
+    return made
+
+
+def _from_task(card: Card, split: str, args: dict[str, Any], seed: int) -> list[Demonstration]:
+    rows = _task(card)(split=split, seed=seed, **args)
     return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
 
 
@@ -261,7 +283,7 @@ def _carve(card: Card, split: str, base: str, rows: list[Row]) -> list[Row]:
         bounds[name] = (taken, taken + part.share)
         taken += part.share
     low, high = bounds.get(split, (taken, 1.0))
-    return [row for row in rows if low <= _unit(0, "carve", prompt_key(row["prompt"])) < high]
+    return [row for row in rows if low <= unit_hash(0, "carve", prompt_key(row["prompt"])) < high]
 
 
 def _demonstration(raw: Raw, card: Card, columns: Mapping[str, str]) -> Demonstration:
@@ -357,7 +379,7 @@ def _messages(raw: Raw, column: str) -> list[Message]:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
             raise UserError(
-                raw.fault(column, f"role {role!r} in a message, expected {', '.join(ROLES)}")
+                raw.fault(column, f"role {show(role)} in a message, expected {', '.join(ROLES)}")
             )
         messages.append({"role": role, "content": _checked(raw, column, message.get("content"))})
     return messages
@@ -372,6 +394,9 @@ def _checked(raw: Raw, column: str, value: Any) -> str:
         raise _FaultyRow(raw.fault(column, f"{_kind(value)}, expected text"))
     if not value.strip():
         raise _FaultyRow(raw.fault(column, "empty text"))
+    if len(value) > MAX_TEXT:
+        found = f"a text of {len(value):,} characters, expected at most {MAX_TEXT:,}"
+        raise _FaultyRow(raw.fault(column, found))
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -384,15 +409,18 @@ def _label(raw: Raw, column: str, labels: Sequence[int]) -> tuple[str, str]:
     for label, order in zip(labels, (("first", "second"), ("second", "first")), strict=True):
         if value in (label, str(label)):
             return order
-    raise UserError(raw.fault(column, f"{value!r}, expected {one} or {two}, the better one"))
+    raise UserError(raw.fault(column, f"{show(value)}, expected {one} or {two}, the better one"))
 
 
 def _number(raw: Raw, column: str) -> float:
     value = raw.column(column)
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(raw.fault(column, f"{value!r}, expected a number")) from error
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(raw.fault(column, f"{show(value)}, expected a finite number"))
+    return number
 
 
 def _kind(value: Any) -> str:

@@ -129,7 +129,8 @@ def show(
         for sample in part.samples:
             console.rule(f"sample of {part.name}", align="left")
             for field, text in sample.items():
-                console.print(f"[bold]{field}[/bold]: {escape(_cut(text))}", highlight=False)
+                line = f"[bold]{field}[/bold]: {escape(_cut(text))}"
+                console.print(line, highlight=False, markup=True)
     if check:
         _check(card, found)
 

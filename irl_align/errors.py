@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""What a user can mend, and what may mend itself."""
 
 
 class UserError(Exception):
@@ -6,4 +6,12 @@ class UserError(Exception):
 
     The message names the file and field, what was found and what is expected. The command line
     prints it without a traceback (unless ``--debug``) and exits with status 2.
+    """
+
+
+class TryAgain(Exception):
+    """A fault that may have been the machine's own, as a NaN out of nowhere.
+
+    The stage that raises it is built once more, from its last checkpoint. Who raises it sees to it
+    that a fault that comes again at the same place is not raised so again.
     """

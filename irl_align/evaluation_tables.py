@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from irl_align.comparison_tables import Grid
 from irl_align.files import read_json
+from irl_align.leaderboard import LEADERBOARD
 from irl_align.preference_report import half, preference_grids
 from irl_align.stages import RunView
 
@@ -29,10 +30,13 @@ def subject_of(view: RunView) -> dict[str, Any]:
 
 
 def evaluation_grids(found: Mapping[str, Any]) -> list[Grid]:
-    """Tables of all sets, of the best-of-n curve, and of all judges."""
+    """Tables of all sets, of the best-of-n curve, of all judges and of benchmarks."""
     grids = [grid for report in found["sets"] for grid in preference_grids(report)]
     grids += [curve_grid(found["best_of"])] if found["best_of"] else []
-    return [*grids, *map(judge_grid, found["judged"])]
+    grids += map(judge_grid, found["judged"])
+    grids += map(chat_judge_grid, found.get("judged_by_chat", []))
+    harness = found.get("benchmarks", [])
+    return [*grids, *([benchmark_grid(harness)] if harness else [])]
 
 
 def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
@@ -42,7 +46,8 @@ def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
         for report in found["sets"]
         if report["dropped"]
     ]
-    return dropped + (curve_notes(found["best_of"]) if found["best_of"] else [])
+    told = curve_notes(found["best_of"]) if found["best_of"] else []
+    return [*dropped, *told, *map(_unjudged, _without_verdict(found)), *benchmark_notes(found)]
 
 
 def judge_grid(report: Mapping[str, Any]) -> Grid:
@@ -76,6 +81,77 @@ def judge_grid(report: Mapping[str, Any]) -> Grid:
             ]
         )
     return grid
+
+
+def chat_judge_grid(report: Mapping[str, Any]) -> Grid:
+    """Win rates by a chat model that was asked in both orders."""
+    grid = Grid(
+        f"{report['policy']}, judged by {report['judge']}: wins %, ties counting half",
+        ["policy", "against", "pairs", "judged", "wins %", "won", "tied", "lost", "inconsistent %"],
+        [],
+    )
+    for row in report["rows"]:
+        won, judged = row["win_rate"], row["judged"]
+        grid.rows.append(
+            [
+                "greedy" if row["temperature"] == 0 else f"T={row['temperature']:g}",
+                row["against"],
+                *map(str, (row["pairs"], judged)),
+                "-" if won is None else f"{100 * won['mean']:.1f}{half(won)}",
+                *(str(row[name]) for name in ("wins", "ties", "losses")),
+                f"{100 * row['inconsistent'] / judged:.1f}" if judged else "-",
+            ]
+        )
+    return grid
+
+
+def _without_verdict(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(judge, row) of every comparison in which some pairs have no verdict."""
+    return [
+        (str(report["judge"]), row)
+        for report in found.get("judged_by_chat", [])
+        for row in report["rows"]
+        if row["judged"] < row["pairs"]
+    ]
+
+
+def _unjudged(judge_and_row: tuple[str, Mapping[str, Any]]) -> str:
+    judge, row = judge_and_row
+    return (
+        f"{judge}: of {row['pairs']} pairs against {row['against']}, {row['unreadable']} had a "
+        f"reply without a verdict and {row['unanswered']} no reply: left out"
+    )
+
+
+def benchmark_grid(results: Sequence[Mapping[str, Any]]) -> Grid:
+    """Every metric of lm-eval's tasks; of the leaderboard's the leaderboard's, and their mean."""
+    grid = Grid("lm-eval", ["task", "metric", "shots", "value %", "rows"], [])
+    whole = []
+    for result in results:
+        usual = LEADERBOARD.get(result["task"])
+        own = [usual[1]] if usual and usual[1] in result["metrics"] else list(result["metrics"])
+        for name in own:
+            found = result["metrics"][name]
+            error = found["stderr"]
+            # 1.96 standard errors: the harness gives no other interval
+            spread = "" if error is None else f"±{196.0 * error:.1f}"
+            value, rows = f"{100 * found['value']:.1f}{spread}", result["limit"] or "all"
+            shots = "-" if result["shots"] is None else str(result["shots"])
+            grid.rows.append([result["task"], name.replace(",none", ""), shots, value, str(rows)])
+        if usual and result["shots"] == usual[0] and usual[1] in result["metrics"]:
+            whole.append(result["metrics"][usual[1]]["value"])
+    if len(whole) == len(LEADERBOARD):
+        mean = f"{100 * sum(whole) / len(whole):.1f}"
+        grid.rows.append(["Open LLM Leaderboard", "mean", "-", mean, "-"])
+    return grid
+
+
+def benchmark_notes(found: Mapping[str, Any]) -> list[str]:
+    """The harness's version, and which numbers are of a part of a task's rows."""
+    results = found.get("benchmarks", [])
+    notes = [f"lm-eval {version}" for version in dict.fromkeys(r["lm_eval"] for r in results)]
+    part = [f"{r['task']} ({r['limit']} rows)" for r in results if r["limit"]]
+    return notes + ([f"lm-eval: of a part of the rows: {', '.join(part)}"] if part else [])
 
 
 def curve_grid(report: Mapping[str, Any]) -> Grid:

@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, their checksums, locks, and a full disk told plainly."""
+"""Files that appear whole or not at all, their checksums, locks, and a full disk told plainly.
+
+SHA-256 names what comes from outside; what this package wrote is checked for damage by xxh3, which
+is as fast as a disk.
+"""
 
 import errno
 import hashlib
@@ -12,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import xxhash
 from filelock import FileLock, Timeout
 
 from irl_align.errors import UserError
+
+SEAL = ".seal.json"
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -79,6 +86,42 @@ def file_checksum(path: Path) -> str:
     return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def content_hash(path: Path) -> str:
+    """XXH3 (128 bits, in hex) of a file's content: tells damage, and is no defence."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """The same of a text."""
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
+
+
+def seal(path: Path) -> None:
+    """Write beside a file, or into a folder, what :func:`is_sealed` compares it with."""
+    atomic_write(_seal_of(path), to_json(_hashes(path)))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file or folder is there with a seal, byte for byte as it was sealed."""
+    try:
+        return read_json(_seal_of(path), "a seal", "") == _hashes(path)
+    except (OSError, UserError):
+        return False
+
+
+def _seal_of(path: Path) -> Path:
+    return path / SEAL if path.is_dir() else path.with_name(f".{path.name}{SEAL}")
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    inside = [file for file in files_of(path) if file.name != SEAL] if path.is_dir() else [path]
+    return {file.relative_to(path).as_posix(): content_hash(file) for file in inside}
+
+
 def files_of(folder: Path) -> list[Path]:
     """All files below ``folder``, in the order of their paths."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
@@ -132,7 +175,7 @@ def read_json(path: Path, what: str, mend: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: found no such file, expected {what}; {mend}") from error
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError among them
         raise UserError(f"{path}: found no JSON ({error}), expected {what}; {mend}") from error
     if not isinstance(value, dict):
         found = type(value).__name__
@@ -150,7 +193,7 @@ def read_lines(path: Path, mend: str) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             found = line[:40].decode("utf-8", "replace")

@@ -43,14 +43,24 @@ def export(
     what: What = "reward",
     iteration: Iteration = None,
     license: LicenceOption = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA model the adapter alone, not merged.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="With --adapter: the base model's Hub id or folder; default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a run's reward, policy or pairs with its card to a folder that any tool loads."""
     _set_up(debug)
+    from irl_align.hub.export import Form, sizes
     from irl_align.hub.export import export as write
-    from irl_align.hub.export import sizes
 
-    done = write(run, what, to, iteration, license)
+    done = write(run, what, to, iteration, license, Form(adapter, base))
     for name, size in sizes(to):
         typer.echo(f"{size:>14,}  {name}")
     typer.echo(f"{what}: {done.folder}")

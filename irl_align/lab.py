@@ -7,10 +7,10 @@ order, is in :mod:`irl_align.loop`.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,40 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from irl_align.backends import BackendSampling, LiveGenerator, VLLMSampler, resolve_backend
+from irl_align import adapters, ranks
+from irl_align.backends import (
+    LiveGenerator,
+    VLLMSampler,
+    VLLMSettings,
+    resolve_backend,
+    sampling_of,
+)
 from irl_align.config import Recipe
+from irl_align.errors import TryAgain, UserError
 from irl_align.files import read_json
 from irl_align.generate import Completion, Generator, Sampling, TransformersGenerator
-from irl_align.models import completion_logprobs, context_length, load_model
+from irl_align.models import completion_logprobs, context_length, load_model, seeded
 from irl_align.policy import Policy, Reward
 from irl_align.ranking import rank_samples, sample_rewards
+from irl_align.recipe import to_dict, to_yaml
 from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
+from irl_align.run_folder import FollowedRun, Run
 from irl_align.samples import Samples, StoredSamples, write_chosen, write_samples
-from irl_align.stages import Run, Stage, Store
+from irl_align.stages import Stage, Store
 from irl_align.trainers import Training
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_run(recipe: Recipe) -> Iterator[Run]:
+    """The run folder of a recipe; of several processes the main one holds and writes it."""
+    folder = Path(recipe.output_dir) / f"{recipe.name}-seed{recipe.seed}"
+    if not ranks.is_main():
+        yield FollowedRun(folder)
+        return
+    with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
+        yield run
 
 
 class Lab:
@@ -47,10 +68,20 @@ class Lab:
         self.run = run
         self.device = device
         self.names = {}
-        backend = resolve_backend(recipe, device)
+        if recipe.model.quantization is None:
+            self.backend = resolve_backend(recipe.generation, device)
+        else:
+            adapters.require_bitsandbytes("model.quantization")
+            self.backend = "transformers"  # what samples a model of 4 bits
+        if self.backend == "vllm" and ranks.count() > 1:
+            raise UserError(
+                f"generation.backend: found {recipe.generation.backend}, vLLM in the process that "
+                f"trains, and {ranks.count()} processes; expected vllm-server or transformers"
+            )
         self.vllm: VLLMSampler | None = None
-        if backend != "transformers":
-            self.vllm = VLLMSampler(recipe, backend, device, run.folder / "vllm-server.log")
+        if self.backend != "transformers":
+            log = run.folder / "vllm-server.log"
+            self.vllm = VLLMSampler(VLLMSettings.of(recipe), self.backend, device, log)
 
     def stage(
         self,
@@ -59,14 +90,22 @@ class Lab:
         settings: Mapping[str, Any],
         inputs: Mapping[str, str],
         build: Callable[[Path], Mapping[str, Any] | None],
+        alone: bool = False,
     ) -> Stage:
-        """A stage of the store, linked and logged in this run; the seed is part of its settings."""
+        """A stage of the store, linked and logged in this run; the seed is part of its settings.
+
+        Of a run of several processes all build, and the main one writes; alone: it also builds
+        alone, and the others wait.
+        """
 
         def announced(work: Path) -> Mapping[str, Any] | None:
             logger.info(role)
             return build(work)
 
-        stage = self.store.stage(name, {"seed": self.recipe.seed, **settings}, inputs, announced)
+        def ask(how: Build) -> Stage:
+            return self.store.stage(name, {"seed": self.recipe.seed, **settings}, inputs, how)
+
+        stage = shared_stage(ask, announced, alone)
         if stage.reused:
             logger.info("%s: reused", role)
         self.run.link(role, stage)
@@ -75,6 +114,8 @@ class Lab:
             for name in ("seconds", "peak_rss_mib", "peak_cuda_mib", "resumed")
             if name in stage.record
         }
+        tokens = ("tokens_trained", "tokens_sampled")
+        costs |= {name: stage.metrics[name] for name in tokens if name in stage.metrics}
         self.run.log(
             f"stage/{role}",
             {"stage": stage.name, "stage_key": stage.key, "reused": stage.reused, **costs},
@@ -103,28 +144,48 @@ class Lab:
 
     def sampling(self, n: int, temperature: float) -> Sampling:
         """The recipe's sampling settings with this n and temperature; the seed comes by role."""
-        options = self.recipe.generation
-        settings: dict[str, Any] = {
-            "n": n,
-            "temperature": temperature,
-            "top_p": options.top_p,
-            "top_k": options.top_k,
-            "max_new_tokens": options.max_new_tokens,
-        }
-        if self.vllm is None:
-            return Sampling(**settings)
-        engine = json.dumps(options.engine, sort_keys=True)
-        return BackendSampling(**settings, backend=self.vllm.backend, engine=engine)
+        return sampling_of(self.recipe.generation, self.backend, n, temperature)
 
     def load_policy(self, path: Path) -> PreTrainedModel:
-        """A policy's language model on the run's device, in eval mode."""
+        """A policy's language model on the run's device, in eval mode; its adapter merged."""
+        return self._load(path, merge=True)
+
+    def load_trainable(self, path: Path) -> PreTrainedModel:
+        """A policy's language model to be trained: with model.lora its adapter alone is.
+
+        A policy without one gets one, which leaves its function as it is.
+        """
+        lora = self.recipe.model.lora
+        model = self._load(path, merge=lora is None)
+        if adapters.has_adapter(model):
+            adapters.train_only(model, adapters.OWN)
+        elif lora is not None:
+            with seeded(derive_seed(self.recipe.seed, "adapter") % 2**63):
+                adapters.add_adapter(model, lora, adapters.base_of(path))
+        return model
+
+    def _load(self, path: Path, merge: bool) -> PreTrainedModel:
         options = self.recipe.model
         return load_model(
             path,
             self.device,
+            merge=merge,
             dtype=getattr(torch, options.dtype),
             trust_remote_code=options.trust_remote_code,
+            **self.quantization,
         )
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What loads the recipe's models in 4 bits, where it asks for that."""
+        options = self.recipe.model.quantization
+        return {} if options is None else {"quantization_config": adapters.quantized(options)}
+
+    @property
+    def adapted(self) -> dict[str, Any]:
+        """What of a policy is trained, for the settings of the stages that do; empty for all."""
+        lora = self.recipe.model.lora
+        return {} if lora is None else {"lora": lora.model_dump()}
 
     def generator(self, model: PreTrainedModel) -> Generator:
         """What samples this model within the recipe's limits, whatever its weights become."""
@@ -139,10 +200,10 @@ class Lab:
             context_length=context_length(model),
         )
 
-    def load_reward(self, reward: Reward) -> RewardFunction:
-        """The reward function of an artefact on the run's device."""
+    def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
+        """The reward function of an artefact on the run's device, its adapter merged or apart."""
         if reward.kind == "explicit":
-            return RewardModel.from_pretrained(reward.path, self.device)
+            return RewardModel.from_pretrained(reward.path, self.device, merge=merge)
         references = [(weight, self.load_policy(path)) for weight, path in reward.references]
         return ImplicitReward(self.load_policy(reward.path), references, reward.beta)
 
@@ -156,10 +217,11 @@ class Lab:
         max_batch_tokens = self.recipe.generation.max_batch_tokens
 
         def build(work: Path) -> dict[str, Any]:
-            write_samples(work, self._sampler(policy), prompts, seeded)
+            tokens = write_samples(work, self._sampler(policy), prompts, seeded)
             if self.vllm is not None:
                 self.vllm.rest()
-            return {"prompts": len(prompts), "samples": len(prompts) * sampling.n}
+            samples = len(prompts) * sampling.n
+            return {"prompts": len(prompts), "samples": samples, "tokens_sampled": tokens}
 
         stage = self.stage(
             f"samples/{role}/{self.name_of(policy)}/t{sampling.temperature:g}",
@@ -167,6 +229,7 @@ class Lab:
             {"sampling": vars(seeded), "max_batch_tokens": max_batch_tokens},
             {"policy": policy.key, "prompts": checksum(prompts)},
             build,
+            alone=self.vllm is not None,  # which spreads the work itself
         )
         return StoredSamples(stage.path, prompts)
 
@@ -211,6 +274,7 @@ class Lab:
             {"sampling": vars(many), "of": ranking.n, "score": ranking.score, "role": role},
             {"policy": policy.identity, "prompts": checksum(prompts)},
             build,
+            alone=True,
         )
         return StoredSamples(stage.path, prompts)
 
@@ -221,10 +285,53 @@ class Lab:
     def logprobs(
         self, policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        """Per-token log-probs of completions under a policy's model, at temperature 1."""
-        return completion_logprobs(
-            self.load_policy(policy.path), prompts, completions, progress="log-probs"
+        """Per-token log-probs of completions under a policy's model, at temperature 1.
+
+        Raises UserError where one is not finite.
+        """
+        model = self.load_policy(policy.path)
+        progress = "log-probs" if ranks.is_main() else None
+        found = ranks.over_sequences(
+            lambda p, c: completion_logprobs(model, p, c, progress=progress),
+            prompts,
+            completions,
         )
+        if bad := [row for row, values in enumerate(found) if not np.isfinite(values).all()]:
+            raise UserError(
+                f"{self.name_of(policy)}: the log-probs of completion {bad[0]} are not finite, "
+                "expected finite ones; did training diverge?"
+            )
+        return found
+
+
+Build = Callable[[Path], Mapping[str, Any] | None]
+
+
+def shared_stage(ask: Callable[[Build], Stage], build: Build, alone: bool) -> Stage:
+    """The stage that `ask` gives or has built, in every process: the main one asks the store.
+
+    alone: only it builds.
+    """
+    if ranks.count() == 1:
+        return ask(build)
+    if ranks.is_main():
+
+        def led(work: Path) -> Mapping[str, Any] | None:
+            if alone:
+                with ranks.alone():
+                    return build(work)
+            ranks.broadcast(work)
+            metrics = build(work)
+            ranks.barrier()  # what the others write is there
+            return metrics
+
+        return ranks.broadcast(ask(led))
+    while isinstance(told := ranks.broadcast(None), Path):
+        with suppress(TryAgain):  # raised by all of them: the next message is the next try
+            build(told)
+            ranks.barrier()
+    assert isinstance(told, Stage)
+    return told
 
 
 def derive_seed(seed: int, role: str) -> int:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
+from irl_align import ranks
 from irl_align.cards import import_object
 from irl_align.data import choose_prompts
 from irl_align.evaluate import vitals
@@ -24,8 +26,10 @@ from irl_align.pair_step import Pairs, samples_by_key
 from irl_align.pairs import policy_pairs
 from irl_align.policy import Policy, Reward
 from irl_align.prepare import Data
-from irl_align.reward.audit import shortcut_audit
-from irl_align.reward.fit import margin_report, margins
+from irl_align.reward.audit import shortcut_audit, within_prompts
+from irl_align.reward.fit import SIDES, margin_report, margins
+from irl_align.reward.model import RewardFunction
+from irl_align.reward.spread import spread
 from irl_align.samples import SampleSet
 from irl_align.tasks.gold import GoldMetric
 from irl_align.tokens import decode_batch
@@ -43,29 +47,35 @@ def measure_reward(
         return rows.filter(lambda s: s == source, input_columns="source")
 
     def build(work: Path) -> dict[str, Any]:
-        function = lab.load_reward(reward)
+        function = spread(lab.load_reward(reward))
         latest = pairs[-1].held_out
+        chosen, rejected = scores(function, latest)
+        margin = reward.scale * (chosen - rejected)
+        sources = np.asarray(latest["source"])
         older = {str(i): p.held_out for i, p in enumerate(pairs[:-1])}
-        report = {
-            "held_out": margin_report(margins(function, latest, reward.scale)),
+        own = {i: margins(function, rows, reward.scale) for i, rows in older.items()}
+        report: dict[str, Any] = {
+            "held_out": margin_report(margin),
             "by_source": {
-                source: margin_report(margins(function, of_source(latest, source), reward.scale))
-                for source in sorted(set(latest["source"]))
+                str(source): margin_report(margin[torch.as_tensor(sources == source)])
+                for source in sorted(set(sources))
             },
-            "older": {
-                i: margin_report(margins(function, rows, reward.scale)) for i, rows in older.items()
-            },
+            "older": {i: margin_report(found) for i, found in own.items()},
         }
         if before is not None:
-            function = lab.load_reward(before)
-            report["older_before"] = {
-                i: margin_report(margins(function, rows, before.scale)) for i, rows in older.items()
-            }
+            function = spread(lab.load_reward(before))
+            past = {i: margins(function, rows, before.scale) for i, rows in older.items()}
+            report["older_before"] = {i: margin_report(found) for i, found in past.items()}
+            report["agreement"] = {i: correlation(own[i], past[i]) for i in older}
         policy_only = of_source(latest, "demonstration/policy")
         audited = policy_only if len(policy_only) else latest
-        chosen = lab.logprobs(initial, audited["prompt_ids"], audited["chosen_ids"])
-        rejected = lab.logprobs(initial, audited["rejected_prompt_ids"], audited["rejected_ids"])
-        return {**report, "audit": shortcut_audit(audited, chosen, rejected)}
+        logps = [
+            lab.logprobs(initial, audited[prompt], audited[completion])
+            for prompt, completion in SIDES
+        ]
+        audit: dict[str, float | None] = {**shortcut_audit(audited, *logps)}
+        audit["length_correlation"] = length_correlation(latest, rejected.numpy())
+        return {**report, "audit": audit}
 
     inputs = {"reward": reward.key, "initial": initial.key}
     inputs |= {"before": before.key} if before is not None else {}
@@ -73,6 +83,28 @@ def measure_reward(
     stage = lab.stage(f"reward-report/{k}", "reward-report", {"iteration": k}, inputs, build)
     lab.run.log(f"reward/{k}", stage.metrics)
     return stage.metrics
+
+
+def correlation(one: torch.Tensor, two: torch.Tensor) -> float | None:
+    """Pearson's, of (B,) numbers; None where one of them does not vary."""
+    return within_prompts([""] * len(one), one.numpy(), two.numpy())
+
+
+def length_correlation(pairs: Dataset, rejected: np.ndarray) -> float | None:
+    """Correlation of reward and length among the policy's samples of a prompt.
+
+    rejected: (B,) rewards of the pairs' rejected sides; each distinct sample counts once.
+    """
+    columns = (pairs[name] for name in ("source", "prompt_key", "rejected_ids"))
+    samples = {
+        (key, tuple(ids)): (float(score), len(ids))
+        for (source, key, ids), score in zip(zip(*columns, strict=True), rejected, strict=True)
+        if source == "demonstration/policy"
+    }
+    if not samples:
+        return None
+    found, lengths = zip(*samples.values(), strict=True)
+    return within_prompts([key for key, _ in samples], found, lengths)
 
 
 def measure_policy(
@@ -94,7 +126,11 @@ def measure_policy(
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
         # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
         if reward is not None and reward.kind == "explicit":
-            report["fresh_accuracy"] = fresh_accuracy(lab, reward, rows, samples)
+            report |= fresh_report(lab, reward, rows, samples)
+            # The proxy's gain over pi_0 on the same prompts, in its own unit: a demonstration's
+            # standard deviation.
+            first = samples_by_key(lab, initial, rows, sampling, "held_out")
+            report["reward_gain"] = report["reward_score"] - mean_score(lab, reward, rows, first)
         return report
 
     inputs = {"policy": policy.identity, "initial": initial.key, "data": data.checksums["held_out"]}
@@ -131,15 +167,35 @@ def vital_signs(
     return vitals(sample_set, lab.logprobs(initial, flat_prompts, ids), own)
 
 
-def fresh_accuracy(
+def fresh_report(
     lab: Lab, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
-) -> float:
-    """Share of held-out pairs (demonstration, fresh sample) that the reward gets right."""
+) -> dict[str, float]:
+    """Share of held-out pairs (demonstration, fresh sample) that the reward gets right, and the
+    samples' mean reward."""
     pairs = policy_pairs(
         rows, samples, iteration=0, generator="", sampling=lab.sampling(1, 1.0), truncated="keep"
     )
-    report = margin_report(margins(lab.load_reward(reward), pairs.rows, reward.scale))
-    return report["accuracy"]
+    chosen, rejected = scores(spread(lab.load_reward(reward)), pairs.rows)
+    accuracy = margin_report(reward.scale * (chosen - rejected))["accuracy"]
+    return {"fresh_accuracy": accuracy, "reward_score": float(rejected.double().mean())}
+
+
+def mean_score(
+    lab: Lab, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
+) -> float:
+    """Mean reward of samples by prompt key."""
+    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+    flat = [(list(prompts[key]), c.token_ids) for key, group in samples.items() for c in group]
+    found = spread(lab.load_reward(reward)).score_ids(
+        [p for p, _ in flat], [ids for _, ids in flat]
+    )
+    return float(found.double().mean())
+
+
+def scores(reward: RewardFunction, pairs: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of the preferred and of the rejected sides: (B,) each."""
+    chosen, rejected = (reward.score_ids(pairs[p], pairs[c]) for p, c in SIDES)
+    return chosen, rejected
 
 
 def nearest_policy(lab: Lab, policies: Sequence[Policy], reward: Reward, data: Data) -> Policy:
@@ -149,7 +205,8 @@ def nearest_policy(lab: Lab, policies: Sequence[Policy], reward: Reward, data: D
     drawn = [samples_by_key(lab, policy, rows, sampling, "held_out") for policy in policies]
 
     def build(work: Path) -> dict[str, Any]:
-        return {"accuracy": [fresh_accuracy(lab, reward, rows, samples) for samples in drawn]}
+        found = [fresh_report(lab, reward, rows, samples) for samples in drawn]
+        return {"accuracy": [one["fresh_accuracy"] for one in found]}
 
     inputs = {f"policy-{i}": policy.identity for i, policy in enumerate(policies)}
     stage = lab.stage("pick", "pick", {}, {**inputs, "reward": reward.key}, build)
@@ -186,7 +243,8 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
                     "truncated": float(np.mean([c.truncated for c in flat])),
                 }
             texts = decode_batch(lab.tokenizer, [group[0].token_ids for group in samples.values()])
-            return {**report, **_gold(work, gold_path, rows, list(samples), texts)}
+            gold = ranks.on_main(lambda: _gold(work, gold_path, rows, list(samples), texts))
+            return {**report, **gold}
 
         stage = lab.stage(
             f"evaluation/{k}/t{temperature:g}",
@@ -221,6 +279,7 @@ def _evaluate_demonstrations(lab: Lab, rows: Dataset, gold_path: str | None, dat
         {"gold": gold_path, "of": "demonstrations", "prompts": lab.recipe.evaluation.prompts},
         {"data": data.checksums["evaluation"]},
         build,
+        alone=True,
     )
     lab.run.log("evaluation/demonstrations", {"gold": gold_path, **stage.metrics})
 

@@ -17,10 +17,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from irl_align import adapters
 from irl_align.batches import (
     TOKENS_PER_BATCH,
     PackedRows,
@@ -30,6 +32,8 @@ from irl_align.batches import (
 )
 from irl_align.config import ScratchOptions
 from irl_align.errors import UserError
+from irl_align.files import read_json
+from irl_align.lora_options import LoraOptions
 from irl_align.maths.logprobs import chosen_logprobs
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: vocabularies of 150,000 would fill a GPU otherwise
@@ -59,14 +63,27 @@ def load_model(
     device: torch.device | str = "cpu",
     loader: Any = AutoModelForCausalLM,
     fresh: Sequence[str] = (),
+    merge: bool = True,
+    base: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load a model folder or Hub id with `loader`, safetensors only, in eval mode.
 
-    fresh: weights that may be missing, to start at random. Raises UserError when the folder is
-    missing, half written, or no such model, or when other weights are missing.
+    fresh: weights that may be missing, to start at random. merge: the adapter of a folder that
+    holds one goes into the weights of its base, where those are float32; else it stays apart.
+    base: the adapter's, in place of the one that it names.
+    Raises UserError when the folder is missing, half written, or no such model, or when other
+    weights are missing.
     """
+    if adapters.is_adapter(path):
+        base = base or adapters.base_of(path)
+        return _load_adapted(Path(path), base, device, loader, fresh, merge, options)
     options.setdefault("dtype", torch.float32)
+    options.setdefault("trust_remote_code", False)  # left out, transformers would ask
+    quantized = options.get("quantization_config") is not None
+    if quantized:
+        adapters.require_bitsandbytes(f"{path}: a model in 4 bits")
+        options["device_map"] = {"": device}
     try:
         model, report = loader.from_pretrained(
             str(path), use_safetensors=True, output_loading_info=True, **options
@@ -80,12 +97,73 @@ def load_model(
         )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # torch's own kernel leaves the cap out (Gemma 2)
-    loaded: PreTrainedModel = model.to(device).eval()
+    loaded: PreTrainedModel = (model if quantized else model.to(device)).eval()
     return loaded
+
+
+def check_adapter(
+    path: str | Path, options: LoraOptions, option: str, trust_remote_code: bool = False
+) -> None:
+    """Raise UserError where an adapter with these options does not fit a model; no weights read."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            adapters.add_adapter(model, options, str(path))
+        except UserError as error:
+            raise UserError(f"{option}.{error}") from error
+
+
+def _load_adapted(
+    folder: Path,
+    base: str,
+    device: torch.device | str,
+    loader: Any,
+    fresh: Sequence[str],
+    merge: bool,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    """The base model of an adapter's folder with the adapter, and a reward's head, in it."""
+    config = read_json(folder / "config.json", "a model's config", "write the adapter again")
+    quantization = adapters.saved_quantization(folder)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    if loader is not AutoModelForCausalLM:
+        options.setdefault("num_labels", 1)
+        fresh = (*fresh, "score.weight")
+    model = load_model(base, device, loader, fresh, **options)
+    if head := adapters.load_adapter(model, folder):
+        _load_head(model, head, folder)
+    for name in (key for key in config if key.startswith("irl_")):
+        setattr(model.config, name, config[name])
+    model.requires_grad_(False).eval()
+    if not (merge and adapters.can_merge(model)):
+        return model
+    return adapters.merge(model).requires_grad_(True)
+
+
+def _load_head(model: PreTrainedModel, head: dict[str, Tensor], folder: Path) -> None:
+    own: torch.nn.Module | None = getattr(model, "score", None)
+    if own is None:
+        raise UserError(f"{folder}: found the adapter of a reward, expected one of a policy")
+    try:
+        own.load_state_dict(head)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: the reward's head: {' '.join(str(error).split())}") from error
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """Config of a model's folder or Hub id. Raises UserError when there is none."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:
+        raise UserError(_load_message(path, "model", error)) from error
+    return config
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises UserError when the folder or Hub id has none."""
+    options.setdefault("trust_remote_code", False)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **options)
         # Of a folder with config.json alone some architectures make a tokenizer without a text.
@@ -98,6 +176,11 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
 
 def _load_message(path: str | Path, what: str, error: Exception) -> str:
     cause = " ".join(str(error).split())[:300] or type(error).__name__
+    if "custom code" in cause:
+        return (
+            f"{path}: this {what} comes with code of its own, which is not run; read it, and set "
+            "trust_remote_code beside this model's path if you trust it"
+        )
     folder = Path(path)
     if folder.is_dir():
         has = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"

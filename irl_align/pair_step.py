@@ -88,6 +88,7 @@ def make_pairs(
             **{name: sampler.identity for name, sampler in samplers.items()},
         },
         build,
+        alone=True,
     )
     lab.run.log(f"pairs/{k}", stage.metrics)
     train, held_out = (load_pairs(stage.path / f"{part}.parquet") for part in USES)

@@ -5,8 +5,8 @@ demonstrations, and how varied its samples are. Reads the samples that the run l
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,37 @@ from irl_align.statistics import clustered_share
 from irl_align.tables import policy_label
 
 
+@dataclass(frozen=True)
+class SamplesOf:
+    """What a finished run's last policy says, and the policy that it started from."""
+
+    label: str
+    by_temperature: list[tuple[float, list[dict[str, Any]], list[dict[str, Any]]]]
+    """(temperature, rows of the last policy, rows of the start or none), the hottest first."""
+
+
+def last_samples(source: Path) -> SamplesOf:
+    """The samples that a run left. Raises UserError: no finished run, or none with samples."""
+    view = Run.load(source)
+    if view.summary is None:
+        raise UserError(f"{source}: this run is not finished; run its recipe again to go on")
+    last = int(view.summary["policy_number"])
+    found = []
+    for path in (source / "samples").glob(f"policy-{last}-t*.jsonl"):
+        temperature = path.stem.rpartition("-t")[2]
+        start = source / "samples" / f"policy-0-t{temperature}.jsonl"
+        first = read_lines(start, RERUN) if last and start.is_file() else []
+        found.append((float(temperature), read_lines(path, RERUN), first))
+    if not found:
+        raise UserError(f"{source}: found no samples of policy {last}; run the recipe again")
+    return SamplesOf(policy_label(view, last), sorted(found, key=lambda one: -one[0]))
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """A sample's prompt as one string."""
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
 def judged(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]:
     """Win rates of a run's last policy by the reward of `judge`, at every temperature.
 
@@ -29,28 +60,19 @@ def judged(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]:
     equal texts count half, intervals are over prompts. Raises UserError: no finished run, or a
     judge that is the run's own reward.
     """
-    view = Run.load(source)
-    if view.summary is None:
-        raise UserError(f"{source}: this run is not finished; run its recipe again to go on")
+    samples = last_samples(source)
     folder = reward_of(judge)
-    own = view.summary["reward"]
+    own = (Run.load(source).summary or {})["reward"]
     if own is not None and folder.resolve() == (source.parent / str(own)).resolve():
         raise UserError(
             f"--judge: found {judge}, the reward that the policy was trained on; expected another"
         )
-    last = int(view.summary["policy_number"])
     reward = RewardModel.from_pretrained(folder, pick_device(device))
-    rows = []
-    for path in sorted((source / "samples").glob(f"policy-{last}-t*.jsonl")):
-        temperature = path.stem.rpartition("-t")[2]
-        samples = read_lines(path, RERUN)
-        start = source / "samples" / f"policy-0-t{temperature}.jsonl"
-        first = read_lines(start, RERUN) if last and start.is_file() else []
-        rows.append({"temperature": float(temperature), **_wins(reward, samples, first)})
-    if not rows:
-        raise UserError(f"{source}: found no samples of policy {last}; run the recipe again")
-    rows.sort(key=lambda row: -row["temperature"])
-    return {"judge": judge.name, "policy": policy_label(view, last), "rows": rows}
+    rows = [
+        {"temperature": temperature, **_wins(reward, last, first)}
+        for temperature, last, first in samples.by_temperature
+    ]
+    return {"judge": judge.name, "policy": samples.label, "rows": rows}
 
 
 def _wins(
@@ -58,14 +80,14 @@ def _wins(
 ) -> dict[str, Any]:
     """Win rates and diversity of samples; `first` are those of the start's policy, or nothing."""
     prompts = [row["prompt"] for row in samples]
-    keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
+    keys = [key_of(row) for row in samples]
     own = reward.score(prompts, [row["completion"] for row in samples]).numpy()
     report: dict[str, Any] = {
         "samples": len(samples),
         "judge_score": float(own.mean()),
         "distinct_bigrams": distinct_bigrams([row["completion"] for row in samples]),
     }
-    at_start = {json.dumps(row["prompt"], sort_keys=True): row["completion"] for row in first}
+    at_start = {key_of(row): row["completion"] for row in first}
     demonstrated = {
         key: row["demonstrations"][0]
         for key, row in zip(keys, samples, strict=True)

@@ -61,6 +61,26 @@ class MoreSFTOptions(Options):
     """Fields of trl.SFTConfig."""
 
 
+class IQLearnOptions(Options):
+    """Baseline: offline IQLearn on the demonstrations (arXiv:2409.01369), no reward model."""
+
+    kind: Literal["iqlearn"]
+    """Name of the update."""
+    coef: AtLeast = 0.1
+    """Weight of the square of the reward that the policy's logits imply; 0 is SFT."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Discount of the next token's value."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Fields of trl.SFTConfig."""
+
+    @model_validator(mode="after")
+    def _own_loss(self) -> IQLearnOptions:
+        for name in ("loss_type", "label_smoothing_factor"):
+            if name in self.args:
+                raise ValueError(f"args.{name} is of another loss: iqlearn has its own")
+        return self
+
+
 DENSE = ("uniform", "red", "abc", "abc_policy", "random")
 """Kinds of credit that put a reward on every token."""
 
@@ -139,6 +159,13 @@ class PPOOptions(Options):
     """Samples per rollout, a multiple of n; each rollout is followed by one update."""
     temperature: Above = 1.0
     """Of sampling, and of the log-probs of policy and reference alike."""
+    importance_weights: Literal["off", "truncated"] = "off"
+    """Of a sampler whose log-probs are not the learner's (vLLM, bf16, top-p): truncated weighs the
+    policy loss of each token by pi_learner / pi_sampler, at most importance_cap."""
+    importance_cap: Above = 2.0
+    """With importance_weights truncated: the largest weight."""
+    sampler_gap_alarm: Above = 0.05
+    """Mean |log pi_learner - log pi_sampler| per token above which a warning is told."""
     # --- the update
     start: Literal["current", "initial"] = "current"
     """Model that is trained: pi_k or pi_0."""
@@ -166,6 +193,9 @@ class PPOOptions(Options):
     """Autocast to bfloat16; weights, log-softmax, differences and advantages stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    backbone: Literal["separate", "shared"] = "separate"
+    """Policy, reference, reward and critic as models of their own or, with model.lora and
+    reward.lora, as adapters of one model in memory."""
     # --- which policy is kept, and when to stop
     keep: Literal["reward_gap", "log_prob", "last"] = "reward_gap"
     """The best policy by held-out demonstrations: its samples' mean reward nearest theirs, or their
@@ -249,6 +279,8 @@ class PPOOptions(Options):
         only(self.credit == "random", "credit random", "concentration")
         only(self.missing_eos != "ignore", "missing_eos replace or subtract", "missing_eos_value")
         only(self.kl_target is not None, "kl_target", "kl_horizon")
+        weighted = self.importance_weights == "truncated"
+        only(weighted, "importance_weights truncated", "importance_cap")
         return self
 
 
@@ -262,5 +294,10 @@ class CustomUpdateOptions(Options):
 
 
 PolicyUpdateOptions = (
-    BestOfNOptions | PPOOptions | IdentityOptions | MoreSFTOptions | CustomUpdateOptions
+    BestOfNOptions
+    | PPOOptions
+    | IdentityOptions
+    | MoreSFTOptions
+    | IQLearnOptions
+    | CustomUpdateOptions
 )

@@ -19,7 +19,14 @@ from irl_align.data import (
 from irl_align.errors import UserError
 from irl_align.files import file_checksum
 from irl_align.lab import Lab, checksum, derive_seed
-from irl_align.models import context_length, load_model, load_tokenizer, scratch_model
+from irl_align.models import (
+    check_adapter,
+    context_length,
+    load_model,
+    load_tokenizer,
+    scratch_model,
+)
+from irl_align.noise import with_noise
 from irl_align.policy import Demonstrations, Policy
 from irl_align.tokens import (
     check_tokenizer,
@@ -65,7 +72,7 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     def load(split: str) -> list[Demonstration]:
         return load_demonstrations(card, split, options.path, options.task, recipe.seed)
 
-    division = divide(load("train"), options, seed)
+    division, noisy = with_noise(divide(load("train"), options, seed), options.noise, seed)
     rows = {
         "sft": division.sft,
         "reward": division.reward,
@@ -74,6 +81,9 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     }
     sums = {part: data_checksum(some) for part, some in rows.items()}
     start = start_model(lab, card, division.sft, sums["sft"])
+    for option, lora in (("model", recipe.model.lora), ("reward", recipe.reward.lora)):
+        if lora is not None:
+            check_adapter(start.path, lora, f"{option}.lora", recipe.model.trust_remote_code)
     lab.tokenizer = load_tokenizer(start.path)
 
     def build(work: Path) -> dict[str, Any]:
@@ -98,8 +108,11 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
         },
         {"tokenizer": start.key, **sums},
         build,
+        alone=True,
     )
-    lab.run.log("data", {"checksums": sums, "licence": card.license, **stage.metrics})
+    lab.run.log(
+        "data", {"checksums": sums, "licence": card.license, "noisy": noisy, **stage.metrics}
+    )
     parts = {
         part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
         for part in PARTS
@@ -113,6 +126,7 @@ def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Pol
     options = lab.recipe.model
 
     def build(work: Path) -> dict[str, Any]:
+        resized = False
         if options.from_scratch is not None:
             tokenizer: Any = train_tokenizer(
                 training_texts(rows, card), options.from_scratch.vocab_size
@@ -129,7 +143,8 @@ def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Pol
             model = load_model(options.path, **hub)
             if options.chat_template is not None:
                 tokenizer.chat_template = read_template(options.chat_template)
-            if prepare_tokenizer(tokenizer):
+            resized = prepare_tokenizer(tokenizer)
+            if resized:
                 model.resize_token_embeddings(len(tokenizer))
         check_tokenizer(tokenizer, needs_chat=card.template == "chat")
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -140,9 +155,12 @@ def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Pol
             "lowercase": card.lowercase,
         }
         save_model(model, tokenizer, work / "model")
-        return {"parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
+        sizes = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
+        return {**sizes, "resized": resized}
 
-    settings = options.model_dump(exclude={"path"})
+    settings = options.model_dump(exclude={"path", "lora", "quantization"})
+    if options.quantization is not None:  # decides what the model says, though not its files
+        settings["quantization"] = options.quantization.model_dump()
     settings["card"] = [card.name, card.template, card.lowercase]
     if options.path is None:
         inputs = {"tokenizer_rows": rows_sum}
@@ -150,7 +168,7 @@ def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Pol
         inputs = {"model": file_checksum(Path(options.path))}
     else:
         inputs = {"model": f"{options.path}@{options.revision or 'main'}"}
-    stage = lab.stage("start", "start", settings, inputs, build)
+    stage = lab.stage("start", "start", settings, inputs, build, alone=True)
     lab.names[stage.key] = "start"
     return Policy(stage.path / "model", stage.key)
 
@@ -162,7 +180,7 @@ def supervise(lab: Lab, start: Policy, data: Data) -> Policy:
         return start
 
     def build(work: Path) -> dict[str, Any]:
-        model = lab.load_policy(start.path)
+        model = lab.load_policy(start.path) if options.full else lab.load_trainable(start.path)
         columns = sft_columns(data.sft["prompt_ids"], data.sft["completion_ids"])
         metrics = fit_sft(model, lab.tokenizer, columns, options.args, lab.training(work, "SFT"))
         save_model(model, lab.tokenizer, work / "model")
@@ -171,7 +189,7 @@ def supervise(lab: Lab, start: Policy, data: Data) -> Policy:
     stage = lab.stage(
         "sft",
         "sft",
-        {"args": options.args},
+        {"args": options.args, **({} if options.full else lab.adapted)},
         {"start": start.key, "data": data.checksums["sft"]},
         build,
     )

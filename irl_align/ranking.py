@@ -9,6 +9,7 @@ import numpy as np
 
 from irl_align.generate import Completion
 from irl_align.reward.model import RewardFunction
+from irl_align.reward.spread import spread
 from irl_align.samples import ROWS_AT_ONCE, Samples
 
 
@@ -21,7 +22,7 @@ def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
         order = sorted(waiting)
         prompts = [samples.prompts[i] for i in order for _ in waiting[i]]
         completions = [c.token_ids for i in order for c in waiting[i]]
-        scores = reward.score_ids(prompts, completions).numpy()
+        scores = spread(reward).score_ids(prompts, completions).numpy()
         ends = np.cumsum([len(waiting[i]) for i in order])[:-1]
         for index, some in zip(order, np.split(scores, ends), strict=True):
             rewards[index] = some

@@ -5,9 +5,10 @@ The options themselves are in :mod:`irl_align.config`. A mistake is told in one 
     recipes/e2e/spin.yaml:12: reward.lerning_rate: unknown option; did you mean
     reward.args.learning_rate?
 
-A recipe may start with ``extends: other.yaml``, relative to its own file: mappings merge, anything
-else replaces, and a ``reward`` or ``policy_update`` of another kind replaces as a whole. Paths
-inside a recipe are relative to the current directory.
+A recipe may start with ``extends: other.yaml``, relative to its own file: mappings merge, an empty
+one (``args: {}``, or ``reward.args={}`` on the command line) clears what was there, anything else
+replaces, and a ``reward`` or ``policy_update`` of another kind replaces as a whole. Paths inside a
+recipe are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from irl_align.config import Recipe
 from irl_align.errors import UserError
+from irl_align.hygiene import redact, secrets_in
 from irl_align.options import Options
 from irl_align.policy_options import CustomUpdateOptions, PolicyUpdateOptions
 from irl_align.recipe_args import args_problems, describe, nearest_arg, trl_config
@@ -40,7 +42,7 @@ from irl_align.recipe_yaml import (
     show,
     show_loc,
 )
-from irl_align.resources import recipes_dir
+from irl_align.resources import recipe_files
 
 _UPDATES: dict[str, type[Options]] = {
     (
@@ -50,6 +52,10 @@ _UPDATES: dict[str, type[Options]] = {
     ): update
     for update in get_args(PolicyUpdateOptions)
 }
+_SECRET = (
+    "found a password, key or token, which would be written into run folders; expected it in the "
+    "environment (HF_TOKEN, or the variable that generation.server.api_key_env names)"
+)
 _MOST_MISTAKES = 20  # told at once; a file that is no recipe at all has thousands
 # Mappings whose options depend on their kind, and the kind they have when they do not say.
 _KINDS: dict[Loc, str] = {
@@ -61,8 +67,9 @@ _KINDS: dict[Loc, str] = {
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at ``path``, lay ``overrides`` ("loop.iterations=3") on it and check it.
 
-    Overrides apply in order, those of a ``kind`` first. Raises UserError with one line per mistake,
-    each with its file and line, or the override, and its dotted key.
+    Overrides apply in order, those that clear a mapping first and then those of a ``kind``. Raises
+    UserError with one line per mistake, each with its file and line, or the override, and its
+    dotted key.
     """
     return _overridden(read_recipe_tree(Path(path), _KINDS), overrides)
 
@@ -74,9 +81,15 @@ def make_recipe(values: Mapping[str, Any], place: str, overrides: Sequence[str] 
 
 def _overridden(tree: Node, overrides: Sequence[str]) -> Recipe:
     parsed = [parse_override(override) for override in overrides]
-    for loc, node in sorted(parsed, key=lambda pair: pair[0][-1] != "kind"):
+    for loc, node in sorted(parsed, key=_turn):
         tree = merge(tree, nest(loc, node), _KINDS)
     return _check(tree)
+
+
+def _turn(override: tuple[Loc, Node]) -> int:
+    """When an override is laid on: first those that clear a mapping, then kinds, then the rest."""
+    loc, node = override
+    return 0 if node.value == {} else 1 if loc[-1] == "kind" else 2
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -92,7 +105,7 @@ def to_yaml(recipe: Recipe) -> str:
 def list_recipes() -> list[tuple[Path, str, str]]:
     """(path, name, description) of each recipe that ships with the package; not checked further."""
     found = []
-    for path in sorted(recipes_dir().rglob("*.yaml")):
+    for path in recipe_files():
         raw = read_recipe_tree(path, _KINDS).plain()
         found.append((path, str(raw.get("name", "")), str(raw.get("description", ""))))
     return found
@@ -163,6 +176,7 @@ def _check(tree: Node) -> Recipe:
         # How the levels agree cannot be told from the default of a policy_update that is wrong.
         problems += [(loc, text) for loc, text in found if loc or not problems]
     problems += args_problems(raw)
+    problems += [(loc, _SECRET) for loc in secrets_in(raw)]
     if problems or recipe is None:
         lines = [_line(tree, loc, text) for loc, text in problems[:_MOST_MISTAKES]]
         if len(problems) > _MOST_MISTAKES:
@@ -246,7 +260,7 @@ def _guess(choice: str | None) -> str:
 
 def _line(tree: Node, loc: Loc, text: str) -> str:
     key = f"{show_loc(loc)}: " if loc else ""
-    return one_line(f"{tree.place_of(_culprit(tree, loc, text))}: {key}{text}")
+    return one_line(redact(f"{tree.place_of(_culprit(tree, loc, text))}: {key}{text}"))
 
 
 def _culprit(tree: Node, loc: Loc, text: str) -> Loc:

@@ -106,7 +106,7 @@ def trl_config(raw: dict[str, Any], group: str) -> str | None:
     kind = options.get("kind", "best_of_n")
     if kind == "best_of_n":
         return {"sft": "SFTConfig", "dpo": "DPOConfig"}.get(str(options.get("use", "sft")))
-    return "SFTConfig" if kind == "sft" else None
+    return "SFTConfig" if kind in ("sft", "iqlearn") else None
 
 
 def args_problems(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:

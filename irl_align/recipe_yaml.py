@@ -128,12 +128,14 @@ def nest(loc: Loc, node: Node) -> Node:
 
 
 def merge(base: Node, over: Node, kinds: Mapping[Loc, str], at: Loc = ()) -> Node:
-    """Lay ``over`` on ``base``: mappings merge, anything else replaces.
+    """Lay ``over`` on ``base``: mappings merge, an empty one clears, anything else replaces.
 
     ``kinds`` names the mappings whose options depend on their ``kind``, with the default kind: such
     a mapping replaces one of another kind as a whole.
     """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    if at and not over.value:
         return over
     if at in kinds and "kind" in over.value:
         kind = base.value["kind"].value if "kind" in base.value else kinds[at]
@@ -157,6 +159,18 @@ def from_plain(value: Any, place: str) -> Node:
 def dump_yaml(value: Any) -> str:
     """Write plain values as YAML that this module, and readers of YAML 1.1, read back the same."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_plain(text: str) -> Any:
+    """Plain values of YAML 1.1, as cards and run folders have it: without aliases, tags and depth.
+
+    Raises:
+        ValueError: it is not such YAML; the message is one line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(one_line(" ".join(str(error).split())[:300])) from error
 
 
 class _Loader(yaml.SafeLoader):

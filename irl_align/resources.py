@@ -10,6 +10,12 @@ def recipes_dir() -> Path:
     return _shipped("recipes")
 
 
+def recipe_files() -> list[Path]:
+    """Every recipe of that folder; its folder ``accelerate`` has configs of `accelerate launch`."""
+    found = recipes_dir().rglob("*.yaml")
+    return sorted(path for path in found if path.parent.name != "accelerate")
+
+
 def data_cards_dir() -> Path:
     """Folder of ``<name>.md`` data cards: the checkout's, or the installed package's copy."""
     return _shipped("data_cards")

@@ -11,8 +11,10 @@ import numpy as np
 from datasets import Dataset
 from trl import DPOConfig
 
+from irl_align import ranks
 from irl_align.cards import load_card
 from irl_align.data import data_checksum, load_preferences
+from irl_align.files import is_sealed, seal
 from irl_align.lab import Lab, derive_seed
 from irl_align.models import context_length
 from irl_align.pair_step import Pairs
@@ -21,7 +23,7 @@ from irl_align.policy import Policy, Reward
 from irl_align.prepare import Data
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings, train_adapter
 from irl_align.tokens import encode_preferences
 from irl_align.trainers import save_model
 
@@ -51,12 +53,23 @@ def fit_reward_level(
     options = lab.recipe.reward
     args = scheduled(options.args, options.schedule, k)
     train = window([p.train for p in pairs], lab.recipe.pairs.window)
-    settings = {
+    settings: dict[str, Any] = {
         "iteration": k,
         "window": lab.recipe.pairs.window,
         "args": args,
-        "reward": options.model_dump(exclude={"args", "schedule", "preferences", "max_pairs"}),
+        "reward": options.model_dump(
+            exclude={"args", "schedule", "preferences", "max_pairs", "lora"}
+        ),
     }
+    if options.lora is not None:
+        settings["lora"] = options.lora.model_dump()
+    # What is the same whatever it is called has one name, so that recipes share it.
+    if policy.key == initial.key:
+        settings["reward"] |= {"reference": "previous", "mixture": 0.5}
+    if previous is None:
+        settings["reward"]["init"] = "warm"
+    if options.kind == "explicit" and len(pairs) == 1:
+        settings["window"] = "all"
     if options.max_pairs is not None:
         settings["max_pairs"] = options.max_pairs
         if options.max_pairs < len(train):
@@ -83,12 +96,13 @@ def _fit_explicit(
         columns = pair_columns(fit.train)
         if preferences is not None:
             for name, values in preferences.columns.items():
-                columns[name] = columns[name] + values
+                columns[name] = values if preferences.alone else columns[name] + values
         training = lab.training(work, f"reward {k}")
         metrics = fit_reward(reward, columns, lab.recipe.reward.loss, fit.args, training)
         rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
         reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["completion_ids"]))
-        reward.save_pretrained(work / "model")
+        if ranks.is_main():
+            reward.save_pretrained(work / "model")
         return {**metrics, "normaliser": [reward.settings.mean, reward.settings.std]}
 
     stage = lab.stage(f"reward/{k}", "reward", fit.settings, inputs, build)
@@ -99,20 +113,27 @@ def _fit_explicit(
 
 def _unfitted(lab: Lab, k: int, initial: Policy, warm: Reward | None, data: Data) -> RewardModel:
     """The reward model that a fit starts from."""
+    lora = lab.recipe.reward.lora
     if warm is not None:
-        reward = RewardModel.from_pretrained(warm.path, lab.device)
+        reward = RewardModel.from_pretrained(warm.path, lab.device, merge=lora is None)
+        if lora is not None:
+            train_adapter(reward.model)
         reward.settings = replace(reward.settings, mean=0.0, std=1.0)
         return reward
     options = lab.recipe.reward
     settings = RewardSettings(
         lm_coef=options.lm_coef,
         bound=options.bound,
+        echo=options.echo,
         template=data.card.template,
         lowercase=data.card.lowercase,
         name=data.card.name,
     )
     seed = derive_seed(lab.recipe.seed, f"head {k}") % 2**63
-    return RewardModel.from_policy(initial.path, lab.tokenizer, settings, seed, lab.device)
+    quantization = lab.quantization if lora is not None else {}
+    return RewardModel.from_policy(
+        initial.path, lab.tokenizer, settings, seed, lab.device, lora, **quantization
+    )
 
 
 def _fit_implicit(lab: Lab, k: int, policy: Policy, initial: Policy, fit: _Fit) -> Reward:
@@ -132,7 +153,7 @@ def _fit_implicit(lab: Lab, k: int, policy: Policy, initial: Policy, fit: _Fit) 
             work / "scratch" / "reference.npy",
             lambda: reference_logps(references, fit.train, generator),
         )
-        model = lab.load_policy(policy.path)
+        model = lab.load_trainable(policy.path)
         training = lab.training(work, f"SPIN {k}")
         metrics = fit_implicit(
             model, lab.tokenizer, fit.train, logps, fit.args, training, starts_at_reference
@@ -141,7 +162,11 @@ def _fit_implicit(lab: Lab, k: int, policy: Policy, initial: Policy, fit: _Fit) 
         return metrics
 
     stage = lab.stage(
-        f"reward/{k}", "implicit-reward", fit.settings, {**fit.inputs, "policy": policy.key}, build
+        f"reward/{k}",
+        "implicit-reward",
+        {**fit.settings, **lab.adapted},
+        {**fit.inputs, "policy": policy.key},
+        build,
     )
     lab.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
     beta = float(fit.args.get("beta", DPOConfig.beta))
@@ -154,6 +179,7 @@ class Preferences:
 
     columns: dict[str, list[Any]]
     checksum: str
+    alone: bool
 
 
 def _preferences(lab: Lab, initial: Policy) -> Preferences | None:
@@ -165,9 +191,9 @@ def _preferences(lab: Lab, initial: Policy) -> Preferences | None:
     context = context_length(lab.load_policy(initial.path))
     encoded = encode_preferences(rows, lab.tokenizer, card, lab.recipe.data, context).rows
     pairs = encoded.add_column("rejected_prompt_ids", list(encoded["prompt_ids"]))
-    return Preferences(
-        pair_columns(pairs, options.weight), f"{data_checksum(rows)}*{options.weight}"
-    )
+    alone = options.use == "alone"
+    how = "alone" if alone else options.weight
+    return Preferences(pair_columns(pairs, options.weight), f"{data_checksum(rows)}*{how}", alone)
 
 
 def scheduled(
@@ -178,14 +204,20 @@ def scheduled(
 
 
 def cached_array(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in `path`, computed and written aside and renamed in where it is missing."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".writing.npy")
-        np.save(aside, compute())
-        aside.rename(path)
+    """The array in `path`, computed, written aside, renamed in and sealed where it is missing."""
+    if not ranks.on_main(lambda: is_sealed(path)):
+        found = compute()
+        ranks.on_main(lambda: _write(path, found))
     array: np.ndarray = np.load(path)
     return array
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".writing.npy")
+    np.save(aside, array)
+    aside.rename(path)
+    seal(path)
 
 
 def _without_history(metrics: Mapping[str, Any]) -> dict[str, Any]:

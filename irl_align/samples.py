@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from irl_align import ranks
 from irl_align.errors import UserError
+from irl_align.files import is_sealed, seal
 from irl_align.generate import Completion, Generator, Sampling
 from irl_align.generate.protocol import stream
 
@@ -112,24 +114,41 @@ Samples = SampleSet | StoredSamples
 
 def write_samples(
     work: Path, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling
-) -> None:
-    """Sample every prompt into work/samples.parquet, going on after the parts that are there."""
+) -> int:
+    """Sample every prompt into work/samples.parquet, going on after the parts that are there.
+
+    Of several processes each samples its share of every part's prompts. Returns the number of
+    tokens sampled.
+    """
     parts = work / "scratch" / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     paths = []
     for start in range(0, len(prompts), PROMPTS_PER_PART):
-        path = parts / f"{start:09d}.parquet"
-        paths.append(path)
-        if path.exists():
-            continue
         chosen = prompts[start : start + PROMPTS_PER_PART]
-        groups = stream(generator, chosen, sampling, progress=True)
-        _write(path, ((start + index, group) for index, group in groups))
-    with pq.ParquetWriter(work / "samples.parquet", _SCHEMA) as writer:
+        for rank, share in enumerate(ranks.shares([len(p) for p in chosen], ranks.count())):
+            of = f".{rank}-of-{ranks.count()}" if ranks.count() > 1 else ""
+            path = parts / f"{start:09d}{of}.parquet"
+            paths.append(path)
+            if rank != ranks.rank() or is_sealed(path):
+                continue
+            mine = [chosen[i] for i in share]
+            groups = stream(generator, mine, sampling, progress=ranks.is_main())
+            _write(path, ((start + share[index], group) for index, group in groups))
+            seal(path)
+    ranks.barrier()
+    return ranks.on_main(lambda: _join(paths, work / "samples.parquet"))
+
+
+def _join(paths: Sequence[Path], whole: Path) -> int:
+    """Put parts into one file, in their order; the number of their tokens."""
+    tokens = 0
+    with pq.ParquetWriter(whole, _SCHEMA) as writer:
         for path in paths:
             with pq.ParquetFile(path) as part:
                 for batch in part.iter_batches(ROWS_AT_ONCE):
                     writer.write_batch(batch)
+                    tokens += len(batch.column("token_ids").flatten())
+    return tokens
 
 
 def write_chosen(work: Path, completions: Sequence[Sequence[Completion]]) -> None:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from irl_align.backends import resolve_backend
+from irl_align.config import GenerationOptions
 from irl_align.errors import UserError
-from irl_align.generate import Completion, Sampling, TransformersGenerator
+from irl_align.generate import Completion, Sampling
 from irl_align.generate import generate as sample
-from irl_align.lab import eos_ids
-from irl_align.models import context_length, load_model, load_tokenizer, pick_device
+from irl_align.models import load_config, load_tokenizer, pick_device
 from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.model import RewardModel
 from irl_align.samples import SampleSet
+from irl_align.saved_sampler import saved_sampler
 from irl_align.sources import file_rows
 from irl_align.stages import Run, is_run
 from irl_align.tokens import decode_batch, encode_prompts
@@ -112,24 +114,35 @@ def score_rows(path: Path, rows: Rows, device: str) -> tuple[Rows, float | None]
     return scored, float(wins.mean())
 
 
-def generate_rows(policy: SavedPolicy, rows: Rows, sampling: Sampling, device: str) -> Rows:
-    """One row per sample: the prompt's row, with completion, sample and truncated added."""
+def sampling_backend(backend: str, servers: Sequence[str]) -> GenerationOptions:
+    """Options of the command generate; UserError for servers of another backend."""
+    if servers and backend != "vllm-server":
+        raise UserError(f"--server: an option of --backend vllm-server, not of {backend}")
+    return GenerationOptions.model_validate({"backend": backend, "server": {"urls": list(servers)}})
+
+
+def generate_rows(
+    policy: SavedPolicy,
+    rows: Rows,
+    sampling: Sampling,
+    device: str,
+    options: GenerationOptions | None = None,
+) -> Rows:
+    """One row per sample: the prompt's row, with completion, sample and truncated added.
+
+    options: the backend and its own; transformers when None. What is sampled, `sampling` says.
+    """
     where = pick_device(device)
+    options = GenerationOptions() if options is None else options
+    backend = resolve_backend(options, where)
     tokenizer = load_tokenizer(policy.model)
-    model = load_model(policy.model, where)
-    template = PromptFormat(**(getattr(model.config, "irl_prompt", None) or {}))
+    written = getattr(load_config(policy.model), "irl_prompt", None)
+    template = PromptFormat(**(written or {}))
     prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, template)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{policy.model}: the tokenizer has no EOS token, so samples never end")
-    pad = tokenizer.pad_token_id
-    generator = TransformersGenerator(
-        model,
-        eos_token_ids=eos_ids(model, tokenizer),
-        pad_token_id=int(tokenizer.eos_token_id if pad is None else pad),
-        context_length=context_length(model),
-    )
     many = Sampling(**{**vars(sampling), "n": sampling.n * policy.best_of})
-    groups = sample(generator, prompts, many, progress=True)
+    options = options.model_copy(update={"max_new_tokens": sampling.max_new_tokens})
+    with saved_sampler(policy.model, tokenizer, prompts, options, backend, where) as generator:
+        groups = sample(generator, prompts, many, progress=True)
     if policy.reward is not None:
         groups = _best(SampleSet(prompts, groups), policy, sampling.n, where)
     out = []

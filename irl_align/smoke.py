@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from irl_align import ranks
 from irl_align.api import Result, train
 from irl_align.cards import Card, load_card
 from irl_align.config import DataOptions, ModelOptions, Recipe
 from irl_align.data import Demonstration, load_demonstrations
 from irl_align.errors import UserError
 from irl_align.files import atomic_write
-from irl_align.models import load_tokenizer, seeded
+from irl_align.models import load_tokenizer, pick_device, seeded
 from irl_align.prepare import read_template
 from irl_align.recipe import load_recipe, to_dict
 from irl_align.recipe_yaml import dump_yaml
@@ -86,10 +87,15 @@ def run_smoke(recipe: Recipe) -> Result:
     folder = smoke_folder(recipe)
     if folder.exists() and not (folder / _MARK).exists():
         raise UserError(f"output_dir: {folder} is not a smoke run's folder: move it, or change it")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / _MARK).write_text(NOTICE + "\n", encoding="utf-8")
-    return train(smoke_recipe(recipe, folder))
+
+    def prepare() -> Recipe:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / _MARK).write_text(NOTICE + "\n", encoding="utf-8")
+        return smoke_recipe(recipe, folder)
+
+    with ranks.joined(ranks.own_device(pick_device(recipe.device))):
+        return train(ranks.on_main(prepare))
 
 
 def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:

@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 
 from irl_align.cards import Card
 from irl_align.errors import UserError
+from irl_align.recipe_yaml import one_line
 
 logger = logging.getLogger(__name__)
+MAX_RATIO = 200  # of decompressed text; English has less than 10, repeated rows less than 100
+_LITTLE = 1 << 26  # bytes, whatever the ratio
 
 
 class Raw(NamedTuple):
@@ -51,7 +54,7 @@ class Raw(NamedTuple):
             return self.values[name]
         first, *path = name.split(".")
         if first not in self.values:
-            found = ", ".join(map(str, self.values)) or "none"
+            found = one_line(", ".join(map(str, self.values)))[:200] or "none"
             raise UserError(f"{self.place}: found columns {found}, expected a column {name!r}")
         value = self.values[first]
         for step in path:
@@ -63,7 +66,7 @@ class Raw(NamedTuple):
 
     def fault(self, column: str, found: str) -> str:
         """Message on a column's value."""
-        return f"{self.place}: column {column!r}: found {found}"
+        return f"{self.place}: column {column!r}: found {one_line(found)}"
 
 
 def hub_rows(card: Card, split: str) -> Iterator[Raw]:
@@ -153,8 +156,15 @@ def _local_files(card: Card, split: str, path: str | None) -> list[Path]:
 def _read(file: Path) -> bytes:
     try:
         if file.suffix == ".gz":
+            most = max(_LITTLE, MAX_RATIO * file.stat().st_size)
             with gzip.open(file) as stream:
-                return stream.read()
+                content = stream.read(most + 1)
+            if len(content) > most:
+                raise UserError(
+                    f"{file}: found more than {MAX_RATIO} times its size when decompressed, "
+                    "expected text; decompress it yourself if it is what it should be"
+                )
+            return content
         return file.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: truncated or damaged gzip file: {error}") from error
@@ -210,7 +220,7 @@ def _json(place: str, content: bytes) -> Any:
         raise UserError(
             f"{place}: byte {error.start + 1}: found 0x{content[error.start]:02x}, expected UTF-8"
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, and integers too long to read
         raise UserError(f"{place}: found broken JSON, perhaps cut off: {error}") from error
 
 
@@ -241,6 +251,8 @@ def _parquet(file: Path, content: bytes) -> Rows:
 
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a whole parquet file: {error}") from error
-    yield from enumerate(table.to_pylist(), 1)
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: not a whole parquet file: {cause}") from error
+    yield from enumerate(rows, 1)

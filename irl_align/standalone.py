@@ -9,22 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from irl_align import ranks
+from irl_align.cards import load_card
 from irl_align.config import Recipe
-from irl_align.data import Prompt
+from irl_align.data import Prompt, check_source
 from irl_align.errors import UserError
 from irl_align.files import file_checksum, read_json
-from irl_align.lab import Lab
+from irl_align.lab import Lab, open_run
 from irl_align.models import pick_device
 from irl_align.policy import Policy, Reward
 from irl_align.policy.ppo.update import PPO
 from irl_align.policy_options import PPOOptions
 from irl_align.policy_step import make_update
 from irl_align.prepare import Data, prepare
-from irl_align.recipe import make_recipe, to_dict, to_yaml
+from irl_align.recipe import make_recipe
 from irl_align.reward.alignment import load_reward
 from irl_align.reward.model import RewardFunction
 from irl_align.serve import resolve
-from irl_align.stages import RECORD, Run, Store, environment
+from irl_align.stages import RECORD, Store, environment
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,17 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
     template: its prompts' (text with {prompt}, or chat), where its tokenizer is not the policy's.
     Raises UserError for what the user can mend.
     """
+    options = recipe.data
+    check_source(load_card(options.card), "train", options.path, options.task)
     output = Path(recipe.output_dir)
-    folder, began = output / f"{recipe.name}-seed{recipe.seed}", time.time()
+    device, began = ranks.own_device(pick_device(recipe.device)), time.time()
     path = resolve(Path(reward), "reward")
     key = file_checksum(path)[:16] if path.exists() else str(path)
     artefact = Reward("explicit", path, key if template is None else f"{key}+{template}")
     where = path if path.exists() else reward
-    with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
+    with ranks.joined(device), open_run(recipe) as run:
         run.log("environment", {**environment(), "device": recipe.device, "seed": recipe.seed})
-        lab = Lab(recipe, Store(output / "store"), run, pick_device(recipe.device))
+        lab = Lab(recipe, Store(output / "store"), run, device)
         try:
             improved = _improve(lab, artefact, where, template)
         finally:
@@ -91,7 +95,7 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
                 "seconds": round(time.time() - began, 1),
             }
         )
-    return Improved(improved.path, folder, metrics["metrics"])
+    return Improved(improved.path, run.folder, metrics["metrics"])
 
 
 def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) -> Policy:

@@ -10,9 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from irl_align.stages import RunView
+from irl_align.stages import RunView, records_told
 
 MISSING = "-"
+NONE = (None, None)
 
 
 def results_table(views: Sequence[RunView]) -> Table:
@@ -196,6 +197,26 @@ def reward_table(view: RunView) -> Table:
     return table
 
 
+def drift_table(view: RunView) -> Table:
+    """What every iteration's reward leans to, and how far it is from the one before."""
+    columns = ("correlation with length", "agreement with older", "score mean", "score std")
+    table = _table("leaning and drift, the scores those of demonstrations", "iteration", columns)
+    by_key = {record["key"]: record for record in view.metrics}
+    for key, record in by_key.items():
+        if not key.startswith("reward/"):
+            continue
+        k = key.removeprefix("reward/")
+        agreement = [_number(one, 2) for one in record.get("agreement", {}).values()]
+        table.add_row(
+            k,
+            _number(record["audit"].get("length_correlation"), 2),
+            ", ".join(agreement) or MISSING,
+            # Before they are normalised.
+            *(_number(one, 2) for one in by_key.get(f"reward-fit/{k}", {}).get("normaliser", NONE)),
+        )
+    return table
+
+
 def signs(view: RunView) -> list[str]:
     """Every warning sign of a run, one line each."""
     return [
@@ -208,11 +229,17 @@ def signs(view: RunView) -> list[str]:
 
 def show_runs(views: Sequence[RunView], console: Console) -> None:
     """Print results, vital signs, rewards, costs and signs of runs."""
+    with records_told(", ".join(str(view.folder) for view in views)):
+        _show(views, console)
+
+
+def _show(views: Sequence[RunView], console: Console) -> None:
     console.print(results_table(views))
     console.print(vitals_table(views))
     for view in views:
         if any(record["key"].startswith("reward/") for record in view.metrics):
             console.print(reward_table(view))
+            console.print(drift_table(view))
         console.print(costs_table(view))
         for sign in signs(view):
             console.print(f"sign: {sign}", markup=False)

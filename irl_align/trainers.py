@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,11 +27,16 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
+from irl_align import adapters, ranks
+from irl_align.batch_shares import SHARE, Collated, Division, Pieces, PiecesLoader, Rows, divide
 from irl_align.errors import UserError
+from irl_align.files import is_sealed, seal
+from irl_align.sharded import is_finite, take_back, to_train
 
+T = TypeVar("T")
 # Batches of similar length waste no padding; recipes may choose another sampling strategy.
 LENGTH_GROUPS = {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
-_DONE = "complete"  # marks a checkpoint whose every file is written
+_TRAINED = "trained.safetensors"  # of a checkpoint of a model with adapters
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ def training_args(config_class: type, options: Mapping[str, Any], training: Trai
     """A TRL config from a recipe's args, with what irl-align sets itself.
 
     Differs from TRL's defaults where a CPU must work out of the box: no bf16 on a CPU, and no
-    gradient checkpointing. Checkpoints are for resume: four per training, the last two kept.
+    gradient checkpointing. Checkpoints are for resume: four per training, the last two kept. The
+    batch of a step is that of one process, divided among those that there are.
     """
     on_cpu = training.device.type == "cpu"
     merged: dict[str, Any] = {
@@ -70,12 +80,22 @@ def training_args(config_class: type, options: Mapping[str, Any], training: Trai
         "use_cpu": on_cpu,
         "max_length": None,  # rows were checked against the limits when they were tokenised
     }
+    how = None
+    if ranks.count() > 1:
+        merged["average_tokens_across_devices"] = True  # as in one process
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        fields: Any = config_class.__dataclass_fields__  # type: ignore[attr-defined]
+        rows, steps = (merged.get(name, fields[name].default) for name in names)
+        how = divide(rows, steps, ranks.count(), config_class.__name__)
+        merged |= dict(zip(names, (how.rows, how.steps), strict=True))
     try:
-        return config_class(**merged)
+        args = config_class(**merged)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(
             f"recipe: args of {config_class.__name__}: {' '.join(str(error).split())}"
         ) from error
+    args.division = how
+    return args
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -114,7 +134,31 @@ class LengthGroups(LengthGroupedSampler):
             yield from self.members[unit]
 
 
-class Guarded:
+class Adapted:
+    """Mixin before a Trainer: its checkpoints of a model with adapters hold what is trained."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with adapters.kept_precision(kwargs["model"]):
+            super().__init__(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        trainer: Any = self
+        if not adapters.has_adapter(trainer.model):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        folder = Path(output_dir or trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters.save_trained(trainer.model, folder / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = self
+        if not adapters.has_adapter(trainer.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        adapters.load_trained(trainer.model, Path(resume_from_checkpoint) / _TRAINED)
+
+
+class Guarded(Adapted):
     """Mixin before a Trainer: stops at a loss that is not finite; orders rows by epoch and seed."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
@@ -124,17 +168,48 @@ class Guarded:
         if args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         rows = trainer.train_dataset if train_dataset is None else train_dataset
+        whole: Division | None = args.division
         return LengthGroups(
-            args.train_batch_size * args.gradient_accumulation_steps,
+            whole.batch if whole else args.train_batch_size * args.gradient_accumulation_steps,
             list(rows[args.length_column_name]),
             args.data_seed,
             lambda: int(trainer.state.epoch or 0),
             list(rows["unit"]) if "unit" in rows.column_names else None,
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The trainer's own; of several processes each has its pieces of every step."""
+        trainer: Any = self
+        args = trainer.args
+        if args.division is None:
+            loader: DataLoader[Any] = super().get_train_dataloader()  # type: ignore[misc]
+            return loader
+        order = self._get_train_sampler()
+        if isinstance(order, RandomSampler):  # as accelerate makes it in one process
+            order = SeedableRandomSampler(order.data_source, data_seed=args.data_seed)
+        rows, here = trainer.train_dataset, (ranks.rank(), ranks.count())
+        pieces: Any = Pieces(order, len(rows), args.division, *here, args.dataloader_drop_last)
+        collate: Any = Collated(trainer.data_collator)
+        return PiecesLoader(
+            Rows(rows),
+            batch_sampler=pieces,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step of the trainer below; raises UserError on a NaN or infinite loss."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        share = inputs.pop(SHARE, None)  # of one of several processes
+        # In the trainer's state, which is in its checkpoints too.
+        tokens = real_tokens(inputs)
+        if share is not None:
+            counted = torch.tensor(tokens if share else 0, device=trainer.args.device)
+            tokens = int(ranks.total(counted))
+        trainer.state.num_input_tokens_seen += tokens
+        with self._shared(share):
+            loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
             step = self.state.global_step + 1  # type: ignore[attr-defined]
             raise UserError(
@@ -143,6 +218,53 @@ class Guarded:
                 "broken rows in the data"
             )
         return loss
+
+    @contextmanager
+    def _shared(self, share: torch.Tensor | None) -> Iterator[None]:
+        """Have the trainer multiply a loss that is a mean over rows by a batch's share of it.
+
+        It divides such a loss by the number of micro-batches; one that is already a share of the
+        step's sum over tokens it takes as it is.
+        """
+        if share is None:
+            yield
+            return
+        trainer: Any = self
+        steps = trainer.current_gradient_accumulation_steps
+        trainer.current_gradient_accumulation_steps = steps / float(share) if share else math.inf
+        yield
+        trainer.current_gradient_accumulation_steps = steps
+
+
+def inside_forward(model: Any, inner: Any, compute: Callable[[], T]) -> T:
+    """compute(), a function of the model's layers, as the forward pass of what wraps the model.
+
+    model: `inner`, or what a distributed engine has wrapped it in; its hooks gather the weights and
+    reduce the gradients, and run in a forward pass alone. In one process there are none.
+    """
+    if ranks.count() == 1:
+        return compute()
+    before = vars(inner).get("forward")  # one that accelerate has put there, if any
+
+    def once(*_: Any, **__: Any) -> T:
+        if before is None:
+            del inner.forward
+        else:
+            inner.forward = before
+        return compute()
+
+    inner.forward = once
+    found: T = model()
+    return found
+
+
+def real_tokens(inputs: Mapping[str, Any]) -> int:
+    """Tokens of a batch that are no padding: by its mask (B, L), or the rows of a packed one."""
+    if "row" not in inputs:
+        return int(inputs["attention_mask"].sum())
+    ends: torch.Tensor = inputs["start"] + inputs["length"]  # (B,) where each completion ends
+    rows = ends.new_zeros(len(inputs["input_ids"]))
+    return int(rows.scatter_reduce(0, inputs["row"], ends, "amax").sum())
 
 
 class _Progress(ProgressCallback):
@@ -171,8 +293,8 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}", refresh=False)
 
 
-class _MarkComplete(TrainerCallback):
-    """Marks a checkpoint after its last file, so that a half-written one is never resumed.
+class _SealCheckpoints(TrainerCallback):
+    """Seals a checkpoint after its last file: half written, damaged or not finite, none is resumed.
 
     Logs before every checkpoint too: a mean over steps on both sides of it would be lost.
     """
@@ -181,18 +303,20 @@ class _MarkComplete(TrainerCallback):
         control.should_log = control.should_log or control.should_save
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _DONE).touch()
+        finite = is_finite(kwargs["model"])
+        ranks.barrier()  # every process has written its part
+        if finite and state.is_world_process_zero:
+            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a folder; half-written ones are deleted."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / _DONE).exists():
-            whole.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The newest whole checkpoint below a folder; half-written and damaged ones are deleted."""
+    found = folder.glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if is_sealed(checkpoint):
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
 
 
 def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
@@ -200,8 +324,8 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress(training.label))
-    trainer.add_callback(_MarkComplete())
-    resume = last_checkpoint(training.work / "scratch")
+    trainer.add_callback(_SealCheckpoints())
+    resume = ranks.on_main(lambda: last_checkpoint(training.work / "scratch"))
     if resume is not None:
         logging.getLogger(__name__).info("%s: resuming from %s", training.label, resume.name)
     output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -210,6 +334,7 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
     starts = [0] + [step for step, _ in losses]
     metrics: dict[str, Any] = {
         "steps": output.global_step,
+        "tokens_trained": trainer.state.num_input_tokens_seen,
         # The output's own is of the steps since the resume.
         "train_loss": sum(
             (step - start) * loss for start, (step, loss) in zip(starts, losses, strict=False)
@@ -222,7 +347,7 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
         ],
     }
     model: Any = trainer.model
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+    if not is_finite(model):
         raise UserError(
             f"{training.label}: training ended at step {output.global_step} with weights that are "
             "not finite; lower learning_rate in the stage's args"
@@ -231,8 +356,16 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights (safetensors), config and tokenizer to a folder."""
-    model.save_pretrained(folder)
+    """Write weights (safetensors), those of an adapter alone, config and tokenizer to a folder.
+
+    Of several processes one writes.
+    """
+    if not ranks.is_main():
+        return
+    if adapters.has_adapter(model):
+        adapters.save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -264,23 +397,27 @@ def fit_sft(
     columns: Mapping[str, list[Any]],
     options: Mapping[str, Any],
     training: Training,
+    trainer_class: Callable[..., Trainer] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place on completions (see :func:`sft_columns`) with TRL's SFTTrainer.
 
-    Returns training metrics. Every completion token counts once, EOS included.
+    trainer_class: one with another loss. Returns training metrics. Every completion token counts
+    once, EOS included.
     """
     args = training_args(
         SFTConfig,
         {**LENGTH_GROUPS, **options, "dataset_kwargs": {"skip_prepare_dataset": True}},
         training,
     )
-    trainer = GuardedSFTTrainer(
-        model=model,
+    trained = to_train(model)
+    trainer = (trainer_class or GuardedSFTTrainer)(
+        model=trained,
         args=args,
         train_dataset=as_dataset(columns, training.label),
         processing_class=tokenizer,
     )
     metrics = run_trainer(trainer, training)
+    take_back(trained, model)
     model.eval()
     return metrics
 

@@ -35,6 +35,9 @@ def vllm_serve(
     cache_tokens: Annotated[
         int, typer.Option(min=1, help="Key-value positions of all sequences together.")
     ] = 65536,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Of the largest LoRA adapter that policies may come as.")
+    ] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="The recipe's model.dtype.")
     ] = "float32",
@@ -57,6 +60,7 @@ def vllm_serve(
         dtype=dtype,
         context_length=context_length,
         cache_tokens=cache_tokens,
+        lora_rank=lora_rank,
         args=_values(options or []),
     )
     serve(resolve(model, "policy"), settings, host, port)

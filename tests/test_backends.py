@@ -14,7 +14,15 @@ from tiny_runs import BEST, SPIN, stage_records, tiny_recipe
 from vllm_models import EOS, build, largest_gap, needs_vllm, ragged_prompts
 
 from irl_align.api import train
-from irl_align.backends import BackendSampling, LiveGenerator, VLLMSampler, resolve_backend
+from irl_align.backends import (
+    BackendSampling,
+    LiveGenerator,
+    VLLMSampler,
+    VLLMSettings,
+    bits,
+    resolve_backend,
+)
+from irl_align.best_of_curve import best_of_curve
 from irl_align.config import Recipe
 from irl_align.errors import UserError
 from irl_align.generate import Sampling, generate
@@ -76,10 +84,10 @@ def test_auto_is_vllm_on_a_gpu_where_it_is_installed(
 ) -> None:
     recipe = tiny_recipe(tmp_path, "generation.backend=auto")
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm("0.32.0"))
-    assert resolve_backend(recipe, CPU) == "transformers"
-    assert resolve_backend(recipe, torch.device("cuda")) == "vllm"
+    assert resolve_backend(recipe.generation, CPU) == "transformers"
+    assert resolve_backend(recipe.generation, torch.device("cuda")) == "vllm"
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert resolve_backend(recipe, torch.device("cuda")) == "transformers"
+    assert resolve_backend(recipe.generation, torch.device("cuda")) == "transformers"
 
 
 @pytest.mark.parametrize(
@@ -103,9 +111,9 @@ def test_missing_or_mismatched_vllm_is_one_line_with_the_command(
 def test_a_client_of_servers_needs_no_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     override = ("generation.backend=vllm-server", "generation.server.urls=[http://127.0.0.1:9]")
-    assert resolve_backend(tiny_recipe(tmp_path, *override), CPU) == "vllm-server"
+    assert resolve_backend(tiny_recipe(tmp_path, *override).generation, CPU) == "vllm-server"
     with pytest.raises(UserError, match="vllm is not installed"):
-        resolve_backend(tiny_recipe(tmp_path, override[0]), CPU)
+        resolve_backend(tiny_recipe(tmp_path, override[0]).generation, CPU)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +148,7 @@ def test_a_named_key_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
         "generation.backend=vllm-server",
         "generation.server={urls: [http://127.0.0.1:9], api_key_env: MY_KEY}",
     )
-    sampler = VLLMSampler(recipe, "vllm-server", CPU, tmp_path / "log")
+    sampler = VLLMSampler(VLLMSettings.of(recipe), "vllm-server", CPU, tmp_path / "log")
     model = build("llama", 0)
     model.save_pretrained(tmp_path / "policy")
     with pytest.raises(UserError, match="MY_KEY is not in the environment"):
@@ -170,6 +178,11 @@ def test_a_run_by_vllm(tmp_path: Path) -> None:
     train(by_vllm)
     assert {stage: (stage / "samples.parquet").read_bytes() for stage in bits} == bits
 
+    curve = best_of_curve(result.folder, 2, 4)
+    assert curve["n"] == [1, 2] and curve["reward"][0]["n"] == 4
+    (stage,) = store.glob("best-of-curve-*")
+    assert '"backend": "vllm"' in (stage / "stage.json").read_text()
+
     by_transformers = tiny_recipe(tmp_path, HEAD_OF_32, "loop.iterations=0", "name=other")
     second = stage_records(train(by_transformers).folder)
     assert first["sft"]["key"] == second["sft"]["key"]
@@ -188,9 +201,22 @@ def test_spin_by_vllm(tmp_path: Path) -> None:
 @pytest.fixture
 def sampler(tmp_path: Path) -> Iterator[VLLMSampler]:
     recipe = tiny_recipe(tmp_path, "generation.backend=vllm", "data.max_prompt_tokens=60")
-    sampler = VLLMSampler(recipe, "vllm", CPU, tmp_path / "log")
+    sampler = VLLMSampler(VLLMSettings.of(recipe), "vllm", CPU, tmp_path / "log")
     yield sampler
     sampler.close()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_step_of_an_optimiser_is_seen(fused: bool) -> None:
+    model = build("llama", 0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
+    seen = [bits(model)]
+    assert bits(model) == seen[0]
+    for _ in range(3):
+        model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
+        optimiser.step()
+        seen.append(bits(model))
+    assert len({tuple(one) for one in seen}) == 4
 
 
 @pytest.mark.vllm

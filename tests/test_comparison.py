@@ -90,7 +90,7 @@ def test_costs_by_part_and_iteration(tmp_path: Path) -> None:
     analysis = analyse(compare_runs(views(*runs)), None, None)
     (grid,) = [g for g in grids(analysis) if g.title.startswith("seconds")]
     assert grid.columns[1:] == [
-        "SFT", "samples and pairs", "reward", "policy", "measuring",
+        "SFT", "samples and pairs", "reward", "policy step", "measuring",
         "total", "per iteration", "relative", "peak MiB",
     ]  # fmt: skip
     assert grid.rows == [

@@ -117,8 +117,8 @@ def test_card_mistake_names_file_and_key(tmp_path: Path, options: str, message: 
     [
         ("# No front matter\n", r"line 1: expected YAML front matter"),
         ("---\nirl_align: {\n---\n", r"front matter: .*line 2, column 13"),
-        ("---\n- a list\n---\n", r"found \['a list'\], expected keys and values"),
-        ("---\nlicense: mit\n---\n", r"irl_align: found None"),
+        ("---\n- a list\n---\n", r"found a list, expected keys and values"),
+        ("---\nlicense: mit\n---\n", r"irl_align: found null"),
     ],
 )
 def test_broken_front_matter(tmp_path: Path, text: str, message: str) -> None:
@@ -368,7 +368,7 @@ def test_preference_pairs(tmp_path: Path) -> None:
         {"prompt": "x", "chosen": "good", "rejected": "bad", "subset": "A/quality", "margin": 1.5}
     ]
     (tmp_path / "pairs.jsonl").write_text(lines([{**row, "m": "much"}]))
-    with pytest.raises(UserError, match=r"column 'm': found 'much', expected a number"):
+    with pytest.raises(UserError, match=r"column 'm': found 'much', expected a finite number"):
         load_preferences(card, "test")
 
 

@@ -23,10 +23,15 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def imports_of(source: str, module: str, is_package: bool) -> set[str]:
     """Dotted names that ``source`` imports anywhere, in functions too; relative ones resolved.
 
-    ``from a import b`` gives both ``a`` and ``a.b``, since b may be a module.
+    ``from a import b`` gives both ``a`` and ``a.b``, since b may be a module. What is imported for
+    type checkers alone does not count: nothing depends on it when it runs.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -84,13 +89,18 @@ def test_imports_of_resolves_every_form() -> None:
 
 # From the bottom up: a module imports from layers below its own only. A package is one entry.
 LAYERS = (
-    "batches errors maths options resources rewardbench statistics terminal",
-    "policy_options",
-    "config files generate neighbours recipe_yaml tasks tokenizer",
-    "cards models recipe_args samples stages trainers",
-    "costs evaluate recipe sources tables",
+    "hygiene watch",
+    "batches errors maths memory options resources rewardbench statistics",
+    "batch_shares chat_endpoint leaderboard lora_options policy_options ranks sweep",
+    "terminal",
+    "config files machine neighbours recipe_yaml tasks tokenizer",
+    "adapters plan_hardware",
+    "generate sharded",
+    "run_folder",
+    "cards model_shapes models recipe_args samples stages trainers",
+    "costs evaluate memory_guard prune recipe sources tables",
     "data comparison",
-    "comparison_tables",
+    "comparison_tables frontier noise",
     "preference_report",
     "evaluation_tables",
     "pairs tokens",
@@ -98,16 +108,17 @@ LAYERS = (
     "backends ranking",
     "policy",
     "lab",
-    "prepare",
-    "pair_step policy_step",
+    "plan_data prepare saved_sampler",
+    "pair_step plan_costs policy_step",
     "reward_step",
     "measure",
     "loop",
-    "api best_of_curve compare preference_eval report serve smoke_data",
-    "data_report hub smoke standalone",
-    "policy_eval",
+    "api best_of_curve compare plan_store preference_eval report serve smoke_data",
+    "data_report harness hub plan smoke standalone",
+    "disk policy_eval",
+    "endpoint_judge",
     "evaluate_run",
-    "comparison_cli hub_cli vllm_cli",
+    "comparison_cli hub_cli plan_cli prune_cli vllm_cli",
     "cli",
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

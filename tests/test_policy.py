@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -260,6 +260,7 @@ class Bench:
     """A workshop on a tiny model: samples are given, a stage is built at once."""
 
     device = torch.device("cpu")
+    adapted: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, work: Path):
         self.model, self.tokenizer, self.work = model, tokenizer, work
@@ -272,7 +273,7 @@ class Bench:
         self.seen |= {"sampled": policy, "prompts": prompts, "sampling": sampling, "role": role}
         return GROUP
 
-    def load_policy(self, path: Path) -> PreTrainedModel:
+    def load_trainable(self, path: Path) -> PreTrainedModel:
         self.seen["start"] = path
         return copy.deepcopy(self.model)
 

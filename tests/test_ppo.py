@@ -427,7 +427,7 @@ def test_passes_take_every_prompt_once_and_go_on_where_they_were() -> None:
 
 def records(lengths: list[float], rewards: list[float], kl: float = 0.1) -> list[dict[str, Any]]:
     return [
-        {"length": length, "reward": reward, "kl": kl}
+        {"length": length, "reward": reward, "kl": kl, "sampler_log_ratio": 1e-6}
         for length, reward in zip(lengths, rewards, strict=True)
     ]
 
@@ -447,5 +447,8 @@ def test_alarms() -> None:
         "KL to the reference is 6.00 nats, more than twice its target 1",
         "KL to the reference is 6.00 nats, above kl_alarm 5",
     ]
+    (apart,) = find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], chosen)
+    assert apart.startswith("sampler and learner differ by 0.3 in a token's log-prob, above")
+    assert find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], options(sampler_gap_alarm=1)) == []
     (broken,) = find_alarms([{**quiet[0], "entropy": math.nan}], chosen)
     assert broken == "entropy is not finite"

@@ -307,3 +307,23 @@ def test_recipes_with_ppo_are_of_ppo(task: str) -> None:
     recipe = load_recipe(recipes_dir() / task / "irl-ppo.yaml")
     update = recipe.policy_update
     assert update.kind == "ppo" and recipe.reward.kind == "explicit"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--data", "restaurant"], "data.task: found nothing, expected of size, noise at least"),
+        (
+            ["--data", "e2e_nlg", "--set", "data.path=nowhere"],
+            "data.path: found nothing at nowhere",
+        ),
+    ],
+)
+def test_wrong_data_is_told_before_a_run_folder_is_made(
+    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, runs = tmp_path / "model", tmp_path / "runs"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    line = the_line(irl_align(capsys, "ppo", model, "--reward", model, *options, "--output", runs))
+    assert told in line and not runs.exists()

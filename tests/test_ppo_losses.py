@@ -26,6 +26,35 @@ def test_policy_gradient_is_advantage_at_ratio_one_and_zero_where_clipped() -> N
     assert logps.grad.tolist() == pytest.approx([-2.0, 0.0, 0.0])
 
 
+def test_truncated_weights_by_hand() -> None:
+    learner, sampler = logs(0.5, 0.3, 0.2, 0.2), logs(0.25, 0.1, 0.2, 0.8)
+    got = losses.truncated_weights(learner, sampler, 2.5)
+    assert got.tolist() == pytest.approx([2.0, 2.5, 1.0, 0.25])  # 0.3 / 0.1 = 3 is cut
+
+
+def test_weights_give_the_policy_gradient_from_samples_of_another_policy() -> None:
+    """By enumeration: sum_a q(a) grad[w(a) loss(a)] is sum_a pi(a) grad[loss(a)] while none is cut,
+    and the gradient of sum_a pi(a) A(a)."""
+    generator = torch.Generator().manual_seed(0)
+    logits, other, advantages = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    sampler = other.log_softmax(-1)
+
+    def gradient(objective: torch.Tensor) -> list[float]:
+        (found,) = torch.autograd.grad(objective, logits)
+        return list(found.tolist())
+
+    logps = logits.log_softmax(-1)
+    loss = losses.policy_loss(logps, logps.detach(), advantages, 0.2)
+    weights = losses.truncated_weights(logps.detach(), sampler, 1e9)
+    weighted = gradient((sampler.exp() * weights * loss).sum())
+    exact = gradient(-(logits.log_softmax(-1).exp() * advantages).sum())
+    assert weighted == pytest.approx(exact)
+    logps = logits.log_softmax(-1)
+    loss = losses.policy_loss(logps, logps.detach(), advantages, 0.2)
+    assert gradient((sampler.exp() * loss).sum()) != pytest.approx(exact, rel=0.1)
+
+
 def test_value_loss_by_hand() -> None:
     values, old = torch.tensor([1.0, 1.0, 0.1]), torch.tensor([0.0, 0.0, 0.0])
     targets = torch.tensor([2.0, 0.0, 0.0])

@@ -20,7 +20,7 @@ from tiny_runs import stage_records, tiny_recipe, weights, write_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.api import train as run_recipe
-from irl_align.errors import UserError
+from irl_align.errors import TryAgain, UserError
 from irl_align.models import load_model
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy_options import PPOOptions
@@ -175,6 +175,46 @@ def broken_after(calls: int, value: float) -> Scripted:
     return reward
 
 
+def train_through(work: Path, make: Callable[[], Actors], chosen: PPOOptions) -> dict[str, Any]:
+    """Train as a stage does: anew from the last checkpoint after the first fault since it."""
+    with pytest.raises(TryAgain):
+        train(work, make(), chosen)
+    return train(work, make(), chosen)
+
+
+def test_a_nan_that_does_not_come_again_changes_nothing(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chosen = options(checkpoint_every=2)
+    sound = cast_of(tiny_tokenizer, chosen, broken_after(99, math.nan))
+    want = train(tmp_path / "whole", sound, chosen)
+    rewards = iter([broken_after(4, math.nan), broken_after(99, math.nan)])
+
+    def make() -> Actors:
+        return cast_of(tiny_tokenizer, chosen, next(rewards))
+
+    assert timeless(train_through(tmp_path / "work", make, chosen)) == timeless(want)
+    assert weights(tmp_path / "work/model") == weights(tmp_path / "whole/model")
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chosen = options(checkpoint_every=1)
+    want = train(tmp_path / "whole", cast_of(tiny_tokenizer, chosen), chosen)
+    first = cast_of(tiny_tokenizer, chosen)
+    stop_after(first, 4)  # the fourth rollout
+    with pytest.raises(Stop):
+        train(tmp_path / "work", first, chosen)
+    file = tmp_path / "work/scratch/checkpoint-3/optimizer.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    got = train(tmp_path / "work", cast_of(tiny_tokenizer, chosen), chosen)
+    assert timeless(got) == timeless(want)
+    assert weights(tmp_path / "work/model") == weights(tmp_path / "whole/model")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_reward_that_is_not_finite(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, value: float
@@ -188,9 +228,12 @@ def test_a_reward_that_breaks_later_ends_training(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = options(checkpoint_every=1)
-    # two passes look at held-out prompts, then one per update: the third update's is broken
-    cast = cast_of(tiny_tokenizer, chosen, broken_after(4, math.nan))
-    report = train(tmp_path / "work", cast, chosen)
+    # two passes look at held-out prompts, then one per update: the third update's is broken, and
+    # after the second checkpoint, from which it is tried again, every one
+    rewards = iter([broken_after(4, math.nan), broken_after(0, math.nan)])
+    report = train_through(
+        tmp_path / "work", lambda: cast_of(tiny_tokenizer, chosen, next(rewards)), chosen
+    )
     assert report["updates"] == 2 and report["kept_update"] == 1
     assert report["ended"].startswith("stopped at update 3: ") and "\n" not in report["ended"]
     assert report["ended"].endswith("the policy after update 1 is kept")
@@ -209,12 +252,12 @@ def test_an_exploding_kl_stops_before_the_update(
     wild: dict[str, Any] = {"kl_stop": 0.5, "learning_rate": 0.5, "epoch_kl": None}
     chosen = options(checkpoint_every=1, episodes=16 * 10, **wild)
     with pytest.raises(UserError, match=r"update 2: KL to the reference is .* above kl_stop 0.5"):
-        train(tmp_path / "none", cast_of(tiny_tokenizer, chosen), chosen)
+        train_through(tmp_path / "none", lambda: cast_of(tiny_tokenizer, chosen), chosen)
 
     slow = options(
         checkpoint_every=1, episodes=16 * 30, kl_stop=1.0, kl_coef=0.0, lr_schedule="constant"
     )
-    report = train(tmp_path / "work", cast_of(tiny_tokenizer, slow), slow)
+    report = train_through(tmp_path / "work", lambda: cast_of(tiny_tokenizer, slow), slow)
     kls = [record["kl"] for record in report["history"]]
     assert 2 <= len(kls) < 30 and max(kls) <= 1.0
     assert report["kept_update"] == len(kls) - 1
@@ -228,7 +271,7 @@ def test_weights_that_blow_up_stop_training(
         learning_rate=1e30, epoch_kl=None, kl_stop=1e30, kl_alarm=1e30, evaluate_every=100
     )
     with pytest.raises(UserError) as caught:
-        train(tmp_path / "work", cast_of(tiny_tokenizer, chosen), chosen)
+        train_through(tmp_path / "work", lambda: cast_of(tiny_tokenizer, chosen), chosen)
     assert "no earlier policy was kept" in str(caught.value) and "\n" not in str(caught.value)
 
 

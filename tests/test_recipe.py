@@ -20,9 +20,9 @@ from irl_align.recipe import (
     to_dict,
     to_yaml,
 )
-from irl_align.resources import recipes_dir
+from irl_align.resources import recipe_files, recipes_dir
 
-SHIPPED = sorted(recipes_dir().rglob("*.yaml"))
+SHIPPED = recipe_files()
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +70,19 @@ def test_overrides_replace_and_reach_everywhere() -> None:
     assert recipe.model.from_scratch.hidden_size == 96
     assert recipe.loop.signs.kl == 9.0
     assert recipe.description == "a = b"
+
+
+def test_an_empty_mapping_clears_what_was_there() -> None:
+    assert load(BASE, "reward.args={}").reward.args == {}
+    assert load(BASE, "reward.args={}", "reward.args.max_steps=9").reward.args == {"max_steps": 9}
+    kind = load(BASE, "reward.kind=none", "policy_update={kind: sft}", "reward={}").reward
+    assert (kind.kind, kind.args) == ("none", {})
+    fresh = load(BASE, "reward={}", "policy_update={}")
+    assert (fresh.reward.loss, fresh.reward.args) == ("bradley_terry", {})
+    assert update(fresh)["n"] == 8
+    write(BASE, "below.yaml")
+    assert load("extends: below.yaml\nreward: {args: {}}\n").reward.args == {}
+    assert load("extends: below.yaml\nreward: {}\n").reward.loss == "bradley_terry"
 
 
 def test_override_of_a_kind_comes_first() -> None:
@@ -348,7 +361,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def test_list_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("irl_align.recipe.recipes_dir", lambda: tmp_path)
+    monkeypatch.setattr("irl_align.resources.recipes_dir", lambda: tmp_path)
     write("name: one\ndescription: First.\n", "toy/a.yaml")
     write("extends: a.yaml\nname: two\n", "toy/b.yaml")
     assert list_recipes() == [

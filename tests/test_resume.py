@@ -121,7 +121,7 @@ def test_a_half_written_record_is_no_artefact(tmp_path: Path) -> None:
 
 
 def checkpoints(folder: Path, stage: str) -> list[Path]:
-    return list((folder / "runs/store/.work").glob(f"{stage}-*/scratch/checkpoint-*/complete"))
+    return list((folder / "runs/store/.work").glob(f"{stage}-*/scratch/checkpoint-*/.seal.json"))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])

@@ -22,17 +22,18 @@ from irl_align.data import load_demonstrations, load_preferences
 from irl_align.errors import UserError
 from irl_align.models import load_tokenizer
 from irl_align.recipe import load_recipe
-from irl_align.resources import recipes_dir
+from irl_align.resources import recipe_files, recipes_dir
 from irl_align.smoke import run_smoke, smoke_folder, smoke_recipe
 from irl_align.smoke_data import NOTICE, write_preferences
 from irl_align.tokens import encode_prompts
 
 pytestmark = pytest.mark.timeout(240)
-# The recipes of the two built-in tasks are run at their own size by other tests and by hand.
+# The recipes of the two built-in tasks are run at their own size by other tests and by hand;
+# ablations are in test_ablations.
 SHIPPED = sorted(
     path.relative_to(recipes_dir()).as_posix()
-    for path in recipes_dir().rglob("*.yaml")
-    if path.parent.name not in ("e2e", "restaurant")
+    for path in recipe_files()
+    if path.parent.name not in ("e2e", "restaurant", "ablations", "sfx")
 )
 ARCHITECTURE = {
     "tldr": "gpt_neox",

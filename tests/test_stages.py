@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irl_align import stages
-from irl_align.errors import UserError
+from irl_align.errors import TryAgain, UserError
 from irl_align.stages import Run, Stage, Store, environment, stage_key
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,31 +130,79 @@ def swap_record(stage: Stage) -> None:
     (stage.path / "stage.json").write_text('{"key": "0123"}')
 
 
+def flip_a_bit(stage: Stage) -> None:
+    (stage.path / "out/text.txt").write_text("hellp")
+
+
+def link_out(stage: Stage) -> None:
+    path = stage.path / "out/text.txt"
+    elsewhere = stage.path.parent / "elsewhere.txt"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def change_a_number(stage: Stage) -> None:
+    path = stage.path / "stage.json"
+    path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.4'))
+
+
 @pytest.mark.parametrize(
-    ("damage", "file", "found", "expected"),
+    ("damage", "file", "found"),
     [
-        (truncate, "out/text.txt", "found 2 bytes", "expected 5 bytes"),
-        (lose_file, "out/text.txt", "found no such file", "expected 5 bytes"),
-        (lose_record, "stage.json", "found no such file", "expected the record"),
-        (cut_record, "stage.json", "found no JSON", "expected the record"),
-        (swap_record, "stage.json", "found the record of another stage", "expected key"),
+        (truncate, "out/text.txt", "found 2 bytes, expected 5 bytes"),
+        (lose_file, "out/text.txt", "found no such file, expected 5 bytes"),
+        (flip_a_bit, "out/text.txt", "found other bytes than were written"),
+        (link_out, "out/text.txt", "found no such file, expected 5 bytes"),
+        (lose_record, "stage.json", "found no such file, expected the record"),
+        (cut_record, "stage.json", "found no JSON"),
+        (swap_record, "stage.json", "found another record than that of stage "),
+        (change_a_number, "stage.json", "found another record than that of stage "),
     ],
 )
-def test_a_damaged_stage_is_told_and_not_rebuilt(
-    tmp_path: Path, damage: Callable[[Stage], None], file: str, found: str, expected: str
+def test_a_damaged_stage_is_told_put_aside_and_built_anew(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Stage], None],
+    file: str,
+    found: str,
 ) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path / "store")
     stage = store.stage("sft", {}, {}, build_text())
     damage(stage)
-    with pytest.raises(UserError) as error:
-        store.stage("sft", {}, {}, never)
-    message = str(error.value)
-    assert message.startswith(f"{stage.path / file}: {found}")
-    assert expected in message
-    assert message.endswith(f"delete the folder {stage.path} to rebuild it")
-    assert "\n" not in message
-    shutil.rmtree(stage.path)
-    assert store.stage("sft", {}, {}, build_text()).path == stage.path
+    left = (stage.path / "out/text.txt").exists()
+    again = store.stage("sft", {}, {}, build_text())
+    aside = tmp_path / f"store/.work/{stage.path.name}.damaged"
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert told.startswith(f"{stage.path / file}: {found}") and "\n" not in told
+    assert told.endswith(f"; the stage is built anew, and this one kept as {aside}")
+    assert (again.reused, again.path) == (False, stage.path)
+    assert (again.path / "out/text.txt").read_text() == "hello"
+    assert (aside / "out/text.txt").exists() == left
+    assert store.stage("sft", {}, {}, never).reused
+
+
+def test_a_stage_of_an_older_version_is_compared_by_size(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    stage = store.stage("sft", {}, {}, build_text())
+    record = {k: v for k, v in stage.record.items() if k not in ("xxh3", "check")}
+    (stage.path / "stage.json").write_text(json.dumps(record))
+    flip_a_bit(stage)
+    assert store.stage("sft", {}, {}, never).reused
+
+
+def test_a_fault_that_may_not_come_again_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(work: Path) -> dict[str, Any]:
+        if not (work / "checkpoint").exists():
+            (work / "checkpoint").write_text("kept")
+            raise TryAgain("update 3: loss is nan")
+        return {"found": (work / "checkpoint").read_text()}
+
+    assert Store(tmp_path).stage("ppo", {}, {}, build).metrics == {"found": "kept"}
+    expected = "stage ppo: update 3: loss is nan; tried again from its last checkpoint"
+    assert [record.getMessage() for record in caplog.records] == [expected]
 
 
 # --- failures, kills and a full disk --------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_greedy_is_that_of_the_transformers_backend(
     llama: tuple[VLLMGenerator, PreTrainedModel],
 ) -> None:
     sampler, model = llama
-    prompts, sampling = ragged_prompts(20), Sampling(temperature=0, max_new_tokens=24)
+    prompts, sampling = ragged_prompts(20), Sampling(n=2, temperature=0, max_new_tokens=24)
     ours = generate(TransformersGenerator(model, [EOS], PAD), prompts, sampling)
     theirs = generate(sampler, prompts, sampling)
     assert ids(ours) == ids(theirs)

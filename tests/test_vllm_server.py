@@ -17,8 +17,10 @@ import pytest
 from vllm_models import (
     CONTEXT,
     EOS,
+    RANK,
     SETTINGS,
     VOCAB,
+    adapter,
     build,
     ids,
     largest_gap,
@@ -41,13 +43,14 @@ TOLERANCE = 1e-4
 
 def settings(log: Path, *urls: str, **options: object) -> ServerSettings:
     base = ServerSettings(
-        urls=urls, api_key=KEY, timeout=60.0, start_timeout=240.0, retries=3, log=log
+        urls=urls, api_key=KEY, timeout=60.0, start_timeout=600.0, retries=3, log=log
     )
     return replace(base, **options)  # type: ignore[arg-type]
 
 
 def sampler_of(server: ServerSettings) -> VLLMGenerator:
-    return VLLMGenerator(ServerEngine(SETTINGS, server), "float32", CONTEXT)
+    lora = replace(SETTINGS, lora_rank=RANK)
+    return VLLMGenerator(ServerEngine(lora, server), "float32", CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,35 @@ class TestServer:
             found = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
             assert largest_gap(model, prompts, found) < TOLERANCE
         assert own.engine.starts == 1  # type: ignore[attr-defined]
+
+    def test_a_lora_policy_goes_as_its_adapter(self, own: VLLMGenerator, folder: Path) -> None:
+        """Two adapters in turn, then the whole model again; nothing is merged or started anew."""
+        base, prompts = build("gpt_neox", 0), ragged_prompts(6)
+        where = save(base, folder / "neox-0")
+        [server] = own.engine.servers  # type: ignore[attr-defined]
+        for seed in range(2):
+            path = folder / f"adapter-{seed}"
+            policy = adapter(where, build("gpt_neox", 0), seed, path)
+            sync(own, path, f"adapter {seed}", policy)
+            found = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
+            assert largest_gap(policy, prompts, found) < TOLERANCE
+            assert largest_gap(base, prompts, found) > 0.1  # the adapter says something
+            served = [model["id"] for model in server.call("/v1/models")["data"]]
+            assert served == ["policy", f"adapter {seed}"]  # the one before it is gone
+        sync(own, where, "whole again", base)
+        found = generate(own, prompts, Sampling(max_new_tokens=16))
+        assert largest_gap(base, prompts, found) < TOLERANCE
+        assert own.engine.starts == 1  # type: ignore[attr-defined]
+
+    def test_an_adapter_that_is_too_large_is_told(self, own: VLLMGenerator, folder: Path) -> None:
+        path = folder / "large"
+        adapter(folder / "neox-0", build("gpt_neox", 0), 0, path, rank=64)
+        with (
+            connected(own) as client,
+            pytest.raises(UserError, match=r"refused /v1/load_lora_adapter .*with --lora-rank"),
+        ):
+            sync(client, path, "large", build("gpt_neox", 0))
+        assert process_of(own).alive
 
     def test_seeds_and_limits_are_those_of_the_engine(
         self, own: VLLMGenerator, folder: Path
@@ -225,6 +257,17 @@ def test_a_server_that_does_not_start_says_why(folder: Path) -> None:
     why = r"ended as it started: .*unrecognized arguments: --no-such-option 7; its output is in"
     with pytest.raises(UserError, match=why):
         ServerProcess(PolicyFolder.read(path), unknown, "", None, 240.0, folder / "unstarted.log")
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_a_server_that_is_not_ready_in_time_is_ended_and_told(folder: Path) -> None:
+    sampler = sampler_of(settings(folder / "late.log", start_timeout=0.3))
+    model, before = build("gpt_neox", 0), set(psutil.Process().children())
+    with pytest.raises(UserError, match=r"start_timeout: vLLM's server was not ready after 0.3 s"):
+        sync(sampler, save(model, folder / "late"), "a", model)
+    assert sampler.engine.process is None  # type: ignore[attr-defined]
+    assert set(psutil.Process().children()) <= before
 
 
 # Several servers, of which some fail: stand-ins that speak vLLM's protocol, answered by hand

@@ -27,6 +27,8 @@ from irl_align.generate.vllm_backend import VLLMGenerator
 from irl_align.generate.vllm_common import EngineSettings, vllm_importable
 
 VOCAB, PAD, EOS, CONTEXT = 90, 0, 1, 96
+RANK = 4  # of adapters
+_TARGETS = {"gpt_neox": ["query_key_value", "dense_4h_to_h"]}
 INSTALL = "vLLM is not installed: make vllm"
 needs_vllm = pytest.mark.skipif(not vllm_importable(), reason=INSTALL)
 SETTINGS = EngineSettings(device="cpu", dtype="float32", context_length=CONTEXT, cache_tokens=4096)
@@ -77,12 +79,15 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> Path:
     return folder
 
 
-def adapter(base: Path, model: PreTrainedModel, seed: int, folder: Path) -> PeftModel:
+def adapter(
+    base: Path, model: PreTrainedModel, seed: int, folder: Path, rank: int = RANK
+) -> PeftModel:
     """A random LoRA adapter of a saved model, saved beside it."""
     model.config._name_or_path = model.name_or_path = str(base)
+    targets = _TARGETS.get(model.config.model_type, ["q_proj", "v_proj", "down_proj"])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
+        config = LoraConfig(r=rank, lora_alpha=16, target_modules=targets)
         wrapped = get_peft_model(model, config)
         with torch.no_grad():
             for name, weights in wrapped.named_parameters():

@@ -41,6 +41,7 @@ from irl_align.generate.rows import Rows
 from irl_align.generate.sampler import sample_tokens
 
 HEADROOM = 16  # cache columns (decoding steps) between two rebuilds of the cache, at most
+MOST_ROWS = 128  # of a batch, unless told otherwise
 DONE_FRACTION = 0.25  # of the rows; then the batch is compacted and refilled
 
 
@@ -67,7 +68,7 @@ class TransformersGenerator:
         eos_token_ids: Collection[int],
         pad_token_id: int,
         max_batch_tokens: int = 32_768,
-        max_batch_rows: int = 128,
+        max_batch_rows: int = MOST_ROWS,
         context_length: int | None = None,
     ) -> None:
         if not eos_token_ids:

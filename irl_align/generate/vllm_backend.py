@@ -8,7 +8,9 @@ old weights, or part of them, samples on without a word, and a policy would be t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,8 @@ class VLLMGenerator:
         self.key: str | None = None
         self.gap: float | None = None
         """Largest gap of a log-prob in the comparison after the last sync."""
-        self.syncs = 0
+        self.seconds: list[float] = []
+        """Of every sync, its comparison included; the first one starts the engine."""
         self._eos: frozenset[int] = frozenset()
         self._vocab_size = 0
 
@@ -75,6 +78,7 @@ class VLLMGenerator:
         if key == self.key:
             return
         self.key = None
+        begin = time.perf_counter()
         policy = PolicyFolder.read(path)
         self.engine.load(policy, key)
         self.gap = self._compare(logprobs)
@@ -91,7 +95,12 @@ class VLLMGenerator:
                     f"expected at most {self.tolerance:g}; set generation.backend to transformers"
                 )
         self.key = key
-        self.syncs += 1
+        self.seconds.append(time.perf_counter() - begin)
+
+    @property
+    def syncs(self) -> int:
+        """How often the engine was given weights."""
+        return len(self.seconds)
 
     def _compare(self, logprobs: LearnerLogprobs) -> float:
         """Largest gap between the engine's and the learner's log-prob of a sampled token."""
@@ -115,15 +124,18 @@ class VLLMGenerator:
         arrays = check_prompts(prompts, self._vocab_size, self.context_length)
         partial: dict[int, dict[int, list[Completion]]] = {}
         missing: dict[int, int] = {}
-        for request, samples in self.engine.run(requests(arrays, sampling, self._eos)):
+        # Greedy samples of a prompt are all the same, and vLLM gives one of them.
+        asked = replace(sampling, n=1) if sampling.greedy else sampling
+        for request, samples in self.engine.run(requests(arrays, asked, self._eos)):
             index = request.index
             done = [completion(request, sample, self._eos) for sample in samples]
             partial.setdefault(index, {})[request.first] = done
-            missing[index] = missing.get(index, sampling.n) - len(done)
+            missing[index] = missing.get(index, asked.n) - len(done)
             if missing[index] == 0:
                 del missing[index]
                 parts = partial.pop(index)
-                yield index, [sample for first in sorted(parts) for sample in parts[first]]
+                drawn = [sample for first in sorted(parts) for sample in parts[first]]
+                yield index, drawn * (sampling.n // asked.n)
 
     def rest(self) -> None:
         """Give accelerator memory back until it is needed."""

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from irl_align.adapters import CONFIG, base_of, is_adapter
 from irl_align.errors import UserError
+from irl_align.files import read_json
 from irl_align.generate.protocol import Completion, Sampling
 from irl_align.generate.vllm_worker import EXTENSION
 
@@ -41,6 +43,7 @@ class EngineSettings:
         context_length: most tokens of prompt and completion together; vLLM's max_model_len.
         cache_tokens: key-value positions of all sequences together.
         trust_remote_code: run code that comes with the model.
+        lora_rank: of the adapters that policies may come as; 0 for whole models alone.
         args: vLLM's own options under its own names (``vllm serve --help``), over ours.
     """
 
@@ -49,6 +52,7 @@ class EngineSettings:
     context_length: int
     cache_tokens: int
     trust_remote_code: bool = False
+    lora_rank: int = 0
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -63,16 +67,22 @@ class PolicyFolder:
     @staticmethod
     def read(path: Path) -> PolicyFolder:
         """Look into a folder; UserError where an adapter does not name a folder for its model."""
-        file = path / "adapter_config.json"
-        if not file.is_file():
+        if not is_adapter(path):
             return PolicyFolder(path.absolute())
-        config = json.loads(file.read_text(encoding="utf-8"))
-        base = Path(str(config.get("base_model_name_or_path")))
+        file, base = path / CONFIG, Path(base_of(path))
         if not (base / "config.json").is_file():
             raise UserError(
                 f"{file}: base_model_name_or_path: found {base}, expected the folder of a model"
             )
-        return PolicyFolder(base.absolute(), path.absolute(), int(config["r"]))
+        rank = read_json(file, "an adapter's settings", "write the adapter again")["r"]
+        return PolicyFolder(base.absolute(), path.absolute(), int(rank))
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What tells the whole model's weights from others: where, and which files, they are."""
+        files = sorted(self.model.glob("*.safetensors"))
+        stats = [(file.name, file.stat()) for file in files]
+        return self.model, *((n, s.st_ino, s.st_size, s.st_mtime_ns) for n, s in stats)
 
 
 def engine_args(settings: EngineSettings, policy: PolicyFolder) -> dict[str, Any]:
@@ -103,8 +113,8 @@ def engine_args(settings: EngineSettings, policy: PolicyFolder) -> dict[str, Any
         }
     else:
         args["enable_sleep_mode"] = True
-    if policy.adapter is not None:
-        rank = next((r for r in _LORA_RANKS if r >= policy.rank), policy.rank)
+    if largest := max(settings.lora_rank, policy.rank):
+        rank = next((r for r in _LORA_RANKS if r >= largest), largest)
         args |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
     return {**args, **settings.args}
 
@@ -134,7 +144,7 @@ def check_head_size(model: Path) -> None:
 def _config(model: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model).get_text_config()
+    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
 
 
 def _head_size(config: Any) -> int:

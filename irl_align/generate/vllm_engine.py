@@ -46,25 +46,26 @@ class VLLMEngine:
         self.settings = settings
         self.starts = 0
         self._llm: Any = None
-        self._shape: tuple[Any, bool] | None = None
-        self._model: Any = None
+        self._shape: Any = None
+        self._rank = 0  # of the largest adapter that it takes
+        self._weights: Any = None
         self._adapter: Any = None
         self._adapters = 0
         self._resting = False
 
     def load(self, policy: PolicyFolder, key: str) -> None:
         """Answer from these weights from now on; starts the engine when none of this shape runs."""
-        shape = shape_of(policy.model), policy.adapter is not None
-        if self._llm is not None and shape != self._shape:
+        shape, weights = shape_of(policy.model), policy.weights
+        if self._llm is not None and (shape != self._shape or policy.rank > self._rank):
             self.restart()
         if self._llm is None:
             self._start(policy)
-            self._shape = shape
+            self._shape, self._rank = shape, max(self.settings.lora_rank, policy.rank)
         else:
             self._wake()
-            if self._model != (policy.model, key if policy.adapter is None else None):
+            if weights != self._weights:
                 self._reload(policy)
-        self._model = policy.model, key if policy.adapter is None else None
+        self._weights = weights
         self._adapter = self._lora(policy, key)
         self._llm.reset_prefix_cache()
 
@@ -175,7 +176,7 @@ class VLLMEngine:
 
         VLLMEngine._running = None
         self._llm.llm_engine.engine_core.shutdown()
-        self._llm = self._model = self._adapter = None
+        self._llm = self._weights = self._adapter = None
         self._resting = False
         with learner_untouched():
             cleanup_dist_env_and_memory()

@@ -41,7 +41,7 @@ def serve_command(
         "VLLM_SERVER_DEV_MODE": "1",  # the paths that load weights
         "VLLM_NO_USAGE_STATS": "1",
     }
-    if policy.adapter is not None:
+    if args.get("enable_lora"):
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if settings.device == "cpu":
         # Compiling two functions of the sampler would take longer than it can save.

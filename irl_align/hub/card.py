@@ -20,29 +20,35 @@ from irl_align.hub.sections import (
     result,
     scores_section,
 )
-from irl_align.hub.snippets import policy_snippets, reward_snippets
+from irl_align.hub.snippets import adapter_snippets, policy_snippets, reward_snippets
 from irl_align.reward.model import RewardSettings
 
 REPOSITORY_TAGS = ["irl-align", "inverse-reinforcement-learning"]
 
 
 def reward_card(
-    facts: Facts, found: Artefact, settings: RewardSettings, measured: Measured, licence: Licence
+    facts: Facts,
+    found: Artefact,
+    settings: RewardSettings,
+    measured: Measured,
+    licence: Licence,
+    adapter_base: str | None = None,
 ) -> str:
-    """README.md of an exported reward model."""
+    """README.md of an exported reward model, or of its adapter on a base."""
     results = [
         result(facts, "text-classification", "accuracy", f"{source}, held out", interval.value)
         for source, interval in measured.held_out.items()
     ]
     metadata = _model_data(facts, licence, "text-classification", ["reward-model"], results)
     metadata.metrics = ["accuracy"]
+    snippets = reward_snippets(settings, measured.difference is not None)
+    if adapter_base is not None:
+        metadata.library_name = "peft"
+        snippets = adapter_snippets("reward", settings.mean)
     sections = [
         f"# Reward model learned from {facts.data_name}",
-        "A scalar reward r(x, y) for a prompt x and an answer y, learned by inverse reinforcement "
-        "learning **from demonstrations alone**: it was fitted to score demonstrations above what "
-        "a policy trained on the same data says. No human preference was used"
-        f"{_preferences(facts)}.",
-        load_section(reward_snippets(settings, measured.difference is not None)),
+        f"A scalar reward r(x, y) for a prompt x and an answer y, learned {_learned(facts)}.",
+        load_section(snippets),
         scores_section(settings, measured),
         method_section(facts, found),
         accuracy_section(facts, found, measured),
@@ -52,11 +58,21 @@ def reward_card(
     return _join(metadata, sections)
 
 
-def policy_card(facts: Facts, found: Artefact, checksum: str, licence: Licence) -> str:
-    """README.md of an exported policy."""
+def policy_card(
+    facts: Facts,
+    found: Artefact,
+    checksum: str,
+    licence: Licence,
+    adapter_base: str | None = None,
+) -> str:
+    """README.md of an exported policy, or of its adapter on a base."""
     table, results = gold_table(facts, found)
     metadata = _model_data(facts, licence, "text-generation", ["text-generation"], results)
     k = found.iteration
+    snippets = policy_snippets(facts)
+    if adapter_base is not None:
+        metadata.library_name = "peft"
+        snippets = adapter_snippets("policy")
     sections = [
         f"# Policy learned from {facts.data_name}",
         f"Policy pi_{k} of a run of irl-align: a causal language model "
@@ -67,7 +83,7 @@ def policy_card(facts: Facts, found: Artefact, checksum: str, licence: Licence) 
             else "before the loop of inverse reinforcement learning, supervised only."
         )
         + _selecting(facts, k),
-        load_section(policy_snippets(facts)),
+        load_section(snippets),
         method_section(facts, found),
         "## Evaluation\n\n" + table,
         limits_section(facts, _policy_limits()),
@@ -147,12 +163,17 @@ def _join(metadata: Any, sections: Sequence[str]) -> str:
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
 
 
-def _preferences(facts: Facts) -> str:
-    preferences = facts.view.recipe["reward"].get("preferences")
-    if not preferences:
-        return ""
+def _learned(facts: Facts) -> str:
+    """From what a reward was learned: demonstrations, preferences, or both."""
+    preferences = facts.view.recipe["reward"].get("preferences") or {}
+    name = f"`{card_name(preferences['card'])}`" if preferences else ""
+    if preferences.get("use") == "alone":
+        return f"**from human preferences alone**, those of {name}: no inverse RL, for comparison"
+    besides = f", besides those of {name} (weight {preferences['weight']:g})" if preferences else ""
     return (
-        f", besides those of `{card_name(preferences['card'])}` (weight {preferences['weight']:g})"
+        "by inverse reinforcement learning **from demonstrations alone**: it was fitted to score "
+        "demonstrations above what a policy trained on the same data says. No human preference was "
+        f"used{besides}"
     )
 
 

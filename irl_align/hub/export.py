@@ -6,21 +6,24 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 
+from irl_align.adapters import base_of, is_adapter
 from irl_align.errors import UserError
 from irl_align.files import atomic_folder, atomic_write, file_checksum, files_of, full_disk_told
+from irl_align.hub.adapter import base_name, rename_base, require_whole
 from irl_align.hub.card import policy_card, reward_card
 from irl_align.hub.facts import KINDS, Artefact, Facts, ratio_interval
 from irl_align.hub.licences import UNKNOWN, Licence, derive
 from irl_align.hub.pairs import read_pairs, write_pairs
 from irl_align.hub.sections import Measured
 from irl_align.hub.weights import chat_ids, chat_template, fold_normaliser, plain_scores
-from irl_align.models import load_tokenizer, pick_device
+from irl_align.models import load_model, load_tokenizer, pick_device
 from irl_align.reward.model import RewardModel
 from irl_align.serve import PromptFormat
 from irl_align.tokens import Templated
@@ -42,24 +45,39 @@ class Exported:
     licence: Licence
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a LoRA reward or policy is written: merged into its base, or as the adapter alone."""
+
+    adapter: bool = False
+    base: str | None = None
+    """What the adapter names as its base; None is the recipe's Hub model."""
+
+
 def export(
     run: Path,
     what: str,
     to: Path,
     iteration: int | None = None,
     licence: str | None = None,
+    form: Form = Form(),
 ) -> Exported:
     """Write the reward, the policy or the pairs of a finished run to the new folder `to`.
 
     iteration: which reward or policy; the last by default. licence: in place of the one derived
-    from data and base model. The folder appears whole or not at all. Raises UserError: the run is
-    not finished or has no such thing, `to` exists, the disk is full.
+    from data and base model. form: of a model that is an adapter. The folder appears whole or not
+    at all. Raises UserError: the run is not finished or has no such thing, `to` exists, the disk is
+    full, an adapter alone is asked for and cannot be had.
     """
     if what not in KINDS:
         raise UserError(f"--what: found {what!r}, expected one of {', '.join(KINDS)}")
     facts = Facts.of(run)
     if what == "pairs" and iteration is not None:
         raise UserError("--iteration: pairs are exported together; leave it out with --what pairs")
+    if form.base is not None and not form.adapter:
+        raise UserError("--base: names the base of an adapter; expected --adapter too")
+    if form.adapter and what == "pairs":
+        raise UserError("--adapter: pairs are no model; expected --what reward or policy")
     if to.exists():
         raise UserError(f"--to: {to} exists; give a new folder, or delete it first")
     derived = derive(facts, licence)
@@ -70,8 +88,8 @@ def export(
             derived.why,
         )
     writers: dict[str, Callable[..., int | None]] = {
-        "reward": _write_reward,
-        "policy": _write_policy,
+        "reward": partial(_write_reward, form=form),
+        "policy": partial(_write_policy, form=form),
         "pairs": write_pairs,
     }
     with full_disk_told("export", to.parent), atomic_folder(to) as folder:
@@ -80,23 +98,36 @@ def export(
     return Exported(to, what, number, derived)
 
 
-def _write_reward(folder: Path, facts: Facts, iteration: int | None, licence: Licence) -> int:
+def _write_reward(
+    folder: Path, facts: Facts, iteration: int | None, licence: Licence, form: Form
+) -> int:
     found = facts.reward(iteration)
     rows = _held_out(facts)
-    ours = _save_folded(found.path, folder, rows)
-    reward = RewardModel.from_pretrained(folder, pick_device("auto"))  # as others load it
+    base = base_name(facts, found.path, form.base) if form.adapter else None
+    ours = _save_folded(found.path, folder, rows, form.adapter)
+    again: dict[str, Any] = {}
+    if base is not None:
+        rename_base(folder, base, _revision(facts, form))
+        again = {"merge": False, "base": base_of(found.path)}  # as it lies here
+    reward = RewardModel.from_pretrained(folder, pick_device("auto"), **again)  # as others load it
     measured = _measure(facts, found, reward, rows, ours)
-    text = reward_card(facts, found, reward.settings, measured, licence)
+    text = reward_card(facts, found, reward.settings, measured, licence, base)
     atomic_write(folder / "README.md", text)
     return found.iteration
 
 
-def _save_folded(source: Path, folder: Path, rows: Dataset) -> torch.Tensor:
+def _revision(facts: Facts, form: Form) -> str | None:
+    return facts.view.recipe["model"]["revision"] if form.base is None else None
+
+
+def _save_folded(source: Path, folder: Path, rows: Dataset, adapter: bool) -> torch.Tensor:
     """Write a reward with its normaliser folded in; its scores of the rows (B,) before that."""
-    reward = RewardModel.from_pretrained(source, pick_device("auto"))
+    reward = RewardModel.from_pretrained(source, pick_device("auto"), merge=not adapter)
+    if not adapter:
+        require_whole(reward.model, source)
     ours = reward.score_ids(list(rows["prompt_ids"]), list(rows["completion_ids"]), None)
     fold_normaliser(reward)
-    template = chat_template(reward.settings, reward.tokenizer)
+    template = chat_template(reward.settings, reward.tokenizer, reward.settings.echo)
     if template is not None:
         reward.tokenizer.chat_template = template
     config = reward.model.config
@@ -117,9 +148,11 @@ def _measure(
 ) -> Measured:
     """The exported reward against the run's own on demonstrations, and on held-out pairs."""
     settings = reward.settings
-    ids = [p + c for p, c in zip(rows["prompt_ids"], rows["completion_ids"], strict=True)]
+    read = reward.as_read(rows["prompt_ids"], rows["completion_ids"])
+    ids = [[*p, *c] for p, c in zip(rows["prompt_ids"], read, strict=True)]
     difference = None
-    if not settings.lm_coef and settings.bound is None:
+    as_chat = not (settings.echo and settings.template == "chat")  # the model's own has no echo
+    if not settings.lm_coef and settings.bound is None and as_chat:
         plain = plain_scores(reward.model, ids) - settings.mean
         difference = float((plain - ours).abs().max())
         if difference > TOLERANCE * max(1.0, float(ours.abs().max())):
@@ -157,29 +190,43 @@ def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
     }
 
 
-def _write_policy(folder: Path, facts: Facts, iteration: int | None, licence: Licence) -> int:
+def _write_policy(
+    folder: Path, facts: Facts, iteration: int | None, licence: Licence, form: Form
+) -> int:
     """The policy's weights as they are, with a chat template where its own template is plain."""
     found = facts.policy(iteration)
-    for file in files_of(found.path):
-        if not file.name.startswith(_TOKENIZER):
-            to = folder / file.relative_to(found.path)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, to)
+    base = base_name(facts, found.path, form.base) if form.adapter else None
+    if is_adapter(found.path) and base is None:
+        model = load_model(found.path)
+        require_whole(model, found.path)
+        model.save_pretrained(folder)
+    else:
+        _copy_model(found.path, folder)
+    if base is not None:
+        rename_base(folder, base, _revision(facts, form))
     tokenizer = load_tokenizer(found.path)
     template = chat_template(prompt_format(found.path), tokenizer)
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     checksum = file_checksum(found.path)
-    atomic_write(folder / "README.md", policy_card(facts, found, checksum, licence))
+    atomic_write(folder / "README.md", policy_card(facts, found, checksum, licence, base))
     return found.iteration
+
+
+def _copy_model(source: Path, folder: Path) -> None:
+    for file in files_of(source):
+        if not file.name.startswith(_TOKENIZER):
+            to = folder / file.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, to)
 
 
 def prompt_format(policy: Path) -> Templated:
     """How a saved policy's prompts are written."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(policy)
+    config = AutoConfig.from_pretrained(policy, trust_remote_code=False)
     return PromptFormat(**(getattr(config, "irl_prompt", None) or {}))
 
 

@@ -24,6 +24,7 @@ UPDATES = {
     "ppo": "PPO on the reward with a KL penalty",
     "identity": "none besides the implicit reward's fit (SPIN, arXiv:2401.01335)",
     "sft": "more supervised fine-tuning",
+    "iqlearn": "offline IQLearn on the demonstrations (arXiv:2409.01369)",
 }
 # Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
 RATIOS = {"slot_error_rate": ("slot_errors", "slots")}

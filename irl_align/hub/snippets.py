@@ -79,3 +79,26 @@ def policy_snippets(facts: Facts) -> list[Snippet]:
             "irl-align generate REPO --input prompts.jsonl\n",
         ),
     ]
+
+
+def adapter_snippets(what: str, mean: float = 0.0) -> list[Snippet]:
+    """How to load an adapter, of a reward (whose constant is `mean`) or of a policy."""
+    reward = what == "reward"
+    loader = "AutoPeftModelFor" + ("SequenceClassification" if reward else "CausalLM")
+    labels = ", num_labels=1" if reward else ""
+    code = (
+        f"from peft import {loader}\n"
+        "from transformers import AutoTokenizer\n\n"
+        "tokenizer = AutoTokenizer.from_pretrained(REPO)\n"
+        f"model = {loader}.from_pretrained(REPO{labels}).eval()\n"
+    )
+    if reward:
+        offset = f" - {mean!r}" if mean else ""
+        code = "import torch\n" + code
+        code += (
+            "model.config.pad_token_id = tokenizer.pad_token_id\n\n\n"
+            f"def score(prompt, answer):\n{_CHAT}"
+            "    with torch.no_grad():\n"
+            f"        return model(**inputs).logits[0, 0].item(){offset}\n"
+        )
+    return [("An adapter (LoRA): with peft, which loads the base model too:", "python", code)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from irl_align.adapters import has_adapter
 from irl_align.batches import TOKENS_PER_BATCH, batches_by_tokens, pad_right
 from irl_align.reward.model import RewardModel, score_head
 from irl_align.tokens import Templated, encode_prompts
@@ -31,6 +32,11 @@ _TEMPLATE = """\
 {{{{- message['content']{cased} + eos_token -}}}}
 {{%- endif -%}}
 {{%- endfor -%}}
+{echo}"""
+
+
+_ECHO = """
+{{{{- {before} + messages[0]['content']{cased} + {after} + eos_token -}}}}
 """
 
 
@@ -41,7 +47,8 @@ def fold_normaliser(reward: RewardModel) -> None:
     std divides w, a and b (exact, since b tanh(u / b) / s = (b / s) tanh((u / s) / (b / s))).
     mean goes into the bias c of the norm before the head, c' = c - mean w / |w|^2, where there is
     one (LayerNorm of GPT-2, GPT-NeoX) and the head is all there is. An RMSNorm has no bias, nor
-    has the head: there the mean stays in the settings.
+    has the head: there the mean stays in the settings, and where the norm is that of an adapter's
+    base.
     """
     settings, head = reward.settings, score_head(reward.model)
     std = settings.std
@@ -55,7 +62,7 @@ def fold_normaliser(reward: RewardModel) -> None:
             bound=None if settings.bound is None else settings.bound / std,
         )
         weight = head.weight[0].double()  # (H,)
-        norm = final_norm(reward.model)
+        norm = None if has_adapter(reward.model) else final_norm(reward.model)
         head_alone = not settings.lm_coef and settings.bound is None
         if head_alone and norm is not None and weight.any():
             norm.bias.sub_((settings.mean * weight / (weight @ weight)).to(norm.bias.dtype))
@@ -85,10 +92,13 @@ def final_norm(model: PreTrainedModel) -> torch.nn.LayerNorm | None:
     return found[-1] if found else None
 
 
-def chat_template(card: Templated, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def chat_template(
+    card: Templated, tokenizer: PreTrainedTokenizerBase, echo: bool = False
+) -> str | None:
     """A chat template that writes what the card's plain template does, finished by EOS.
 
-    None where the card's template is the tokenizer's own.
+    None where the card's template is the tokenizer's own. echo: the prompt and EOS once more, as a
+    reward with that setting reads them.
     """
     if card.template == "chat":
         return None
@@ -96,13 +106,15 @@ def chat_template(card: Templated, tokenizer: PreTrainedTokenizerBase) -> str | 
     place = next(i for i, part in enumerate(parts) if part[1] is not None)
     before = "".join(part[0] for part in parts[: place + 1])
     after = "".join(part[0] for part in parts[place + 1 :])
-    adds_bos = encode_prompts(["a"], tokenizer, card)[0][0] == tokenizer.bos_token_id
-    return _TEMPLATE.format(
-        bos="{{- bos_token -}}" if adds_bos and tokenizer.bos_token_id is not None else "",
-        before=json.dumps(before, ensure_ascii=False),
-        after=json.dumps(after, ensure_ascii=False),
-        cased=" | lower" if card.lowercase else "",
-    )
+    first = encode_prompts(["a"], tokenizer, card)[0][0]
+    adds_bos = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
+    bos = "{{- bos_token -}}" if adds_bos else ""
+    texts = {
+        "before": json.dumps(before, ensure_ascii=False),
+        "after": json.dumps(after, ensure_ascii=False),
+        "cased": " | lower" if card.lowercase else "",
+    }
+    return _TEMPLATE.format(bos=bos, echo=bos + _ECHO.format(**texts) if echo else "", **texts)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Losses of the reward level, on rewards that are already computed.
 
 Sources: "From Demonstrations to Rewards" (arXiv:2503.13538), SPIN (arXiv:2401.01335), DPO
-(arXiv:2305.18290). Every loss returns (loss, metrics), all scalars.
+(arXiv:2305.18290), IQLearn (arXiv:2409.01369). Every loss returns (loss, metrics), all scalars.
 """
 
 from __future__ import annotations
@@ -60,6 +60,32 @@ def mixture_logp(logps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     logps: one tensor of any common shape per model; weights sum to 1 (alpha-SPIN's reference).
     """
     return torch.stack([w * logp for w, logp in zip(weights, logps, strict=True)]).sum(0)
+
+
+def iq_learn(
+    logp: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    coef: float,
+    gamma: float = 1.0,
+    tokens: Tensor | int | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Offline IQLearn on demonstrations, logits as soft Q values (arXiv:2409.01369).
+
+    The mean over tokens of coef * r_t^2 - log pi(a_t|s_t), where r_t = log pi(a_t|s_t) + V(s_t) -
+    gamma V(s_{t+1}) is the reward that pi's logits imply, since log pi = Q - V. coef 0 is SFT.
+
+    logp, value: (B, L) log-prob of the token at each place and log-sum-exp of the logits there;
+    mask: (B, L), true on completion tokens, which follow each other; V after the last one is 0.
+    tokens: what sums are divided by, where a batch is part of a larger one.
+    """
+    logp, value, mask = logp.float(), value.float(), mask.float()
+    following = F.pad((value * mask)[:, 1:], (0, 1))  # V(s_{t+1}): (B, L)
+    reward = (logp + value - gamma * following) * mask
+    count = mask.sum() if tokens is None else torch.as_tensor(tokens, device=mask.device)
+    nll, square = -(logp * mask).sum() / count, reward.square().sum() / count
+    metrics = {"nll": nll.detach(), "reward": (reward.sum() / count).detach()}
+    return nll + coef * square, {**metrics, "reward_square": square.detach()}
 
 
 def pair_metrics(margin: Tensor) -> Metrics:

@@ -18,6 +18,15 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: floa
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
+def truncated_weights(logps: Tensor, sampler_logps: Tensor, cap: float) -> Tensor:
+    """min(pi / q, cap), pi the learner before its update, q what was sampled from.
+
+    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training"
+    (2025), truncated importance sampling: a factor of policy_loss, without a gradient of its own.
+    """
+    return (logps - sampler_logps).exp().clamp(max=cap)
+
+
 def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, clip: float | None) -> Tensor:
     """0.5 max((V - G)^2, (V_clip - G)^2), V_clip at most clip from V_old: arXiv:2403.17031 sec. 3.
 

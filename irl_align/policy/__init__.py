@@ -73,6 +73,10 @@ class Workshop(Protocol):
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
 
+    @property
+    def adapted(self) -> Mapping[str, Any]:
+        """For the settings of stages that train a policy: its adapter, where that is trained."""
+
     def stage(
         self,
         role: str,
@@ -81,7 +85,10 @@ class Workshop(Protocol):
         inputs: Mapping[str, str],
         build: Callable[[Path], Mapping[str, Any] | None],
     ) -> Stage:
-        """Return a committed stage, building it if it is not in the store (see Store.stage)."""
+        """Return a committed stage, building it if it is not in the store (see Store.stage).
+
+        Of a run of several processes all build; what they write, one does (ranks.is_main).
+        """
 
     def log(self, key: str, record: Mapping[str, Any]) -> None:
         """Set a line of the run's metrics."""
@@ -97,11 +104,14 @@ class Workshop(Protocol):
     def load_policy(self, path: Path) -> PreTrainedModel:
         """The language model of a policy, on the run's device."""
 
+    def load_trainable(self, path: Path) -> PreTrainedModel:
+        """The language model of a policy, to be trained: all its weights, or its adapter."""
+
     def generator(self, model: PreTrainedModel) -> Generator:
         """What samples this model, whatever its weights become."""
 
-    def load_reward(self, reward: Reward) -> RewardFunction:
-        """The reward function of an artefact, on the run's device."""
+    def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
+        """The reward function of an artefact, on the run's device; merge: without its adapter."""
 
     def sampling(self, n: int, temperature: float) -> Sampling:
         """The recipe's sampling settings with another n and temperature."""

@@ -17,6 +17,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from irl_align import ranks
 from irl_align.errors import UserError
 from irl_align.generate import Completion
 from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
@@ -64,7 +65,7 @@ class BestOfN:
         scores = rank_samples(candidates, rewards, options.score)
 
         def build(work: Path) -> dict[str, Any]:
-            model = workshop.load_policy(start.path)
+            model = workshop.load_trainable(start.path)
             training = workshop.training(work, f"best of {options.n} ({options.use}) {iteration}")
             own = start == policy and sampling.plain
             metrics = self._fit(model, workshop, candidates, scores, training, own)
@@ -78,6 +79,7 @@ class BestOfN:
                 "sampling": vars(sampling),
                 "options": options.model_dump(),
                 "iteration": iteration,
+                **workshop.adapted,
             },
             {**inputs, "start": start.key},
             build,
@@ -118,7 +120,8 @@ def score_candidates(
 
     def build(work: Path) -> dict[str, Any]:
         rewards = sample_rewards(candidates, workshop.load_reward(reward))
-        np.save(work / "rewards.npy", rewards)
+        if ranks.is_main():
+            np.save(work / "rewards.npy", rewards)
         return {"samples": len(rewards)}
 
     stage = workshop.stage(

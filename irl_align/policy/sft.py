@@ -29,7 +29,7 @@ class MoreSFT:
         """Train on; the reward, if there is one, is not looked at."""
 
         def build(work: Path) -> dict[str, Any]:
-            model = workshop.load_policy(policy.path)
+            model = workshop.load_trainable(policy.path)
             columns = sft_columns(demonstrations.prompts, demonstrations.completions)
             training = workshop.training(work, f"more SFT {iteration}")
             metrics = fit_sft(model, workshop.tokenizer, columns, self.args, training)
@@ -39,7 +39,7 @@ class MoreSFT:
         stage = workshop.stage(
             f"policy-{iteration + 1}",
             "more-sft",
-            {"args": dict(self.args), "iteration": iteration},
+            {"args": dict(self.args), "iteration": iteration, **workshop.adapted},
             {"policy": policy.key, "demonstrations": demonstrations.checksum},
             build,
         )

@@ -134,7 +134,8 @@ def reward_table(views: Sequence[RunView]) -> Grid:
     """Every run's rewards on held-out demonstrations, and where the demonstrations' scores are
     before they are normalised, whose drift over iterations shows."""
     columns = ["run", "iteration", "accuracy %", "loss", "margin", "calibration error %"]
-    columns += ["fresh samples %", "older pairs %", "length alone %", "score mean", "score std"]
+    columns += ["fresh samples %", "older pairs %", "agreement with older", "length alone %"]
+    columns += ["correlation with length", "score mean", "score std"]
     grid = Grid("rewards, on held-out demonstrations", columns, [])
     for view in views:
         by_key = {record["key"]: record for record in view.metrics}
@@ -151,7 +152,9 @@ def reward_table(views: Sequence[RunView]) -> Grid:
                     _percent(held["calibration_error"]),
                     _percent(report["fresh"]),
                     older or MISSING,
+                    ", ".join(map(_decimal, report.get("agreement", {}).values())) or MISSING,
                     _percent(report["audit"]["length"]),
+                    _decimal(report["audit"].get("length_correlation")),
                     *map(_decimal, scores),
                 ]
             )

@@ -117,7 +117,8 @@ def _plot(plot: Plot) -> Drawing:
     for at, one in enumerate(series):
         # Intervals at the same iteration would hide each other.
         aside = DODGE * width * (at - (len(series) - 1) / 2) if plot.whole_x and plot.joined else 0
-        _draw_series(drawing, axes, one, at, aside, plot.joined)
+        joined = plot.joined if one.joined is None else one.joined
+        _draw_series(drawing, axes, one, at, aside, joined)
     axes.margins(x=0.06, y=0.06)
     axes.set_xlabel(_lines(plot.x_label, TITLE_WIDTH))
     axes.set_ylabel(_lines(plot.y_label, TITLE_WIDTH // 2))

@@ -25,6 +25,8 @@ class Series:
     name: str
     points: Sequence[Point]
     colour: int | None = None
+    joined: bool | None = None
+    """By a line, or not; None is as the plot says."""
 
 
 @dataclass(frozen=True)

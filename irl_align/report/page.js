@@ -25,9 +25,9 @@ function followScheme() {
   show();
 }
 
-// Numbers by their value, "<= 1.8" and "<0.001" too; what is no number goes to the end.
+// Numbers by their value, "<= 1.8", "<0.001" and "1,200" too; what is no number goes to the end.
 function sortKey(text) {
-  const number = parseFloat(text.replace(/^<=?\s*/, ""));
+  const number = parseFloat(text.replace(/^<=?\s*/, "").replace(/,(?=\d{3})/g, ""));
   return Number.isNaN(number) ? null : number;
 }
 

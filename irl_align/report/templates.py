@@ -7,8 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from irl_align.errors import UserError
-
 FOLDER = Path(__file__).parent
 
 
@@ -19,10 +17,8 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> Any:
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ModuleNotFoundError as error:
-        raise UserError("report: jinja2 is not installed; install irl-align[report]") from error
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,

@@ -10,10 +10,11 @@ from typing import Any
 
 from irl_align import __version__
 from irl_align.comparison import FILE, analyse, compare_runs, read_comparison
-from irl_align.comparison_tables import Grid, grids, notes
+from irl_align.comparison_tables import TEXTS, Grid, grids, notes
 from irl_align.errors import UserError
 from irl_align.evaluation_tables import evaluation_grids, evaluation_notes, read_evaluation
 from irl_align.files import atomic_write
+from irl_align.frontier import frontiers
 from irl_align.report.browser import credited_samples, sample_browser
 from irl_align.report.curves import (
     best_of_curves,
@@ -25,9 +26,10 @@ from irl_align.report.curves import (
     reward_table,
 )
 from irl_align.report.figures import Bars, Plot
+from irl_align.report.gains import gain_figures
 from irl_align.report.images import png, svg
 from irl_align.report.templates import render
-from irl_align.stages import Run, RunView, is_run
+from irl_align.stages import Run, RunView, is_run, records_told
 from irl_align.tables import signs
 
 
@@ -37,6 +39,11 @@ def write_report(source: Path, output: Path | None = None, figures: Path | None 
     output: the HTML file; default report.html in the folder. figures: folder for each figure as an
     SVG and as a PNG file. Raises UserError: no run or comparison there, or an unfinished run.
     """
+    with records_told(str(source)):
+        return _write(source, output, figures)
+
+
+def _write(source: Path, output: Path | None, figures: Path | None) -> Path:
     views, analysis, title = _read(source)
     sections = _figures(views, analysis)
     rewards = reward_table(views)
@@ -45,6 +52,7 @@ def write_report(source: Path, output: Path | None = None, figures: Path | None 
         "page.html.j2",
         title=title,
         version=__version__,
+        texts=TEXTS,
         grids=[
             *grids(analysis),
             *([rewards] if rewards.rows else []),
@@ -83,7 +91,11 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
                 "comparison or of a run"
             )
         view = Run.load(source)
-        return [view], analyse(compare_runs([view], iterations=True), None, None), source.name
+        comparison = compare_runs([view], iterations=True)
+        analysis = analyse(comparison, None, None)
+        lower = comparison.lower_is_better
+        analysis["frontiers"] = frontiers([view], {}, comparison.headline, lower)
+        return [view], analysis, source.name
     analysis = read_comparison(source)
     try:
         paths = [source / str(run["path"]) for run in analysis["runs"]]
@@ -100,9 +112,10 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
 def _figures(
     views: Sequence[RunView], analysis: dict[str, Any]
 ) -> list[tuple[str, Sequence[Plot | Bars]]]:
+    gains = analysis.get("frontiers", [])
     return [
         ("Learning curves", learning_curves(views, analysis)),
-        ("Gold against KL", frontier(views, analysis)),
+        ("Gold against KL", [*frontier(views, analysis), *gain_figures(gains)]),
         ("Reward health", reward_health(views)),
         ("Best of n", best_of_curves(views)),
         ("PPO", ppo_curves(views)),

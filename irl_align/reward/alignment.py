@@ -61,7 +61,8 @@ def load_reward(
     """
     with torch.device("meta"):
         try:
-            empty = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(path))
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            empty = AutoModelForSequenceClassification.from_config(config)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: config.json: not a reward model: {' '.join(str(error).split())[:200]}; "

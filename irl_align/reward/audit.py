@@ -1,11 +1,13 @@
 """Shortcut audit: how well do length, truncation and the SFT model alone tell the pairs apart?
 
-A reward that is no better than one of these may have learned it instead of the task.
+A reward that is no better than one of these may have learned it instead of the task. And does it
+go with length among the samples of one prompt, where a policy can follow it?
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from datasets import Dataset
 from irl_align.maths.losses import pair_metrics
 
 CLOSE = 0.05  # a shortcut this near to the reward's accuracy is warned of
+LEANING = 0.2  # a correlation with length within prompts that is warned of
 
 
 def shortcut_audit(
@@ -39,8 +42,37 @@ def shortcut_audit(
     }
 
 
-def shortcut_warnings(audit: dict[str, float], accuracy: float) -> list[str]:
-    """A line for every surface shortcut (length, truncation) that comes near the reward."""
+def within_prompts(
+    prompts: Sequence[str], one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarray
+) -> float | None:
+    """Correlation (Pearson's) of two numbers of samples after each lost its prompt's mean.
+
+    So prompts whose samples are all long, or all good, do not count. None where nothing varies.
+    """
+    number = np.unique(np.asarray(prompts, dtype=str), return_inverse=True)[1]
+    x, y = (_centred(np.asarray(values, np.float64), number) for values in (one, two))
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return None if scale < 1e-12 else float(x @ y) / scale
+
+
+def _centred(values: np.ndarray, number: np.ndarray) -> np.ndarray:
+    return values - (np.bincount(number, values) / np.bincount(number))[number]
+
+
+def shortcut_warnings(audit: Mapping[str, float | None], accuracy: float) -> list[str]:
+    """A line for every surface shortcut (length, truncation) that comes near the reward, and for a
+    reward that goes with length within prompts."""
+    lines = _close_shortcuts(audit, accuracy)
+    leaning = audit.get("length_correlation")
+    if leaning is not None and abs(leaning) >= LEANING:
+        lines.append(
+            f"shortcut audit: among samples of one prompt the reward's correlation with length is "
+            f"{leaning:+.2f}: it prefers {'longer' if leaning > 0 else 'shorter'} texts"
+        )
+    return lines
+
+
+def _close_shortcuts(audit: Mapping[str, Any], accuracy: float) -> list[str]:
     return [
         f"shortcut audit: {name} alone tells {audit[name]:.1%} of the held-out pairs apart, the "
         f"reward {accuracy:.1%}: it may have learned the {name}"

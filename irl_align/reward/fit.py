@@ -14,14 +14,17 @@ from datasets import Dataset
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
+from irl_align import ranks
 from irl_align.batches import PackedRows, can_pack, pack_rows, row_lengths, share_prompts
 from irl_align.maths.losses import PAIR_LOSSES, calibration_error, pair_metrics
 from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, whole_rewards
+from irl_align.sharded import take_back, to_train
 from irl_align.trainers import (
     LENGTH_GROUPS,
     Guarded,
     Training,
     as_dataset,
+    inside_forward,
     run_trainer,
     training_args,
 )
@@ -107,14 +110,18 @@ class PairRewardTrainer(Guarded, RewardTrainer):
     ) -> Tensor:
         """Weighted pair loss of one batch, plus TRL's centring term when it is asked for."""
         packed = PackedRows(**{field.name: inputs[field.name] for field in fields(PackedRows)})
-        rewards = whole_rewards(self.accelerator.unwrap_model(model), self.reward_settings, packed)
+        inner = self.accelerator.unwrap_model(model)
+        rewards = inside_forward(
+            model, inner, lambda: whole_rewards(inner, self.reward_settings, packed)
+        )
         preferred, rejected = rewards[inputs["slot"]].chunk(2)
         loss, metrics = self.pair_loss(preferred, rejected, inputs["weight"])
         args: Any = self.args
         if args.center_rewards_coefficient is not None:
             loss = loss + args.center_rewards_coefficient * (preferred + rejected).pow(2).mean()
         for name in ("accuracy", "margin"):
-            self._metrics["train"][name].append(metrics[name].item())
+            mean = ranks.total(metrics[name] / ranks.count())
+            self._metrics["train"][name].append(mean.item())
         return loss
 
 
@@ -127,13 +134,15 @@ def fit_reward(
 ) -> dict[str, Any]:
     """Train `reward` in place on pairs (see :func:`pair_columns`); returns training metrics."""
     args = training_args(RewardConfig, {**LENGTH_GROUPS, **options}, training)
+    columns = {**columns, **{y: list(reward.as_read(columns[x], columns[y])) for x, y in SIDES}}
     longest = max(
         (len(p) + len(c) for a, b in SIDES for p, c in zip(columns[a], columns[b], strict=True)),
         default=0,
     )
     share = can_pack(reward.model, longest)
+    trained = to_train(reward.model)
     trainer = PairRewardTrainer(
-        model=reward.model,
+        model=trained,
         args=args,
         data_collator=PairCollator(reward.tokenizer.pad_token_id, share),
         train_dataset=as_dataset({**columns, **_sorted_by(columns, share)}, training.label),
@@ -142,6 +151,7 @@ def fit_reward(
         loss=loss,
     )
     metrics = run_trainer(trainer, training)
+    take_back(trained, reward.model)
     reward.model.eval()
     return metrics
 

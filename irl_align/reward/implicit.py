@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
+from irl_align import ranks
 from irl_align.batches import pad_right
 from irl_align.errors import UserError
 from irl_align.maths.losses import mixture_logp
 from irl_align.models import completion_logprobs
 from irl_align.reward.fit import SIDES
+from irl_align.sharded import take_back, to_train
 from irl_align.trainers import (
     LENGTH_GROUPS,
     Guarded,
@@ -57,9 +60,7 @@ def reference_logps(
         torch.tensor(
             [
                 float(logps.sum(dtype=np.float64))
-                for logps in completion_logprobs(
-                    model, prompts, completions, progress="reference log-probs"
-                )
+                for logps in ranks.over_sequences(partial(_logprobs, model), prompts, completions)
             ],
             dtype=torch.float64,
         )
@@ -67,7 +68,20 @@ def reference_logps(
     ]
     total = mixture_logp(totals, [weight for weight, _ in references])
     known |= dict(zip(missing, total.tolist(), strict=True))
-    return np.asarray([known[key] for key in rows], np.float32).reshape(2, -1)
+    logps = np.asarray([known[key] for key in rows], np.float32).reshape(2, -1)
+    if not np.isfinite(logps).all():
+        raise UserError(
+            "reference log-probs: found NaN or infinite ones, expected finite ones: look at the "
+            "reference's weights, or load it in float32"
+        )
+    return logps
+
+
+def _logprobs(
+    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
+) -> list[np.ndarray]:
+    progress = "reference log-probs" if ranks.is_main() else None
+    return completion_logprobs(model, prompts, completions, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -111,16 +125,19 @@ class PairDPOTrainer(Guarded, DPOTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.expect_ln2:
             self.expect_ln2 = False
-            self.first_loss = loss.item()
+            first = loss.item()
             # The reference's log-probs are float32; half precision rounds the policy's own. The
             # loss magnifies a difference of log-probs by beta: the same nats whatever it is.
             nats = 0.2 if self.args.bf16 or self.args.fp16 else 0.01
             slack = nats * max(self.beta, 0.1)
-            if self.state.global_step == 0 and abs(self.first_loss - LN2) > slack:
+            if self.state.global_step > 0:
+                return loss  # resumed: the checkpoint's history has it
+            if abs(first - LN2) > slack:
                 raise UserError(
-                    f"{self.args.run_name}: the first loss is {self.first_loss:.6f}, expected ln 2 "
+                    f"{self.args.run_name}: the first loss is {first:.6f}, expected ln 2 "
                     f"= {LN2:.6f}: reference and policy differ (another model, dropout, or dtype)"
                 )
+            self.state.log_history.append({"first_loss": first, "step": 0})
         return loss
 
 
@@ -149,8 +166,9 @@ def fit_implicit(
         DPOConfig, {**LENGTH_GROUPS, **options, "precompute_ref_log_probs": True}, training
     )
     plain = args.loss_type == ["sigmoid"] and not args.label_smoothing
+    trained = to_train(model)
     trainer = PairDPOTrainer(
-        model=model,
+        model=trained,
         args=args,
         data_collator=ImplicitCollator(tokenizer.pad_token_id),
         train_dataset=as_dataset(columns, training.label),
@@ -158,7 +176,9 @@ def fit_implicit(
         expect_ln2=expect_ln2 and plain,
     )
     metrics = run_trainer(trainer, training)
-    if hasattr(trainer, "first_loss"):
-        metrics["first_loss"] = trainer.first_loss
+    if first := [r["first_loss"] for r in metrics["history"] if "first_loss" in r]:
+        metrics["first_loss"] = first[0]
+        metrics["history"] = [r for r in metrics["history"] if "first_loss" not in r]
+    take_back(trained, model)
     model.eval()
     return metrics

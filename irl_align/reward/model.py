@@ -22,11 +22,15 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from irl_align import adapters
 from irl_align.batches import TOKENS_PER_BATCH, PackedRows, hidden_states, over_packed
 from irl_align.errors import UserError
+from irl_align.files import read_json
+from irl_align.lora_options import LoraOptions
 from irl_align.maths.losses import bound, implicit_reward, mixture_logp
 from irl_align.models import (
     completion_logprobs,
+    context_length,
     has_plain_logits,
     head_logprobs,
     load_model,
@@ -57,6 +61,8 @@ class RewardSettings:
     """a in r = head + a * mean log-prob of the completion under the backbone."""
     bound: float | None = None
     """Largest |r| before the normaliser."""
+    echo: bool = False
+    """Whether x comes again after y, and r is read at its end: r(x, y) = head([x; y; x])."""
     mean: float = 0.0
     """Mean of the demonstrations' rewards, which the normaliser takes off."""
     std: float = 1.0
@@ -73,6 +79,12 @@ def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     """The scalar head (1, H) of a sequence classifier."""
     head: torch.nn.Linear = getattr(model, "score")  # noqa: B009  (torch types it as a tensor)
     return head
+
+
+def train_adapter(model: PreTrainedModel) -> None:
+    """Of a reward with an adapter train that and the head."""
+    adapters.train_only(model, adapters.OWN)
+    score_head(model).requires_grad_(True)
 
 
 def last_layer_head(model: PreTrainedModel) -> torch.nn.Module | Tensor:
@@ -113,6 +125,11 @@ def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pack
     return settled(score_head(model)(last).squeeze(-1).float(), settings)
 
 
+def echoed(prompts: Ids, completions: Ids, eos: int) -> list[list[int]]:
+    """Completions with the prompt and an EOS after each."""
+    return [[*y, *x, eos] for x, y in zip(prompts, completions, strict=True)]
+
+
 def settled(reward: Tensor, settings: RewardSettings) -> Tensor:
     """Raw rewards with the settings' bound and normaliser applied, any shape."""
     if settings.bound is not None:
@@ -143,11 +160,13 @@ class RewardModel:
         settings: RewardSettings,
         seed: int,
         device: torch.device | str = "cpu",
+        lora: LoraOptions | None = None,
         **options: Any,
     ) -> RewardModel:
         """A fresh reward on a policy's backbone (cold start).
 
-        The head starts at std 1/sqrt(H + 1) (arXiv:2403.17031), from `seed`.
+        The head starts at std 1/sqrt(H + 1) (arXiv:2403.17031), from `seed`. lora: it and an
+        adapter are trained, which goes on from the policy's where that has one.
         """
         with suppress_seqcls_warning():
             model = load_model(
@@ -155,16 +174,21 @@ class RewardModel:
                 device,
                 AutoModelForSequenceClassification,
                 fresh=("score.weight",),
+                merge=lora is None,
                 num_labels=1,
                 **options,
             )
         width = score_head(model).in_features
         with seeded(seed), torch.no_grad():
             score_head(model).weight.copy_(torch.randn(1, width) / (width + 1) ** 0.5)
+            if lora is not None and not adapters.has_adapter(model):
+                adapters.add_adapter(model, lora, adapters.base_of(path))
+        if lora is not None:
+            train_adapter(model)
         model.config.pad_token_id = tokenizer.pad_token_id
         if settings.lm_coef and not model.config.tie_word_embeddings:
             policy = load_model(path, device, AutoModelForCausalLM, **options)
-            model.lm_head = policy.get_output_embeddings()
+            model.lm_head = policy.get_output_embeddings().requires_grad_(lora is None)
         _check_lm_coef(path, model, settings)
         return cls(model, tokenizer, settings)
 
@@ -172,9 +196,13 @@ class RewardModel:
     def from_pretrained(
         cls, path: str | Path, device: torch.device | str = "cpu", **options: Any
     ) -> RewardModel:
-        """Load a reward: ours, or any one-label AutoModelForSequenceClassification."""
+        """Load a reward: ours, or any one-label AutoModelForSequenceClassification.
+
+        options: of :func:`irl_align.models.load_model`, such as merge=False for an adapter apart.
+        """
         tokenizer = load_tokenizer(path)
-        model = load_model(path, device, AutoModelForSequenceClassification, **options)
+        with suppress_seqcls_warning():
+            model = load_model(path, device, AutoModelForSequenceClassification, **options)
         head = getattr(model, "score", None)
         if head is None or model.config.num_labels != 1:
             raise UserError(
@@ -182,16 +210,24 @@ class RewardModel:
                 f"{'score is there' if head is not None else 'score is missing'}; expected a "
                 "causal sequence classifier with one label"
             )
-        settings = _read_settings(path, getattr(model.config, _CONFIG_KEY, None) or {})
+        settings = _settings(path, getattr(model.config, _CONFIG_KEY, None) or {})
         _check_lm_coef(path, model, settings)
         if settings.lm_coef and not model.config.tie_word_embeddings:
-            model.lm_head = _load_lm_head(Path(path), model)
+            if adapters.is_adapter(path):
+                base = options.pop("base", None) or adapters.base_of(path)
+                policy = load_model(base, device, **options)
+                model.lm_head = policy.get_output_embeddings().requires_grad_(False)
+            else:
+                model.lm_head = _load_lm_head(Path(path), model)
         return cls(model, tokenizer, settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer and settings; loads as AutoModelForSequenceClassification."""
         setattr(self.model.config, _CONFIG_KEY, asdict(self.settings))
-        self.model.save_pretrained(folder)
+        if adapters.has_adapter(self.model):
+            adapters.save_adapter(self.model, Path(folder))
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def fit_normaliser(self, prompts: Ids, completions: Ids) -> None:
@@ -224,11 +260,16 @@ class RewardModel:
         def one_batch(batch: list[int], packed: PackedRows) -> None:
             scores[batch] = whole_rewards(self.model, self.settings, packed).cpu()
 
-        self._over(one_batch, prompts, completions, progress)
+        self._over(one_batch, prompts, self.as_read(prompts, completions), progress)
+        require_finite("rewards", scores)
         return scores
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
-        """Rewards of all prefixes, one pass: (T + 1,) float32 per row, on the CPU."""
+        """Rewards of all prefixes, one pass: (T + 1,) float32 per row, on the CPU.
+
+        Raises UserError where the prompt is read again: then no token but the last has a reward.
+        """
+        self.require_no_echo()
         out = [torch.empty(0)] * len(prompts)
 
         def one_batch(batch: list[int], packed: PackedRows) -> None:
@@ -238,6 +279,33 @@ class RewardModel:
 
         self._over(one_batch, prompts, completions, None)
         return out
+
+    def as_read(self, prompts: Ids, completions: Ids) -> Ids:
+        """What the model reads after each prompt: the completion, and with echo the prompt again.
+
+        The second time a causal model can check every part of the prompt against the completion
+        before it ("echo", arXiv:2402.15449). Raises UserError where the model's context is short.
+        """
+        if not self.settings.echo:
+            return completions
+        read = echoed(prompts, completions, self.tokenizer.eos_token_id)
+        longest = max((len(x) + len(y) for x, y in zip(prompts, read, strict=True)), default=0)
+        context = context_length(self.model)
+        if context is not None and longest > context:
+            raise UserError(
+                f"reward.echo: prompt, completion and prompt again have {longest} tokens, expected "
+                f"at most the model's context of {context}: shorten prompts, or leave echo out"
+            )
+        return read
+
+    def require_no_echo(self) -> None:
+        """Raise UserError where tokens of the completion have no rewards or attention to give."""
+        if self.settings.echo:
+            raise UserError(
+                "reward: it reads the prompt again after the completion (reward.echo), so it has "
+                "no rewards of prefixes and no attention by token; expected credit sparse, uniform "
+                "or random"
+            )
 
     def _over(
         self,
@@ -259,7 +327,13 @@ class RewardModel:
         return prompt_ids, ids
 
 
-def _read_settings(path: str | Path, values: dict[str, Any]) -> RewardSettings:
+def read_settings(folder: Path) -> RewardSettings:
+    """Settings of a saved reward."""
+    config = read_json(folder / "config.json", "a reward's config", "write the reward again")
+    return _settings(folder, config.get(_CONFIG_KEY) or {})
+
+
+def _settings(path: str | Path, values: dict[str, Any]) -> RewardSettings:
     """Settings from a config.json, which people edit."""
     try:
         return RewardSettings(**values)
@@ -297,6 +371,16 @@ def _load_lm_head(folder: Path, model: PreTrainedModel) -> torch.nn.Module:
     )
 
 
+def require_finite(name: str, values: Tensor) -> None:
+    """Raise UserError for scores (B, ...) that are not finite, naming the first row of them."""
+    if not values.isfinite().all():
+        row = int((~values.reshape(len(values), -1).isfinite()).any(1).nonzero()[0])
+        raise UserError(
+            f"reward: {name} of completion {row} are not finite; expected finite ones: "
+            "lower learning_rate in reward.args, or load the reward in float32"
+        )
+
+
 class ImplicitReward:
     """r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the reward that SPIN and DPO fit.
 
@@ -316,7 +400,9 @@ class ImplicitReward:
 
     def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
         """Rewards of whole completions: (B,)."""
-        return torch.tensor([float(s[-1]) for s in self.prefix_scores_ids(prompts, completions)])
+        scores = [float(s[-1]) for s in self.prefix_scores_ids(prompts, completions)]
+        require_finite("rewards", torch.tensor(scores))
+        return torch.tensor(scores)
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes: (T + 1,) per row, 0 for the empty completion."""

@@ -32,6 +32,7 @@ from irl_align.reward.model import (
     RewardSettings,
     last_layer_head,
     prefix_rewards,
+    require_finite,
     score_head,
     settled,
     whole_rewards,
@@ -148,6 +149,7 @@ def _model_scores(
 ) -> TokenScores:
     if not (prefixes or attention):
         return TokenScores(reward.score_ids(prompts, completions, None))
+    reward.require_no_echo()
     model = reward.model
     require_causal(model)
     longest = max(map(len, completions), default=0)
@@ -356,9 +358,5 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def _check_finite(scores: TokenScores) -> None:
     for name, values in vars(scores).items():
-        if values is not None and not values.isfinite().all():
-            row = int((~values.reshape(len(values), -1).isfinite()).any(1).nonzero()[0])
-            raise UserError(
-                f"reward: {name} of completion {row} are not finite; expected finite ones: "
-                "lower learning_rate in reward.args, or load the reward in float32"
-            )
+        if values is not None:
+            require_finite(name, values)

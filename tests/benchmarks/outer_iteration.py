@@ -59,11 +59,19 @@ def open_lab(folder: Path, options: argparse.Namespace) -> tuple[Lab, Data, Poli
 
 
 def ours(folder: Path, options: argparse.Namespace) -> None:
-    """One iteration, as bilevel() runs it."""
+    """One iteration, as bilevel() runs it; then a few samples of the new policy, for its sync."""
     lab, data, policy = open_lab(folder, options)
+    begin = time.perf_counter()
     pairs = make_pairs(lab, 0, policy, policy, policy, data)
     reward = fit_reward_level(lab, 0, policy, policy, None, [pairs], data)
-    improve_policy(lab, 0, policy, policy, reward, data)
+    improved = improve_policy(lab, 0, policy, policy, reward, data)
+    took = time.perf_counter() - begin
+    if lab.vllm is not None and lab.vllm.generator is not None:
+        prompts = data.demonstrations("reward").distinct_prompts()[:4]
+        lab.sample(improved, prompts, lab.sampling(1, 1.0), "sync")
+        start, *syncs = lab.vllm.generator.seconds
+        print(f"    {'engine, first weights':36}{start:8.1f} s, once per run")
+        print(f"    {'sync of the new policy':36}{syncs[-1]:8.2f} s, {syncs[-1] / took:.1%}")
     lab.close()
     stages = json.loads((folder / "stages.json").read_text())
     for role, stage in stages.items():

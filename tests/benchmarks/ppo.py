@@ -145,7 +145,7 @@ def our_step(
         Network(policy, None, 1.0), options, CPU, 0, pad, make_accelerator(CPU, False)
     )
     trainer = PPOTrainer(actors, learner, options, Training(work, 0, CPU))
-    trainer.samples = Journal(work / "samples.jsonl", 0)
+    trainer.samples = Journal(work / "samples.jsonl", None)
     records: list[dict[str, Any]] = []
 
     def run() -> None:

@@ -33,6 +33,7 @@ def main(folder: Path) -> None:
     view = Run.load(folder)
     stage = {role: folder / where["path"] for role, where in view.stages.items()}
     pairs = load_pairs(stage["pairs/0"] / "held_out.parquet").to_list()
+    pairs = [pair for pair in pairs if pair["source"] == "demonstration/policy"]
     data = pq.read_table(stage["data"] / "held_out.parquet", columns=["prompt_key", "prompt"])
     texts = {row["prompt_key"]: row["prompt"] for row in data.to_pylist()}
     samples = {(p["prompt_key"], tuple(p["rejected_ids"])): p["prompt_ids"] for p in pairs}

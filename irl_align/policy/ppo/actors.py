@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from irl_align.generate import Generator, Sampling
 from irl_align.policy import Demonstrations
+from irl_align.policy.ppo.backbone import Backbone
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.reward.model import RewardFunction
 
@@ -35,5 +37,13 @@ class Actors:
     """Whether policy and reference are the same at first, so that their KL is 0."""
     judge: Judge | None = None
     """Gold metrics of rollouts, for reporting."""
+    backbone: Backbone | None = None
+    """Of a policy whose model is that of reference, reward and critic too."""
     dtype: torch.dtype = torch.float32
     """Of the weights that are saved."""
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """A block in which `reference` is the reference, and not another adapter on its model."""
+        if self.backbone is None:
+            return nullcontext()
+        return self.backbone.switch.on(self.backbone.reference)

@@ -11,7 +11,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from irl_align.files import atomic_folder, atomic_write, fsync, to_lines
+from irl_align import ranks
+from irl_align.errors import TryAgain
+from irl_align.files import atomic_write, is_sealed, seal, to_lines
+from irl_align.policy.ppo.together import shared_folder
 
 
 @dataclass
@@ -35,29 +38,59 @@ class Progress:
     """One record per update."""
 
 
-def save_checkpoint(scratch: Path, accelerator: Accelerator, progress: Progress) -> None:
-    """Write scratch/checkpoint-N, whole or not at all; older ones but the last are deleted."""
+def save_checkpoint(
+    scratch: Path, accelerator: Accelerator, progress: Progress, journals: Sequence[Journal]
+) -> None:
+    """Write scratch/checkpoint-N, whole or not at all; older ones but the last are deleted.
+
+    It holds the journals so far, too.
+    """
     final = scratch / f"checkpoint-{progress.updates}"
-    if final.exists():  # of an earlier try that was killed after it
+    if ranks.on_main(final.exists):  # of an earlier try that was killed after it
         return
-    with atomic_folder(final) as folder:
+    with shared_folder(final) as folder:
         accelerator.save_state(str(folder), safe_serialization=True)
-        (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    for old in checkpoints(scratch)[:-2]:
-        shutil.rmtree(old)
+        ranks.barrier()
+        if ranks.is_main():
+            (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            for journal in journals:
+                shutil.copy(journal.path, folder)
+            seal(folder)
+    if ranks.is_main():
+        for old in checkpoints(scratch)[:-2]:
+            shutil.rmtree(old)
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator) -> Progress:
     """Weights, optimiser and random state into what the accelerator has prepared; the progress."""
     accelerator.load_state(str(folder))
-    values = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return Progress(**values)
+    return read_progress(folder)
 
 
 def checkpoints(scratch: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Checkpoints, oldest first."""
     found = [path for path in scratch.glob("checkpoint-*") if path.is_dir()]
     return sorted(found, key=updates_of)
+
+
+def last_checkpoint(scratch: Path) -> Path | None:
+    """The newest one that is whole, with the best policy that it names; damaged ones are deleted.
+
+    What is newer than it goes as well: training writes it again.
+    """
+    for checkpoint in reversed(checkpoints(scratch)):
+        if is_sealed(checkpoint):
+            progress = read_progress(checkpoint)
+            if progress.best is None or is_sealed(scratch / f"best-{progress.best_update}"):
+                return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The progress that a checkpoint was written with."""
+    text = (checkpoint / "progress.json").read_text(encoding="utf-8")
+    return Progress(**json.loads(text))
 
 
 def updates_of(checkpoint: Path) -> int:
@@ -65,25 +98,37 @@ def updates_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def once_more(scratch: Path, fault: str) -> None:
+    """Raise TryAgain for the first fault after the last checkpoint; return for the second.
+
+    A fault of the machine, as a NaN out of nowhere, does not come twice; one of training does.
+    """
+
+    def first() -> bool:
+        last = max(map(updates_of, checkpoints(scratch)), default=0)
+        mark = scratch / f"fault-after-{last}"
+        if mark.exists():
+            return False
+        atomic_write(mark, fault)
+        return True
+
+    if ranks.on_main(first):
+        raise TryAgain(fault)
+
+
 class Journal:
     """JSON lines that are there while training runs, and hold nothing twice after a kill."""
 
-    def __init__(self, path: Path, keep: int) -> None:
-        """Go on after the lines of the first `keep` updates; later ones are dropped."""
+    def __init__(self, path: Path, checkpoint: Path | None) -> None:
+        """Go on from a checkpoint's copy; what was written after it is dropped."""
         self.path = path
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and _update(line) <= keep]
-        atomic_write(path, b"".join(kept))
+        if not ranks.is_main():
+            return
+        atomic_write(path, b"" if checkpoint is None else (checkpoint / path.name).read_bytes())
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, each with its field update, counted from 1."""
+        if not ranks.is_main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_lines(rows))
-
-    def flush(self) -> None:
-        """Have what was written reach the disk."""
-        fsync(self.path)
-
-
-def _update(line: bytes) -> int:
-    return int(json.loads(line)["update"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from irl_align import adapters
 from irl_align.errors import UserError
 from irl_align.policy.ppo.network import Critic
 from irl_align.policy_options import PPOOptions
@@ -24,6 +25,7 @@ def make_critic(
     """The critic of the recipe, on the policy's device in float32; None where none is needed.
 
     From the reward it starts as its prefix scores, normaliser included; otherwise at 0 everywhere.
+    Of a trunk with an adapter that is trained.
     Raises UserError where the reward cannot be a critic of this policy.
     """
     if options.advantage != "gae":
@@ -33,14 +35,24 @@ def make_critic(
     if options.critic_init == "zero":
         return Critic(copy.deepcopy(policy.base_model), zero_head(policy))
     model, settings = reward_for_critic(reward, tokenizer)
-    own = copy.deepcopy(model).float().requires_grad_(True)
-    fresh = score_head(own)
-    head = nn.Linear(fresh.in_features, 1, device=policy.device)
+    own = copy.deepcopy(model)
+    if adapters.has_adapter(own):
+        adapters.train_only(own, adapters.OWN)
+    else:
+        own = own.float().requires_grad_(True)
+    trunk = own.base_model.to(policy.device)
+    head = reward_head(own, policy.device)
+    return Critic(trunk, head, settings.bound, settings.mean, settings.std)
+
+
+def reward_head(model: PreTrainedModel, device: torch.device) -> nn.Linear:
+    """A copy of a reward's head, with a bias, to be trained."""
+    fresh = score_head(model)
+    head = nn.Linear(fresh.in_features, 1, device=device)
     with torch.no_grad():
         head.weight.copy_(fresh.weight)
         head.bias.copy_(fresh.bias if fresh.bias is not None else torch.zeros(1))
-    trunk = own.base_model.to(policy.device)
-    return Critic(trunk, head, settings.bound, settings.mean, settings.std)
+    return head
 
 
 def reward_for_critic(

@@ -5,9 +5,12 @@ Legend of shapes: B samples, R rows, T completion tokens, M tokens of a micro-ba
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from irl_align import ranks
+from irl_align.adapters import has_adapter, load_trained, save_trained
 from irl_align.batches import can_pack, row_lengths, share_prompts
 from irl_align.errors import UserError
 from irl_align.maths import ppo_losses
 from irl_align.policy.ppo.network import (
+    CRITIC,
     Entropy,
     MicroBatch,
     Network,
@@ -29,11 +35,20 @@ from irl_align.policy.ppo.network import (
     tokens_of,
 )
 from irl_align.policy.ppo.rollout import Samples
+from irl_align.policy.ppo.together import (
+    is_sharded,
+    prepare,
+    sum_gradients,
+    to_shard,
+    whole_number,
+)
 from irl_align.policy_options import PPOOptions
+from irl_align.sharded import take_back
 
 _PADDING = 0.03  # most padding of a micro-batch, as a share of its slots
 _FEW = 512  # slots below which another row is cheaper than another forward pass
 _SUMS = ("policy_loss", "value_loss", "entropy", "update_kl", "clip_fraction", "log_ratio")
+_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 # Mean |log pi_learner - log pi_sampler| per token before the first step: rounding, and no more.
 _SAME = {False: 1e-3, True: 5e-2}  # by bf16
 
@@ -56,32 +71,43 @@ class Batch:
     old_values: Tensor | None
     targets: Tensor | None
     """The critic's: rewards-to-go, estimated."""
+    weights: Tensor | None = None
+    """Of the policy loss: truncated importance weights."""
 
 
 class Micro:
     """A rollout's samples as micro-batches: packed once, and cut anew for every minibatch."""
 
-    def __init__(self, samples: Samples, share: bool, pad: int, device: torch.device) -> None:
+    def __init__(
+        self, samples: Samples, share: bool, pad: int, device: torch.device, even: bool = False
+    ) -> None:
         self.prompts, self.completions = samples.prompts, samples.completions
         self.rows = share_prompts(self.prompts, self.completions, share)
         self.lengths = row_lengths(self.prompts, self.completions, self.rows)
         self.shape = samples.mask.shape
-        self.pad, self.device = pad, device
+        self.pad, self.device, self.even = pad, device, even
 
     def batches(self, rows: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-        """The rows with these numbers, sorted by length."""
-        cut = padded_batches([self.lengths[r] for r in rows], max_tokens)
-        return [
-            micro_batch(
-                self.prompts,
-                self.completions,
-                [self.rows[rows[i]] for i in chosen],
-                self.pad,
-                self.shape[1],
-                self.device,
-            )
-            for chosen in cut
-        ]
+        """The rows with these numbers, sorted by length; of several processes this one's share.
+
+        Where they must be as many in each (even), the last ones of some do not count.
+        """
+        cuts = []
+        for share in ranks.shares([self.lengths[r] for r in rows], ranks.count()):
+            mine = [rows[i] for i in share]
+            lengths = [self.lengths[r] for r in mine]
+            cuts.append([[mine[i] for i in cut] for cut in padded_batches(lengths, max_tokens)])
+        own = cuts[ranks.rank() % len(cuts)]
+        found = [self._packed(cut) for cut in own]
+        if idle := max(map(len, cuts)) - len(own) if self.even else 0:
+            filler = replace(self._packed(own[-1] if own else cuts[0][0]), counted=False)
+            found += [filler] * idle
+        return found
+
+    def _packed(self, rows: Sequence[int]) -> MicroBatch:
+        shared = [self.rows[row] for row in rows]
+        where = (self.pad, self.shape[1], self.device)
+        return micro_batch(self.prompts, self.completions, shared, *where)
 
 
 def padded_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -121,6 +147,10 @@ class Learner:
         self.options = options
         self.seed, self.pad, self.device = seed, pad, device
         self.accelerator = accelerator
+        self.sharded = is_sharded(accelerator)
+        self.whole_policy = network.policy
+        if self.sharded:
+            network = to_shard(network)
         _quiet(network, options.gradient_checkpointing)
         groups = [{"params": network.policy_parameters(), "lr": options.learning_rate}]
         if critic := network.critic_parameters():
@@ -132,9 +162,15 @@ class Learner:
         optimizer = torch.optim.AdamW(
             groups, eps=1e-5, weight_decay=options.weight_decay, fused=True
         )
-        prepared: Any = accelerator.prepare(network, optimizer)
+        prepared = prepare(accelerator, network, optimizer)
         self.network: Network = prepared[0]
+        if has_adapter(network.policy):
+            _checkpoint_trained(accelerator)
         self.optimizer = prepared[1]
+        self.switch = network.critic.switch if network.critic is not None else None
+        # (log-probs, values) of each pass: adapters on one trunk take turns, backward pass included
+        alone = self.switch is None
+        self.passes = ((True, True),) if alone else ((True, False), (False, True))
         self.trunks: list[Any] = [network.policy]
         if network.critic is not None and network.critic.trunk is not None:
             self.trunks.append(network.critic.trunk)
@@ -144,7 +180,7 @@ class Learner:
         rows = zip(samples.prompts, samples.completions, strict=True)
         longest = max(len(prompt) + len(completion) for prompt, completion in rows)
         share = all(can_pack(trunk, longest) for trunk in self.trunks)
-        return Micro(samples, share, self.pad, self.device)
+        return Micro(samples, share, self.pad, self.device, self.sharded)
 
     def whole(self, micro: Micro) -> list[MicroBatch]:
         """All rows of a rollout."""
@@ -159,9 +195,9 @@ class Learner:
         for batch in batches:
             found: Outputs = self.network(batch, logps=logps, values=values)
             for array, part in zip(out, (found.logps, found.values), strict=True):
-                if array is not None and part is not None:
+                if array is not None and part is not None and batch.counted:
                     array[batch.index.cpu()] = part.float().cpu()
-        first, second = (None if a is None else a.view(micro.shape) for a in out)
+        first, second = (None if a is None else ranks.total(a).view(micro.shape) for a in out)
         return first, second
 
     @torch.no_grad()
@@ -174,8 +210,9 @@ class Learner:
             with self.accelerator.autocast():
                 logps = tokens_of(model, batch, self.options.temperature).logps
             assert logps is not None
-            out[batch.index.cpu()] = logps.float().cpu()
-        return out.view(micro.shape)
+            if batch.counted:
+                out[batch.index.cpu()] = logps.float().cpu()
+        return ranks.total(out).view(micro.shape)
 
     def update(
         self, number: int, batch: Batch, micro: Micro, whole: Sequence[MicroBatch]
@@ -207,49 +244,78 @@ class Learner:
             report.update(self._measured(means, epoch))
         return {**report, "epochs": float(options.epochs)}
 
+    def publish(self) -> None:
+        """Have the policy that is sampled and saved be the one that is trained, where it is not."""
+        if self.sharded:
+            take_back(self.network.policy, self.whole_policy)
+
     def _accumulate(
         self, minibatch: Sequence[MicroBatch], arrays: dict[str, Tensor], kl_coef: float, epoch: int
     ) -> tuple[Tensor, int]:
         """Gradients of a minibatch's loss, the mean over its tokens however it is cut; its sums."""
         options = self.options
-        count = sum(len(micro.index) for micro in minibatch)
+        own_tokens = sum(len(micro.index) for micro in minibatch if micro.counted)
+        count = int(ranks.total(torch.tensor(own_tokens, device=self.device)))
+        averaged = ranks.count() if self.sharded else 1  # what gradients are divided by after this
         sums = torch.zeros(len(_SUMS), device=self.device)
         entropy: Entropy = "none"
         if self._entropy(epoch):
             entropy = "loss" if options.entropy_coef else "monitor"
         for micro in minibatch:
             own = {name: array[micro.index] for name, array in arrays.items()}
-            out: Outputs = self.network(micro, entropy=entropy)
-            assert out.logps is not None
-            old = own["old_logps"]
+            for logps, values in self.passes:
+                # Until the backward pass is over: checkpointing computes the forward pass again.
+                with self._turn(logps):
+                    out = self.network(micro, logps=logps, values=values, entropy=entropy)
+                    loss, parts = self._loss(out, own, kl_coef)
+                    weight = averaged * micro.counted
+                    self.accelerator.backward(loss.sum() / count * weight)
+                sums += parts * micro.counted
+        if not self.sharded:
+            sum_gradients(w for group in self.optimizer.param_groups for w in group["params"])
+        return ranks.total(sums), count
+
+    def _turn(self, policy: bool) -> contextlib.AbstractContextManager[None]:
+        """A block in which the policy, or a critic that is an adapter on its trunk, is active."""
+        if policy or self.switch is None:
+            return contextlib.nullcontext()
+        return self.switch.on(CRITIC)
+
+    def _loss(self, out: Outputs, own: dict[str, Tensor], kl_coef: float) -> tuple[Tensor, Tensor]:
+        """Loss (M,) of what a forward pass has said, and its part of the sums _SUMS."""
+        options, old = self.options, own["old_logps"]
+        loss, sums = torch.zeros_like(old), torch.zeros(len(_SUMS), device=self.device)
+        if out.logps is not None:
             policy = ppo_losses.policy_loss(out.logps, old, own["advantages"], options.clip)
-            loss = policy
+            if "weights" in own:
+                policy = own["weights"] * policy
+            loss = loss + policy
             if kl_coef:
                 loss = loss + kl_coef * ppo_losses.k3(out.logps, own["reference_logps"])
-            if entropy == "loss" and out.entropy is not None:
+            if options.entropy_coef and out.entropy is not None:
                 loss = loss - options.entropy_coef * out.entropy
-            value = torch.zeros_like(policy)
-            if out.values is not None:
-                value = ppo_losses.value_loss(
-                    out.values, own["old_values"], own["targets"], options.value_clip
-                )
-                loss = loss + options.vf_coef * value
-            self.accelerator.backward(loss.sum() / count)
             with torch.no_grad():
                 logps = out.logps.detach()
                 spread = policy.new_zeros(1) if out.entropy is None else out.entropy
                 clipped = ppo_losses.clipped_share(logps, old, options.clip) * len(logps)
                 kl = ppo_losses.k3(old, logps).sum()  # KL(pi_old || pi), on samples of pi_old
                 moved = (logps - old).abs().sum()
-                sums += torch.stack([policy.sum(), value.sum(), spread.sum(), kl, clipped, moved])
-        return sums, count
+                zero = torch.zeros_like(kl)
+                sums += torch.stack([policy.sum(), zero, spread.sum(), kl, clipped, moved])
+        if out.values is not None:
+            value = ppo_losses.value_loss(
+                out.values, own["old_values"], own["targets"], options.value_clip
+            )
+            loss = loss + options.vf_coef * value
+            sums[_SUMS.index("value_loss")] += value.detach().sum()
+        return loss, sums
 
     def _step(self, number: int) -> dict[str, float]:
         """Clip and apply the gradients of policy and critic; their norms before."""
         report = {}
         limit = self.options.max_grad_norm
         for name, group in zip(self.norms, self.optimizer.param_groups, strict=True):
-            norm = float(self.accelerator.clip_grad_norm_(group["params"], limit))
+            norm = whole_number(self.accelerator.clip_grad_norm_(group["params"], limit))
             if not math.isfinite(norm):
                 raise Diverged(f"update {number + 1}: the {name} is {norm}; lower learning_rate")
             report[name] = norm
@@ -296,7 +362,7 @@ class Learner:
         return 1.0 - number / self.options.updates if self.options.lr_schedule == "linear" else 1.0
 
     def _on_device(self, batch: Batch) -> dict[str, Tensor]:
-        names = ("old_logps", "advantages", "reference_logps", "old_values", "targets")
+        names = ("old_logps", "advantages", "reference_logps", "old_values", "targets", "weights")
         found = {name: getattr(batch, name) for name in names}
         return {n: a.flatten().to(self.device) for n, a in found.items() if a is not None}
 
@@ -307,11 +373,36 @@ def log_ratio_limit(options: PPOOptions) -> float:
 
 
 def make_accelerator(device: torch.device, bf16: bool, **options: Any) -> Accelerator:
-    """An accelerator for this device; the state that a trainer before it left behind is dropped."""
+    """An accelerator for this device; the state that a trainer before it left behind is dropped.
+
+    Under a DeepSpeed config PPO holds weights and optimiser whole in every process.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)  # as transformers' trainers do
-    return Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no", **options
-    )
+    deepspeed = os.environ.pop(_DEEPSPEED, None)
+    try:
+        return Accelerator(
+            cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no", **options
+        )
+    finally:
+        if deepspeed is not None:
+            os.environ[_DEEPSPEED] = deepspeed
+
+
+def _checkpoint_trained(accelerator: Accelerator) -> None:
+    """Have checkpoints hold the weights that are trained, and not a frozen base."""
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        weights.clear()  # of the whole models, which accelerate would write
+        for number, model in enumerate(models if accelerator.is_main_process else ()):
+            save_trained(accelerator.unwrap_model(model), Path(folder) / f"trained-{number}")
+
+    def load(models: list[Any], folder: str) -> None:
+        for number, model in enumerate(models):
+            load_trained(accelerator.unwrap_model(model), Path(folder) / f"trained-{number}")
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def _quiet(network: nn.Module, checkpointing: bool) -> None:

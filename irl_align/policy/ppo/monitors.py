@@ -49,6 +49,23 @@ def rollout_report(
     return report
 
 
+def sampler_report(
+    samples: Samples, logps: Tensor, weights: Tensor | None, cap: float
+) -> dict[str, float]:
+    """How far the sampler is from the learner: |log pi_learner - log pi_sampler| over tokens.
+
+    logps: (B, T) the learner's; weights: (B, T) the importance weights, if any, at most cap.
+    """
+    kept = samples.mask.bool()
+    gaps = (logps - samples.logps).abs()[kept].double()
+    report = {"sampler_log_ratio": float(gaps.mean()), "sampler_log_ratio_max": float(gaps.max())}
+    if weights is not None:
+        used = weights[kept].double()
+        report["importance_weight"] = float(used.mean())
+        report["importance_capped"] = float((used >= cap).double().mean())
+    return report
+
+
 def gold_report(
     judge: Judge | None, samples: Samples, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
@@ -111,6 +128,11 @@ def find_alarms(history: Sequence[Mapping[str, Any]], options: PPOOptions) -> li
     if now["kl"] > options.kl_alarm:
         alarms.append(
             f"KL to the reference is {now['kl']:.2f} nats, above kl_alarm {options.kl_alarm:g}"
+        )
+    if now["sampler_log_ratio"] > options.sampler_gap_alarm:
+        alarms.append(
+            f"sampler and learner differ by {now['sampler_log_ratio']:.2g} in a token's log-prob, "
+            f"above sampler_gap_alarm {options.sampler_gap_alarm:g}; see importance_weights"
         )
     if rise := _rise(history[-WINDOW:]):
         alarms.append(rise)

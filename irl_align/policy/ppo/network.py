@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from irl_align.adapters import Switch, adapter_parameters
 from irl_align.batches import PackedRows, model_inputs, pack_rows
 from irl_align.maths.losses import bound
 from irl_align.maths.ppo_losses import entropy as entropy_of
@@ -22,6 +23,7 @@ from irl_align.models import LOGITS_AT_ONCE, has_plain_logits, lm_head_logits
 
 Ids = Sequence[Sequence[int]]
 Entropy = Literal["none", "monitor", "loss"]
+CRITIC = "critic"  # name of its adapter, where it is one of the policy's trunk
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class MicroBatch:
     """(M,) place of y_t in the rollout's (B, T), flattened."""
     slots: int
     """R * L, padding included."""
+    counted: bool = True
+    """False: another process's, passed through here too since all must take part in every pass."""
 
 
 def micro_batch(
@@ -90,7 +94,10 @@ class Outputs(NamedTuple):
 
 
 class Critic(nn.Module):
-    """V(s) = (bound(head(h_s)) - mean) / std on a trunk of its own, or (trunk None) a given one."""
+    """V(s) = (bound(head(h_s)) - mean) / std on a trunk of its own, or (trunk None) the policy's.
+
+    switch: of the policy's trunk, on which the critic is then an adapter.
+    """
 
     def __init__(
         self,
@@ -99,12 +106,19 @@ class Critic(nn.Module):
         limit: float | None = None,
         mean: float = 0.0,
         std: float = 1.0,
+        switch: Switch | None = None,
     ) -> None:
         super().__init__()
+        self.switch = switch
         self.trunk = trunk
         self.head = head
         self.limit = limit
         self.mean, self.std = mean, std
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether it is a head on the policy's own states, and moves with the policy."""
+        return self.trunk is None and self.switch is None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (M,) of hidden states (M, H)."""
@@ -126,26 +140,34 @@ class Network(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What moves with the policy, a head on its trunk included."""
-        shared = self.critic is not None and self.critic.trunk is None
-        return list(self.parameters() if shared else self.policy.parameters())
+        shared = self.critic is not None and self.critic.on_policy
+        critic = {id(weight) for weight in self.critic_parameters()}
+        found = self.parameters() if shared else self.policy.parameters()
+        return [weight for weight in found if weight.requires_grad and id(weight) not in critic]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Of a critic with a trunk of its own."""
-        separate = self.critic is not None and self.critic.trunk is not None
-        return list(self.critic.parameters()) if separate and self.critic is not None else []
+        """Of a critic with a trunk or an adapter of its own."""
+        if self.critic is None or self.critic.on_policy:
+            return []
+        adapter = [] if self.critic.switch is None else adapter_parameters(self.policy, CRITIC)
+        return [w for w in (*self.critic.parameters(), *adapter) if w.requires_grad]
 
     def forward(
         self, batch: MicroBatch, logps: bool = True, values: bool = True, entropy: Entropy = "none"
     ) -> Outputs:
         """Log-probs, entropies and values of the micro-batch's tokens, those that are asked for."""
         critic = self.critic if values else None
-        shared = critic is not None and critic.trunk is None
+        shared = critic is not None and critic.on_policy
         out = Tokens(None, None, None)
         if logps or shared:
             out = tokens_of(self.policy, batch, self.temperature, entropy, logps, shared)
         if critic is None:
             return Outputs(out.logps, out.entropy, None)
-        hidden = out.hidden if critic.trunk is None else states(critic.trunk, batch)
+        if critic.switch is not None:
+            with critic.switch.on(CRITIC):
+                hidden: Tensor | None = states(self.policy.base_model, batch)
+        else:
+            hidden = out.hidden if critic.trunk is None else states(critic.trunk, batch)
         assert hidden is not None
         return Outputs(out.logps, out.entropy, critic(hidden))
 

@@ -16,14 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from irl_align import ranks
 from irl_align.errors import UserError
-from irl_align.generate import Completion, Generator, Sampling, generate
+from irl_align.generate import (
+    Completion,
+    Generator,
+    Sampling,
+    TransformersGenerator,
+    generate,
+)
 from irl_align.policy_options import DENSE, PPOOptions
 from irl_align.reward import credit
 from irl_align.reward.model import RewardFunction
 from irl_align.reward.scoring import policy_attention, score_tokens
+from irl_align.reward.spread import spread
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,18 @@ def draw(
 def sample(
     generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[Completion]:
-    """sampling.n completions of each prompt, in a row."""
-    return [c for group in generate(generator, prompts, sampling) for c in group]
+    """sampling.n completions of each prompt, in a row.
+
+    Each process samples some of them; another engine than transformers spreads the work itself.
+    """
+    if not isinstance(generator, TransformersGenerator):
+        groups = ranks.on_main(lambda: generate(generator, prompts, sampling))
+    else:
+        groups = ranks.over_rows(
+            lambda numbers: generate(generator, [prompts[i] for i in numbers], sampling),
+            [len(prompt) for prompt in prompts],
+        )
+    return [c for group in groups for c in group]
 
 
 def collate(prompts: list[list[int]], completions: Sequence[Completion]) -> Samples:
@@ -126,7 +145,7 @@ def score(
             "generation.max_new_tokens, train SFT for longer, or set missing_eos: ignore"
         )
     scores = score_tokens(
-        reward,
+        spread(reward),
         samples.prompts,
         samples.completions,
         prefixes=options.credit == "red",
@@ -144,7 +163,12 @@ def score(
     if options.clip_reward is not None:
         clipped = rewards.clamp(-options.clip_reward, options.clip_reward)
     if options.credit == "abc_policy":
-        attention = policy_attention(policy, samples.prompts, samples.completions)
+        rows = ranks.over_sequences(
+            lambda p, c: [row.clone() for row in policy_attention(policy, p, c)],
+            samples.prompts,
+            samples.completions,
+        )
+        attention = pad_sequence(rows, batch_first=True)
     tokens = _credit(clipped, scores.prefixes, attention, samples.mask, options, generator)
     returns = at_missing_eos(clipped, samples.truncated, options)
     tokens = tokens + credit.sparse(returns - clipped, samples.mask)

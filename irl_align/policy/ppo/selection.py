@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from irl_align import ranks
+from irl_align.adapters import has_adapter
 from irl_align.errors import UserError
-from irl_align.files import atomic_folder
+from irl_align.files import SEAL, atomic_folder, seal
 from irl_align.models import completion_logprobs
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import Progress, checkpoints, load_checkpoint, updates_of
@@ -20,6 +23,7 @@ from irl_align.policy.ppo.learner import Diverged, Learner
 from irl_align.policy.ppo.rollout import at_missing_eos, collate, sample
 from irl_align.policy_options import PPOOptions
 from irl_align.reward.scoring import score_tokens
+from irl_align.reward.spread import spread
 from irl_align.trainers import Training, save_model
 
 logger = logging.getLogger("irl_align.policy.ppo")
@@ -53,23 +57,29 @@ class Selection:
         samples = collate(prompts, sample(actors.generator, prompts, sampling))
         rewards = self._rewards(samples.prompts, samples.completions)
         returns = at_missing_eos(rewards, samples.truncated, self.options)
-        logps = completion_logprobs(actors.policy, held_out.prompts, held_out.completions)
+        logps = ranks.over_sequences(
+            lambda p, c: completion_logprobs(actors.policy, p, c),
+            held_out.prompts,
+            held_out.completions,
+        )
         micro = self.learner.micro(samples)
-        reference = self.learner.logps_of(actors.reference, micro, self.learner.whole(micro))
+        with actors.as_reference():
+            reference = self.learner.logps_of(actors.reference, micro, self.learner.whole(micro))
         apart = ((samples.logps - reference) * samples.mask).double().sum(1)
         report = {
             "held_out_gap": self.demonstrated - float(returns.double().mean()),
             "held_out_log_prob": sum(float(row.sum(dtype="float64")) for row in logps) / len(logps),
             "held_out_kl": float(apart.mean()),
         }
+        if bad := [name for name, value in report.items() if not math.isfinite(value)]:
+            raise Diverged(f"update {progress.updates}: {bad[0]} is {report[bad[0]]}")
         self._keep_if_best(report, progress)
         return report
 
     def finish(self, progress: Progress) -> int:
         """Put the policy that is kept into work/model; the number of its updates."""
-        shutil.rmtree(self.model, ignore_errors=True)
         if self.options.keep == "last":
-            self._save(self.model)
+            self._replace_model()
             return progress.updates
         best = progress.best_update
         if best == 0:
@@ -78,7 +88,10 @@ class Selection:
                 self.training.label,
                 self.options.keep,
             )
-        shutil.copytree(self.scratch / f"best-{best}", self.model)
+        if ranks.is_main():
+            shutil.rmtree(self.model, ignore_errors=True)
+            unsealed = shutil.ignore_patterns(SEAL)
+            shutil.copytree(self.scratch / f"best-{best}", self.model, ignore=unsealed)
         return best
 
     def fall_back(self, fault: Diverged, progress: Progress) -> tuple[str, int]:
@@ -89,17 +102,20 @@ class Selection:
         if self.options.keep != "last" and progress.best_update > 0:
             kept = self.finish(progress)
         else:
-            sound = [c for c in checkpoints(self.scratch) if updates_of(c) < progress.updates]
+            found = ranks.on_main(lambda: checkpoints(self.scratch))
+            sound = [c for c in found if updates_of(c) < progress.updates]
             if not sound:
                 raise UserError(f"PPO: {fault}; no earlier policy was kept to go on with")
             load_checkpoint(sound[-1], self.learner.accelerator)
+            self.learner.publish()
             kept = updates_of(sound[-1])
-            shutil.rmtree(self.model, ignore_errors=True)
-            self._save(self.model)
+            self._replace_model()
         return f"stopped at {fault}; the policy after update {kept} is kept", kept
 
     def forget_older(self, progress: Progress) -> None:
         """Delete best policies that the checkpoint just written does not name."""
+        if not ranks.is_main():
+            return
         for folder in self.scratch.glob("best-*"):
             if folder.name != f"best-{progress.best_update}":
                 shutil.rmtree(folder)
@@ -111,20 +127,28 @@ class Selection:
         result = -abs(report["held_out_gap"]) if by_gap else report["held_out_log_prob"]
         if progress.best is None or result > progress.best:
             progress.best, progress.best_update = result, progress.updates
+            if not ranks.is_main():
+                return
             folder = self.scratch / f"best-{progress.best_update}"
             shutil.rmtree(folder, ignore_errors=True)
             with atomic_folder(folder) as aside:
                 self._save(aside)
+                seal(aside)
 
     def _rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
         scores = score_tokens(
-            self.actors.reward, prompts, completions, prefixes=False, attention=False
+            spread(self.actors.reward), prompts, completions, prefixes=False, attention=False
         )
         return scores.rewards.float()
 
+    def _replace_model(self) -> None:
+        if ranks.is_main():
+            shutil.rmtree(self.model, ignore_errors=True)
+            self._save(self.model)
+
     def _save(self, folder: Path) -> None:
         policy, tokenizer, dtype = self.actors.policy, self.actors.tokenizer, self.actors.dtype
-        if dtype == torch.float32:
+        if dtype == torch.float32 or has_adapter(policy):
             save_model(policy, tokenizer, folder)
             return
         weights = {name: weight.to(dtype) for name, weight in policy.state_dict().items()}

@@ -16,21 +16,29 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from irl_align import ranks
 from irl_align.errors import UserError
 from irl_align.generate import TransformersGenerator
 from irl_align.maths import advantages as adv
 from irl_align.maths.logprobs import k1
-from irl_align.maths.ppo_losses import adapted_kl_coef, explained_variance
+from irl_align.maths.ppo_losses import adapted_kl_coef, explained_variance, truncated_weights
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import (
     Journal,
     Progress,
-    checkpoints,
+    last_checkpoint,
     load_checkpoint,
+    once_more,
     save_checkpoint,
 )
 from irl_align.policy.ppo.learner import Batch, Diverged, Learner, Micro, log_ratio_limit
-from irl_align.policy.ppo.monitors import find_alarms, gold_report, rollout_report, sample_rows
+from irl_align.policy.ppo.monitors import (
+    find_alarms,
+    gold_report,
+    rollout_report,
+    sample_rows,
+    sampler_report,
+)
 from irl_align.policy.ppo.network import MicroBatch
 from irl_align.policy.ppo.rollout import Samples, Scored, draw, score
 from irl_align.policy.ppo.selection import Selection
@@ -54,6 +62,8 @@ class Rollout:
     """(B, T) of the reference."""
     values: Tensor | None
     """(B, T) of the critic as it is now."""
+    weights: Tensor | None
+    """(B, T) truncated importance weights, where they are asked for and not all 1."""
 
 
 class PPOTrainer:
@@ -77,15 +87,17 @@ class PPOTrainer:
         """Train to the end or to a stop, and leave the policy that is kept in work/model.
 
         Raises UserError where a rollout cannot be scored, or training diverged before any policy
-        was kept.
+        was kept; TryAgain where it diverged for the first time since the last checkpoint.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
-        if found := checkpoints(self.scratch):
-            self.progress = load_checkpoint(found[-1], self.learner.accelerator)
-            logger.info("%s: resuming from %s", self.training.label, found[-1].name)
+        found = ranks.on_main(lambda: last_checkpoint(self.scratch))
+        if found is not None:
+            self.progress = load_checkpoint(found, self.learner.accelerator)
+            self.learner.publish()
+            logger.info("%s: resuming from %s", self.training.label, found.name)
         progress, work = self.progress, self.training.work
-        self.metrics = Journal(work / "metrics.jsonl", progress.updates)
-        self.samples = Journal(work / "samples.jsonl", progress.updates)
+        self.metrics = Journal(work / "metrics.jsonl", found)
+        self.samples = Journal(work / "samples.jsonl", found)
         ended = f"{self.options.updates} updates done"
         start: dict[str, Any] = {}
         try:
@@ -94,6 +106,7 @@ class PPOTrainer:
             self._updates()
             kept = self.selection.finish(progress)
         except Diverged as fault:
+            once_more(self.scratch, str(fault))
             ended, kept = self.selection.fall_back(fault, progress)
             logger.warning("%s: %s", self.training.label, ended)
         return {
@@ -152,6 +165,9 @@ class PPOTrainer:
         batch = self._batch(rollout)
         clock.append(time.perf_counter())
         report.update(self.learner.update(number, batch, rollout.micro, rollout.whole))
+        self.learner.publish()
+        if self.own_logps:  # the sampler's, which the first minibatch has computed anew
+            report["sampler_log_ratio"] = report["first_log_ratio"]
         clock.append(time.perf_counter())
         if batch.old_values is not None and batch.targets is not None:
             kept = samples.mask.bool()
@@ -164,7 +180,7 @@ class PPOTrainer:
         self.samples.write(sample_rows(number + 1, *rows, self.options.samples_kept))
         names = ("seconds_generate", "seconds_score", "seconds_update")
         spent = {n: end - begin for n, begin, end in zip(names, clock, clock[1:], strict=False)}
-        gold = gold_report(self.actors.judge, samples, self.actors.tokenizer)
+        gold = ranks.on_main(lambda: gold_report(self.actors.judge, samples, self.actors.tokenizer))
         done = (number + 1) * self.options.batch_size
         return {"update": number + 1, "episodes_done": done, **report, **gold, **spent}
 
@@ -178,21 +194,32 @@ class PPOTrainer:
         old, values = None, None
         if critic or not self.own_logps:
             old, values = self.learner.infer(micro, whole, not self.own_logps, critic)
-        reference = self.learner.logps_of(self.actors.reference, micro, whole)
-        logps = samples.logps if old is None else old
-        return Rollout(samples, scored, micro, whole, logps, reference, values)
+        with self.actors.as_reference():
+            reference = self.learner.logps_of(self.actors.reference, micro, whole)
+        logps, weights = samples.logps, None
+        if old is not None:
+            logps = old
+            if self.options.importance_weights == "truncated":
+                weights = truncated_weights(old, samples.logps, self.options.importance_cap)
+        return Rollout(samples, scored, micro, whole, logps, reference, values, weights)
 
     def _report(self, rollout: Rollout) -> dict[str, float]:
         samples = rollout.samples
-        slots = sum(batch.slots for batch in rollout.whole)
+        slots = sum(ranks.gather(sum(batch.slots for batch in rollout.whole)))
         return {
             **rollout_report(
                 samples, rollout.scored, rollout.logps, rollout.reference, rollout.values
             ),
-            "sampler_log_ratio": _mean((rollout.logps - samples.logps).abs(), samples.mask),
+            **self._sampler_report(rollout),
             "padding": 1.0 - sum(rollout.micro.lengths) / slots,
             "kl_coef": self.progress.kl_coef,
         }
+
+    def _sampler_report(self, rollout: Rollout) -> dict[str, float]:
+        if self.own_logps:
+            return {}  # nothing to compare with before the first minibatch
+        cap = self.options.importance_cap
+        return sampler_report(rollout.samples, rollout.logps, rollout.weights, cap)
 
     def _check(self, number: int, rollout: Rollout, kl: float) -> None:
         """KL 0 where policy and reference are one model; an end to a KL that has exploded."""
@@ -224,6 +251,7 @@ class PPOTrainer:
             self.progress.kl_coef if in_loss else 0.0,
             rollout.values,
             targets,
+            rollout.weights,
         )
 
     def _token_rewards(self, rollout: Rollout) -> Tensor:
@@ -266,9 +294,8 @@ class PPOTrainer:
             )
 
     def _checkpoint(self) -> None:
-        for journal in (self.metrics, self.samples):
-            journal.flush()
-        save_checkpoint(self.scratch, self.learner.accelerator, self.progress)
+        journals = (self.metrics, self.samples)
+        save_checkpoint(self.scratch, self.learner.accelerator, self.progress, journals)
         self.selection.forget_older(self.progress)
 
     def _tell(self, record: dict[str, Any]) -> None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from irl_align.errors import UserError
 from irl_align.generate import Sampling
 from irl_align.policy import Demonstrations, Policy, Reward, Workshop
 from irl_align.policy.ppo.actors import Actors
+from irl_align.policy.ppo.backbone import adapter_critic, share_backbone
 from irl_align.policy.ppo.critic import make_critic
 from irl_align.policy.ppo.learner import Learner, make_accelerator
 from irl_align.policy.ppo.monitors import Judge
@@ -57,6 +60,7 @@ class PPO:
         start = policy if options.start == "current" else initial
         reference = policy if options.reference == "current" else initial
         sampling = workshop.sampling(options.n, options.temperature)
+        alike = {"backbone"} if options.backbone == "separate" else set()
 
         def build(work: Path) -> dict[str, Any]:
             actors = self._actors(workshop, start, reference, reward, demonstrations, sampling)
@@ -67,9 +71,10 @@ class PPO:
             "ppo",
             {
                 "sampling": vars(sampling),
-                "options": options.model_dump(),
+                "options": options.model_dump(exclude=alike),
                 "iteration": iteration,
                 "gold": self.gold,
+                **workshop.adapted,
             },
             {
                 "start": start.key,
@@ -94,13 +99,19 @@ class PPO:
         demonstrations: Demonstrations,
         sampling: Sampling,
     ) -> Actors:
-        """The models, loaded; the policy's weights become float32."""
-        model = workshop.load_policy(start.path)
+        """The models, loaded; the policy's weights become float32, but those of 4 bits."""
+        options = self.options
+        model = workshop.load_trainable(start.path)
         stored = model.dtype
+        if not getattr(model, "is_quantized", False):
+            model = model.float()
+        backbone = None
+        if options.backbone == "shared":
+            backbone = share_backbone(model, start.path, reference.path, reward.path)
         return Actors(
-            policy=model.float(),
-            reference=workshop.load_policy(reference.path).requires_grad_(False),
-            reward=(self.load or workshop.load_reward)(reward),
+            policy=model,
+            reference=model if backbone else self._reference(workshop, reference),
+            reward=backbone.reward if backbone else self._reward(workshop, reward),
             generator=workshop.generator(model),
             tokenizer=workshop.tokenizer,
             prompts=demonstrations.distinct_prompts(),
@@ -108,8 +119,19 @@ class PPO:
             sampling=sampling,
             starts_at_reference=start.key == reference.key,
             judge=self.judge,
+            backbone=backbone,
             dtype=stored,
         )
+
+    def _reference(self, workshop: Workshop, reference: Policy) -> PreTrainedModel:
+        return workshop.load_policy(reference.path).requires_grad_(False)
+
+    def _reward(self, workshop: Workshop, reward: Reward) -> RewardFunction:
+        """The reward; its adapter stays apart where a critic starts as it and trains it."""
+        if self.load is not None:
+            return self.load(reward)
+        merge = self.options.advantage != "gae" or self.options.critic_init != "reward"
+        return workshop.load_reward(reward, merge)
 
 
 def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[str, Any]:
@@ -123,7 +145,10 @@ def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[s
             f"PPO: the tokenizer's pad token is {pad} and its EOS {eos}; expected a pad token of "
             "its own, or the end of a completion cannot be told from padding"
         )
-    critic = make_critic(options, actors.policy, actors.reward, actors.tokenizer)
+    if actors.backbone is not None:
+        critic = adapter_critic(options, actors.policy, actors.backbone)
+    else:
+        critic = make_critic(options, actors.policy, actors.reward, actors.tokenizer)
     trackers: dict[str, Any] = {}
     if training.report_to:
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR", str(training.work / "tensorboard"))
@@ -134,6 +159,7 @@ def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[s
     network = Network(actors.policy, critic, options.temperature)
     learner = Learner(network, options, training.device, training.seed, int(pad), accelerator)
     metrics = PPOTrainer(actors, learner, options, training).run()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # end_training would end the process group, which vLLM's here is too
     actors.policy.eval()
     return metrics

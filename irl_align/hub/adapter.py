@@ -1,0 +1,53 @@
+"""Exports of adapters: alone, on a base that others can get, or merged into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from irl_align import adapters
+from irl_align.errors import UserError
+from irl_align.files import atomic_write, to_json
+from irl_align.hub.facts import Facts
+
+
+def base_name(facts: Facts, model: Path, given: str | None) -> str:
+    """What an exported adapter names as its base: what the user gives, or the recipe's Hub model.
+
+    Raises UserError: the model is no adapter, or its base is nowhere that others can get it.
+    """
+    if not adapters.is_adapter(model):
+        raise UserError(
+            f"--adapter: {facts.view.folder}: found a model whose weights are all trained; "
+            "expected an adapter: leave --adapter out"
+        )
+    if given is not None:
+        return given
+    start = facts.stage_folder("start") / "model"
+    own = Path(adapters.base_of(model)).resolve() != start.resolve()
+    if own or facts.base_hub_id is None or facts.record("start")["metrics"].get("resized"):
+        what = "a model of this run" if own else "no Hub model as it is there"
+        raise UserError(
+            f"--adapter: the adapter's base is {what}; expected --base, the Hub id or folder where "
+            "others find it, or leave --adapter out for a merged model"
+        )
+    return facts.base_hub_id
+
+
+def require_whole(model: PreTrainedModel, source: Path) -> None:
+    """Raise UserError where an adapter could not be merged: its base is in 4 bits."""
+    if adapters.has_adapter(model):
+        raise UserError(
+            f"{source}: an adapter on a base of 4 bits, merged, would say something else; "
+            "expected --adapter"
+        )
+
+
+def rename_base(folder: Path, base: str, revision: str | None) -> None:
+    """Have the adapter in a folder name this base."""
+    file = folder / adapters.CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values |= {"base_model_name_or_path": base, "revision": revision}
+    atomic_write(file, to_json(values, indent=2) + "\n")

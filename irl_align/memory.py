@@ -1,0 +1,220 @@
+"""Memory of a causal language model in training and sampling, from its shape alone.
+
+Nothing is loaded: sizes follow from the shape, and from what PyTorch keeps of a forward pass for
+the backward one (tests count the saved tensors of real models). In bytes, on one device.
+
+Legend of shapes: R rows, L columns of a row, H width, I feed-forward width, Q = heads * head_dim,
+K = key-value heads * head_dim, V vocabulary, n layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT = 4
+HALF = 2
+STATE = {"adamw": 8, "adam": 8, "rmsprop": 4, "sgd": 0, "adafactor": 0, "lion": 4, "adagrad": 4}
+"""Bytes of optimiser state per trained parameter, by the beginning of the optimiser's name."""
+LOGITS_COPIES = 4
+"""Arrays as large as a piece of logits that a loss holds at once: logits, two of log-softmax and
+its gradient, entropy."""
+ROPE, NEOX, GPT2 = ("llama", "mistral", "qwen2", "gemma", "qwen3"), "gpt_neox", "gpt2"
+KNOWN = (*ROPE, NEOX, GPT2)
+"""Model types whose kept activations are exact; others are taken as llama's."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a causal language model."""
+
+    family: str
+    """model_type of its config."""
+    layers: int
+    width: int
+    feed_forward: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    trunk: int
+    """Parameters below the output layer, embeddings included."""
+    head: int
+    """Parameters of the output layer of its own; 0 where it is the embeddings'."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.trunk + self.head
+
+    @property
+    def matrices(self) -> int:
+        """Parameters that a token is multiplied with in the trunk: embeddings are looked up."""
+        return self.trunk - self.vocabulary * self.width
+
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a stored weight, and of what matrix products take and give."""
+
+    weights: int = FLOAT
+    products: int = FLOAT
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products are made in less than the weights' precision."""
+        return self.products < self.weights
+
+
+def optimiser_state(parameters: int, optimiser: str) -> int:
+    """Bytes of state: two moments of Adam, one of RMSProp; a quarter of that in 8 bits."""
+    name = optimiser.removeprefix("paged_")
+    found = next((size for start, size in STATE.items() if name.startswith(start)), 8)
+    return parameters * found // (4 if "8bit" in name else 1)
+
+
+def weight_copies(shape: Shape, precision: Precision) -> int:
+    """Half-precision copies of the matrices that autocast holds in a forward and backward pass."""
+    if not precision.autocast:
+        return 0
+    return precision.products * (shape.matrices + shape.vocabulary * shape.width)
+
+
+def kept_by_layer(shape: Shape, precision: Precision, columns: int = 0) -> float:
+    """Bytes per token that a layer keeps for the backward pass.
+
+    columns: L where the pass has a mask, of padding or of rows that hold several completions: its
+    copy in the products' precision is kept, (R, 1, L, L), and grouped keys and values are repeated.
+    """
+    if shape.family == NEOX:
+        kept = _neox(shape, precision)
+    elif shape.family == GPT2:
+        kept = _gpt2(shape, precision)
+    else:
+        kept = _rope(shape, precision, masked=bool(columns))
+    return kept + precision.products * columns
+
+
+def _rope(s: Shape, p: Precision, masked: bool) -> int:
+    """RMSNorm, rotary attention, gated feed-forward."""
+    keys = s.queries if masked else s.keys
+    # Two norms: their input and its normalised self, and 1/rms; all in float32 at float32 weights.
+    if p.weights == FLOAT or s.family == "gemma":
+        norms = FLOAT * 2 * (2 * s.width + 1)
+    else:
+        norms = FLOAT * 2 * (s.width + 1) + p.weights * 2 * s.width
+    # The norms' outputs, one of q, k, v and one of gate, up; autocast makes each a copy of its own.
+    inputs = (5 if p.autocast else 2) * s.width
+    attention = 2 * s.queries + 2 * keys  # q, output, k, v; and a log-sum-exp per head
+    gated = 4 * s.feed_forward  # gate, its activation, up, their product
+    total = norms + p.products * (inputs + attention + gated) + FLOAT * s.heads
+    if s.family == "qwen3":  # norms of q and k: input (in float32) and normalised
+        normed = s.queries + s.keys
+        total += FLOAT * (normed + s.heads + s.key_value_heads) + p.products * normed
+    return total
+
+
+def _neox(s: Shape, p: Precision) -> int:
+    """Two LayerNorms of one input (mean and 1/std each), fused q, k, v; parallel residual."""
+    norms = p.weights * (s.width + 4) + FLOAT * s.heads
+    # norms' outputs, attention's output for its product; q, k, output; v keeps all of q, k, v
+    return norms + p.products * (3 * s.width + 6 * s.width + 2 * s.feed_forward)
+
+
+def _gpt2(s: Shape, p: Precision) -> int:
+    """Two LayerNorms, fused q, k, v, GELU of five pieces, noise of two dropouts."""
+    norms = p.weights * (2 * s.width + 4) + FLOAT * s.heads
+    return norms + p.products * (8 * s.width + 5 * s.feed_forward)
+
+
+def activations(
+    shape: Shape,
+    rows: int,
+    columns: int,
+    precision: Precision,
+    masked: bool = False,
+    checkpointing: bool = False,
+) -> float:
+    """Bytes that a forward pass of the trunk keeps for the backward one, and the latter's own.
+
+    While the backward pass is in a layer, the gradients of what it kept are there too: at most as
+    much again. With checkpointing only each layer's input is kept, and one layer is run again.
+    """
+    tokens = rows * columns
+    layer = kept_by_layer(shape, precision, columns if masked else 0)
+    # The last norm's input and output; RMSNorm: its normalised input; GPT-2: the embeddings' noise.
+    extra = 0 if shape.family == NEOX else FLOAT * shape.width
+    last = extra + precision.weights * 2 * shape.width
+    if checkpointing:
+        return tokens * (precision.weights * shape.layers * shape.width + 2 * layer + last)
+    return tokens * ((shape.layers + 1) * layer + last)
+
+
+def key_values(shape: Shape, columns: int, bytes_each: int) -> int:
+    """Bytes of keys and values of so many cache columns."""
+    return columns * shape.layers * 2 * shape.keys * bytes_each
+
+
+def logits_of(shape: Shape, tokens: int) -> int:
+    """Bytes that a loss of so many tokens' logits (tokens, V) holds at once, in float32."""
+    return LOGITS_COPIES * FLOAT * tokens * shape.vocabulary
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes on a device by part. Parts need not be there at once: `peak` says how much is."""
+
+    parts: dict[str, float]
+    peak: float
+
+
+def training(
+    trained: int,
+    weights: int,
+    state: float,
+    kept: float,
+    loss: float,
+    copies: float = 0.0,
+    accumulate: bool = False,
+    beside: dict[str, float] | None = None,
+) -> Use:
+    """A training step: trained parameters (float32 gradients), and the bytes of everything else.
+
+    Without accumulation gradients come as activations go, so that
+    peak = weights + state + beside + max(gradients, activations + copies + loss);
+    with it both are there at once. beside: models that only give numbers.
+    """
+    gradients = float(FLOAT * trained)
+    forward = kept + copies + loss
+    moving = gradients + forward if accumulate else max(gradients, forward)
+    others = beside or {}
+    parts = {
+        "weights": float(weights),
+        "gradients": gradients,
+        "optimiser": state,
+        "activations": kept + copies,
+        "logits": loss,
+        **others,
+    }
+    return Use(parts, weights + state + sum(others.values()) + moving)
+
+
+def forward_flops(shape: Shape, tokens: float, context: float, head: float | None = None) -> float:
+    """Floating-point operations of a forward pass: 2 per weight and token, and causal attention's.
+
+    context: mean number of tokens that a token sees, half a row's; its scores and their sum of
+    values take 4 Q per token seen and layer. head: tokens that the output layer is run on.
+    """
+    products = 2.0 * shape.matrices * tokens
+    attention = 4.0 * shape.queries * shape.layers * context * tokens
+    output = 2.0 * shape.vocabulary * shape.width * (tokens if head is None else head)
+    return products + attention + output

@@ -1,0 +1,109 @@
+"""Which stages of a recipe the store has: its loop gone through without building anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from irl_align.config import Recipe
+from irl_align.errors import UserError
+from irl_align.files import read_json
+from irl_align.lab import Lab
+from irl_align.measure import evaluate_policy, measure_policy, measure_reward
+from irl_align.pair_step import Pairs, make_pairs
+from irl_align.policy import Reward
+from irl_align.policy_step import improve_policy
+from irl_align.prepare import prepare, supervise
+from irl_align.reward_step import fit_reward_level
+from irl_align.stages import RECORD, Run, Stage, Store, stage_key
+
+
+class _Missing(Exception):
+    """The store does not have a stage."""
+
+
+class _FindingStore(Store):
+    """A store that builds nothing."""
+
+    def stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        build: Callable[[Path], Mapping[str, Any] | None],
+    ) -> Stage:
+        """The committed stage; raises _Missing where there is none."""
+        key = stage_key(name, settings, inputs)
+        folder = self.root / f"{name}-{key}"
+        if not folder.is_dir():
+            raise _Missing(name)
+        record = read_json(folder / RECORD, "the record of a finished stage", "run the recipe")
+        return Stage(name, key, folder, record["metrics"], record, reused=True)
+
+
+class _Notes:
+    """In place of a run folder: the roles of the stages that were found."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: set[str] = set()
+
+    def link(self, role: str, stage: Stage) -> None:
+        """Note a stage."""
+        self.found.add(role)
+
+    def log(self, key: str, record: Mapping[str, Any]) -> None:
+        """Nothing is written."""
+
+    def save_samples(self, name: str, rows: Any) -> None:
+        """Nothing is written."""
+
+
+def found_stages(recipe: Recipe, local: bool) -> tuple[set[str], str]:
+    """Roles of the stages that the store has, and what was looked at, in words.
+
+    Training stages are looked for until the first that is missing, since the names of later ones
+    follow from it; what is measured, each by itself.
+    """
+    root = Path(recipe.output_dir) / "store"
+    if not root.is_dir():
+        return set(), f"no store at {root}"
+    if not local:
+        return set(), f"{root} was not searched: what it holds follows from data that is not local"
+    notes = _Notes(root.parent / f"{recipe.name}-seed{recipe.seed}")
+    try:
+        lab = Lab(recipe, _FindingStore(root), cast(Run, notes), torch.device("cpu"))
+        with suppress(_Missing):
+            _walk(lab)
+    except UserError as error:
+        return notes.found, f"{root} was searched until: {error}"
+    return notes.found, f"{root} was searched"
+
+
+def _walk(lab: Lab) -> None:
+    """As irl_align.loop.bilevel, to the last iteration, whatever the signs say."""
+    recipe = lab.recipe
+    data, start = prepare(lab)
+    initial = policy = supervise(lab, start, data)
+    pairs = list[Pairs]()
+    reward: Reward | None = None
+    with suppress(_Missing):
+        measure_policy(lab, 0, initial, initial, None, data)
+    with suppress(_Missing):
+        evaluate_policy(lab, 0, initial, initial, data)
+    for k in range(recipe.loop.iterations):
+        if recipe.reward.kind != "none":
+            pairs.append(make_pairs(lab, k, policy, initial, start, data))
+            before = reward
+            reward = fit_reward_level(lab, k, policy, initial, before, pairs, data)
+            with suppress(_Missing):
+                measure_reward(lab, k, reward, before, initial, pairs)
+        policy = improve_policy(lab, k, policy, initial, reward, data)
+        with suppress(_Missing):
+            measure_policy(lab, k + 1, policy, initial, reward, data)
+        with suppress(_Missing):
+            evaluate_policy(lab, k + 1, policy, initial, data)

@@ -1,0 +1,152 @@
+"""One model in memory for policy, reference, reward and critic of PPO, each an adapter on it.
+
+The policy's adapter is the active one; a forward pass of another role is inside a block that
+switches to it. The reference is the base without adapters, or an adapter of its own where SFT has
+trained one. Scalar heads stay beside the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from irl_align import adapters
+from irl_align.adapters import Switch
+from irl_align.errors import UserError
+from irl_align.models import load_tokenizer
+from irl_align.policy.ppo.critic import reward_for_critic, reward_head, zero_head
+from irl_align.policy.ppo.network import CRITIC, Critic
+from irl_align.policy_options import PPOOptions
+from irl_align.reward.model import Ids, RewardModel, read_settings
+from irl_align.reward.scoring import TokenScores, score_tokens
+
+REFERENCE, REWARD = "reference", "reward"
+
+
+class AdapterReward:
+    """A reward that is an adapter of the policy's backbone; a RewardFunction and a TokenScorer."""
+
+    def __init__(self, reward: RewardModel, switch: Switch) -> None:
+        self.reward = reward
+        self.switch = switch
+
+    def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
+        """Reward of whole completions: (B,)."""
+        with self._active():
+            return self.reward.score_ids(prompts, completions, None)
+
+    def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
+        """Reward of every prefix of each completion, the empty one first: (T + 1,) per row."""
+        with self._active():
+            return self.reward.prefix_scores_ids(prompts, completions)
+
+    def score_tokens(
+        self,
+        prompts: Ids,
+        completions: Ids,
+        *,
+        prefixes: bool,
+        attention: bool,
+        eos_prefixes: bool = False,
+    ) -> TokenScores:
+        """As :func:`irl_align.reward.scoring.score_tokens`."""
+        with self._active():
+            return score_tokens(
+                self.reward,
+                prompts,
+                completions,
+                prefixes=prefixes,
+                attention=attention,
+                eos_prefixes=eos_prefixes,
+            )
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        model = self.reward.model
+        model.training = model.base_model.training  # the mode that scoring puts back after itself
+        with self.switch.on(REWARD):
+            yield
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What the policy's model holds besides the policy."""
+
+    switch: Switch
+    reference: str | None
+    """Name of the reference's adapter; None is the base."""
+    reward: AdapterReward
+
+
+def share_backbone(policy: PreTrainedModel, start: Path, reference: Path, reward: Path) -> Backbone:
+    """Put the adapters of reference and reward into the policy's model.
+
+    policy: of the folder `start`, with its own adapter in it, which alone is trained. Raises
+    UserError where the reward is no adapter, or the three are not of one base.
+    """
+    if not adapters.is_adapter(reward):
+        raise UserError(
+            f"PPO: backbone shared: found a whole reward model in {reward}, expected an adapter on "
+            "the policy's base: fit it with reward.lora, or use backbone separate"
+        )
+    base = adapters.base_of(start)
+    for role, folder in (("reference", reference), ("reward", reward)):
+        if (found := adapters.base_of(folder)) != base:
+            raise UserError(
+                f"PPO: backbone shared: the {role}'s base is {found}, expected the policy's, {base}"
+            )
+    name = None
+    if adapters.is_adapter(reference):
+        adapters.load_adapter(policy, reference, REFERENCE)
+        name = REFERENCE
+    head = adapters.load_adapter(policy, reward, REWARD)
+    adapters.train_only(policy, adapters.OWN)
+    switch = Switch(policy)
+    model = RewardModel(_scorer(policy, head), load_tokenizer(reward), read_settings(reward))
+    return Backbone(switch, name, AdapterReward(model, switch))
+
+
+def _scorer(policy: PreTrainedModel, head: dict[str, Tensor]) -> PreTrainedModel:
+    """A sequence classifier of the policy's architecture whose backbone is the policy's own."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, policy.base_model)
+    width = head["weight"].shape[1]
+    score = nn.Linear(width, 1, bias="bias" in head)
+    score.load_state_dict(head)
+    model.score = score.to(policy.device).requires_grad_(False)
+    if not config.tie_word_embeddings:  # for a reward with lm_coef
+        model.lm_head = policy.get_output_embeddings()
+    model.config = policy.config  # one object, so that a switch of the attention reaches all layers
+    return model
+
+
+def adapter_critic(
+    options: PPOOptions, policy: PreTrainedModel, backbone: Backbone
+) -> Critic | None:
+    """The critic of the recipe on the policy's backbone; as make_critic's, but an adapter."""
+    if options.advantage != "gae":
+        return None
+    if options.critic == "shared":
+        return Critic(None, zero_head(policy))
+    reward = backbone.reward.reward
+    if options.critic_init == "zero":
+        critic = Critic(None, zero_head(policy), switch=backbone.switch)
+    else:
+        model, settings = reward_for_critic(reward, reward.tokenizer)
+        head, (mean, std) = reward_head(model, policy.device), (settings.mean, settings.std)
+        critic = Critic(None, head, settings.bound, mean, std, backbone.switch)
+    source = adapters.OWN if options.critic_init == "zero" else REWARD
+    adapters.copy_adapter(policy, source, CRITIC)
+    adapters.train_only(policy, adapters.OWN, CRITIC)
+    backbone.switch.reset()
+    return critic

@@ -1,0 +1,92 @@
+"""Does memory grow over many PPO updates? Resident memory per update, and its slope.
+
+    python tests/benchmarks/memory_growth.py --updates 200
+
+A tiny model, so that a leak of a few kilobytes per update is not lost in what a large one needs.
+The slope is fitted by least squares after a warm-up, with a 95% interval over blocks of ten updates
+(neighbouring readings are not independent). Noise is the spread of the readings around the line.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import psutil
+import torch
+from conftest import _tokenizer
+from ppo_tools import EOS, Scripted, actors, options, small_llama, training
+from rows import random_ids
+from scipy import stats
+
+from irl_align.policy.ppo import trainer as module
+from irl_align.policy.ppo.update import train_ppo
+
+WARM_UP = 40
+BLOCK = 10
+
+
+def slope(readings: np.ndarray) -> dict[str, float]:
+    """KiB per update of readings (N,) in KiB, with its 95% interval and the noise around it."""
+    blocks = readings[: len(readings) // BLOCK * BLOCK].reshape(-1, BLOCK).mean(1)
+    places = (np.arange(len(blocks)) + 0.5) * BLOCK
+    line = stats.linregress(places, blocks)
+    half = float(stats.t.ppf(0.975, len(blocks) - 2) * line.stderr)
+    noise = float((blocks - line.intercept - line.slope * places).std(ddof=2))
+    return {
+        "slope": line.slope,
+        "low": line.slope - half,
+        "high": line.slope + half,
+        "noise": noise,
+    }
+
+
+def main() -> None:
+    """Train, read the memory after every update, and print what came of it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--updates", type=int, default=200)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    process, readings = psutil.Process(), list[float]()
+    tell = module.PPOTrainer._tell
+
+    def reading(self: Any, record: dict[str, Any]) -> None:
+        tell(self, record)
+        gc.collect()
+        readings.append(process.memory_info().rss / 1024)
+
+    module.PPOTrainer._tell = reading  # type: ignore[method-assign]
+    chosen = options(
+        episodes=16 * given.updates, critic="separate", critic_init="zero", checkpoint_every=20
+    )
+    reward = Scripted(lambda prompt, completion: float(EOS in completion))
+    prompts = random_ids(16, 2, 5, 0, vocabulary=12)
+    cast = actors(small_llama(12), reward, _tokenizer(), prompts, chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        train_ppo(cast, chosen, training(Path(folder)))
+    found = slope(np.asarray(readings[WARM_UP:]))
+    grown = found["slope"] * given.updates
+    print(
+        json.dumps(
+            {
+                "updates": len(readings),
+                "rss_mib": round(readings[-1] / 1024, 1),
+                **{f"{name}_kib": round(value, 3) for name, value in found.items()},
+                "grown_over_all_kib": round(grown, 1),
+                "below_noise": abs(grown) < found["noise"] or found["low"] <= 0 <= found["high"],
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

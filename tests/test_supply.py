@@ -1,0 +1,59 @@
+"""What is installed is what is pinned, claimed and listed."""
+
+import os
+import re
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from versions import ROOT, TESTED, closure, licences, lower_bound, lowest, requirements
+
+COPYLEFT = re.compile(r"\b[AL]?GPL|GNU|MPL|Mozilla|SSPL|EUPL|CDDL|copyleft|not declared", re.I)
+PER_FILE = {"certifi", "tqdm"}  # MPL-2.0: a duty for changes to their own files alone
+# `make test-lowest` and `make test-newest` install other versions than the pinned ones, on purpose.
+pinned_here = pytest.mark.skipif(
+    "IRL_ALIGN_OTHER_VERSIONS" in os.environ, reason="installed without constraints.txt"
+)
+
+
+def pins() -> dict[str, str]:
+    """Package -> version in constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[^*,]+", str(pin.specifier)) for pin in found)
+    return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in found}
+
+
+@pinned_here
+def test_all_that_is_installed_for_us_is_pinned_at_its_version() -> None:
+    pinned = pins()
+    names = closure(requirements(*TESTED))
+    assert names - set(pinned) == set()
+    installed = {name: Version(metadata.version(name)).public for name in names}
+    assert {name: installed[name] for name in names if installed[name] != pinned[name]} == {}
+
+
+@pinned_here
+def test_pins_are_within_the_ranges_that_are_claimed() -> None:
+    pinned = pins()
+    for requirement in requirements(*TESTED):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+
+
+def test_every_range_has_a_lower_bound_to_test() -> None:
+    assert [str(r) for r in requirements(*TESTED) if lower_bound(r) is None] == []
+    found = dict(line.split("==") for line in lowest())
+    assert found["torch"] == "2.13" and found["pytest"] == "8"
+
+
+@pinned_here
+def test_licences_are_listed() -> None:
+    assert (ROOT / "dependencies.md").read_text(encoding="utf-8") == licences(), "make licences"
+
+
+def test_the_base_installation_has_no_copyleft() -> None:
+    rows = [line.split(" | ") for line in licences().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 40
+    assert {name[2:] for name, text in rows if COPYLEFT.search(text)} <= PER_FILE
