@@ -18,7 +18,7 @@ from tiny_runs import tiny_recipe, write_recipe
 
 from irl_align.api import train
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 CONFIG = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
 # A learning rate at which rounding stays rounding: Adam divides a gradient by its own size.
 OPTIONS = (

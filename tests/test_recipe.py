@@ -253,7 +253,7 @@ def test_mistake_against_the_schema(added: str, message: str) -> None:
         window="expected string that matches ^(latest|all|last-[1-9][0-9]*)$",
         trackers="expected one of tensorboard, wandb, trackio; did you mean wandb?",
         anything="expected list of anything",
-        kinds="best_of_n, ppo, identity, sft, module:callable",
+        kinds="best_of_n, ppo, identity, sft, iqlearn, module:callable",
         top=", ".join(Recipe.model_fields),
     )
     assert mistakes(SMALL + added + "\n") == [f"r.yaml:{expected}"]

@@ -18,6 +18,7 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 
 from irl_align import trainers
 from irl_align.errors import UserError
+from irl_align.files import seal
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.model import RewardModel, RewardSettings
@@ -158,7 +159,7 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
     for step, whole in ((9, True), (10, True), (100, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
-            (tmp_path / f"checkpoint-{step}" / "complete").touch()
+            seal(tmp_path / f"checkpoint-{step}")
     (tmp_path / "other").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9", "other"]
