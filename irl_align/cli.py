@@ -246,7 +246,7 @@ def main() -> None:
         app()
     except Exception as error:
         if "--debug" in sys.argv:
-            _fail(traceback.format_exc(), 2 if isinstance(error, UserError) else 1)
+            _fail(traceback.format_exc().rstrip(), 2 if isinstance(error, UserError) else 1)
         if isinstance(error, UserError):
             _fail(str(error), 2)
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]

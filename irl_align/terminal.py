@@ -54,7 +54,7 @@ def set_up(debug: bool) -> None:
     for variable in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for library in ("transformers", "trl", "datasets", "accelerate", "torch"):
+    for library in ("transformers", "trl", "datasets", "accelerate", "torch", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -120,7 +120,9 @@ def stored_reward(run: Result) -> str:
 
 def test_mistakes_are_told(run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = the_line(irl_align(capsys, "evaluate", run.folder))
-    assert nothing == "evaluate: found none of --card, --best-of and --judge, expected one"
+    assert (
+        nothing == "evaluate: found none of --card, --best-of, --judge and --lm-eval, expected one"
+    )
     spin = evaluated_run("spin")
     line = the_line(irl_align(capsys, "evaluate", spin.folder, "--best-of", 4))
     assert line.endswith("found no finished run with an explicit reward, expected one")

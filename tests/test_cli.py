@@ -201,7 +201,7 @@ def test_generate(select: Result, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     ended = spawn("show", tmp_path, "--debug")
-    assert ended.status == 1
+    assert ended.status == 2
     assert "Traceback" in ended.err and ended.err.splitlines()[-1].startswith(
         "irl_align.errors.UserError"
     )

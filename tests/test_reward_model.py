@@ -259,7 +259,7 @@ def test_a_constant_reward_normalises_to_zero_and_a_broken_one_is_refused(
     assert ours.settings.std == 1e-6
     assert ours.score_ids(PROMPTS[:1], COMPLETIONS[:1]).abs().item() < 0.5  # 1e-7 of rounding
     score_head(ours.model).weight.data.fill_(math.nan)
-    with pytest.raises(UserError, match="demonstrations' rewards have mean nan"):
+    with pytest.raises(UserError, match="rewards of completion 0 are not finite"):
         ours.fit_normaliser(PROMPTS, COMPLETIONS)
 
 

@@ -73,8 +73,8 @@ def test_every_command_runs_and_says_what_the_text_says(
             assert TOKEN not in ended.out + ended.err
             said[command] = ended.out
         check_outputs(said, hub.url)
-        assert [name for name, _ in hub.repos] == ["me/support-reward"]
-        files = hub.repos["me/support-reward", "model"].at("main").files  # type: ignore[union-attr]
+        assert [name for _, name in hub.repos] == ["me/support-reward"]
+        files = hub.repos["model", "me/support-reward"].at("main").files  # type: ignore[union-attr]
         assert {"README.md", "config.json", "model.safetensors"} <= set(files)
 
 

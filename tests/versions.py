@@ -66,6 +66,10 @@ def closure(wanted: Iterable[Requirement]) -> set[str]:
     return set(found)
 
 
+UNDECLARED = {"setuptools": "MIT"}
+"""Licences that are in a package's own file alone."""
+
+
 def licence(name: str) -> str:
     """What a package that is installed declares: an SPDX expression, a classifier, or its words."""
     about = metadata.distribution(name).metadata
@@ -74,7 +78,7 @@ def licence(name: str) -> str:
     classes = [c for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
     if classes:
         return ", ".join(sorted(c.rpartition("::")[2].strip() for c in classes))
-    words: str = about.get("License") or "not declared"
+    words: str = about.get("License") or UNDECLARED.get(name, "not declared")
     return words.splitlines()[0]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -201,7 +202,9 @@ class RewardModel:
         options: of :func:`irl_align.models.load_model`, such as merge=False for an adapter apart.
         """
         tokenizer = load_tokenizer(path)
-        with suppress_seqcls_warning():
+        # Of an adapter the head lies beside it; without it elsewhere a model is no reward.
+        quiet = suppress_seqcls_warning() if adapters.is_adapter(path) else nullcontext()
+        with quiet:
             model = load_model(path, device, AutoModelForSequenceClassification, **options)
         head = getattr(model, "score", None)
         if head is None or model.config.num_labels != 1:
