@@ -29,7 +29,7 @@ from irl_align.generate.vllm_common import (
     import_architecture,
     require_vllm,
 )
-from irl_align.generate.vllm_worker import shape_of
+from irl_align.generate.vllm_worker import remember_shape, shape_of
 
 logger = logging.getLogger(__name__)
 IN_FLIGHT = 512  # samples handed to vLLM's scheduler at a time, so that memory does not grow with N
@@ -85,6 +85,7 @@ class VLLMEngine:
 
             args = {"disable_log_stats": True, **engine_args(self.settings, policy)}
             import_architecture(policy.model)
+            remember_shape(policy.model)
             try:
                 self._llm = LLM(**args)
             except (RuntimeError, ValueError, OSError, TypeError) as error:

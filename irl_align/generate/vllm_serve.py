@@ -16,7 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
+
+from irl_align.generate.vllm_worker import remember_shape
 
 KEY_VARIABLE = "VLLM_API_KEY"
 GUARD = "irl_align.generate.vllm_serve.Guard"
@@ -63,6 +66,7 @@ def main(arguments: list[str]) -> None:
     command.subparser_init(subparsers).set_defaults(dispatch_function=command.cmd)
     parsed = parser.parse_args(["serve", *arguments])
     command.validate(parsed)
+    remember_shape(Path(arguments[0]))
     parsed.dispatch_function(parsed)
 
 

@@ -6,10 +6,12 @@ vLLM imports this in the process of its engine, which may be a server on another
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 EXTENSION = "irl_align.generate.vllm_worker.PolicyWeights"
+SHAPE_VARIABLE = "IRL_ALIGN_VLLM_SHAPE"
 # Fields of config.json that say how a model came about, not what its weights look like.
 _INCIDENTAL = {
     "_name_or_path",
@@ -30,6 +32,14 @@ def shape_of(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokens = {name for name in config if name.endswith("_token_id")}
     return {name: value for name, value in config.items() if name not in _INCIDENTAL | tokens}
+
+
+def remember_shape(folder: Path) -> None:
+    """Keep the shape of the model that vLLM starts with, for the processes that it starts.
+
+    Its folder need not last as long as the engine: PPO's rollouts come from one that is replaced.
+    """
+    os.environ[SHAPE_VARIABLE] = json.dumps(shape_of(folder))
 
 
 class PolicyWeights:
@@ -61,9 +71,9 @@ class PolicyWeights:
 
     def _refusal(self, path: Path) -> str | None:
         """Why the weights in a folder cannot become those of the running model."""
-        running = Path(self.model_runner.model_config.model)
+        wanted = json.loads(os.environ[SHAPE_VARIABLE])
         try:
-            wanted, found = shape_of(running), shape_of(path)
+            found = shape_of(path)
         except (OSError, ValueError) as error:
             return f"no readable config.json there: {error}"
         if not any(path.glob("*.safetensors")):
