@@ -32,6 +32,7 @@ from irl_align.batch_shares import SHARE, Collated, Division, Pieces, PiecesLoad
 from irl_align.errors import UserError
 from irl_align.files import is_sealed, seal
 from irl_align.sharded import is_finite, take_back, to_train
+from irl_align.short_attention import short_attention
 
 T = TypeVar("T")
 # Batches of similar length waste no padding; recipes may choose another sampling strategy.
@@ -328,7 +329,8 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
     resume = ranks.on_main(lambda: last_checkpoint(training.work / "scratch"))
     if resume is not None:
         logging.getLogger(__name__).info("%s: resuming from %s", training.label, resume.name)
-    output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with short_attention():
+        output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     history = trainer.state.log_history
     losses = [(record["step"], record["loss"]) for record in history if "loss" in record]
     starts = [0] + [step for step, _ in losses]

@@ -90,7 +90,7 @@ def test_imports_of_resolves_every_form() -> None:
 # From the bottom up: a module imports from layers below its own only. A package is one entry.
 LAYERS = (
     "hygiene watch",
-    "batches errors maths memory options resources rewardbench statistics",
+    "batches errors maths memory options resources rewardbench short_attention statistics",
     "batch_shares chat_endpoint leaderboard lora_options policy_options ranks sweep",
     "terminal",
     "config files machine neighbours recipe_yaml tasks tokenizer",
