@@ -38,8 +38,8 @@ quickstart: venv  ## align a tiny model on the built-in task by SPIN and by IRL,
 	.venv/bin/irl-align train recipes/restaurant/irl-best-of-n.yaml
 	.venv/bin/irl-align show runs/restaurant-spin-seed0 runs/restaurant-irl-best-of-n-seed0
 
-test: vllm  ## run the tests, those against vLLM too
-	.venv/bin/python -m pytest -q
+test: vllm  ## run the tests, those against vLLM too, two files at a time
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # What runs on other versions than the pinned ones: every library is used, nothing takes long.
 SMOKE := $(addprefix tests/test_,cli.py credit.py data.py fit.py generate.py loop.py \

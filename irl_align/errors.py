@@ -1,12 +1,18 @@
 """What a user can mend, and what may mend itself."""
 
+from irl_align.hygiene import printable
+
 
 class UserError(Exception):
     """A mistake or fault that the user can mend, told in one line.
 
     The message names the file and field, what was found and what is expected. The command line
-    prints it without a traceback (unless ``--debug``) and exits with status 2.
+    prints it without a traceback (unless ``--debug``) and exits with status 2. It often quotes what
+    was found, or another library's words of it: control characters in it become escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message).expandtabs(1))
 
 
 class TryAgain(Exception):

@@ -146,7 +146,7 @@ def costs_table(view: RunView) -> Table:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for record in view.metrics:
         if record["key"].startswith("stage/"):
-            kinds.setdefault(record["stage"], []).append(record)
+            kinds.setdefault(str(record["stage"]), []).append(record)
     for kind, records in [*kinds.items(), ("total", [r for rs in kinds.values() for r in rs])]:
         reused = sum(bool(record["reused"]) for record in records)
         peaks = [r.get("peak_cuda_mib", r.get("peak_rss_mib")) for r in records]

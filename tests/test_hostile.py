@@ -370,3 +370,9 @@ def test_no_secret_is_in_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.M
     assert len(files) > 10
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_what_a_refusal_quotes_is_shown_and_not_obeyed() -> None:
+    """Also from Python, where nothing stands between the message and the terminal."""
+    told = str(UserError("rows.jsonl: found \x1b[2J\u202ea\tb, expected text"))
+    assert told == "rows.jsonl: found \\x1b[2J\\u202ea b, expected text"
