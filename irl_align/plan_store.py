@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from irl_align.config import Recipe
-from irl_align.errors import UserError
 from irl_align.files import read_json
 from irl_align.lab import Lab
 from irl_align.measure import evaluate_policy, measure_policy, measure_reward
@@ -77,11 +77,23 @@ def found_stages(recipe: Recipe, local: bool) -> tuple[set[str], str]:
     notes = _Notes(root.parent / f"{recipe.name}-seed{recipe.seed}")
     try:
         lab = Lab(recipe, _FindingStore(root), cast(Run, notes), torch.device("cpu"))
-        with suppress(_Missing):
+        with suppress(_Missing), _quiet(Lab.__module__):
             _walk(lab)
-    except UserError as error:
-        return notes.found, f"{root} was searched until: {error}"
+    except Exception as error:  # what is damaged is mended by a run; libraries raise many kinds
+        cause = " ".join(f"{error}".split()) or type(error).__name__
+        return notes.found, f"{root} was searched until: {cause}"
     return notes.found, f"{root} was searched"
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Nothing is said of the stages gone through: the run says it when it uses them."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _walk(lab: Lab) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from hub_runs import best_of_n, folder, selecting, spin
-from tiny_runs import BEST, irl_align, metrics, stage_records, the_line, tiny_recipe
+from tiny_runs import BEST, irl_align, metrics, stage_records, the_line, tiny_recipe, write_recipe
 
 from irl_align.api import Result
 from irl_align.config import Recipe
@@ -211,3 +213,20 @@ def test_a_finished_run_has_nothing_to_do(capsys: pytest.CaptureFixture[str]) ->
 def test_memory_fits_or_does_not(tmp_path: Path) -> None:
     plan = make_plan(tiny_recipe(tmp_path, *BEST), A100)
     assert plan.peak is not None and plan.peak.cost.use.peak < 2**30
+
+
+def test_a_damaged_stage_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The disk need is told from what the store has, before the run mends what is damaged."""
+    command = ("train", write_recipe(tmp_path), f"output_dir={tmp_path / 'runs'}")
+    command += ("loop.iterations=0",)
+    assert irl_align(capsys, *command).status == 0
+    [file] = (tmp_path / "runs/store").glob("data-*/reward.parquet")
+    whole = file.read_bytes()
+    at = len(whole) // 4
+    file.write_bytes(whole[:at] + bytes(64) + whole[at + 64 :])
+    with pytest.raises(DatasetGenerationError):
+        Dataset.from_parquet(str(file), keep_in_memory=True)
+    ended = irl_align(capsys, *command)
+    assert ended.status == 0, ended.err
+    assert len(list((tmp_path / "runs/store/.work").glob("data-*.damaged"))) == 1
+    assert file.read_bytes() == whole
