@@ -81,7 +81,9 @@ def main() -> None:
                 "rss_mib": round(readings[-1] / 1024, 1),
                 **{f"{name}_kib": round(value, 3) for name, value in found.items()},
                 "grown_over_all_kib": round(grown, 1),
-                "below_noise": abs(grown) < found["noise"] or found["low"] <= 0 <= found["high"],
+                "below_noise": bool(
+                    abs(grown) < found["noise"] or found["low"] <= 0 <= found["high"]
+                ),
             },
             indent=1,
         )
