@@ -236,7 +236,7 @@ def show_comparison(analysis: Analysis, console: Console) -> None:
     for grid in grids(analysis):
         show_grid(grid, console)
     for line in notes(analysis):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)  # a path stays whole
 
 
 def show_grid(grid: Grid, console: Console) -> None:

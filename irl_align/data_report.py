@@ -124,7 +124,7 @@ def show(
                 share = shared / len(other.prompts)
                 console.print(f"{share:.1%} of the prompts of {other.name} are in train as well")
         for fault in part.faults:
-            console.print(f"note: {fault}", markup=False)
+            console.print(f"note: {fault}", markup=False, soft_wrap=True)
     for part in found:
         for sample in part.samples:
             console.rule(f"sample of {part.name}", align="left")

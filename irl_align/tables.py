@@ -244,7 +244,7 @@ def _show(views: Sequence[RunView], console: Console) -> None:
         for sign in signs(view):
             console.print(f"sign: {sign}", markup=False)
         ended = view.summary["ended"] if view.summary else "not finished: run the recipe again"
-        console.print(f"{view.folder}: {ended}", markup=False)
+        console.print(f"{view.folder}: {ended}", markup=False, soft_wrap=True)
 
 
 def _percent(value: float | None) -> str:

@@ -270,7 +270,7 @@ def test_show_tells_that_a_run_is_not_finished(
     (unfinished / "metrics.jsonl").unlink()
     ended = irl_align(capsys, "show", unfinished)
     assert ended.status == 0
-    assert "not finished: run the recipe again" in " ".join(ended.out.split())
+    assert "not finished: run the recipe again" in ended.out
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_show_compares_runs(
     for label in ("SFT, seed 0", "select 1, best of 3, seed 0", "SFT, seed 1"):
         assert label in shown.out
     assert shown.out.count("<= 0.43") == 1  # log 3 - 2/3: KL of best of 3
-    assert f"{select.folder}: 1 iterations done" in shown.out.replace("\n", "")
+    assert f"{select.folder}: 1 iterations done" in shown.out
 
 
 def test_show_of_numbers_that_were_not_finite(

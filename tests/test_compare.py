@@ -104,7 +104,7 @@ def test_compare_runs_shares_and_resumes(
     shutil.rmtree(runs / "tiny-best-seed5")
     partly = irl_align(capsys, *arguments, "--only-finished")
     assert partly.status == 0 and "started" not in caplog.text
-    assert "tiny-best-seed5: no finished run of this recipe" in partly.out.replace("\n", " ")
+    assert "tiny-best-seed5: no finished run of this recipe" in partly.out
     changed = the_line(irl_align(capsys, *arguments, "--only-finished", "evaluation.prompts=3"))
     assert changed == "compare: found no finished run, expected at least one"
 
@@ -130,7 +130,7 @@ def test_folders_of_runs_are_compared_as_they_are(
     ended = irl_align(capsys, "compare", *runs, stopped, "--baseline", "a")
     assert ended.status == 0, ended.err
     assert "against a, paired by seed" in ended.out
-    assert "c-seed1: not finished" in ended.out.replace("\n", " ")
+    assert "c-seed1: not finished" in ended.out
     assert (tmp_path / "comparison/comparison.csv").is_file()
     mixed = the_line(irl_align(capsys, "compare", *runs, "seed=1"))
     assert mixed == "compare: found runs and 'seed=1', expected runs or recipes alone"
