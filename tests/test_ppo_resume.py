@@ -23,6 +23,8 @@ from irl_align.api import train as run_recipe
 from irl_align.errors import TryAgain, UserError
 from irl_align.models import load_model
 from irl_align.policy.ppo.actors import Actors
+from irl_align.policy.ppo.checkpoint import read_progress
+from irl_align.policy.ppo.monitors import WINDOW
 from irl_align.policy_options import PPOOptions
 
 PROMPTS = random_ids(16, 2, 5, 0, vocabulary=12)  # as many as a rollout has samples
@@ -117,6 +119,19 @@ def test_a_half_written_checkpoint_and_journal_are_forgotten(
     assert timeless(train(work, cast_of(tiny_tokenizer, chosen), chosen)) == timeless(want)
     assert weights(work / "model") == weights(tmp_path / "whole/model")
     assert len((work / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_checkpoint_holds_no_more_records_than_an_alarm_looks_at(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Memory and checkpoints do not grow with the updates: the journal has their records."""
+    chosen = options(episodes=16 * (WINDOW + 3), checkpoint_every=WINDOW + 2)
+    report = train(tmp_path, cast_of(tiny_tokenizer, chosen), chosen)
+    [checkpoint] = (tmp_path / "scratch").glob("checkpoint-*")
+    held = [record["update"] for record in read_progress(checkpoint).recent]
+    assert held == list(range(3, WINDOW + 3))
+    told = [record["update"] for record in report["history"]]
+    assert told == list(range(1, WINDOW + 4))
 
 
 # --- what is kept ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from irl_align import ranks
 from irl_align.errors import TryAgain
-from irl_align.files import atomic_write, is_sealed, seal, to_lines
+from irl_align.files import atomic_write, is_sealed, read_lines, seal, to_lines
 from irl_align.policy.ppo.together import shared_folder
 
 
@@ -34,8 +34,8 @@ class Progress:
     """Score of the best policy so far by held-out demonstrations; its weights are in best/."""
     best_update: int = 0
     """Updates that it had."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """One record per update."""
+    recent: list[dict[str, Any]] = field(default_factory=list)
+    """Records of the newest updates, as many as an alarm looks at; the journal has all."""
 
 
 def save_checkpoint(
@@ -132,3 +132,7 @@ class Journal:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_lines(rows))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows so far; None stands for a number that was not finite."""
+        return ranks.on_main(lambda: read_lines(self.path, "run the recipe again"))

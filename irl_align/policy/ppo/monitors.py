@@ -112,9 +112,9 @@ def sample_rows(
     return rows
 
 
-def find_alarms(history: Sequence[Mapping[str, Any]], options: PPOOptions) -> list[str]:
-    """What the newest record, at the end of the history, gives reason to worry about."""
-    now = history[-1]
+def find_alarms(recent: Sequence[Mapping[str, Any]], options: PPOOptions) -> list[str]:
+    """What the last of the records of at most WINDOW updates gives reason to worry about."""
+    now = recent[-1]
     alarms = [
         f"{name} is not finite"
         for name, value in now.items()
@@ -134,7 +134,7 @@ def find_alarms(history: Sequence[Mapping[str, Any]], options: PPOOptions) -> li
             f"sampler and learner differ by {now['sampler_log_ratio']:.2g} in a token's log-prob, "
             f"above sampler_gap_alarm {options.sampler_gap_alarm:g}; see importance_weights"
         )
-    if rise := _rise(history[-WINDOW:]):
+    if rise := _rise(recent):
         alarms.append(rise)
     return alarms
 

@@ -33,6 +33,7 @@ from irl_align.policy.ppo.checkpoint import (
 )
 from irl_align.policy.ppo.learner import Batch, Diverged, Learner, Micro, log_ratio_limit
 from irl_align.policy.ppo.monitors import (
+    WINDOW,
     find_alarms,
     gold_report,
     rollout_report,
@@ -115,7 +116,7 @@ class PPOTrainer:
             "kept_update": kept,
             "best": progress.best,
             "ended": ended,
-            "history": progress.history,
+            "history": self.metrics.read(),
             **({"start": start} if start else {}),
         }
 
@@ -299,11 +300,11 @@ class PPOTrainer:
         self.selection.forget_older(self.progress)
 
     def _tell(self, record: dict[str, Any]) -> None:
-        """Add a record to the history, and warn of alarms that the one before did not have."""
-        history = self.progress.history
-        history.append(record)
-        record["alarms"] = find_alarms(history, self.options)
-        before = {_kind(alarm) for alarm in _alarms(history[:-1])}
+        """Write a record down, and warn of alarms that the one before did not have."""
+        before = {_kind(alarm) for alarm in _alarms(self.progress.recent)}
+        recent = [*self.progress.recent, record][-WINDOW:]
+        record["alarms"] = find_alarms(recent, self.options)
+        self.progress.recent = recent
         for alarm in record["alarms"]:
             if _kind(alarm) not in before:
                 logger.warning("%s: update %d: %s", self.training.label, record["update"], alarm)
@@ -317,9 +318,9 @@ class PPOTrainer:
         return self.learner.accelerator.autocast() if on_gpu else contextlib.nullcontext()
 
 
-def _alarms(history: Sequence[dict[str, Any]]) -> list[str]:
+def _alarms(recent: Sequence[dict[str, Any]]) -> list[str]:
     """Of the newest record."""
-    return list(history[-1]["alarms"]) if history else []
+    return list(recent[-1]["alarms"]) if recent else []
 
 
 def _kind(alarm: str) -> str:
