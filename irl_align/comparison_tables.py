@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -236,7 +237,9 @@ def show_comparison(analysis: Analysis, console: Console) -> None:
     for grid in grids(analysis):
         show_grid(grid, console)
     for line in notes(analysis):
-        console.print(line, markup=False, soft_wrap=True)  # a path stays whole
+        # Wrapped between words alone: a path, however long, stays whole.
+        wrapped = wrap(line, console.width, break_long_words=False, break_on_hyphens=False)
+        console.print("\n".join(wrapped), markup=False, soft_wrap=True)
 
 
 def show_grid(grid: Grid, console: Console) -> None:
