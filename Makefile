@@ -2,9 +2,10 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 STAMP_VLLM := .venv/.installed-vllm
+STAMP_DEEPSPEED := .venv/.installed-deepspeed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vllm quickstart test test-lowest test-newest faults fuzz licences lint clean
+.PHONY: help venv vllm deepspeed quickstart test test-lowest test-newest faults fuzz licences lint clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,12 +34,19 @@ $(STAMP_VLLM): $(STAMP)
 	.venv/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@mv .venv/.installing-vllm $@
 
+# In a folder of its own: accelerate and TRL change what they do where DeepSpeed is installed.
+deepspeed: $(STAMP_DEEPSPEED)  ## DeepSpeed beside .venv, for the tests against it
+$(STAMP_DEEPSPEED): $(STAMP)
+	.venv/bin/python -m pip install --progress-bar off -c constraints.txt --no-deps --upgrade \
+		--target .venv/deepspeed deepspeed hjson py-cpuinfo msgpack einops
+	@touch $@
+
 quickstart: venv  ## align a tiny model on the built-in task by SPIN and by IRL, and compare them
 	.venv/bin/irl-align train recipes/restaurant/spin.yaml
 	.venv/bin/irl-align train recipes/restaurant/irl-best-of-n.yaml
 	.venv/bin/irl-align show runs/restaurant-spin-seed0 runs/restaurant-irl-best-of-n-seed0
 
-test: vllm  ## run the tests, those against vLLM too, two files at a time
+test: vllm deepspeed  ## run the tests, those against vLLM and DeepSpeed too, two files at a time
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # What runs on other versions than the pinned ones: every library is used, nothing takes long.

@@ -143,8 +143,9 @@ def activations(
     precision: Precision,
     masked: bool = False,
     checkpointing: bool = False,
+    trunks: int = 1,
 ) -> float:
-    """Bytes that a forward pass of the trunk keeps for the backward one, and the latter's own.
+    """Bytes that a forward pass of the trunks keeps for the backward one, and the latter's own.
 
     While the backward pass is in a layer, the gradients of what it kept are there too: at most as
     much again. With checkpointing only each layer's input is kept, and one layer is run again.
@@ -155,8 +156,9 @@ def activations(
     extra = 0 if shape.family == NEOX else FLOAT * shape.width
     last = extra + precision.weights * 2 * shape.width
     if checkpointing:
-        return tokens * (precision.weights * shape.layers * shape.width + 2 * layer + last)
-    return tokens * ((shape.layers + 1) * layer + last)
+        inputs = precision.weights * shape.layers * shape.width
+        return tokens * (trunks * (inputs + last) + 2 * layer)
+    return tokens * ((trunks * shape.layers + 1) * layer + trunks * last)
 
 
 def key_values(shape: Shape, columns: int, bytes_each: int) -> int:
@@ -184,18 +186,19 @@ def training(
     kept: float,
     loss: float,
     copies: float = 0.0,
-    accumulate: bool = False,
+    later: float = 0.0,
     beside: dict[str, float] | None = None,
 ) -> Use:
     """A training step: trained parameters (float32 gradients), and the bytes of everything else.
 
-    Without accumulation gradients come as activations go, so that
-    peak = weights + state + beside + max(gradients, activations + copies + loss);
-    with it both are there at once. beside: models that only give numbers.
+    Gradients come as the first pass's activations go, and are there beside those of later passes
+    (gradient accumulation), the fullest of which is this share (0 to 1) of the first:
+    peak = weights + state + beside + max(forward, gradients + later * forward), where
+    forward = activations + copies + loss. beside: models that only give numbers.
     """
     gradients = float(FLOAT * trained)
     forward = kept + copies + loss
-    moving = gradients + forward if accumulate else max(gradients, forward)
+    moving = max(forward, gradients + later * forward)
     others = beside or {}
     parts = {
         "weights": float(weights),

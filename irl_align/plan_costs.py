@@ -221,7 +221,7 @@ class Costs:
             activations(shape, batch_rows, columns, precision, True, again),
             loss,
             weight_copies(shape, precision),
-            accumulate=int(option.gradient_accumulation_steps) > 1,
+            later=float(int(option.gradient_accumulation_steps) > 1),
         )
         saved = FLOAT * trained if adapted else weights
         return Cost(
@@ -288,8 +288,11 @@ class Costs:
         columns = self.prompt.longest + self.sample_longest
         minibatch = options.batch_size // options.minibatches
         rows = max(1, min(options.max_batch_tokens // columns, minibatch))
+        # Adapters of one backbone take turns: a pass forward and backward for each.
+        turns = bool(self.adapter) and options.backbone == "shared"
+        trunks = 1 if turns else 1 + critic
         kept = activations(
-            shape, rows, columns, precision, options.n > 1, options.gradient_checkpointing
+            shape, rows, columns, precision, options.n > 1, options.gradient_checkpointing, trunks
         )
         asked = rows * self.sample_longest  # completion tokens, by pieces of the logits
         loss = logits_of(shape, min(asked, max(1, LOGITS_AT_ONCE // shape.vocabulary)))
@@ -297,10 +300,10 @@ class Costs:
             trained,
             weights,
             state,
-            kept * (1 + critic),
+            kept,
             loss,
-            weight_copies(shape, precision) * (1 + critic),
-            accumulate=minibatch > rows,
+            weight_copies(shape, precision) * trunks,
+            later=min(rows, minibatch - rows) / rows,
             beside=beside,
         )
 

@@ -43,6 +43,17 @@ def to_train(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model)
 
 
+def no_longer() -> None:
+    """A training is over: models are loaded whole again.
+
+    DeepSpeed's config is known to all of transformers, which under ZeRO-3 loads shards by it.
+    """
+    if engine() == "DEEPSPEED":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 @torch.no_grad()
 def take_back(trained: nn.Module, model: nn.Module) -> None:
     """Copy the weights of what :func:`to_train` gave back into the model, whole."""

@@ -31,7 +31,7 @@ from irl_align import adapters, ranks
 from irl_align.batch_shares import SHARE, Collated, Division, Pieces, PiecesLoader, Rows, divide
 from irl_align.errors import UserError
 from irl_align.files import is_sealed, seal
-from irl_align.sharded import is_finite, take_back, to_train
+from irl_align.sharded import is_finite, no_longer, take_back, to_train
 from irl_align.short_attention import short_attention
 
 T = TypeVar("T")
@@ -331,6 +331,7 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
         logging.getLogger(__name__).info("%s: resuming from %s", training.label, resume.name)
     with short_attention():
         output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    no_longer()
     history = trainer.state.log_history
     losses = [(record["step"], record["loss"]) for record in history if "loss" in record]
     starts = [0] + [step for step, _ in losses]

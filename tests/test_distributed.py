@@ -19,7 +19,8 @@ from tiny_runs import tiny_recipe, write_recipe
 from irl_align.api import train
 
 pytestmark = pytest.mark.timeout(1800)
-CONFIG = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
+HERE = Path(__file__).parent
+DEEPSPEED = Path(sys.prefix) / "deepspeed"  # where `make deepspeed` puts it
 # A learning rate at which rounding stays rounding: Adam divides a gradient by its own size.
 OPTIONS = (
     "sft.args.num_train_epochs=2",
@@ -67,11 +68,25 @@ def start(arguments: list[str], **more: str) -> subprocess.Popen[str]:
     )
 
 
-def launch(folder: Path, *overrides: str) -> str:
-    """Two processes by `accelerate launch`, to their end; what they said."""
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+def launcher_of(config: str) -> list[str]:
+    """`accelerate launch` with one of the configs that come with the recipes."""
+    file = HERE.parent / "recipes" / "accelerate" / f"{config}.yaml"
+    return ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+
+
+def launch(
+    folder: Path, *overrides: str, config: str = "ddp", script: Path | None = None, **more: str
+) -> str:
+    """Two processes by `accelerate launch`, to their end; what they said.
+
+    script: run in place of `-m irl_align`; more: environment.
+    """
+    launcher = launcher_of(config)
     port = ["--num_processes", "2", "--main_process_port", str(free_port())]
-    process = start([*launcher, *port, *command(folder, *overrides)])
+    arguments = command(folder, *overrides)
+    if script is not None:
+        arguments[:2] = [str(script)]
+    process = start([*launcher, *port, *arguments], **more)
     out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out + errors
@@ -125,7 +140,11 @@ def rows(path: Path) -> list[str]:
 
 
 def same(one: Path, two: Path, files: int) -> None:
-    """Every stage of one run is in the other: rows the same, numbers but for their rounding."""
+    """Every stage of one run is in the other: rows the same, numbers but for their rounding.
+
+    Losses of trainers are held to 1e-5. A norm of gradients, and what comes of trained weights, as
+    scores and PPO's monitors do, is as near as the kernels of a processor are: 1e-4.
+    """
     mine, theirs = stages(one), stages(two)
     assert set(mine) <= set(theirs)
     compared = 0
@@ -140,7 +159,8 @@ def same(one: Path, two: Path, files: int) -> None:
         assert ours.keys() == others.keys(), name
         for key, value in ours.items():
             if isinstance(value, float):
-                assert others[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
+                near = 1e-5 if "loss" in key and "ppo" not in name else 1e-4
+                assert others[key] == pytest.approx(value, rel=near, abs=near), (name, key)
             else:
                 assert others[key] == value, (name, key)
         for file in path.glob("*.parquet"):
@@ -171,6 +191,29 @@ def test_two_processes_do_what_one_does(both: tuple[Path, Path]) -> None:
     assert len((ppo / "metrics.jsonl").read_text().splitlines()) == 3
     parts = json.loads((two / "runs/tiny-seed0/summary.json").read_text())
     assert parts["ended"] == "1 iterations done"
+
+
+def test_shards_do_what_whole_weights_do(both: tuple[Path, Path], tmp_path: Path) -> None:
+    launch(tmp_path, *OPTIONS, config="fsdp2", script=HERE / "fsdp_on_cpu.py")
+    same(both[0], tmp_path, files=15)
+
+
+@pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="make deepspeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_does_what_whole_weights_do(
+    both: tuple[Path, Path], tmp_path: Path, stage: int
+) -> None:
+    said = launch(
+        tmp_path,
+        *OPTIONS,
+        config=f"deepspeed-zero{stage}",
+        script=HERE / "zero_on_cpu.py",
+        ACCELERATE_USE_CPU="false",
+        DS_ACCELERATOR="cpu",
+        PYTHONPATH=os.pathsep.join(filter(None, (str(DEEPSPEED), os.environ.get("PYTHONPATH")))),
+    )
+    assert "deepspeed_shm_comm_op" in said  # it was DeepSpeed that joined them
+    same(both[0], tmp_path, files=15)
 
 
 def test_dpo_with_a_last_batch_that_not_all_get(both: tuple[Path, Path]) -> None:
@@ -211,7 +254,7 @@ def test_one_that_hangs_or_dies_ends_the_other_and_a_rerun_ends_the_same(
     # Two machines of one process each, on the loopback.
     machines = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     machines += ["--main_process_port", str(free_port())]
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), *machines]
+    launcher = [*launcher_of("ddp"), *machines]
     nodes = [
         start([*launcher, "--machine_rank", rank, *command(tmp_path, *OPTIONS)])
         for rank in ("0", "1")
@@ -231,7 +274,7 @@ def test_one_that_hangs_or_dies_ends_the_other_and_a_rerun_ends_the_same(
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     """A batch that two processes cannot share is refused by one line, and both end."""
     path = write_recipe(tmp_path)
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    launcher = launcher_of("ddp")
     port = ["--num_processes", "2", "--main_process_port", str(free_port())]
     process = start(
         [*launcher, *port, "-m", "irl_align", "train", str(path), f"output_dir={tmp_path / 'runs'}",

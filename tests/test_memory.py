@@ -97,6 +97,10 @@ def test_a_llama_layer_by_hand() -> None:
     # with checkpointing 3 inputs of layers, and one layer run again with its gradients
     again = memory.activations(shape, 2, 5, Precision(), checkpointing=True)
     assert again == 10 * (3 * 32 + 2 * 560 + 96)
+    # two trunks in one pass; the backward one is in a layer of one of them at a time
+    assert memory.activations(shape, 2, 5, Precision(), trunks=2) == 10 * (7 * 560 + 2 * 96)
+    again = memory.activations(shape, 2, 5, Precision(), checkpointing=True, trunks=2)
+    assert again == 10 * (2 * (3 * 32 + 96) + 2 * 560)
 
 
 def test_cache_state_logits_and_copies_by_hand() -> None:
@@ -118,8 +122,10 @@ def test_gradients_come_as_activations_go() -> None:
     use = memory.training(trained=10, weights=40, state=80, kept=25, loss=5, beside={"reward": 7})
     assert use.peak == 40 + 80 + 7 + max(40, 30)
     assert use.parts["gradients"] == 40 and use.parts["reward"] == 7
-    many = memory.training(10, 40, 80, kept=25, loss=5, accumulate=True)
+    many = memory.training(10, 40, 80, kept=25, loss=5, later=1.0)
     assert many.peak == 40 + 80 + 40 + 30
+    rest = memory.training(10, 40, 80, kept=45, loss=5, later=0.1)  # gradients and a small pass
+    assert rest.peak == 40 + 80 + max(50, 40 + 5)
     large = memory.training(10, 40, 80, kept=25, loss=5, copies=100)
     assert large.peak == 40 + 80 + 130
 
