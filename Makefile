@@ -58,12 +58,12 @@ test-lowest:  ## a share of the tests with the lowest versions that pyproject.to
 	.venv-lowest/bin/python -m pip install -q packaging
 	.venv-lowest/bin/python tests/versions.py lowest > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --progress-bar off -c .venv-lowest/constraints.txt -e '.[dev]'
-	IRL_ALIGN_OTHER_VERSIONS=1 .venv-lowest/bin/python -m pytest -q $(wildcard $(SMOKE))
+	IRL_ALIGN_OTHER_VERSIONS=1 .venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile $(wildcard $(SMOKE))
 
 test-newest:  ## the same with the newest versions that it allows
 	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --progress-bar off --upgrade --upgrade-strategy eager -e '.[dev]'
-	IRL_ALIGN_OTHER_VERSIONS=1 .venv-newest/bin/python -m pytest -q $(wildcard $(SMOKE))
+	IRL_ALIGN_OTHER_VERSIONS=1 .venv-newest/bin/python -m pytest -q -n 2 --dist loadfile $(wildcard $(SMOKE))
 
 CASES ?= 50
 faults: venv  ## kill, starve, damage and mislead a small full loop (CASES=50); a table in runs/faults

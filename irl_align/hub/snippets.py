@@ -40,7 +40,7 @@ def reward_snippets(settings: RewardSettings, plain: bool) -> list[Snippet]:
     )
     mean = f', "logit_mean": {settings.mean!r}' if settings.mean else ""
     vllm = (
-        "With vLLM (0.23 or newer for `logit_mean`; this command was not run by the exporter):",
+        "With vLLM (0.23 or newer for `logit_mean`); `/classify` gives the score as it is:",
         "sh",
         f"vllm serve REPO --runner pooling --convert classify \\\n"
         f"  --pooler-config '{{\"use_activation\": false{mean}}}'\n",

@@ -45,16 +45,24 @@ policy_update:
   {kind: ppo, episodes: 32, batch_size: 16, epochs: 1, max_batch_tokens: 1024, keep: last,
    missing_eos: ignore, evaluate_every: 100}
 """
+MORE_SAMPLES = PPO.replace("episodes: 32, batch_size: 16", "episodes: 128, batch_size: 64")
 SPIN = """\
 reward: {kind: implicit, args: {max_steps: 2, per_device_train_batch_size: 16, beta: 0.1}}
 policy_update: {kind: identity}
 """
-STAGES = {"sft": "ppo", "reward/0": "ppo", "policy-1": "ppo", "SPIN's reward/0": "spin"}
+RECIPES = {"ppo": PPO, "ppo-64": MORE_SAMPLES, "spin": SPIN}
+STAGES = {
+    "sft": "ppo",
+    "reward/0": "ppo",
+    "16 samples an update: policy-1": "ppo",
+    "64 samples an update: policy-1": "ppo-64",
+    "SPIN's reward/0": "spin",
+}
 """What is measured -> the recipe that it is of; the stage's role is the last word."""
 
 
 def main() -> None:
-    """Run both recipes, then build each stage once more and compare its peak with the plan's."""
+    """Run the recipes, then build each stage once more and compare its peak with the plan's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=384)
@@ -77,7 +85,7 @@ def main() -> None:
 def peaks(folder: Path, width: int, layers: int, vocabulary: int) -> dict[str, tuple[float, float]]:
     """Stage -> peak bytes by the plan, and measured."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rest in (("ppo", PPO), ("spin", SPIN)):
+    for name, rest in RECIPES.items():
         text = RECIPE.format(
             name=name,
             folder=folder / "runs",
