@@ -30,7 +30,6 @@ from scipy import stats
 from irl_align.policy.ppo import trainer as module
 from irl_align.policy.ppo.update import train_ppo
 
-WARM_UP = 40
 BLOCK = 10
 
 
@@ -53,6 +52,7 @@ def main() -> None:
     """Train, read the memory after every update, and print what came of it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--warm-up", type=int, default=40, help="updates that are not looked at")
     given = parser.parse_args()
     torch.set_num_threads(1)
     process, readings = psutil.Process(), list[float]()
@@ -72,15 +72,15 @@ def main() -> None:
     cast = actors(small_llama(12), reward, _tokenizer(), prompts, chosen)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(cast, chosen, training(Path(folder)))
-    found = slope(np.asarray(readings[WARM_UP:]))
-    grown = found["slope"] * given.updates
+    found = slope(np.asarray(readings[given.warm_up :]))
+    grown = found["slope"] * (given.updates - given.warm_up)
     print(
         json.dumps(
             {
                 "updates": len(readings),
                 "rss_mib": round(readings[-1] / 1024, 1),
                 **{f"{name}_kib": round(value, 3) for name, value in found.items()},
-                "grown_over_all_kib": round(grown, 1),
+                "grown_kib": round(grown, 1),
                 "below_noise": bool(
                     abs(grown) < found["noise"] or found["low"] <= 0 <= found["high"]
                 ),
