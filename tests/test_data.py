@@ -204,7 +204,11 @@ def test_changed_file_is_read_anew(tmp_path: Path) -> None:
         ("demos.jsonl", b'{"question": "a", "answer": "\\ud800"}\n', r"half of a surrogate pair"),
         ("demos.parquet", b"PAR1....", r"demos\.parquet: not a whole parquet file"),
         ("demos.jsonl.gz", b"not gzip", r"truncated or damaged gzip"),
-        ("demos.jsonl.gz", gzip.compress(lines(ROWS).encode())[:-9], r"truncated or damaged gzip"),
+        (
+            "demos.jsonl.gz",
+            gzip.compress(lines(ROWS).encode(), mtime=0)[:-9],
+            r"truncated or damaged gzip",
+        ),
         ("demos.txt", b"a", r"found suffix '\.txt', expected \.jsonl"),
     ],
 )

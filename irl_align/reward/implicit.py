@@ -107,12 +107,20 @@ class ImplicitCollator:
         }
 
 
+def gather_rows(values: Tensor) -> Tensor:
+    """Values (N, ...) of all processes in a row, N of each its own; numbers () as (processes,)."""
+    parts = ranks.gather(values.detach().cpu())
+    return torch.cat([torch.atleast_1d(part) for part in parts]).to(values.device)
+
+
 class PairDPOTrainer(Guarded, DPOTrainer):
     """TRL's DPOTrainer on token ids, with reference log-probs given."""
 
     def __init__(self, *args: Any, expect_ln2: bool, **kwargs: Any) -> None:
         self.expect_ln2 = expect_ln2
         super().__init__(*args, **kwargs)
+        if ranks.count() > 1:  # TRL's monitors gather a piece's rows, and pieces differ in them
+            self.accelerator.gather = gather_rows
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset  # token ids already
