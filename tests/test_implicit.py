@@ -136,7 +136,8 @@ def test_bradley_terry_of_the_implicit_reward_is_spins_loss_and_trls(
     arch: str, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs, beta = random_pairs(5, seed=7), 0.4
-    model, opponent = moved(tiny_model(arch), 1), tiny_model(arch)
+    # In float64: what differs is the formula and not a processor's kernels.
+    model, opponent = moved(tiny_model(arch), 1).double(), tiny_model(arch).double()
     with torch.no_grad():
         reference = side_sums(opponent, pairs)
 
@@ -289,6 +290,22 @@ def test_rounding_is_allowed_for_in_nats_at_every_beta(
     logps[0] += 0.05
     with pytest.raises(UserError, match="ln 2"):
         fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "far"), True)
+
+
+def test_rounding_of_weights_in_half_precision_is_allowed_for(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pairs, options = random_pairs(4, seed=11), {**OPTIONS, "per_device_train_batch_size": 4}
+    logps = reference_logps([(1.0, tiny_model("llama").bfloat16())], pairs)
+    options |= {"beta": 5.0, "max_steps": 1}
+    fit = (tiny_tokenizer, pairs, logps, options)
+    logps[0] += 0.05  # refused of weights in float32, above
+    model = tiny_model("llama").bfloat16()
+    metrics = fit_implicit(model, *fit, training(tmp_path / "near"), True)
+    assert metrics["first_loss"] == pytest.approx(LN2 + 5 * 0.05 / 2, abs=0.1)
+    logps[0] += 0.6
+    with pytest.raises(UserError, match="ln 2"):
+        fit_implicit(tiny_model("llama").bfloat16(), *fit, training(tmp_path / "far"), True)
 
 
 def test_dropout_does_not_part_policy_and_reference(

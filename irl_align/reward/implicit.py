@@ -134,9 +134,12 @@ class PairDPOTrainer(Guarded, DPOTrainer):
         if self.expect_ln2:
             self.expect_ln2 = False
             first = loss.item()
-            # The reference's log-probs are float32; half precision rounds the policy's own. The
-            # loss magnifies a difference of log-probs by beta: the same nats whatever it is.
-            nats = 0.2 if self.args.bf16 or self.args.fp16 else 0.01
+            # The reference's log-probs are float32; half precision, of products or of weights,
+            # rounds the policy's own. The loss magnifies a difference of log-probs by beta: the
+            # same nats whatever it is.
+            weights = next(model.parameters()).dtype
+            half = self.args.bf16 or self.args.fp16 or weights.itemsize < 4
+            nats = 0.2 if half else 0.01
             slack = nats * max(self.beta, 0.1)
             if self.state.global_step > 0:
                 return loss  # resumed: the checkpoint's history has it
