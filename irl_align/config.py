@@ -217,12 +217,21 @@ class PairOptions(Options):
     """Other prompt of a contrast pair: a near neighbour by word overlap, or the task's own edit."""
     contrast_per_demonstration: Positive = 1
     """Contrast pairs per demonstration."""
+    contrast_edits: Positive = 1
+    """With contrast edit: edits in a row, each prompt preferred to the next for the same text. With
+    two or more a reward cannot learn merely which prompts look edited."""
     window: Annotated[str, Field(pattern=r"^(latest|all|last-[1-9][0-9]*)$")] = "all"
     """Iterations whose pairs are used: latest, last-k or all."""
     truncated: Literal["drop", "keep"] = "drop"
     """Policy samples without EOS: leave their pairs out, or keep them (without EOS)."""
     demonstrations_per_prompt: Positive | None = None
     """At most so many demonstrations of one prompt make pairs; null is all of them."""
+
+    @model_validator(mode="after")
+    def _edits_are_made(self) -> PairOptions:
+        if self.contrast_edits > 1 and self.contrast != "edit":
+            raise ValueError(f"contrast_edits is of contrast edit, not of {self.contrast}")
+        return self
 
 
 class PreferenceOptions(Options):

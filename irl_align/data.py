@@ -21,7 +21,7 @@ from irl_align.cards import LABELLED, MESSAGES, TEXT, TRANSCRIPTS, Card, import_
 from irl_align.config import DataOptions
 from irl_align.errors import UserError
 from irl_align.recipe_yaml import show
-from irl_align.sources import Raw, hub_rows, local_rows
+from irl_align.sources import Raw, file_rows, hub_rows, local_rows
 
 __all__ = [
     "Card",
@@ -131,6 +131,27 @@ def load_preferences(card: Card, split: str, path: str | None = None) -> list[Pr
     """Rows of a split of a preference set; parameters and errors as in load_demonstrations."""
     _require_kind(card, "preferences", split)
     return _load(card, split, path, _preference)
+
+
+def load_prompts(card: Card, path: str) -> list[Prompt]:
+    """Prompts of a file without demonstrations: the card's prompt column, or its messages.
+
+    Messages are taken up to the last turn that is not the assistant's. Raises UserError naming file
+    and line of what is no prompt.
+    """
+    column = card.columns.get("prompt", card.columns.get("messages", "prompt"))
+    prompts: list[Prompt] = []
+    for raw in file_rows(Path(path)):
+        prompt = _prompt(raw, column, card)
+        if isinstance(prompt, list):
+            while prompt and prompt[-1]["role"] == "assistant":
+                prompt = prompt[:-1]
+            if not prompt:
+                raise UserError(
+                    raw.fault(column, "turns of the assistant alone, expected a prompt")
+                )
+        prompts.append(prompt)
+    return prompts
 
 
 def data_checksum(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -13,11 +13,11 @@ from datasets import Dataset, concatenate_datasets
 
 from irl_align.cards import import_object
 from irl_align.config import PairSource
+from irl_align.contrast import contrast_pairs
 from irl_align.generate import Completion, Sampling
 from irl_align.lab import Lab
 from irl_align.pairs import Pairs as MadePairs
 from irl_align.pairs import (
-    contrast_pairs,
     load_pairs,
     policy_pairs,
     sample_pairs,
@@ -62,6 +62,8 @@ def make_pairs(
         for part, use in USES.items()
     }
 
+    alike = {"window"} | ({"contrast_edits"} if options.contrast_edits == 1 else set())
+
     def build(work: Path) -> dict[str, Any]:
         metrics = {}
         for part in USES:
@@ -80,7 +82,7 @@ def make_pairs(
         "pairs",
         {
             "iteration": k,
-            "pairs": options.model_dump(exclude={"window"}),
+            "pairs": options.model_dump(exclude=alike),
             "sampling": vars(sampling),
         },
         {
@@ -135,6 +137,7 @@ class _Making:
             rows,
             options.contrast,
             per_demonstration=options.contrast_per_demonstration,
+            edits=options.contrast_edits,
             iteration=self.k,
             seed=self.lab.recipe.seed,
             edit=import_object(card.edit, "edit") if card.edit else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -17,14 +17,9 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from irl_align.config import PairSource
-from irl_align.data import prompt_key
 from irl_align.errors import UserError
 from irl_align.files import atomic_write
-from irl_align.neighbours import nearest_prompts
 
-NEAREST = 6
-"""A contrast prompt is drawn from so many nearest ones."""
-_EDITS = 8  # draws until an edit gives a prompt that the demonstration is not an answer to
 _IDS = List(Value("int32"))
 FEATURES = Features(
     {
@@ -106,13 +101,13 @@ def policy_pairs(
     """
     rows: list[Row] = []
     dropped = Counter({"identical": 0, "truncated": 0})
-    for key, group in _by_prompt(demonstrations).items():
+    for key, group in by_prompt(demonstrations).items():
         rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
         rng.shuffle(group)
         chosen = [list(row["completion_ids"]) for row in group[:demonstrations_per_prompt]]
         rejected = _usable(samples.get(key, ()), truncated, dropped)
         rows += _matched(key, list(group[0]["prompt_ids"]), chosen, rejected, rng, dropped)
-    return _finish(rows, dropped, source, iteration, generator, sampling)
+    return finish_pairs(rows, dropped, source, iteration, generator, sampling)
 
 
 def sample_pairs(
@@ -140,46 +135,7 @@ def sample_pairs(
         rng.shuffle(better)
         worse = _usable(rejected.get(key, ()), truncated, dropped)
         rows += _matched(key, list(prompts[key]), better, worse, rng, dropped)
-    return _finish(rows, dropped, source, iteration, generator, sampling)
-
-
-def contrast_pairs(
-    demonstrations: Iterable[Mapping[str, Any]],
-    kind: Literal["neighbour", "edit"],
-    *,
-    per_demonstration: int = 1,
-    iteration: int = 0,
-    seed: int = 0,
-    edit: Callable[[str, random.Random], str] | None = None,
-    encode: Callable[[list[str]], list[list[int]]] | None = None,
-    context: int | None = None,
-) -> Pairs:
-    """(x, y) over (x', y) with another prompt x' for which y is not a demonstration.
-
-    neighbour: x' is drawn from the NEAREST prompts by Jaccard overlap of their token sets. edit:
-    x' = edit(x, rng), turned into ids by encode. context: most tokens of x' and y together. A
-    demonstration with fewer such prompts than per_demonstration makes fewer pairs; what is short
-    is counted as no_contrast.
-    """
-    groups = _by_prompt(demonstrations)
-    answers = {
-        key: {tuple(row["completion_ids"]) for row in group} for key, group in groups.items()
-    }
-    if kind == "neighbour":
-        rows = _neighbour_rows(groups, answers, per_demonstration, f"{seed}/{iteration}")
-    else:
-        if edit is None or encode is None:
-            raise UserError("pairs.contrast: found edit, but the data card names no edit")
-        rows = _edit_rows(groups, answers, per_demonstration, f"{seed}/{iteration}", edit, encode)
-    if context is not None:
-        rows = [
-            row
-            for row in rows
-            if len(row["rejected_prompt_ids"]) + len(row["rejected_ids"]) <= context
-        ]
-    wanted = per_demonstration * sum(map(len, groups.values()))
-    dropped = Counter({"no_contrast": wanted - len(rows)})
-    return _finish(rows, dropped, "demonstration/contrast", iteration, "", None)
+    return finish_pairs(rows, dropped, source, iteration, generator, sampling)
 
 
 def window(by_iteration: Sequence[Dataset], name: str) -> Dataset:
@@ -231,7 +187,7 @@ def load_pairs(path: str | Path) -> Dataset:
         raise UserError(f"{path}: not a whole parquet file of pairs: {cause}") from error
 
 
-def _by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Rows by prompt key, both in the order of their content."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows.to_list() if isinstance(rows, Dataset) else rows:
@@ -274,13 +230,13 @@ def _matched(
         if better == list(sample.token_ids):
             dropped["identical"] += 1
             continue
-        rows.append(_row(key, prompt_ids, better, prompt_ids, list(sample.token_ids), index))
+        rows.append(pair_row(key, prompt_ids, better, prompt_ids, list(sample.token_ids), index))
         rows[-1]["rejected_truncated"] = bool(sample.truncated)
         rows[-1]["rejected_logp"] = float(sample.logprobs.sum(dtype=np.float64))
     return rows
 
 
-def _row(
+def pair_row(
     key: str,
     prompt_ids: list[int],
     chosen_ids: list[int],
@@ -300,7 +256,7 @@ def _row(
     }
 
 
-def _finish(
+def finish_pairs(
     rows: list[Row],
     dropped: Counter[str],
     source: PairSource,
@@ -324,55 +280,3 @@ def _finish(
         for name in FEATURES
     }
     return Pairs(Dataset.from_dict(columns, features=FEATURES), dict(dropped))
-
-
-def _neighbour_rows(
-    groups: Mapping[str, list[Mapping[str, Any]]],
-    answers: Mapping[str, set[tuple[int, ...]]],
-    per_demonstration: int,
-    seed: str,
-) -> list[Row]:
-    keys = list(groups)
-    prompts = [list(groups[key][0]["prompt_ids"]) for key in keys]
-    nearest = nearest_prompts(prompts, max(NEAREST, per_demonstration))
-    rows = []
-    for key, prompt_ids, others in zip(keys, prompts, nearest, strict=True):
-        rng = random.Random(f"{seed}/neighbour/{key}")
-        for demonstration in groups[key]:
-            completion = list(demonstration["completion_ids"])
-            free = [other for other in others if tuple(completion) not in answers[keys[other]]]
-            drawn = rng.sample(free, min(per_demonstration, len(free)))
-            for index, other in enumerate(drawn):
-                rows.append(_row(key, prompt_ids, completion, prompts[other], completion, index))
-    return rows
-
-
-def _edit_rows(
-    groups: Mapping[str, list[Mapping[str, Any]]],
-    answers: Mapping[str, set[tuple[int, ...]]],
-    per_demonstration: int,
-    seed: str,
-    edit: Callable[[str, random.Random], str],
-    encode: Callable[[list[str]], list[list[int]]],
-) -> list[Row]:
-    rows, edited = [], []
-    for key, group in groups.items():
-        rng = random.Random(f"{seed}/edit/{key}")
-        for demonstration in group:
-            completion = list(demonstration["completion_ids"])
-            drawn: dict[str, None] = {}
-            for _ in range(_EDITS * per_demonstration):
-                text = edit(demonstration["prompt"], rng)
-                if tuple(completion) not in answers.get(prompt_key(text), ()):
-                    drawn[text] = None
-                if len(drawn) == per_demonstration:
-                    break
-            for index, text in enumerate(drawn):
-                edited.append(text)
-                rows.append(
-                    _row(key, list(group[0]["prompt_ids"]), completion, [], completion, index)
-                )
-    for row, prompt_ids in zip(rows, encode(edited), strict=True):
-        row["rejected_prompt_ids"] = prompt_ids
-    # Casing or white space alone may be lost in encoding, so that x' is x again.
-    return [row for row in rows if row["rejected_prompt_ids"] != row["prompt_ids"]]

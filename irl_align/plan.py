@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from irl_align.cards import load_card
 from irl_align.config import Recipe
 from irl_align.costs import classify
+from irl_align.data import load_prompts
 from irl_align.memory import Shape
 from irl_align.model_shapes import shape_of_recipe
 from irl_align.plan_costs import Cost, Costs
@@ -234,7 +236,8 @@ class _Stages:
         total = 0
         for source in options.sources:
             if source.endswith("contrast"):
-                total += self.counts.rows["reward"] * options.contrast_per_demonstration
+                edits = options.contrast_edits if options.contrast == "edit" else 1
+                total += self.counts.rows["reward"] * options.contrast_per_demonstration * edits
             elif source.startswith("demonstration"):
                 total += max(rows, prompts * n)  # a prompt's demonstrations and samples take turns
             else:
@@ -263,7 +266,10 @@ class _Stages:
 
     def _best_of_n(self, k: int, update: BestOfNOptions, held: str) -> Iterator[Step]:
         costs = self.costs
-        prompts = min(update.prompts or 10**12, self.counts.prompts["reward"])
+        prompts = self.counts.prompts["reward"] * (2 if update.edited_prompts else 1)
+        if update.prompts_from is not None:
+            prompts += len(load_prompts(load_card(self.recipe.data.card), update.prompts_from))
+        prompts = min(update.prompts or prompts, prompts)
         candidates = f"samples/candidates/{self.policy}/t{update.temperature:g}"
         yield Step(candidates, (held, "data"), costs.sample(prompts, update.n))
         reads: Sequence[str] = (held, candidates)

@@ -9,7 +9,22 @@ from pydantic import Field, model_validator
 from irl_align.options import Above, AtLeast, Count, Options, Positive, Share
 
 
-class BestOfNOptions(Options):
+class PolicyPromptOptions(Options):
+    """What the prompts of the policy level are, beside those of the demonstrations."""
+
+    edited_prompts: Count = 0
+    """Every prompt brings one more without a demonstration, by so many of the card's edits in a
+    row; 0: none."""
+    prompts_from: str | None = None
+    """File of prompts without demonstrations, in the card's prompt column: jsonl, json, csv,
+    parquet or .gz."""
+
+
+PROMPT_OPTIONS = set(PolicyPromptOptions.model_fields)
+"""What they add is in Demonstrations.checksum, so that keys of stages leave their names out."""
+
+
+class BestOfNOptions(PolicyPromptOptions):
     """Best-of-N: sample N completions per prompt, score them, use the best."""
 
     kind: Literal["best_of_n"]
@@ -38,6 +53,10 @@ class BestOfNOptions(Options):
             raise ValueError(f"keep {self.keep} is more than n {self.n}")
         if self.use == "select" and self.args:
             raise ValueError("args are for use sft or dpo: select trains nothing")
+        if self.use == "select" and (self.edited_prompts or self.prompts_from):
+            raise ValueError(
+                "edited_prompts, prompts_from are for use sft or dpo: select only ranks"
+            )
         if self.use == "select" and self.keep != 1:
             raise ValueError("keep is for use sft or dpo: select keeps the best one")
         if self.use == "dpo" and 2 * self.keep > self.n:
@@ -85,7 +104,7 @@ DENSE = ("uniform", "red", "abc", "abc_policy", "random")
 """Kinds of credit that put a reward on every token."""
 
 
-class PPOOptions(Options):
+class PPOOptions(PolicyPromptOptions):
     """PPO with token-level credit (arXiv:1707.06347, 2403.17031, 2411.08302, 2402.00782)."""
 
     kind: Literal["ppo"]

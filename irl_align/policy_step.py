@@ -10,6 +10,7 @@ from irl_align.cards import import_object
 from irl_align.config import Recipe
 from irl_align.data import choose_prompts
 from irl_align.errors import UserError
+from irl_align.extra_prompts import PromptsByIds, encoded_prompts, with_prompts
 from irl_align.lab import Lab
 from irl_align.policy import Demonstrations, Policy, PolicyUpdate, Reward
 from irl_align.policy.best_of_n import BestOfN
@@ -34,9 +35,15 @@ def improve_policy(
     """pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
     part = "sft" if reward is None else "reward"
     update = make_update(lab.recipe, data)
-    improved = update(lab, k, policy, initial, reward, data.demonstrations(part))
+    demonstrations = with_prompts(data.demonstrations(part), policy_prompts(lab, data))
+    improved = update(lab, k, policy, initial, reward, demonstrations)
     lab.names.setdefault(improved.identity, f"policy-{k + 1}")
     return improved
+
+
+def policy_prompts(lab: Lab, data: Data) -> PromptsByIds:
+    """The prompts without demonstrations that the recipe's policy update is to use."""
+    return encoded_prompts(data, lab.tokenizer, lab.recipe.generation.max_new_tokens)
 
 
 def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
@@ -71,7 +78,10 @@ def some_held_out(data: Data, prompts: int, seed: int) -> Demonstrations:
 
 
 def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]]:
-    """The card's gold metric of samples for these rows' prompts, given as token ids, and texts."""
+    """The card's gold metric of samples, given as prompts' token ids, and texts.
+
+    Of prompts that are not among these rows nothing is judged: they have no references.
+    """
     metric: GoldMetric = import_object(gold, "gold")
     texts: dict[tuple[int, ...], str] = {}
     references: dict[tuple[int, ...], list[str]] = {}
@@ -83,7 +93,11 @@ def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]
 
     def judge(prompts: Sequence[Sequence[int]], completions: Sequence[str]) -> Mapping[str, float]:
         keys = [tuple(ids) for ids in prompts]
-        asked = [texts[key] for key in keys]
-        return metric(asked, completions, [references[key] for key in keys]).corpus
+        judged = [i for i, key in enumerate(keys) if key in texts]
+        if not judged:
+            return {}
+        asked = [texts[keys[i]] for i in judged]
+        written = [completions[i] for i in judged]
+        return metric(asked, written, [references[keys[i]] for i in judged]).corpus
 
     return judge

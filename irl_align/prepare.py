@@ -12,11 +12,13 @@ from datasets import Dataset
 from irl_align.cards import Card, load_card
 from irl_align.data import (
     Demonstration,
+    Prompt,
     data_checksum,
     divide,
     load_demonstrations,
 )
 from irl_align.errors import UserError
+from irl_align.extra_prompts import extra_prompts
 from irl_align.files import file_checksum
 from irl_align.lab import Lab, checksum, derive_seed
 from irl_align.models import (
@@ -53,6 +55,8 @@ class Data:
     """Checksum of each part's token ids: what the stages that read the part are keyed by."""
     context: int | None
     """Most tokens of prompt and completion together, the model's positions."""
+    extra_prompts: list[Prompt]
+    """Prompts without demonstrations that the policy update is to use."""
 
     def demonstrations(self, part: str) -> Demonstrations:
         """Token ids of one part."""
@@ -80,6 +84,8 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
         "evaluation": load(recipe.evaluation.split),
     }
     sums = {part: data_checksum(some) for part, some in rows.items()}
+    own = (row["prompt"] for row in division.reward)
+    extra = extra_prompts(recipe.policy_update, card, own, recipe.seed)
     start = start_model(lab, card, division.sft, sums["sft"])
     for option, lora in (("model", recipe.model.lora), ("reward", recipe.reward.lora)):
         if lora is not None:
@@ -118,7 +124,8 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
         for part in PARTS
     }
     limit = stage.metrics.get("context")
-    return Data(card, checksums=stage.metrics["token_checksums"], context=limit, **parts), start
+    sums = stage.metrics["token_checksums"]
+    return Data(card, checksums=sums, context=limit, extra_prompts=extra, **parts), start
 
 
 def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Policy:

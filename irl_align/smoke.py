@@ -116,8 +116,12 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if preferences is not None:
         path = write_preferences(load_card(preferences.card), preferences.split, inputs)
         values["reward"]["preferences"] |= {"card": str(path), "path": None}
-    if recipe.pairs.contrast == "edit" and card.edit is None:
-        values["pairs"]["contrast"] = "neighbour"  # the card's edit is of its own prompts
+    if recipe.pairs.contrast == "edit" and card.edit is None:  # it is of the card's own prompts
+        values["pairs"] |= {"contrast": "neighbour", "contrast_edits": 1}
+    update = values["policy_update"]
+    if "edited_prompts" in update:
+        edits = update["edited_prompts"] if card.edit is not None else 0
+        update |= {"edited_prompts": edits, "prompts_from": None}
     if recipe.model.from_scratch is None:
         write_model(recipe.model, card, inputs / "model")
         values["model"] |= {"path": str(inputs / "model"), "revision": None}

@@ -14,13 +14,14 @@ from irl_align.cards import load_card
 from irl_align.config import Recipe
 from irl_align.data import Prompt, check_source
 from irl_align.errors import UserError
+from irl_align.extra_prompts import PromptsByIds, with_prompts
 from irl_align.files import file_checksum, read_json
 from irl_align.lab import Lab, open_run
 from irl_align.models import pick_device
 from irl_align.policy import Policy, Reward
 from irl_align.policy.ppo.update import PPO
 from irl_align.policy_options import PPOOptions
-from irl_align.policy_step import make_update
+from irl_align.policy_step import make_update, policy_prompts
 from irl_align.prepare import Data, prepare
 from irl_align.recipe import make_recipe
 from irl_align.reward.alignment import load_reward
@@ -101,7 +102,8 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
 def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) -> Policy:
     """The policy after PPO on the reward model that is at `where`, one stage of the lab."""
     data, start = prepare(lab)
-    prompt_of = raw_prompts(data)
+    extra = policy_prompts(lab, data)
+    prompt_of = raw_prompts(data, extra)
 
     def load(artefact: Reward) -> RewardFunction:
         return load_reward(where, lab.tokenizer, lab.device, prompt_of.__getitem__, template)
@@ -109,7 +111,8 @@ def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) 
     update = make_update(lab.recipe, data)
     assert isinstance(update, PPO)
     improve = replace(update, load=load)
-    return improve(lab, 0, start, start, reward, data.demonstrations("reward"))
+    demonstrations = with_prompts(data.demonstrations("reward"), extra)
+    return improve(lab, 0, start, start, reward, demonstrations)
 
 
 def summary_line(improved: Improved) -> str:
@@ -129,9 +132,9 @@ class Prompts(dict[tuple[int, ...], Prompt]):
         return super().__getitem__(tuple(ids))
 
 
-def raw_prompts(data: Data) -> Prompts:
-    """Of every row that PPO may roll out or look at."""
-    prompts = Prompts()
+def raw_prompts(data: Data, extra: PromptsByIds) -> Prompts:
+    """Of every row that PPO may roll out or look at, and of the prompts without demonstrations."""
+    prompts = Prompts(extra)
     for rows in (data.reward, data.held_out):
         for ids, text in zip(rows["prompt_ids"], rows["prompt"], strict=True):
             prompts[tuple(ids)] = text

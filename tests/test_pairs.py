@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irl_align.contrast import contrast_pairs, word_distance
 from irl_align.data import prompt_key
 from irl_align.errors import UserError
 from irl_align.neighbours import nearest_prompts
 from irl_align.pairs import (
     FEATURES,
-    contrast_pairs,
     load_pairs,
     policy_pairs,
     sample_pairs,
@@ -342,6 +343,49 @@ def test_edits() -> None:
     assert again.rows.to_dict() == pairs.to_dict()
 
 
+def test_edits_in_a_row_lead_away_from_the_prompt() -> None:
+    """x over x', x' over x'', and so on; each further from x, each with the same text."""
+
+    def edit(prompt: str, rng: random.Random) -> str:
+        words = prompt.split()
+        words[rng.randrange(len(words))] = rng.choice("pqrst")
+        return " ".join(words)
+
+    def words(texts: list[str]) -> list[list[int]]:
+        return [[ord(word) for word in text.split()] for text in texts]
+
+    prompt = "p q r s"
+    row = {**demo(prompt, 1), "prompt_ids": words([prompt])[0]}
+    pairs, dropped = contrast_pairs(
+        [row], "edit", per_demonstration=2, edits=3, edit=edit, encode=words
+    )
+    assert len(pairs) + dropped["no_contrast"] == 6 and len(pairs) >= 4
+    assert {tuple(r["chosen_ids"]) for r in pairs} == {(1, EOS)}
+    assert [r["chosen_ids"] for r in pairs] == [r["rejected_ids"] for r in pairs]
+
+    def distance(ids: list[int]) -> int:
+        here, there = Counter(row["prompt_ids"]), Counter(ids)
+        return (here - there).total() + (there - here).total()
+
+    chains = [[r for r in pairs if r["sample_index"] == index] for index in (0, 1)]
+    for chain in chains:
+        assert chain[0]["prompt_ids"] == row["prompt_ids"]
+        for before, after in pairwise(chain):
+            assert before["rejected_prompt_ids"] == after["prompt_ids"]
+            assert distance(after["rejected_prompt_ids"]) > distance(after["prompt_ids"])
+    assert chains[0][0]["rejected_prompt_ids"] != chains[1][0]["rejected_prompt_ids"]
+    first = contrast_pairs([row], "edit", per_demonstration=2, edit=edit, encode=words).rows
+    assert len(first) == 2  # one edit: no chain
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("a b", "a b", 0), ("a b", "a c", 2), ("a b", "a", 1), ("a a", "a", 1), ("", "a b", 2)],
+)
+def test_word_distance(a: str, b: str, distance: int) -> None:
+    assert word_distance(a, b) == word_distance(b, a) == distance
+
+
 def test_edit_that_changes_nothing_makes_no_pair() -> None:
     with pytest.raises(UserError, match=r"contrast gives no pair \(left out: 1 no_contrast\)"):
         contrast_pairs([demo("a", 1)], "edit", edit=lambda text, rng: text, encode=letters)
@@ -361,7 +405,8 @@ def test_contrast_fits_the_context() -> None:
     demos = [demo("a", 1), demo("ab", 2), demo("abcdef", 3)]
     pairs, dropped = contrast_pairs(demos, "neighbour", per_demonstration=2, context=7)
     assert all(len(r["rejected_prompt_ids"]) + len(r["rejected_ids"]) <= 7 for r in pairs)
-    assert len(pairs) == 4 and dropped == {"no_contrast": 2}  # not with "abcdef", 6 and 2
+    assert all(len(r["prompt_ids"]) + len(r["chosen_ids"]) <= 7 for r in pairs)
+    assert len(pairs) == 2 and dropped == {"no_contrast": 4}  # none with "abcdef", 6 and 3
 
 
 # ---------------------------------------------------------------- windows, numbers, storage

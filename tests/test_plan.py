@@ -78,6 +78,32 @@ def test_rows_and_tokens_are_those_of_the_run() -> None:
     assert plan.shape.parameters == made["start"]["metrics"]["parameters"]
 
 
+def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
+    run = best_of_n()
+    contrast = (
+        "pairs.sources=[demonstration/policy, demonstration/contrast]",
+        "pairs.contrast=edit",
+    )
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    plain, edited, both = (
+        {step.role: step.cost.rows for step in again(run, *options).steps}
+        for options in (
+            ("policy_update.prompts=null",),
+            (*contrast, "pairs.contrast_edits=2", "policy_update.prompts=null"),
+            (
+                "policy_update.prompts=null",
+                "policy_update.edited_prompts=3",
+                f"policy_update.prompts_from={file}",
+            ),
+        )
+    )
+    demonstrations = again(run).counts.rows["reward"]
+    assert edited["pairs/0"] == plain["pairs/0"] + 2 * demonstrations
+    candidates, n = "samples/candidates/policy-0/t1", 2
+    assert both[candidates] == 2 * plain[candidates] + 2 * n
+
+
 def test_only_what_the_change_touches_is_to_do() -> None:
     plan = again(best_of_n(), "policy_update.args.learning_rate=0.005")
     to_do = {step.role for step in plan.to_do}

@@ -7,7 +7,7 @@ identity (SPIN) and more SFT. A recipe names one of its own by import path (``po
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,10 +124,13 @@ class Demonstrations:
     prompts: list[list[int]]
     completions: list[list[int]]
     checksum: str
+    extra_prompts: list[list[int]] = field(default_factory=list)
+    """Prompts that nobody demonstrated, for updates that need no demonstration."""
 
     def distinct_prompts(self) -> list[list[int]]:
-        """Every prompt once, in the order of its first row."""
-        return [list(p) for p in dict.fromkeys(tuple(p) for p in self.prompts)]
+        """Every prompt once, in the order of its first row; then the extra ones."""
+        prompts = [*self.prompts, *self.extra_prompts]
+        return [list(p) for p in dict.fromkeys(tuple(p) for p in prompts)]
 
 
 class PolicyUpdate(Protocol):

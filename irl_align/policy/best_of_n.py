@@ -21,7 +21,7 @@ from irl_align import ranks
 from irl_align.errors import UserError
 from irl_align.generate import Completion
 from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
-from irl_align.policy_options import BestOfNOptions
+from irl_align.policy_options import PROMPT_OPTIONS, BestOfNOptions
 from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.samples import Samples
@@ -77,7 +77,7 @@ class BestOfN:
             f"best-of-n-{options.use}",
             {
                 "sampling": vars(sampling),
-                "options": options.model_dump(),
+                "options": options.model_dump(exclude=PROMPT_OPTIONS),
                 "iteration": iteration,
                 **workshop.adapted,
             },

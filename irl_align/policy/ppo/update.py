@@ -20,7 +20,7 @@ from irl_align.policy.ppo.learner import Learner, make_accelerator
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.policy_options import PPOOptions
+from irl_align.policy_options import PROMPT_OPTIONS, PPOOptions
 from irl_align.reward.model import RewardFunction
 from irl_align.trainers import Training
 
@@ -60,7 +60,7 @@ class PPO:
         start = policy if options.start == "current" else initial
         reference = policy if options.reference == "current" else initial
         sampling = workshop.sampling(options.n, options.temperature)
-        alike = {"backbone"} if options.backbone == "separate" else set()
+        alike = PROMPT_OPTIONS | ({"backbone"} if options.backbone == "separate" else set())
 
         def build(work: Path) -> dict[str, Any]:
             actors = self._actors(workshop, start, reference, reward, demonstrations, sampling)

@@ -1,0 +1,163 @@
+"""Prompts without demonstrations at the policy level: edited ones, and those of a file."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from tiny_runs import irl_align, stage_records, the_line, tiny_recipe, write_recipe
+
+from irl_align import train
+from irl_align.cards import load_card
+from irl_align.data import load_demonstrations, load_prompts, prompt_key
+from irl_align.errors import UserError
+from irl_align.extra_prompts import extra_prompts
+from irl_align.plan import Assumptions, make_plan
+from irl_align.plan_hardware import device_named
+from irl_align.policy_options import BestOfNOptions, IdentityOptions, PPOOptions
+from irl_align.recipe import load_recipe
+from irl_align.tasks import e2e, restaurant
+
+pytestmark = pytest.mark.timeout(240)
+A100 = Assumptions(device_named("a100-80gb"), 0.35, 0.5)
+PROMPTS = tuple(
+    row["prompt"]
+    for row in load_demonstrations(
+        load_card("restaurant"), "train", task_args={"size": 2, "noise": 0.0}
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs share one store."""
+    return tmp_path_factory.mktemp("prompts")
+
+
+def stage_path(run: Path, role: str) -> Path:
+    return (run / json.loads((run / "stages.json").read_text())[role]["path"]).resolve()
+
+
+def test_edited_prompts_are_the_cards_edits_in_a_row() -> None:
+    card = load_card("restaurant")
+    options = BestOfNOptions(kind="best_of_n", edited_prompts=2)
+    found = extra_prompts(options, card, [*PROMPTS, PROMPTS[0]], seed=3)
+    expected = []
+    for prompt in PROMPTS:
+        rng = random.Random(f"3/edited-prompt/{prompt_key(prompt)}")
+        expected.append(restaurant.edit(restaurant.edit(prompt, rng), rng))
+    assert found == expected
+    assert extra_prompts(BestOfNOptions(kind="best_of_n"), card, PROMPTS, 3) == []
+    assert extra_prompts(IdentityOptions(kind="identity"), card, PROMPTS, 3) == []
+
+
+def test_e2e_edits_stay_prompts_of_e2e() -> None:
+    prompt = "name[The Punter], eatType[pub], food[Indian], near[Café Sicilia]"
+    options = PPOOptions(kind="ppo", edited_prompts=3)
+    (found,) = extra_prompts(options, load_card("e2e_nlg"), [prompt], seed=0)
+    assert e2e.slots_of(str(found)) != e2e.slots_of(prompt)
+
+
+def test_a_file_of_prompts(tmp_path: Path) -> None:
+    card = load_card("restaurant")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "note": 1}) + "\n" for p in PROMPTS))
+    assert load_prompts(card, str(path)) == list(PROMPTS)
+    path.write_text('{"prompt": "name[the zoo]"}\n{"prompt": ""}\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl, line 2: column 'prompt': found empty"):
+        load_prompts(card, str(path))
+    path.write_text('{"text": "name[the zoo]"}\n')
+    with pytest.raises(UserError, match=r"line 1: found columns text, expected a column 'prompt'"):
+        load_prompts(card, str(path))
+
+
+def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
+    card = load_card("ultrachat_200k")
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    assert load_prompts(card, str(path)) == [turns[:1]]
+    path.write_text(json.dumps({"messages": turns[1:]}) + "\n")
+    with pytest.raises(UserError, match=r"line 1: .* turns of the assistant alone"):
+        load_prompts(card, str(path))
+
+
+def test_best_of_n_samples_them_and_never_what_is_evaluated(folder: Path, tmp_path: Path) -> None:
+    """A file with a new prompt and one of the evaluation: the second is left out."""
+    base = train(tiny_recipe(folder, "loop.iterations=0"))
+    parts = stage_path(base.folder, "data")
+    evaluated = pq.read_table(parts / "evaluation.parquet").to_pylist()[0]["prompt"]
+    demonstrated = set(pq.read_table(parts / "reward.parquet").column("prompt").to_pylist())
+    new = "name[the zoo], food[thai], price[cheap]"
+    assert new not in demonstrated
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (new, evaluated)))
+    plain, more = (
+        train(tiny_recipe(folder, f"name={name}", "policy_update.prompts=null", *options))
+        for name, options in (("plain", ()), ("more", (f"policy_update.prompts_from={path}",)))
+    )
+    counts = [
+        stage_records(run.folder)["samples/candidates/policy-0/t1"]["metrics"]["prompts"]
+        for run in (plain, more)
+    ]
+    assert counts[0] == len(demonstrated) and counts[1] == counts[0] + 1
+    records = [stage_records(run.folder) for run in (plain, more)]
+    assert records[0]["reward/0"]["key"] == records[1]["reward/0"]["key"]
+    assert records[0]["policy-1"]["key"] != records[1]["policy-1"]["key"]
+
+
+def test_ppo_rolls_them_out_and_judges_the_others(folder: Path) -> None:
+    ppo = "{kind: ppo, batch_size: 16, episodes: 32, edited_prompts: 2}"
+    run = train(tiny_recipe(folder, "name=ppo", f"policy_update={ppo}"))
+    ppo = ppo.replace(", edited_prompts: 2", "")
+    plain = train(tiny_recipe(folder, "name=ppo-plain", f"policy_update={ppo}"))
+    records = [stage_records(some.folder)["policy-1"] for some in (run, plain)]
+    assert records[0]["key"] != records[1]["key"]
+    for some in (run, plain):
+        plan = make_plan(load_recipe(some.folder / "recipe.yaml"), A100)
+        assert plan.to_do == []
+    assert "edited_prompts" not in records[0]["settings"]["options"]  # the checksum has them
+    for history in (record["metrics"]["history"] for record in records):
+        assert len(history) == 2
+        assert all(0.0 <= update["gold_fully_right"] <= 1.0 for update in history)
+
+
+BAD = {
+    "select": (
+        ["policy_update={kind: best_of_n, use: select, edited_prompts: 1}"],
+        "edited_prompts, prompts_from are for use sft or dpo",
+    ),
+    "spin": (["policy_update={kind: identity, edited_prompts: 1}"], "edited_prompts"),
+    "no such file": (["policy_update.prompts_from=nowhere.jsonl"], "nowhere.jsonl"),
+    "negative": (["policy_update.edited_prompts=-1"], "at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_one_line_before_any_work(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, expected = BAD[case]
+    ended = irl_align(capsys, "train", write_recipe(tmp_path), f"output_dir={tmp_path}", *options)
+    assert expected in the_line(ended)
+    assert not list(tmp_path.glob("store/sft-*"))
+
+
+def test_prompts_that_are_all_known_are_refused(folder: Path, tmp_path: Path) -> None:
+    base = train(tiny_recipe(folder, "loop.iterations=0"))
+    prompt = pq.read_table(stage_path(base.folder, "data") / "held_out.parquet").to_pylist()[0]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": prompt["prompt"]}) + "\n")
+    with pytest.raises(UserError, match="found no prompt that is new"):
+        train(tiny_recipe(folder, "name=known", f"policy_update.prompts_from={path}"))
+
+
+def test_a_card_without_an_edit_is_refused() -> None:
+    options = PPOOptions(kind="ppo", edited_prompts=1)
+    with pytest.raises(UserError, match="found 1, but card ultrachat_200k names no edit"):
+        extra_prompts(options, load_card("ultrachat_200k"), ["hello"], 0)
