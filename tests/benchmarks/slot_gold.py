@@ -42,8 +42,10 @@ def main(folder: Path, temperature: str = "0") -> None:
                 errors |= {seen} if "near" in errors else set()
             asked.update(slots)
             wrong.update(errors)
-        total = sum(wrong[slot] for slot in e2e.ORDER)
-        print(f"{path.name}: {total / sum(asked[slot] for slot in e2e.ORDER):.1%} in all")
+        errors, slots = (sum(count[slot] for slot in e2e.ORDER) for count in (wrong, asked))
+        unseen = "near, never seen so"
+        rest = (errors - wrong[unseen]) / (slots - asked[unseen])
+        print(f"{path.name}: {errors / slots:.1%} in all, {rest:.1%} without {unseen!r}")
         for slot in sorted(asked, key=lambda slot: -wrong[slot]):
             print(
                 f"  {slot:20} {wrong[slot]:4} of {asked[slot]:4}  {wrong[slot] / asked[slot]:.1%}"
