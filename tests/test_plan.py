@@ -89,8 +89,8 @@ def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
     plain, edited, both = (
         {step.role: step.cost.rows for step in again(run, *options).steps}
         for options in (
-            ("policy_update.prompts=null",),
-            (*contrast, "pairs.contrast_edits=2", "policy_update.prompts=null"),
+            (*contrast, "policy_update.prompts=null"),
+            (*contrast, "pairs.contrast_edits=3", "policy_update.prompts=null"),
             (
                 "policy_update.prompts=null",
                 "policy_update.edited_prompts=3",
