@@ -4,6 +4,7 @@ import os
 
 # Before torch or the Hugging Face libraries are imported by any test.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's would be among the requests that tests count
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more
 
