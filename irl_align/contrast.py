@@ -115,14 +115,18 @@ def _edit_chains(
             completion = list(demonstration["completion_ids"])
             prompt = demonstration["prompt"]
             drawn: dict[str, list[str]] = {}
+
+            def wrong(text: str, answer: tuple[int, ...] = tuple(completion)) -> bool:
+                return answer not in answers.get(prompt_key(text), ())
+
             for _ in range(_EDITS * per_demonstration):
                 text = edit(prompt, rng)
-                if tuple(completion) not in answers.get(prompt_key(text), ()):
+                if wrong(text):
                     drawn.setdefault(text, [text])
                 if len(drawn) == per_demonstration:
                     break
             for index, chain in enumerate(drawn.values()):
-                _lengthen(chain, edits, prompt, rng, edit)
+                _lengthen(chain, edits, prompt, rng, edit, wrong)
                 yield _Chain(key, list(group[0]["prompt_ids"]), completion, index, chain)
 
 
@@ -132,13 +136,15 @@ def _lengthen(
     prompt: str,
     rng: random.Random,
     edit: Callable[[str, random.Random], str],
+    wrong: Callable[[str], bool],
 ) -> None:
-    """Edit the last text until the chain has so many, where draws find one further from prompt."""
+    """Edit the last text until the chain has so many, where draws find one that is further from
+    the prompt, and for which the completion is wrong."""
     for _ in range(_EDITS * (edits - 1)):
         if len(chain) == edits:
             return
         text = edit(chain[-1], rng)
-        if word_distance(prompt, text) > word_distance(prompt, chain[-1]):
+        if wrong(text) and word_distance(prompt, text) > word_distance(prompt, chain[-1]):
             chain.append(text)
 
 

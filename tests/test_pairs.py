@@ -374,6 +374,15 @@ def test_edits_in_a_row_lead_away_from_the_prompt() -> None:
             assert before["rejected_prompt_ids"] == after["prompt_ids"]
             assert distance(after["rejected_prompt_ids"]) > distance(after["prompt_ids"])
     assert chains[0][0]["rejected_prompt_ids"] != chains[1][0]["rejected_prompt_ids"]
+    # Nor does a chain come to a prompt that has the same demonstration.
+    other = {**demo("p q t t", 1), "prompt_ids": words(["p q t t"])[0]}
+    steps = {"p q r s": "p q r t", "p q r t": "p q t t", "p q t t": "t t t t"}
+    both, short = contrast_pairs(
+        [row, other], "edit", edits=2, edit=lambda text, rng: steps.get(text, text), encode=words
+    )
+    found = [(r["prompt_ids"], r["rejected_prompt_ids"]) for r in both]
+    assert words(["p q t t"])[0] not in [rejected for _, rejected in found]
+    assert len(found) == 2 and short == {"no_contrast": 2}
     first = contrast_pairs([row], "edit", per_demonstration=2, edit=edit, encode=words).rows
     assert len(first) == 2  # one edit: no chain
 
