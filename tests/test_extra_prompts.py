@@ -7,21 +7,25 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tiny_runs import irl_align, stage_records, the_line, tiny_recipe, write_recipe
+from tiny_runs import (
+    irl_align,
+    stage_folder,
+    stage_records,
+    the_line,
+    tiny_recipe,
+    write_recipe,
+)
 
 from irl_align import train
 from irl_align.cards import load_card
 from irl_align.data import load_demonstrations, load_prompts, prompt_key
 from irl_align.errors import UserError
 from irl_align.extra_prompts import extra_prompts
-from irl_align.plan import Assumptions, make_plan
-from irl_align.plan_hardware import device_named
 from irl_align.policy_options import BestOfNOptions, IdentityOptions, PPOOptions
 from irl_align.recipe import load_recipe
 from irl_align.tasks import e2e, restaurant
 
 pytestmark = pytest.mark.timeout(240)
-A100 = Assumptions(device_named("a100-80gb"), 0.35, 0.5)
 PROMPTS = tuple(
     row["prompt"]
     for row in load_demonstrations(
@@ -34,10 +38,6 @@ PROMPTS = tuple(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs share one store."""
     return tmp_path_factory.mktemp("prompts")
-
-
-def stage_path(run: Path, role: str) -> Path:
-    return (run / json.loads((run / "stages.json").read_text())[role]["path"]).resolve()
 
 
 def test_edited_prompts_are_the_cards_edits_in_a_row() -> None:
@@ -90,7 +90,7 @@ def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
 def test_best_of_n_samples_them_and_never_what_is_evaluated(folder: Path, tmp_path: Path) -> None:
     """A file with a new prompt and one of the evaluation: the second is left out."""
     base = train(tiny_recipe(folder, "loop.iterations=0"))
-    parts = stage_path(base.folder, "data")
+    parts = stage_folder(base.folder, "data")
     evaluated = pq.read_table(parts / "evaluation.parquet").to_pylist()[0]["prompt"]
     demonstrated = set(pq.read_table(parts / "reward.parquet").column("prompt").to_pylist())
     new = "name[the zoo], food[thai], price[cheap]"
@@ -111,20 +111,41 @@ def test_best_of_n_samples_them_and_never_what_is_evaluated(folder: Path, tmp_pa
     assert records[0]["policy-1"]["key"] != records[1]["policy-1"]["key"]
 
 
-def test_ppo_rolls_them_out_and_judges_the_others(folder: Path) -> None:
-    ppo = "{kind: ppo, batch_size: 16, episodes: 32, edited_prompts: 2}"
-    run = train(tiny_recipe(folder, "name=ppo", f"policy_update={ppo}"))
-    ppo = ppo.replace(", edited_prompts: 2", "")
-    plain = train(tiny_recipe(folder, "name=ppo-plain", f"policy_update={ppo}"))
-    records = [stage_records(some.folder)["policy-1"] for some in (run, plain)]
-    assert records[0]["key"] != records[1]["key"]
+def test_ppo_rolls_them_out_and_judges_the_others(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts that are no demonstration's are edits of theirs."""
+    ppo = "kind: ppo, batch_size: 16, samples_kept: 16"
+    run, plain = (
+        train(tiny_recipe(folder, f"name={name}", f"policy_update={{{ppo}, {more}}}"))
+        for name, more in (
+            ("ppo", "episodes: 336, edited_prompts: 2"),
+            ("ppo-plain", "episodes: 160"),
+        )
+    )
+    parts = stage_folder(run.folder, "data")
+    own = set(pq.read_table(parts / "reward.parquet").column("prompt").to_pylist())
+    seed = load_recipe(run.folder / "recipe.yaml").seed
+    options = PPOOptions(kind="ppo", edited_prompts=2)
+    edited = set(extra_prompts(options, load_card("restaurant"), sorted(own), seed))
+    assert _rolled_out(plain.folder) <= own
+    assert _rolled_out(run.folder) <= own | edited
+    assert _rolled_out(run.folder) & (edited - own)
     for some in (run, plain):
-        plan = make_plan(load_recipe(some.folder / "recipe.yaml"), A100)
-        assert plan.to_do == []
+        ended = irl_align(capsys, "plan", some.folder / "recipe.yaml")
+        assert "nothing is to do" in ended.out
+    records = [stage_records(some.folder)["policy-1"] for some in (run, plain)]
     assert "edited_prompts" not in records[0]["settings"]["options"]  # the checksum has them
-    for history in (record["metrics"]["history"] for record in records):
-        assert len(history) == 2
-        assert all(0.0 <= update["gold_fully_right"] <= 1.0 for update in history)
+    for record in records:
+        assert all(
+            0.0 <= update["gold_fully_right"] <= 1.0 for update in record["metrics"]["history"]
+        )
+
+
+def _rolled_out(run: Path) -> set[str]:
+    """Prompts that PPO sampled for, without the card's line end."""
+    lines = (stage_folder(run, "policy-1") / "samples.jsonl").read_text(encoding="utf-8")
+    return {json.loads(line)["prompt"].strip() for line in lines.splitlines()}
 
 
 BAD = {
@@ -150,7 +171,7 @@ def test_bad_options_are_one_line_before_any_work(
 
 def test_prompts_that_are_all_known_are_refused(folder: Path, tmp_path: Path) -> None:
     base = train(tiny_recipe(folder, "loop.iterations=0"))
-    prompt = pq.read_table(stage_path(base.folder, "data") / "held_out.parquet").to_pylist()[0]
+    prompt = pq.read_table(stage_folder(base.folder, "data") / "held_out.parquet").to_pylist()[0]
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": prompt["prompt"]}) + "\n")
     with pytest.raises(UserError, match="found no prompt that is new"):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import BEST, SPIN, metrics, stage_records, tiny_recipe, weights
+from tiny_runs import BEST, SPIN, metrics, stage_folder, stage_records, tiny_recipe, weights
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.api import Result, train
@@ -52,10 +52,6 @@ def spin(best: Result, run: Callable[..., Result]) -> Result:
 
 def column(path: Path, name: str) -> list[Any]:
     return pq.read_table(path).column(name).to_pylist()
-
-
-def stage_folder(run: Path, role: str) -> Path:
-    return (run / json.loads((run / "stages.json").read_text())[role]["path"]).resolve()
 
 
 def logp(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> float:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from tiny_runs import BEST, SPIN, metrics, stage_records, tiny_recipe
+from tiny_runs import BEST, SPIN, metrics, stage_folder, stage_records, tiny_recipe
 from transformers import AutoModelForCausalLM
 
 from irl_align import adapters
@@ -48,10 +48,6 @@ def spin(run: Callable[..., Result]) -> Result:
         "loop.iterations=2",
         "pairs.window=latest",
     )
-
-
-def stage_folder(run: Path, role: str) -> Path:
-    return (run / json.loads((run / "stages.json").read_text())[role]["path"]).resolve()
 
 
 def summed(model: Path, rows: list[dict[str, Any]], side: str) -> np.ndarray:

@@ -106,12 +106,17 @@ def the_line(ended: Ended) -> str:
     return lines[0].removeprefix("irl-align: ")
 
 
+def stage_folder(run: Path, role: str) -> Path:
+    """Where a run's stage lies in the store."""
+    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
+    return (run / stages[role]["path"]).resolve()
+
+
 def stage_records(run: Path) -> dict[str, dict[str, Any]]:
     """Role -> record of the stage, read from the store without the package."""
-    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     return {
-        role: json.loads((run / stage["path"] / "stage.json").read_text(encoding="utf-8"))
-        for role, stage in stages.items()
+        role: json.loads((stage_folder(run, role) / "stage.json").read_text(encoding="utf-8"))
+        for role in json.loads((run / "stages.json").read_text(encoding="utf-8"))
     }
 
 
