@@ -19,6 +19,7 @@ from irl_align.pairs import Pairs, Row, by_prompt, finish_pairs, pair_row
 NEAREST = 6
 """A contrast prompt is drawn from so many nearest ones."""
 _EDITS = 8  # draws until an edit gives a prompt that the demonstration is not an answer to
+_PROMPTS = 48  # draws among which the prompt that an edit is crossed with is sought
 
 
 def contrast_pairs(
@@ -26,7 +27,7 @@ def contrast_pairs(
     kind: Literal["neighbour", "edit"],
     *,
     per_demonstration: int = 1,
-    edits: int = 1,
+    crossed: bool = False,
     iteration: int = 0,
     seed: int = 0,
     edit: Callable[[str, random.Random], str] | None = None,
@@ -36,10 +37,11 @@ def contrast_pairs(
     """(x, y) over (x', y) with another prompt x' for which y is not a demonstration.
 
     neighbour: x' is drawn from the NEAREST prompts by Jaccard overlap of their token sets. edit:
-    x' = edit(x, rng), turned into ids by encode. With several edits in a row, x -> x' -> x'' ...,
-    each further from x by its words, (x', y) over (x'', y) is a pair too: that no demonstration
-    has such a prompt is then true of both sides, and cannot be what the reward learns. context:
-    most tokens of x' and y together. A demonstration with fewer such prompts than
+    x' = edit(x, rng), turned into ids by encode. An edited prompt is none that was demonstrated, so
+    a reward can learn that in place of the match. Where edits are crossed, each comes with
+    (x', z) over (x, z), z demonstrating a prompt that has the words the edit brought and none that
+    it took: on either side there are then as many edited prompts, and only the match tells.
+    context: most tokens of x' and y together. A demonstration with fewer such prompts than
     per_demonstration makes fewer pairs; what is short is counted as no_contrast.
     """
     groups = by_prompt(demonstrations)
@@ -52,8 +54,8 @@ def contrast_pairs(
         if edit is None or encode is None:
             raise UserError("pairs.contrast: found edit, but the data card names no edit")
         draw = f"{seed}/{iteration}"
-        chains = _edit_chains(groups, answers, per_demonstration, edits, draw, edit)
-        rows = _chain_rows(list(chains), encode)
+        edits = list(_edits(groups, answers, per_demonstration, draw, edit))
+        rows = _edit_rows(edits, encode, _Crossing(groups, answers, draw) if crossed else None)
     if context is not None:
         rows = [
             row
@@ -62,7 +64,7 @@ def contrast_pairs(
             + max(len(row["prompt_ids"]), len(row["rejected_prompt_ids"]))
             <= context
         ]
-    wanted = per_demonstration * edits * sum(map(len, groups.values()))
+    wanted = per_demonstration * (1 + crossed) * sum(map(len, groups.values()))
     dropped = Counter({"no_contrast": wanted - len(rows)})
     return finish_pairs(rows, dropped, "demonstration/contrast", iteration, "", None)
 
@@ -91,81 +93,96 @@ def _neighbour_rows(
 
 
 @dataclass(frozen=True)
-class _Chain:
-    """A demonstration's prompt and its edits, each further from it than the one before."""
+class _Edit:
+    """A demonstration, and an edit of its prompt that it does not answer."""
 
     key: str
+    prompt: str
     prompt_ids: list[int]
     completion: list[int]
     index: int
-    edits: list[str]
+    edited: str
 
 
-def _edit_chains(
+def _edits(
     groups: Mapping[str, list[Mapping[str, Any]]],
     answers: Mapping[str, set[tuple[int, ...]]],
     per_demonstration: int,
-    edits: int,
     seed: str,
     edit: Callable[[str, random.Random], str],
-) -> Iterator[_Chain]:
+) -> Iterator[_Edit]:
     for key, group in groups.items():
         rng = random.Random(f"{seed}/edit/{key}")
         for demonstration in group:
-            completion = list(demonstration["completion_ids"])
-            prompt = demonstration["prompt"]
-            drawn: dict[str, list[str]] = {}
-
-            def wrong(text: str, answer: tuple[int, ...] = tuple(completion)) -> bool:
-                return answer not in answers.get(prompt_key(text), ())
-
+            completion, prompt = list(demonstration["completion_ids"]), demonstration["prompt"]
+            drawn: dict[str, None] = {}
             for _ in range(_EDITS * per_demonstration):
                 text = edit(prompt, rng)
-                if wrong(text):
-                    drawn.setdefault(text, [text])
+                if tuple(completion) not in answers.get(prompt_key(text), ()):
+                    drawn[text] = None
                 if len(drawn) == per_demonstration:
                     break
-            for index, chain in enumerate(drawn.values()):
-                _lengthen(chain, edits, prompt, rng, edit, wrong)
-                yield _Chain(key, list(group[0]["prompt_ids"]), completion, index, chain)
+            for index, text in enumerate(drawn):
+                yield _Edit(key, prompt, list(group[0]["prompt_ids"]), completion, index, text)
 
 
-def _lengthen(
-    chain: list[str],
-    edits: int,
-    prompt: str,
-    rng: random.Random,
-    edit: Callable[[str, random.Random], str],
-    wrong: Callable[[str], bool],
-) -> None:
-    """Edit the last text until the chain has so many, where draws find one that is further from
-    the prompt, and for which the completion is wrong."""
-    for _ in range(_EDITS * (edits - 1)):
-        if len(chain) == edits:
-            return
-        text = edit(chain[-1], rng)
-        if wrong(text) and word_distance(prompt, text) > word_distance(prompt, chain[-1]):
-            chain.append(text)
-
-
-def word_distance(a: str, b: str) -> int:
-    """How many words of either text the other lacks, each as often as it occurs."""
-    here, there = Counter(a.split()), Counter(b.split())
-    return (here - there).total() + (there - here).total()
-
-
-def _chain_rows(
-    chains: Sequence[_Chain], encode: Callable[[list[str]], list[list[int]]]
+def _edit_rows(
+    edits: Sequence[_Edit],
+    encode: Callable[[list[str]], list[list[int]]],
+    crossing: _Crossing | None,
 ) -> list[Row]:
-    encoded = iter(encode([text for chain in chains for text in chain.edits]))
     rows = []
-    for chain in chains:
-        before = chain.prompt_ids
-        for _ in chain.edits:
-            after = next(encoded)
-            # Casing or white space alone may be lost in encoding, so that x' is x again.
-            if after != before:
-                text = chain.completion
-                rows.append(pair_row(chain.key, before, text, after, text, chain.index))
-            before = after
+    encoded = encode([edit.edited for edit in edits])
+    for edit, ids in zip(edits, encoded, strict=True):
+        own, text = edit.prompt_ids, edit.completion
+        if ids == own:  # casing or white space alone may be lost in encoding
+            continue
+        rows.append(pair_row(edit.key, own, text, ids, text, edit.index))
+        other = crossing.completion(edit) if crossing is not None else None
+        if other is not None:
+            rows.append(pair_row(edit.key, ids, other, own, other, edit.index))
     return rows
+
+
+def words_of(text: str) -> frozenset[str]:
+    """Words between blanks, without the punctuation at their ends."""
+    return frozenset(word.strip(",.;:!?") for word in text.split())
+
+
+class _Crossing:
+    """Finds demonstrations that answer an edited prompt better than the prompt it was made of."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, list[Mapping[str, Any]]],
+        answers: Mapping[str, set[tuple[int, ...]]],
+        seed: str,
+    ) -> None:
+        self.groups, self.answers, self.keys = groups, answers, list(groups)
+        self.rng = random.Random(f"{seed}/crossed")
+        self.words = {key: words_of(group[0]["prompt"]) for key, group in groups.items()}
+        self.having: dict[str, list[str]] = {}
+        for key in self.keys:
+            for word in self.words[key]:
+                self.having.setdefault(word, []).append(key)
+
+    def completion(self, edit: _Edit) -> list[int] | None:
+        """A demonstration of a prompt that has all words the edit brought and none that it took,
+        the nearest by words of those drawn; None where none is found."""
+        after, before = words_of(edit.edited), self.words[edit.key]
+        brought, taken = sorted(after - before), before - after
+        if not brought and not taken:
+            return None
+        pools = [self.having.get(word, []) for word in brought]
+        pool = min(pools, key=len, default=self.keys)
+        drawn = dict.fromkeys(self.rng.choices(pool, k=_PROMPTS) if pool else ())
+        fit = [
+            key
+            for key in drawn
+            if self.words[key].issuperset(brought) and self.words[key].isdisjoint(taken)
+        ]
+        if not fit:
+            return None
+        nearest = min(fit, key=lambda key: len(self.words[key] ^ after))
+        found = list(self.rng.choice(self.groups[nearest])["completion_ids"])
+        return found if tuple(found) not in self.answers[edit.key] else None

@@ -62,7 +62,7 @@ def make_pairs(
         for part, use in USES.items()
     }
 
-    alike = {"window"} | ({"contrast_edits"} if options.contrast_edits == 1 else set())
+    alike = {"window"} | (set() if options.contrast_crossed else {"contrast_crossed"})
 
     def build(work: Path) -> dict[str, Any]:
         metrics = {}
@@ -137,7 +137,7 @@ class _Making:
             rows,
             options.contrast,
             per_demonstration=options.contrast_per_demonstration,
-            edits=options.contrast_edits,
+            crossed=options.contrast_crossed,
             iteration=self.k,
             seed=self.lab.recipe.seed,
             edit=import_object(card.edit, "edit") if card.edit else None,

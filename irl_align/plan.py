@@ -236,8 +236,8 @@ class _Stages:
         total = 0
         for source in options.sources:
             if source.endswith("contrast"):
-                edits = options.contrast_edits if options.contrast == "edit" else 1
-                total += self.counts.rows["reward"] * options.contrast_per_demonstration * edits
+                each = options.contrast_per_demonstration * (1 + options.contrast_crossed)
+                total += self.counts.rows["reward"] * each
             elif source.startswith("demonstration"):
                 total += max(rows, prompts * n)  # a prompt's demonstrations and samples take turns
             else:

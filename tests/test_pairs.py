@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +11,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irl_align.contrast import contrast_pairs, word_distance
-from irl_align.data import prompt_key
+from irl_align.cards import load_card
+from irl_align.contrast import contrast_pairs, words_of
+from irl_align.data import load_demonstrations, prompt_key
 from irl_align.errors import UserError
 from irl_align.neighbours import nearest_prompts
 from irl_align.pairs import (
@@ -25,6 +25,7 @@ from irl_align.pairs import (
     stats,
     window,
 )
+from irl_align.tasks import restaurant
 
 SAMPLING = SimpleNamespace(temperature=0.7, plain=False)
 PLAIN = SimpleNamespace(temperature=1.0, plain=True)
@@ -343,56 +344,76 @@ def test_edits() -> None:
     assert again.rows.to_dict() == pairs.to_dict()
 
 
-def test_edits_in_a_row_lead_away_from_the_prompt() -> None:
-    """x over x', x' over x'', and so on; each further from x, each with the same text."""
+def by_word(texts: list[str]) -> list[list[int]]:
+    return [[ord(word) for word in text.replace(",", "").split()] for text in texts]
 
-    def edit(prompt: str, rng: random.Random) -> str:
-        words = prompt.split()
-        words[rng.randrange(len(words))] = rng.choice("pqrst")
-        return " ".join(words)
 
-    def words(texts: list[str]) -> list[list[int]]:
-        return [[ord(word) for word in text.split()] for text in texts]
+def worded(prompt: str, answer: int) -> dict[str, object]:
+    return {**demo(prompt, answer), "prompt_ids": by_word([prompt])[0]}
 
-    prompt = "p q r s"
-    row = {**demo(prompt, 1), "prompt_ids": words([prompt])[0]}
-    pairs, dropped = contrast_pairs(
-        [row], "edit", per_demonstration=2, edits=3, edit=edit, encode=words
+
+CROSSED = [worded("a, p", 1), worded("a, q", 2), worded("b, q", 3), worded("b, r", 4)]
+
+
+def crossed(demos: list[dict[str, object]], edits: dict[str, str]) -> list[tuple[str, str, int]]:
+    """Preferred prompt, rejected prompt and the text of both, of crossed edits."""
+    pairs = contrast_pairs(
+        demos, "edit", crossed=True, edit=lambda text, rng: edits.get(text, text), encode=by_word
+    ).rows
+    assert pairs["chosen_ids"] == pairs["rejected_ids"]
+    return [
+        ("".join(map(chr, r["prompt_ids"])), "".join(map(chr, r["rejected_prompt_ids"])), text)
+        for r in pairs
+        for text in r["chosen_ids"][:1]
+    ]
+
+
+def test_crossed_edits_by_hand() -> None:
+    """With another value: the only demonstration with r and without p is the fourth. One word
+    more: that with q, whose prompt is nearest. One word less: one without a, the nearest."""
+    assert crossed(CROSSED, {"a, p": "a, r"}) == [("ap", "ar", 1), ("ar", "ap", 4)]
+    assert crossed(CROSSED, {"a, p": "a, p, q"}) == [("ap", "apq", 1), ("apq", "ap", 2)]
+    assert crossed(CROSSED, {"b, q": "q"}) == [("bq", "q", 3), ("q", "bq", 2)]
+    # Nobody demonstrates what the edit brings; or only with what it takes; or the words are the
+    # same; or the found demonstration is the prompt's own too: the pair stays alone.
+    assert crossed(CROSSED, {"a, p": "a, s"}) == [("ap", "as", 1)]
+    assert crossed(CROSSED, {"b, q": "r, q"}) == [("bq", "rq", 3)]
+    assert crossed(CROSSED, {"a, p": "p, a"}) == [("ap", "pa", 1)]
+    twice = [*CROSSED, worded("a, p", 4)]
+    assert crossed(twice, {"a, p": "a, r"}) == [("ap", "ar", 1), ("ap", "ar", 4)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_crossed_edits_of_the_built_in_task(seed: int) -> None:
+    """Edited prompts are on either side equally often; what crosses fits the edit by its words."""
+    rows = load_demonstrations(
+        load_card("restaurant"), "train", task_args={"size": 150, "noise": 0.0}
     )
-    assert len(pairs) + dropped["no_contrast"] == 6 and len(pairs) >= 4
-    assert {tuple(r["chosen_ids"]) for r in pairs} == {(1, EOS)}
-    assert [r["chosen_ids"] for r in pairs] == [r["rejected_ids"] for r in pairs]
-
-    def distance(ids: list[int]) -> int:
-        here, there = Counter(row["prompt_ids"]), Counter(ids)
-        return (here - there).total() + (there - here).total()
-
-    chains = [[r for r in pairs if r["sample_index"] == index] for index in (0, 1)]
-    for chain in chains:
-        assert chain[0]["prompt_ids"] == row["prompt_ids"]
-        for before, after in pairwise(chain):
-            assert before["rejected_prompt_ids"] == after["prompt_ids"]
-            assert distance(after["rejected_prompt_ids"]) > distance(after["prompt_ids"])
-    assert chains[0][0]["rejected_prompt_ids"] != chains[1][0]["rejected_prompt_ids"]
-    # Nor does a chain come to a prompt that has the same demonstration.
-    other = {**demo("p q t t", 1), "prompt_ids": words(["p q t t"])[0]}
-    steps = {"p q r s": "p q r t", "p q r t": "p q t t", "p q t t": "t t t t"}
-    both, short = contrast_pairs(
-        [row, other], "edit", edits=2, edit=lambda text, rng: steps.get(text, text), encode=words
-    )
-    found = [(r["prompt_ids"], r["rejected_prompt_ids"]) for r in both]
-    assert words(["p q t t"])[0] not in [rejected for _, rejected in found]
-    assert len(found) == 2 and short == {"no_contrast": 2}
-    first = contrast_pairs([row], "edit", per_demonstration=2, edit=edit, encode=words).rows
-    assert len(first) == 2  # one edit: no chain
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "distance"),
-    [("a b", "a b", 0), ("a b", "a c", 2), ("a b", "a", 1), ("a a", "a", 1), ("", "a b", 2)],
-)
-def test_word_distance(a: str, b: str, distance: int) -> None:
-    assert word_distance(a, b) == word_distance(b, a) == distance
+    demos = [
+        {**demo(row["prompt"], n), "prompt_ids": letters([row["prompt"]])[0]}
+        for n, row in enumerate(rows)
+    ]
+    prompts = {n: str(row["prompt"]) for n, row in enumerate(rows)}
+    kind = {"edit": restaurant.edit, "encode": letters, "seed": seed}
+    pairs, dropped = contrast_pairs(demos, "edit", crossed=True, **kind)
+    assert len(pairs) + dropped["no_contrast"] == 300 and dropped["no_contrast"] < 30
+    sides = Counter()
+    for row in pairs:
+        preferred, rejected = (
+            "".join(map(chr, row[side])) for side in ("prompt_ids", "rejected_prompt_ids")
+        )
+        sides[preferred] += 1
+        sides[rejected] -= 1
+        brought, taken = (
+            words_of(one) - words_of(other)
+            for one, other in ((preferred, rejected), (rejected, preferred))
+        )
+        shown = words_of(prompts[row["chosen_ids"][0]])
+        assert shown >= brought and not shown & taken
+    assert sum(map(abs, sides.values())) <= 2 * dropped["no_contrast"]
+    alone = contrast_pairs(demos, "edit", **kind).rows.to_list()
+    assert [row for row in pairs.to_list() if row in alone] == alone
+    assert contrast_pairs(demos, "edit", crossed=True, **kind).rows.to_list() == pairs.to_list()
 
 
 def test_edit_that_changes_nothing_makes_no_pair() -> None:

@@ -1,67 +1,109 @@
-"""Whether a reward checks E2E's slots: a text's own prompt against one with a slot changed.
+"""Whether a reward checks E2E's slots: the same text under two prompts that differ in one slot.
 
-    python tests/benchmarks/slot_contrast.py DATA REWARD_MODEL [REWARD_MODEL ...]
+    python tests/benchmarks/slot_contrast.py DATA SPLIT REWARD_MODEL [REWARD_MODEL ...]
 
-Of demonstrations of the test split, by slot: how often the reward of a text is higher under its own
-prompt than under the prompt with another value of that slot, half of it for ties.
+By slot: how often the reward of a demonstration is higher under its own prompt than with another
+value of that slot, half of it for ties; and how often that of a demonstration with the other value
+is higher under the changed prompt. A reward that only tells prompts that nobody demonstrated gets
+the first right and the second wrong. Also the mean of both gaps, in the reward's units.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections import defaultdict
+from collections.abc import Callable
 
 from irl_align.cards import load_card
-from irl_align.data import load_demonstrations
+from irl_align.contrast import contrast_pairs
+from irl_align.data import load_demonstrations, prompt_key
 from irl_align.reward.model import RewardModel
 from irl_align.tasks import e2e
 from irl_align.tasks import e2e_patterns as patterns
 from irl_align.tasks import mr as meaning
 
-PAIRS = 250  # per slot
+TEXTS = 600  # demonstrations; those whose prompt asks for a slot are compared under it
 SLOTS = [slot for slot in e2e.ORDER if slot != "eatType"]
 
+Pair = tuple[str, str, str]  # preferred prompt, rejected prompt, the text of both
 
-def changed(prompt: str, slot: str, rng: random.Random) -> str | None:
-    """The prompt with another value of a slot; None where it does not ask for the slot."""
-    slots = e2e.slots_of(prompt)
-    if slot not in slots:
-        return None
+
+def changing(slot: str) -> Callable[[str, random.Random], str]:
+    """An edit that gives a slot another value; nothing where the prompt does not ask for it."""
     venues = {"name": patterns.NAMES, "near": patterns.NEIGHBOURS}
-    if slot in venues:
-        others = [name for name in venues[slot] if name not in slots.values()]
-    else:
-        own = patterns.CLOSED[slot].get(slots[slot])
-        others = [value for value, level in patterns.CLOSED[slot].items() if level != own]
-    return meaning.render({**slots, slot: rng.choice(others)})
+
+    def edit(prompt: str, rng: random.Random) -> str:
+        slots = e2e.slots_of(prompt)
+        if slot not in slots:
+            return prompt
+        if slot in venues:
+            used = {value.lower() for value in slots.values()}
+            others = [name for name in venues[slot] if name.lower() not in used]
+        else:
+            levels = {value.lower(): level for value, level in patterns.CLOSED[slot].items()}
+            own = levels[slots[slot].lower()]
+            others = [value for value, level in patterns.CLOSED[slot].items() if level != own]
+        text = meaning.render({**slots, slot: rng.choice(others)})
+        return text.lower() if prompt == prompt.lower() else text
+
+    return edit
 
 
-def main(data: str, *models: str) -> None:
+def both_ways(rows: list[dict[str, str]], slot: str) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of texts of the slot's own value, and of texts of the changed value."""
+    demonstrations = [
+        {
+            "prompt": row["prompt"],
+            "prompt_key": prompt_key(row["prompt"]),
+            "prompt_ids": [*map(ord, row["prompt"])],
+            "completion_ids": [*map(ord, row["completion"])],
+        }
+        for row in rows
+    ]
+    pairs = contrast_pairs(
+        demonstrations,
+        "edit",
+        crossed=True,
+        edit=changing(slot),
+        encode=lambda texts: [[*map(ord, text)] for text in texts],
+    ).rows
+    own = {row["prompt"] for row in rows}
+    found: tuple[list[Pair], list[Pair]] = ([], [])
+    for row in pairs:
+        preferred, rejected, text = (
+            "".join(map(chr, row[part]))
+            for part in ("prompt_ids", "rejected_prompt_ids", "chosen_ids")
+        )
+        found[preferred not in own].append((preferred, rejected, text))
+    return found
+
+
+def right(reward: RewardModel, pairs: list[Pair]) -> tuple[float, float]:
+    """Share of pairs with the higher reward for the preferred prompt, and the mean gap."""
+    preferred, rejected, texts = (list(column) for column in zip(*pairs, strict=True))
+    gap = reward.score(preferred, texts) - reward.score(rejected, texts)
+    share = (gap > 0).float().mean() + (gap == 0).float().mean() / 2
+    return float(share), float(gap.mean())
+
+
+def main(data: str, split: str, *models: str) -> None:
     """Print a line per reward."""
-    rows = load_demonstrations(load_card("e2e_nlg"), "test", data)
-    rng = random.Random(0)
-    rng.shuffle(rows)
-    pairs: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-    for row in rows:
-        prompt = str(row["prompt"])
-        for slot in SLOTS:
-            other = changed(prompt, slot, rng) if len(pairs[slot]) < PAIRS else None
-            if other is not None:
-                pairs[slot].append((prompt, other, row["completion"]))
+    rows = [
+        {"prompt": str(row["prompt"]), "completion": row["completion"]}
+        for row in load_demonstrations(load_card("e2e_nlg"), split, data)
+    ]
+    random.Random(0).shuffle(rows)
+    pairs = {slot: both_ways(rows[:TEXTS], slot) for slot in SLOTS}
     for path in models:
         reward = RewardModel.from_pretrained(path)
         found = []
         for slot in SLOTS:
-            own, other, text = (list(column) for column in zip(*pairs[slot], strict=True))
-            gap = reward.score(own, text) - reward.score(other, text)
-            found.append(
-                f"{slot} {float((gap > 0).float().mean() + (gap == 0).float().mean() / 2):.1%}"
-            )
+            (own, gap), (other, other_gap) = (right(reward, some) for some in pairs[slot])
+            found.append(f"{slot} {own:.1%} / {other:.1%} ({(gap + other_gap) / 2:+.2f})")
         print(f"{path}: {', '.join(found)}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    if len(sys.argv) < 4:
         sys.exit(__doc__)
     main(*sys.argv[1:])
