@@ -258,8 +258,9 @@ class PreferenceOptions(Options):
 class RewardOptions(Options):
     """The reward level: fit r_phi on pairs, or SPIN's implicit reward beta log(pi/pi_ref)."""
 
-    kind: Literal["explicit", "implicit", "none"] = "explicit"
-    """A reward model, the policy's own log-ratio (SPIN, DPO), or no reward (SFT as a control)."""
+    kind: Literal["explicit", "implicit", "log_prob", "none"] = "explicit"
+    """A reward model, the policy's own log-ratio (SPIN, DPO), or controls in which nothing is
+    learned: pi_0's mean log-prob as the reward, or no reward."""
     loss: Literal["bradley_terry", "linear"] = "bradley_terry"
     """Pair loss of the explicit reward: -log sigmoid(r_E - r_hat), or -(r_E - r_hat)."""
     bound: Above | None = None
@@ -301,9 +302,10 @@ class RewardOptions(Options):
             for name in ("reference", "mixture"):
                 if getattr(self, name) != type(self).model_fields[name].get_default():
                     raise ValueError(f"{name} is an option of kind implicit, not of {self.kind}")
-        for name in ("args", "schedule"):
-            if self.kind == "none" and getattr(self, name):
-                raise ValueError(f"{name} is for kind explicit or implicit: none trains nothing")
+        for name in ("args", "schedule", "max_pairs"):
+            if self.kind in ("log_prob", "none") and getattr(self, name):
+                fitted = "explicit or implicit"
+                raise ValueError(f"{name} is for kind {fitted}: {self.kind} trains nothing")
         if self.reference != "mixture" and self.mixture != 0.5:
             raise ValueError(f"mixture is an option of reference mixture, not of {self.reference}")
         both = sorted(set(self.args) & set(self.schedule))

@@ -17,7 +17,7 @@ from irl_align.plan_data import Counts, count_data
 from irl_align.plan_hardware import GIB, Device
 from irl_align.plan_store import found_stages
 from irl_align.policy_options import BestOfNOptions, MoreSFTOptions, PPOOptions
-from irl_align.reward_step import scheduled
+from irl_align.reward_step import NORMALISED, scheduled
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,10 @@ class _Stages:
         args = scheduled(recipe.reward.args, recipe.reward.schedule, k)
         reads = tuple(f"pairs/{i}" for i in range(k + 1 - min(last, k + 1), k + 1))
         reads = (*reads, self._made_by(others["sft"]))
-        if recipe.reward.kind == "implicit":
+        if recipe.reward.kind == "log_prob":
+            rows = self.counts.rows["reward"]
+            cost, reads = self.costs.measure(0, min(rows, NORMALISED)), (reads[-1], "data")
+        elif recipe.reward.kind == "implicit":
             cost = self.costs.sft(many, "DPOConfig", args)
             reads = (*reads, self._made_by(self.policy))
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from trl import DPOConfig
 
@@ -23,7 +24,7 @@ from irl_align.policy import Policy, Reward
 from irl_align.prepare import Data
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.model import RewardModel, RewardSettings, train_adapter
+from irl_align.reward.model import RewardModel, RewardSettings, score_head, train_adapter
 from irl_align.tokens import encode_preferences
 from irl_align.trainers import save_model
 
@@ -49,8 +50,13 @@ def fit_reward_level(
     pairs: Sequence[Pairs],
     data: Data,
 ) -> Reward:
-    """Fit r_k on the pairs in the window: an explicit reward model, or SPIN's implicit reward."""
+    """Fit r_k on the pairs in the window: an explicit reward model, or SPIN's implicit reward.
+
+    Of kind log_prob nothing is fitted: the reward is pi_0's mean log-prob in every iteration.
+    """
     options = lab.recipe.reward
+    if options.kind == "log_prob":
+        return _log_prob(lab, k, initial, data)
     args = scheduled(options.args, options.schedule, k)
     train = window([p.train for p in pairs], lab.recipe.pairs.window)
     settings: dict[str, Any] = {
@@ -82,6 +88,44 @@ def fit_reward_level(
     return _fit_explicit(lab, k, initial, previous if options.init == "warm" else None, fit, data)
 
 
+def _log_prob(lab: Lab, k: int, initial: Policy, data: Data) -> Reward:
+    """The control r(x, y) = mean log pi_0(y | x), normalised as fitted rewards are."""
+
+    def build(work: Path) -> dict[str, Any]:
+        settings = _settings(lab, data, lm_coef=1.0)
+        path, tokenizer = initial.path, lab.tokenizer
+        reward = RewardModel.from_policy(path, tokenizer, settings, 0, lab.device)
+        with torch.no_grad():
+            score_head(reward.model).weight.zero_()
+        return _normalise_and_save(reward, data, work)
+
+    inputs = {"initial": initial.key, "demonstrations": data.checksums["reward"]}
+    stage = lab.stage(f"reward/{k}", "log-prob", {}, inputs, build)
+    std = float(stage.metrics["normaliser"][1])
+    return Reward("explicit", stage.path / "model", stage.key, scale=std)
+
+
+def _normalise_and_save(reward: RewardModel, data: Data, work: Path) -> dict[str, Any]:
+    """Give the demonstrations mean 0 and variance 1, and write the reward into work/model."""
+    rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
+    reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["completion_ids"]))
+    if ranks.is_main():
+        reward.save_pretrained(work / "model")
+    return {"normaliser": [reward.settings.mean, reward.settings.std]}
+
+
+def _settings(lab: Lab, data: Data, lm_coef: float) -> RewardSettings:
+    options, card = lab.recipe.reward, data.card
+    return RewardSettings(
+        lm_coef=lm_coef,
+        bound=options.bound,
+        echo=options.echo,
+        template=card.template,
+        lowercase=card.lowercase,
+        name=card.name,
+    )
+
+
 def _fit_explicit(
     lab: Lab, k: int, initial: Policy, warm: Reward | None, fit: _Fit, data: Data
 ) -> Reward:
@@ -99,11 +143,7 @@ def _fit_explicit(
                 columns[name] = values if preferences.alone else columns[name] + values
         training = lab.training(work, f"reward {k}")
         metrics = fit_reward(reward, columns, lab.recipe.reward.loss, fit.args, training)
-        rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
-        reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["completion_ids"]))
-        if ranks.is_main():
-            reward.save_pretrained(work / "model")
-        return {**metrics, "normaliser": [reward.settings.mean, reward.settings.std]}
+        return {**metrics, **_normalise_and_save(reward, data, work)}
 
     stage = lab.stage(f"reward/{k}", "reward", fit.settings, inputs, build)
     lab.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
@@ -120,15 +160,7 @@ def _unfitted(lab: Lab, k: int, initial: Policy, warm: Reward | None, data: Data
             train_adapter(reward.model)
         reward.settings = replace(reward.settings, mean=0.0, std=1.0)
         return reward
-    options = lab.recipe.reward
-    settings = RewardSettings(
-        lm_coef=options.lm_coef,
-        bound=options.bound,
-        echo=options.echo,
-        template=data.card.template,
-        lowercase=data.card.lowercase,
-        name=data.card.name,
-    )
+    settings = _settings(lab, data, lab.recipe.reward.lm_coef)
     seed = derive_seed(lab.recipe.seed, f"head {k}") % 2**63
     quantization = lab.quantization if lora is not None else {}
     return RewardModel.from_policy(

@@ -146,9 +146,9 @@ def _shrink(values: dict[str, Any]) -> None:
     values["generation"] |= {"backend": "transformers", "engine": {}, "server": {}}
     _small_args(values["sft"]["args"])
     reward, update = values["reward"], values["policy_update"]
-    if reward["kind"] != "none":
+    if reward["kind"] in ("explicit", "implicit"):
         _small_args(reward["args"], reward["schedule"])
-    _at_most(reward, max_pairs=32)
+        _at_most(reward, max_pairs=32)
     if "args" in update and update.get("use") != "select":
         _small_args(update["args"])
     if update["kind"] == "best_of_n":

@@ -243,6 +243,25 @@ def test_more_sft_is_the_control_without_a_reward(run: Callable[..., Result]) ->
     assert summary is not None and summary["reward"] is None
 
 
+def test_the_log_prob_control_learns_no_reward(run: Callable[..., Result]) -> None:
+    """r(x, y) is pi_0's mean log-prob, standardised on the demonstrations, and PPO runs on it."""
+    ppo = "policy_update={kind: ppo, advantage: rloo, batch_size: 8, n: 2, episodes: 16}"
+    result = run("log-prob", "reward={kind: log_prob}", ppo)
+    sft = AutoModelForCausalLM.from_pretrained(stage_folder(result.folder, "sft") / "model").eval()
+    rows = pq.read_table(stage_folder(result.folder, "data") / "reward.parquet").to_pylist()
+    assert result.reward is not None
+    reward = RewardModel.from_pretrained(result.reward)
+    mean_logps = [
+        logp(sft, row["prompt_ids"], row["completion_ids"]) / len(row["completion_ids"])
+        for row in rows
+    ]
+    expected = (np.array(mean_logps) - np.mean(mean_logps)) / np.std(mean_logps)
+    found = reward.score_ids([r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows])
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    assert metrics(result.folder)["reward/0"]["held_out"]["pairs"] > 0
+    assert len(stage_records(result.folder)["policy-1"]["metrics"]["history"]) == 2
+
+
 def write_preferences(folder: Path) -> Path:
     card = folder / "liked.md"
     card.write_text(

@@ -206,6 +206,14 @@ def test_bad_override(override: str, message: str) -> None:
             "8: reward: args is for kind explicit or implicit: none trains nothing",
         ),
         (
+            "reward:\n  kind: log_prob\n  max_pairs: 8",
+            "8: reward: max_pairs is for kind explicit or implicit: log_prob trains nothing",
+        ),
+        (
+            "reward:\n  kind: log_prob\n  echo: true",
+            "8: reward: echo is an option of kind explicit, not of log_prob",
+        ),
+        (
             "reward:\n  args: {max_steps: 1}\n  schedule: {max_steps: [1]}",
             "7: reward: max_steps is both in args and in schedule: give one",
         ),

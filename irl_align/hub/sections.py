@@ -19,6 +19,10 @@ LOSSES = {
     "bradley_terry": "Bradley-Terry, -log sigmoid(r(x, y_E) - r(x, y)): arXiv:2503.13538, eq. 11",
     "linear": "linear, r(x, y) - r(x, y_E) of a bounded reward: arXiv:2503.13538, eq. 10",
 }
+LEVELS = {
+    "implicit": "implicit, r = beta log(pi / pi_reference): SPIN, arXiv:2401.01335",
+    "log_prob": "none: the SFT model's mean log-prob, a control",
+}
 UPDATES = {
     "best_of_n": "Best-of-N on the reward",
     "ppo": "PPO on the reward with a KL penalty",
@@ -114,10 +118,7 @@ def method_section(facts: Facts, found: Artefact) -> str:
     recipe = facts.view.recipe
     reward, update, pairs = recipe["reward"], recipe["policy_update"], recipe["pairs"]
     base = facts.base_model or f"from scratch ({recipe['model']['from_scratch']['architecture']})"
-    if reward["kind"] == "implicit":
-        level = "implicit, r = beta log(pi / pi_reference): SPIN, arXiv:2401.01335"
-    else:
-        level = LOSSES[reward["loss"]]
+    level = LEVELS.get(reward["kind"]) or LOSSES[reward["loss"]]
     rows = [
         ("demonstrations", _demonstrations(facts)),
         ("base model", base),
