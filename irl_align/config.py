@@ -217,6 +217,8 @@ class PairOptions(Options):
     """Other prompt of a contrast pair: a near neighbour by word overlap, or the task's own edit."""
     contrast_per_demonstration: Positive = 1
     """Contrast pairs per demonstration."""
+    contrast_edits: Positive = 1
+    """With contrast edit: edits in a row, each prompt preferred to the next for the same text."""
     contrast_crossed: bool = False
     """With contrast edit: edited prompts are preferred as often as rejected, with demonstrations
     that fit the edit, so that a reward cannot learn merely which prompts look edited."""
@@ -229,6 +231,8 @@ class PairOptions(Options):
 
     @model_validator(mode="after")
     def _edits_are_made(self) -> PairOptions:
+        if self.contrast_edits > 1 and self.contrast != "edit":
+            raise ValueError(f"contrast_edits is of contrast edit, not of {self.contrast}")
         if self.contrast_crossed and self.contrast != "edit":
             raise ValueError(f"contrast_crossed is of contrast edit, not of {self.contrast}")
         return self

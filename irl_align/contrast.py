@@ -27,6 +27,7 @@ def contrast_pairs(
     kind: Literal["neighbour", "edit"],
     *,
     per_demonstration: int = 1,
+    edits: int = 1,
     crossed: bool = False,
     iteration: int = 0,
     seed: int = 0,
@@ -37,10 +38,11 @@ def contrast_pairs(
     """(x, y) over (x', y) with another prompt x' for which y is not a demonstration.
 
     neighbour: x' is drawn from the NEAREST prompts by Jaccard overlap of their token sets. edit:
-    x' = edit(x, rng), turned into ids by encode. An edited prompt is none that was demonstrated, so
-    a reward can learn that in place of the match. Where edits are crossed, each comes with
+    x' = edit(x, rng), turned into ids by encode. With several edits in a row, x -> x' -> x'' ...,
+    each further from x by its words, (x', y) over (x'', y) is a pair too: that no demonstration
+    has such a prompt is then true of both sides. Where edits are crossed, each comes with
     (x', z) over (x, z), z demonstrating a prompt that has the words the edit brought and none that
-    it took: on either side there are then as many edited prompts, and only the match tells.
+    it took: edited prompts are then preferred as often as rejected, and only the match tells.
     context: most tokens of x' and y together. A demonstration with fewer such prompts than
     per_demonstration makes fewer pairs; what is short is counted as no_contrast.
     """
@@ -54,8 +56,8 @@ def contrast_pairs(
         if edit is None or encode is None:
             raise UserError("pairs.contrast: found edit, but the data card names no edit")
         draw = f"{seed}/{iteration}"
-        edits = list(_edits(groups, answers, per_demonstration, draw, edit))
-        rows = _edit_rows(edits, encode, _Crossing(groups, answers, draw) if crossed else None)
+        chains = list(_edit_chains(groups, answers, per_demonstration, edits, draw, edit))
+        rows = _chain_rows(chains, encode, _Crossing(groups, answers, draw) if crossed else None)
     if context is not None:
         rows = [
             row
@@ -64,7 +66,7 @@ def contrast_pairs(
             + max(len(row["prompt_ids"]), len(row["rejected_prompt_ids"]))
             <= context
         ]
-    wanted = per_demonstration * (1 + crossed) * sum(map(len, groups.values()))
+    wanted = per_demonstration * edits * (1 + crossed) * sum(map(len, groups.values()))
     dropped = Counter({"no_contrast": wanted - len(rows)})
     return finish_pairs(rows, dropped, "demonstration/contrast", iteration, "", None)
 
@@ -93,54 +95,89 @@ def _neighbour_rows(
 
 
 @dataclass(frozen=True)
-class _Edit:
-    """A demonstration, and an edit of its prompt that it does not answer."""
+class _Chain:
+    """A demonstration's prompt and its edits, each further from it than the one before."""
 
     key: str
     prompt: str
     prompt_ids: list[int]
     completion: list[int]
     index: int
-    edited: str
+    edits: list[str]
 
 
-def _edits(
+def _edit_chains(
     groups: Mapping[str, list[Mapping[str, Any]]],
     answers: Mapping[str, set[tuple[int, ...]]],
     per_demonstration: int,
+    edits: int,
     seed: str,
     edit: Callable[[str, random.Random], str],
-) -> Iterator[_Edit]:
+) -> Iterator[_Chain]:
     for key, group in groups.items():
         rng = random.Random(f"{seed}/edit/{key}")
         for demonstration in group:
-            completion, prompt = list(demonstration["completion_ids"]), demonstration["prompt"]
-            drawn: dict[str, None] = {}
+            completion = list(demonstration["completion_ids"])
+            prompt = demonstration["prompt"]
+            drawn: dict[str, list[str]] = {}
+
+            def wrong(text: str, answer: tuple[int, ...] = tuple(completion)) -> bool:
+                return answer not in answers.get(prompt_key(text), ())
+
             for _ in range(_EDITS * per_demonstration):
                 text = edit(prompt, rng)
-                if tuple(completion) not in answers.get(prompt_key(text), ()):
-                    drawn[text] = None
+                if wrong(text):
+                    drawn.setdefault(text, [text])
                 if len(drawn) == per_demonstration:
                     break
-            for index, text in enumerate(drawn):
-                yield _Edit(key, prompt, list(group[0]["prompt_ids"]), completion, index, text)
+            for index, chain in enumerate(drawn.values()):
+                _lengthen(chain, edits, prompt, rng, edit, wrong)
+                yield _Chain(key, prompt, list(group[0]["prompt_ids"]), completion, index, chain)
 
 
-def _edit_rows(
-    edits: Sequence[_Edit],
+def _lengthen(
+    chain: list[str],
+    edits: int,
+    prompt: str,
+    rng: random.Random,
+    edit: Callable[[str, random.Random], str],
+    wrong: Callable[[str], bool],
+) -> None:
+    """Edit the last text until the chain has so many, where draws find one that is further from
+    the prompt, and for which the completion is wrong."""
+    for _ in range(_EDITS * (edits - 1)):
+        if len(chain) == edits:
+            return
+        text = edit(chain[-1], rng)
+        if wrong(text) and word_distance(prompt, text) > word_distance(prompt, chain[-1]):
+            chain.append(text)
+
+
+def word_distance(a: str, b: str) -> int:
+    """How many words of either text the other lacks, each as often as it occurs."""
+    here, there = Counter(a.split()), Counter(b.split())
+    return (here - there).total() + (there - here).total()
+
+
+def _chain_rows(
+    chains: Sequence[_Chain],
     encode: Callable[[list[str]], list[list[int]]],
     crossing: _Crossing | None,
 ) -> list[Row]:
+    encoded = iter(encode([text for chain in chains for text in chain.edits]))
     rows = []
-    encoded = encode([edit.edited for edit in edits])
-    for edit, ids in zip(edits, encoded, strict=True):
-        own, text = edit.prompt_ids, edit.completion
-        if ids == own:  # casing or white space alone may be lost in encoding
-            continue
-        rows.append(pair_row(edit.key, own, text, ids, text, edit.index))
-        other = crossing.completion(edit) if crossing is not None else None
-        if other is not None:
-            rows.append(pair_row(edit.key, ids, other, own, other, edit.index))
+    for chain in chains:
+        before, before_ids = chain.prompt, chain.prompt_ids
+        for after in chain.edits:
+            ids = next(encoded)
+            # Casing or white space alone may be lost in encoding, so that x' is x again.
+            if ids != before_ids:
+                text, index = chain.completion, chain.index
+                rows.append(pair_row(chain.key, before_ids, text, ids, text, index))
+                other = crossing.completion(before, after) if crossing is not None else None
+                if other is not None:
+                    rows.append(pair_row(chain.key, ids, other, before_ids, other, index))
+            before, before_ids = after, ids
     return rows
 
 
@@ -166,10 +203,10 @@ class _Crossing:
             for word in self.words[key]:
                 self.having.setdefault(word, []).append(key)
 
-    def completion(self, edit: _Edit) -> list[int] | None:
+    def completion(self, prompt: str, edited: str) -> list[int] | None:
         """A demonstration of a prompt that has all words the edit brought and none that it took,
-        the nearest by words of those drawn; None where none is found."""
-        after, before = words_of(edit.edited), self.words[edit.key]
+        the nearest to the edited one by words of those drawn; None where none is found."""
+        before, after = words_of(prompt), words_of(edited)
         brought, taken = sorted(after - before), before - after
         if not brought and not taken:
             return None
@@ -185,4 +222,4 @@ class _Crossing:
             return None
         nearest = min(fit, key=lambda key: len(self.words[key] ^ after))
         found = list(self.rng.choice(self.groups[nearest])["completion_ids"])
-        return found if tuple(found) not in self.answers[edit.key] else None
+        return found if tuple(found) not in self.answers.get(prompt_key(prompt), ()) else None

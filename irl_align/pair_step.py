@@ -62,7 +62,10 @@ def make_pairs(
         for part, use in USES.items()
     }
 
-    alike = {"window"} | (set() if options.contrast_crossed else {"contrast_crossed"})
+    alike = {"window"}
+    # An option that came later and is left alone: stages from before it are still the same.
+    alike |= {"contrast_edits"} if options.contrast_edits == 1 else set()
+    alike |= set() if options.contrast_crossed else {"contrast_crossed"}
 
     def build(work: Path) -> dict[str, Any]:
         metrics = {}
@@ -137,6 +140,7 @@ class _Making:
             rows,
             options.contrast,
             per_demonstration=options.contrast_per_demonstration,
+            edits=options.contrast_edits,
             crossed=options.contrast_crossed,
             iteration=self.k,
             seed=self.lab.recipe.seed,

@@ -239,7 +239,8 @@ class _Stages:
         total = 0
         for source in options.sources:
             if source.endswith("contrast"):
-                each = options.contrast_per_demonstration * (1 + options.contrast_crossed)
+                each = options.contrast_per_demonstration * options.contrast_edits
+                each *= 1 + options.contrast_crossed
                 total += self.counts.rows["reward"] * each
             elif source.startswith("demonstration"):
                 total += max(rows, prompts * n)  # a prompt's demonstrations and samples take turns

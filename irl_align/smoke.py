@@ -117,7 +117,8 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
         path = write_preferences(load_card(preferences.card), preferences.split, inputs)
         values["reward"]["preferences"] |= {"card": str(path), "path": None}
     if recipe.pairs.contrast == "edit" and card.edit is None:  # it is of the card's own prompts
-        values["pairs"] |= {"contrast": "neighbour", "contrast_crossed": False}
+        plain = {"contrast": "neighbour", "contrast_edits": 1, "contrast_crossed": False}
+        values["pairs"] |= plain
     update = values["policy_update"]
     if "edited_prompts" in update:
         edits = update["edited_prompts"] if card.edit is not None else 0

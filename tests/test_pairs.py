@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irl_align.cards import load_card
-from irl_align.contrast import contrast_pairs, words_of
+from irl_align.contrast import contrast_pairs, word_distance, words_of
 from irl_align.data import load_demonstrations, prompt_key
 from irl_align.errors import UserError
 from irl_align.neighbours import nearest_prompts
@@ -344,6 +345,58 @@ def test_edits() -> None:
     assert again.rows.to_dict() == pairs.to_dict()
 
 
+def test_edits_in_a_row_lead_away_from_the_prompt() -> None:
+    """x over x', x' over x'', and so on; each further from x, each with the same text."""
+
+    def edit(prompt: str, rng: random.Random) -> str:
+        words = prompt.split()
+        words[rng.randrange(len(words))] = rng.choice("pqrst")
+        return " ".join(words)
+
+    def words(texts: list[str]) -> list[list[int]]:
+        return [[ord(word) for word in text.split()] for text in texts]
+
+    prompt = "p q r s"
+    row = {**demo(prompt, 1), "prompt_ids": words([prompt])[0]}
+    pairs, dropped = contrast_pairs(
+        [row], "edit", per_demonstration=2, edits=3, edit=edit, encode=words
+    )
+    assert len(pairs) + dropped["no_contrast"] == 6 and len(pairs) >= 4
+    assert {tuple(r["chosen_ids"]) for r in pairs} == {(1, EOS)}
+    assert [r["chosen_ids"] for r in pairs] == [r["rejected_ids"] for r in pairs]
+
+    def distance(ids: list[int]) -> int:
+        here, there = Counter(row["prompt_ids"]), Counter(ids)
+        return (here - there).total() + (there - here).total()
+
+    chains = [[r for r in pairs if r["sample_index"] == index] for index in (0, 1)]
+    for chain in chains:
+        assert chain[0]["prompt_ids"] == row["prompt_ids"]
+        for before, after in pairwise(chain):
+            assert before["rejected_prompt_ids"] == after["prompt_ids"]
+            assert distance(after["rejected_prompt_ids"]) > distance(after["prompt_ids"])
+    assert chains[0][0]["rejected_prompt_ids"] != chains[1][0]["rejected_prompt_ids"]
+    # Nor does a chain come to a prompt that has the same demonstration.
+    other = {**demo("p q t t", 1), "prompt_ids": words(["p q t t"])[0]}
+    steps = {"p q r s": "p q r t", "p q r t": "p q t t", "p q t t": "t t t t"}
+    both, short = contrast_pairs(
+        [row, other], "edit", edits=2, edit=lambda text, rng: steps.get(text, text), encode=words
+    )
+    found = [(r["prompt_ids"], r["rejected_prompt_ids"]) for r in both]
+    assert words(["p q t t"])[0] not in [rejected for _, rejected in found]
+    assert len(found) == 2 and short == {"no_contrast": 2}
+    first = contrast_pairs([row], "edit", per_demonstration=2, edit=edit, encode=words).rows
+    assert len(first) == 2  # one edit: no chain
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("a b", "a b", 0), ("a b", "a c", 2), ("a b", "a", 1), ("a a", "a", 1), ("", "a b", 2)],
+)
+def test_word_distance(a: str, b: str, distance: int) -> None:
+    assert word_distance(a, b) == word_distance(b, a) == distance
+
+
 def by_word(texts: list[str]) -> list[list[int]]:
     return [[ord(word) for word in text.replace(",", "").split()] for text in texts]
 
@@ -355,10 +408,17 @@ def worded(prompt: str, answer: int) -> dict[str, object]:
 CROSSED = [worded("a, p", 1), worded("a, q", 2), worded("b, q", 3), worded("b, r", 4)]
 
 
-def crossed(demos: list[dict[str, object]], edits: dict[str, str]) -> list[tuple[str, str, int]]:
+def crossed(
+    demos: list[dict[str, object]], steps: dict[str, str], edits: int = 1
+) -> list[tuple[str, str, int]]:
     """Preferred prompt, rejected prompt and the text of both, of crossed edits."""
     pairs = contrast_pairs(
-        demos, "edit", crossed=True, edit=lambda text, rng: edits.get(text, text), encode=by_word
+        demos,
+        "edit",
+        edits=edits,
+        crossed=True,
+        edit=lambda text, rng: steps.get(text, text),
+        encode=by_word,
     ).rows
     assert pairs["chosen_ids"] == pairs["rejected_ids"]
     return [
@@ -374,6 +434,9 @@ def test_crossed_edits_by_hand() -> None:
     assert crossed(CROSSED, {"a, p": "a, r"}) == [("ap", "ar", 1), ("ar", "ap", 4)]
     assert crossed(CROSSED, {"a, p": "a, p, q"}) == [("ap", "apq", 1), ("apq", "ap", 2)]
     assert crossed(CROSSED, {"b, q": "q"}) == [("bq", "q", 3), ("q", "bq", 2)]
+    # In a row every edit is crossed.
+    both = crossed(CROSSED, {"a, p": "a, r", "a, r": "b, r"}, edits=2)
+    assert both == [("ap", "ar", 1), ("ar", "ap", 4), ("ar", "br", 1), ("br", "ar", 4)]
     # Nobody demonstrates what the edit brings; or only with what it takes; or the words are the
     # same; or the found demonstration is the prompt's own too: the pair stays alone.
     assert crossed(CROSSED, {"a, p": "a, s"}) == [("ap", "as", 1)]

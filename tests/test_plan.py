@@ -90,7 +90,12 @@ def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
         {step.role: step.cost.rows for step in again(run, *options).steps}
         for options in (
             (*contrast, "policy_update.prompts=null"),
-            (*contrast, "pairs.contrast_crossed=true", "policy_update.prompts=null"),
+            (
+                *contrast,
+                "pairs.contrast_edits=3",
+                "pairs.contrast_crossed=true",
+                "policy_update.prompts=null",
+            ),
             (
                 "policy_update.prompts=null",
                 "policy_update.edited_prompts=3",
@@ -99,7 +104,7 @@ def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
         )
     )
     demonstrations = again(run).counts.rows["reward"]
-    assert edited["pairs/0"] == plain["pairs/0"] + demonstrations
+    assert edited["pairs/0"] == plain["pairs/0"] + 5 * demonstrations
     candidates, n = "samples/candidates/policy-0/t1", 2
     assert both[candidates] == 2 * plain[candidates] + 2 * n
 

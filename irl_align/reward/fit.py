@@ -49,19 +49,27 @@ def _sorted_by(columns: Mapping[str, list[Any]], share: bool) -> dict[str, list[
     """Columns for the order of the rows: the unit that stays together, and the unit's length.
 
     A unit is some pairs of one prompt that fit into one row of tokens: few, since a batch should
-    have many prompts.
+    have many prompts. A pair whose sides have rows of their own is a unit, as long as the longer.
     """
+    prompts, rejected_prompts = columns["prompt_ids"], columns["rejected_prompt_ids"]
     both = [a + b for a, b in zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)]
-    rows_of_pairs = share_prompts(columns["prompt_ids"], both, share)
+    apart = [not share or a != b for a, b in zip(prompts, rejected_prompts, strict=True)]
+    together = [number for number, alone in enumerate(apart) if not alone]
+    rows = share_prompts([prompts[i] for i in together], [both[i] for i in together], share)
     units = [
-        row[start : start + _TOGETHER]
-        for row in rows_of_pairs
+        [together[i] for i in row[start : start + _TOGETHER]]
+        for row in rows
         for start in range(0, len(row), _TOGETHER)
     ]
-    lengths = row_lengths(columns["prompt_ids"], both, units)
+    lengths = row_lengths(prompts, both, units)
+    for number in (number for number, alone in enumerate(apart) if alone):
+        units.append([number])
+        lengths.append(
+            max(len(columns[prompt][number]) + len(columns[side][number]) for prompt, side in SIDES)
+        )
     unit, length = [0] * len(both), [0] * len(both)
-    for number, (rows, total) in enumerate(zip(units, lengths, strict=True)):
-        for row in rows:
+    for number, (members, total) in enumerate(zip(units, lengths, strict=True)):
+        for row in members:
             unit[row], length[row] = number, total
     return {"unit": unit, "length": length}
 
@@ -139,7 +147,8 @@ def fit_reward(
         (len(p) + len(c) for a, b in SIDES for p, c in zip(columns[a], columns[b], strict=True)),
         default=0,
     )
-    share = can_pack(reward.model, longest)
+    # With echo a shared row saves little of its length, and its attention costs more than that.
+    share = can_pack(reward.model, longest) and not reward.settings.echo
     trained = to_train(reward.model)
     trainer = PairRewardTrainer(
         model=trained,

@@ -43,7 +43,7 @@ def edit(
     droppable: Sequence[str],
     rng: random.Random,
 ) -> dict[str, str]:
-    """Slots that ask for something else: one of them changed, or, as likely, added or dropped.
+    """Slots that ask for something else: one of them changed, added or dropped, as likely each.
 
     changes: slot -> values that differ in meaning from its own. additions: slot that is not there
     -> values. droppable: slots that may go. The order is kept; what is added comes last.
@@ -53,9 +53,7 @@ def edit(
         for options in (changes, additions)
     )
     actions = {"change": list(changes), "add": list(additions), "drop": list(droppable)}
-    weights = {"change": 2, "add": 1, "drop": 1}
-    possible = [action for action, candidates in actions.items() if candidates]
-    (action,) = rng.choices(possible, [weights[action] for action in possible])
+    action = rng.choice([name for name, candidates in actions.items() if candidates])
     slot = rng.choice(actions[action])
     if action == "drop":
         return {kept: value for kept, value in slots.items() if kept != slot}
