@@ -194,6 +194,14 @@ def test_bad_override(override: str, message: str) -> None:
         ("pairs:\n  sources: []", "7: pairs.sources: found a list, {sources}"),
         # contradictory
         (
+            "pairs:\n  contrast_crossed: true",
+            "7: pairs: contrast_crossed is of contrast edit, not of neighbour",
+        ),
+        (
+            "pairs:\n  contrast_edits: 2",
+            "7: pairs: contrast_edits is of contrast edit, not of neighbour",
+        ),
+        (
             "policy_update:\n  n: 4\n  keep: 5",
             "8: policy_update: keep 5 is more than n 4",
         ),
