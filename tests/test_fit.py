@@ -21,6 +21,7 @@ from irl_align.reward.audit import shortcut_audit, shortcut_warnings
 from irl_align.reward.fit import (
     PairCollator,
     PairRewardTrainer,
+    _sorted_by,
     fit_reward,
     margin_report,
     margins,
@@ -73,6 +74,21 @@ def plain_rewards(
 
 
 # --- columns and batches --------------------------------------------------------------------------
+
+
+def test_pairs_are_sorted_by_the_rows_they_take() -> None:
+    """Two pairs of one prompt share a row; contrast is as long as its longer side; without sharing
+    every pair is."""
+    columns = {
+        "prompt_ids": [[1, 2], [1, 2], [1, 2]],
+        "chosen_ids": [[3, 4, 5], [3, 4], [3, 4, 5]],
+        "rejected_prompt_ids": [[1, 2], [1, 2], [1, 2, 6, 7]],
+        "rejected_ids": [[6], [7, 8, 9], [3, 4, 5]],
+    }
+    together, apart = (_sorted_by(columns, share) for share in (True, False))
+    assert together["unit"][0] == together["unit"][1] != together["unit"][2]
+    assert together["length"] == [2 + 3 + 1 + 2 + 3] * 2 + [4 + 3]
+    assert len(set(apart["unit"])) == 3 and apart["length"] == [2 + 3, 2 + 3, 4 + 3]
 
 
 def test_columns_and_batch_by_hand() -> None:

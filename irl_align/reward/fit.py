@@ -53,8 +53,9 @@ def _sorted_by(columns: Mapping[str, list[Any]], share: bool) -> dict[str, list[
     """
     prompts, rejected_prompts = columns["prompt_ids"], columns["rejected_prompt_ids"]
     both = [a + b for a, b in zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)]
-    apart = [not share or a != b for a, b in zip(prompts, rejected_prompts, strict=True)]
-    together = [number for number, alone in enumerate(apart) if not alone]
+    alike = [share and a == b for a, b in zip(prompts, rejected_prompts, strict=True)]
+    together = [number for number, shared in enumerate(alike) if shared]
+    apart = [number for number, shared in enumerate(alike) if not shared]
     rows = share_prompts([prompts[i] for i in together], [both[i] for i in together], share)
     units = [
         [together[i] for i in row[start : start + _TOGETHER]]
@@ -62,11 +63,8 @@ def _sorted_by(columns: Mapping[str, list[Any]], share: bool) -> dict[str, list[
         for start in range(0, len(row), _TOGETHER)
     ]
     lengths = row_lengths(prompts, both, units)
-    for number in (number for number, alone in enumerate(apart) if alone):
-        units.append([number])
-        lengths.append(
-            max(len(columns[prompt][number]) + len(columns[side][number]) for prompt, side in SIDES)
-        )
+    units += [[number] for number in apart]
+    lengths += [max(len(columns[p][i]) + len(columns[c][i]) for p, c in SIDES) for i in apart]
     unit, length = [0] * len(both), [0] * len(both)
     for number, (members, total) in enumerate(zip(units, lengths, strict=True)):
         for row in members:

@@ -6,6 +6,7 @@ By slot: how often the reward of a demonstration is higher under its own prompt 
 value of that slot, half of it for ties; and how often that of a demonstration with the other value
 is higher under the changed prompt. A reward that only tells prompts that nobody demonstrated gets
 the first right and the second wrong. Also the mean of both gaps, in the reward's units.
+A second line is of prompts with one slot more than the text answers, in place of another value.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from irl_align.tasks import mr as meaning
 TEXTS = 600  # demonstrations; those whose prompt asks for a slot are compared under it
 SLOTS = [slot for slot in e2e.ORDER if slot != "eatType"]
 
+Edit = Callable[[str, random.Random], str]
 Pair = tuple[str, str, str]  # preferred prompt, rejected prompt, the text of both
 
 
-def changing(slot: str) -> Callable[[str, random.Random], str]:
+def changing(slot: str) -> Edit:
     """An edit that gives a slot another value; nothing where the prompt does not ask for it."""
     venues = {"name": patterns.NAMES, "near": patterns.NEIGHBOURS}
 
@@ -49,8 +51,23 @@ def changing(slot: str) -> Callable[[str, random.Random], str]:
     return edit
 
 
-def both_ways(rows: list[dict[str, str]], slot: str) -> tuple[list[Pair], list[Pair]]:
-    """Pairs of texts of the slot's own value, and of texts of the changed value."""
+def adding(slot: str) -> Edit:
+    """An edit that asks for a slot too; nothing where the prompt has it."""
+    values = patterns.NEIGHBOURS if slot == "near" else list(patterns.CLOSED.get(slot, ()))
+
+    def edit(prompt: str, rng: random.Random) -> str:
+        slots = e2e.slots_of(prompt)
+        if slot in slots or not values:
+            return prompt
+        slots[slot] = rng.choice(values)
+        text = meaning.render({name: slots[name] for name in e2e.ORDER if name in slots})
+        return text.lower() if prompt == prompt.lower() else text
+
+    return edit
+
+
+def both_ways(rows: list[dict[str, str]], edit: Edit) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of texts of the prompt's own, and of texts that answer the edit."""
     demonstrations = [
         {
             "prompt": row["prompt"],
@@ -64,7 +81,7 @@ def both_ways(rows: list[dict[str, str]], slot: str) -> tuple[list[Pair], list[P
         demonstrations,
         "edit",
         crossed=True,
-        edit=changing(slot),
+        edit=edit,
         encode=lambda texts: [[*map(ord, text)] for text in texts],
     ).rows
     own = {row["prompt"] for row in rows}
@@ -93,14 +110,19 @@ def main(data: str, split: str, *models: str) -> None:
         for row in load_demonstrations(load_card("e2e_nlg"), split, data)
     ]
     random.Random(0).shuffle(rows)
-    pairs = {slot: both_ways(rows[:TEXTS], slot) for slot in SLOTS}
+    edits = {"changed": (changing, SLOTS), "added": (adding, SLOTS[1:])}  # all have a name
+    pairs = {
+        how: {slot: both_ways(rows[:TEXTS], make(slot)) for slot in slots}
+        for how, (make, slots) in edits.items()
+    }
     for path in models:
         reward = RewardModel.from_pretrained(path)
-        found = []
-        for slot in SLOTS:
-            (own, gap), (other, other_gap) = (right(reward, some) for some in pairs[slot])
-            found.append(f"{slot} {own:.1%} / {other:.1%} ({(gap + other_gap) / 2:+.2f})")
-        print(f"{path}: {', '.join(found)}")
+        for how, by_slot in pairs.items():
+            found = []
+            for slot, sides in by_slot.items():
+                (own, gap), (other, other_gap) = (right(reward, some) for some in sides)
+                found.append(f"{slot} {own:.1%} / {other:.1%} ({(gap + other_gap) / 2:+.2f})")
+            print(f"{path}, {how}: {', '.join(found)}", flush=True)
 
 
 if __name__ == "__main__":
