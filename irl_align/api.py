@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from irl_align import ranks
-from irl_align.cards import load_card
+from irl_align.cards import import_object, load_card
 from irl_align.config import Recipe
 from irl_align.data import check_source
 from irl_align.errors import UserError
@@ -48,6 +48,8 @@ def train(recipe: Recipe | str | Path) -> Result:
     check_trackers(recipe)
     data = recipe.data
     check_source(load_card(data.card), "train", data.path, data.task)
+    if data.edit is not None:
+        import_object(data.edit, "data.edit")
     device = ranks.own_device(pick_device(recipe.device))
     output = Path(recipe.output_dir)
     began = time.time()

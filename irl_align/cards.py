@@ -22,13 +22,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from irl_align.errors import UserError
-from irl_align.options import Options
+from irl_align.options import ImportPath, Options
 from irl_align.recipe_yaml import load_plain, one_line, show
 from irl_align.resources import data_cards_dir
 
-IMPORT_PATH = r"^[\w.]+:[\w.]+$"
 Columns = dict[str, str]
-ImportPath = Annotated[str, Field(pattern=IMPORT_PATH)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 PLAIN, MESSAGES = frozenset({"prompt", "completion"}), frozenset({"messages"})

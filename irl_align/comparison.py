@@ -26,6 +26,9 @@ from irl_align.tables import is_evaluation, policy_label
 FILE = "comparison.json"
 DEMONSTRATIONS = "demonstrations"
 VITALS = ("kl", "kl_bound", "entropy", "length", "truncated")
+AT_ENTROPY, BEYOND_ENTROPY = "first-at-entropy", "beyond-entropy"
+"""What the first policy reaches at a policy's entropy, and the policy at temperature 1 less it:
+they stand behind a gold metric's name where else a temperature does."""
 REWARD = ("reward_accuracy", "fresh_accuracy")
 # Gold metrics of the built-in tasks that are no headline; of others the direction is not known.
 LOWER_IS_BETTER = {"fully_right": False, "bleu": False, "chrf": False}
@@ -138,8 +141,10 @@ def differences(views: Sequence[RunView]) -> Iterator[str]:
 
 
 def _conditions(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that must agree. data.path may differ where the data's checksums agree."""
-    data = {f"data.{k}": v for k, v in recipe.get("data", {}).items() if k != "path"}
+    """The options that must agree. data.path may differ where the data's checksums agree, and
+    data.edit changes no demonstration."""
+    own = ("path", "edit")
+    data = {f"data.{k}": v for k, v in recipe.get("data", {}).items() if k not in own}
     evaluation = {f"evaluation.{k}": v for k, v in recipe.get("evaluation", {}).items()}
     generation = recipe.get("generation", {})
     sampling = ("top_p", "top_k", "max_new_tokens")
@@ -236,8 +241,25 @@ def policy_measures(view: RunView, number: int) -> dict[str, float]:
     measures["fresh_accuracy"] = vitals.get("fresh_accuracy")
     measures["demonstration_logp"] = vitals.get("demonstration_logp")
     measures["reward_gain"] = vitals.get("reward_gain")
+    measures |= _beyond_entropy(by_key, number)
     measures["reward_accuracy"] = fit.get("held_out", {}).get("accuracy")
     return {name: float(value) for name, value in measures.items() if value is not None}
+
+
+def _beyond_entropy(by_key: Mapping[str, Mapping[str, Any]], number: int) -> dict[str, Any]:
+    """Headline of the first policy at this one's entropy, and this one's at T=1 less that."""
+    matched = by_key.get(f"matched-entropy/{number}")
+    if matched is None:
+        return {}
+    headline = matched["headline"]
+    start = matched["metrics"][headline]
+    own = by_key[f"evaluation/{number}/t1"]["metrics"][headline]
+    known = start is not None and own is not None
+    return {
+        "matched_temperature": matched["temperature"],
+        f"{headline}@{AT_ENTROPY}": start,
+        f"{headline}@{BEYOND_ENTROPY}": own - start if known else None,
+    }
 
 
 def _gold(record: Mapping[str, Any], temperature: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from irl_align.comparison import AT_ENTROPY, BEYOND_ENTROPY
 from irl_align.costs import PARTS
 
 Analysis = Mapping[str, Any]
@@ -26,7 +27,7 @@ TEXTS = ("policy", "metric", "rank", "scorer", "group", "baseline", "against", "
 # Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
 SHOWN = ("fully_right", "bleu")
 PLAIN = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
-PLAIN |= {"demonstration_logp": 2, "reward_gain": 2}
+PLAIN |= {"demonstration_logp": 2, "reward_gain": 2, "matched_temperature": 2}
 """Decimals of the metrics that are no share; of others percent are shown, with one."""
 VITALS = {
     "kl": "KL",
@@ -38,6 +39,7 @@ VITALS = {
     "reward_gain": "reward gain",
     "seconds": "seconds",
 }
+MATCHED = {AT_ENTROPY: "first policy at its entropy", BEYOND_ENTROPY: "beyond that"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,12 @@ def results(analysis: Analysis) -> Grid:
 
 def headline_measures(analysis: Analysis) -> list[str]:
     """The headline and the metrics shown beside it, each from the hottest samples to greedy."""
-    present = {m for row in analysis["rows"] for m in row["estimates"] if "@" in m}
+    present = {
+        m
+        for row in analysis["rows"]
+        for m in row["estimates"]
+        if "@" in m and m.partition("@")[2] not in MATCHED
+    }
     metrics = [analysis["headline"], *SHOWN]
 
     def order(measure: str) -> tuple[int, float]:
@@ -83,7 +90,9 @@ def headline_measures(analysis: Analysis) -> list[str]:
 def vital_signs(analysis: Analysis) -> Grid:
     """What is told of each policy besides gold, at temperature 1, and the cost of its run."""
     present = {m for row in analysis["rows"] for m in row["estimates"]}
-    measures = [m for m in VITALS if m in present]
+    unit = "" if analysis["headline"] in PLAIN else " %"
+    names = VITALS | {f"{analysis['headline']}@{at}": name + unit for at, name in MATCHED.items()}
+    measures = [m for m in names if m in present]
     rows = []
     for row in analysis["rows"]:
         cells = [cell(row, m, analysis) for m in measures]
@@ -91,7 +100,7 @@ def vital_signs(analysis: Analysis) -> Grid:
             cells[measures.index("kl")] = "<= " + cell(row, "kl_bound", analysis)
         rows.append([row["label"], *cells])
     title = "vital signs, at temperature 1"
-    return Grid(title, ["policy", *(VITALS[m] for m in measures)], rows)
+    return Grid(title, ["policy", *(names[m] for m in measures)], rows)
 
 
 def against_baseline(analysis: Analysis) -> Grid:

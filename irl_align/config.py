@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from irl_align.lora_options import LoraOptions, QuantizationOptions, lora_problem
-from irl_align.options import Above, AtLeast, Count, Options, Positive, Share
-from irl_align.policy_options import BestOfNOptions, PolicyUpdateOptions
+from irl_align.options import Above, AtLeast, Count, ImportPath, Options, Positive, Share
+from irl_align.policy_options import BestOfNOptions, PolicyPromptOptions, PolicyUpdateOptions
 
 PairSource = Literal[
     "demonstration/policy", "demonstration/contrast", "demonstration/init", "sft/init"
@@ -43,6 +43,8 @@ class DataOptions(Options):
     """Local file or folder in place of the card's source."""
     task: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the card's task when the card names a procedural task (size, noise)."""
+    edit: ImportPath | None = None
+    """module:callable, an edit of a prompt in place of the card's, for pairs and edited prompts."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the training prompts that are used, chosen by a hash of the prompt."""
     noise: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -371,6 +373,9 @@ class EvaluationOptions(Options):
     """Sampling temperatures; 0 is greedy. The first gives length, entropy and KL."""
     gold: bool = True
     """Compute the gold metric that the card names, where it names one."""
+    match_entropy: bool = False
+    """Also judge the first policy sampled at the temperature at which its entropy is that of each
+    later one at 1: what a policy gains beyond it is more than samples that vary less."""
     held_out_prompts: Positive = 500
     """At most so many held-out prompts for reward accuracy and demonstration log-prob."""
 
@@ -382,6 +387,12 @@ class EvaluationOptions(Options):
         if temperatures[0] != 1.0:
             raise ValueError("the first temperature is 1.0: KL and entropy are measured there")
         return temperatures
+
+    @model_validator(mode="after")
+    def _entropy_is_judged(self) -> EvaluationOptions:
+        if self.match_entropy and not self.gold:
+            raise ValueError("match_entropy compares gold, and gold is false")
+        return self
 
 
 class Recipe(Options):
@@ -424,6 +435,17 @@ class Recipe(Options):
     def _adapters_fit(self) -> Recipe:
         if problem := lora_problem(self):
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _edit_is_used(self) -> Recipe:
+        update = self.policy_update
+        edited = isinstance(update, PolicyPromptOptions) and update.edited_prompts > 0
+        if self.data.edit is not None and not edited and self.pairs.contrast != "edit":
+            raise ValueError(
+                "data.edit is for pairs.contrast edit and policy_update.edited_prompts, "
+                "and neither is set"
+            )
         return self
 
     @model_validator(mode="after")

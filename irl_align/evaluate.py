@@ -6,10 +6,11 @@ Vital signs may decide (stop, pick); gold and preferences are for reporting only
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 
 from irl_align.config import SignOptions
 from irl_align.samples import SampleSet
@@ -48,6 +49,32 @@ def vitals(
             float(ratio.std(ddof=1) / math.sqrt(len(ratio))) if len(ratio) > 1 else 0.0
         )
     return report
+
+
+def temperature_of_entropy(
+    entropy_at: Callable[[float], float],
+    entropy: float,
+    between: tuple[float, float] = (0.1, 2.0),
+    to: float = 0.01,
+) -> float:
+    """The temperature, to so much, at which samples have this entropy per token.
+
+    entropy_at: entropy of the distribution that is sampled from at a temperature, which rises with
+    it. What is beyond both ends of the range gets the nearer one. A multiple of `to`, so that runs
+    which ask for nearly the same share their samples.
+    """
+    low, high = between
+    if entropy_at(1.0) >= entropy:
+        high = 1.0
+    else:
+        low = 1.0
+    if entropy_at(low) >= entropy:
+        return low
+    if entropy_at(high) <= entropy:
+        return high
+    steps = {"xtol": to / 2, "rtol": 1e-3}
+    found = brentq(lambda t: entropy_at(round(t / to) * to) - entropy, low, high, **steps)
+    return float(round(float(found) / to) * to)
 
 
 def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from datasets import Dataset
 from irl_align import ranks
 from irl_align.cards import import_object
 from irl_align.data import choose_prompts
-from irl_align.evaluate import vitals
+from irl_align.evaluate import temperature_of_entropy, vitals
 from irl_align.files import atomic_write, read_lines, to_lines
 from irl_align.generate import Completion
 from irl_align.lab import Lab
@@ -218,8 +218,7 @@ def nearest_policy(lab: Lab, policies: Sequence[Policy], reward: Reward, data: D
 def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Data) -> None:
     """Answer the evaluation prompts at every temperature; gold, length and KL, for reporting."""
     options = lab.recipe.evaluation
-    keys = choose_prompts(data.evaluation["prompt_key"], options.prompts, lab.recipe.seed)
-    rows = data.evaluation.filter(lambda key: key in keys, input_columns="prompt_key")
+    rows = _evaluation_rows(lab, data)
     gold_path = data.card.gold if options.gold else None
     if k == 0:
         _evaluate_demonstrations(lab, rows, gold_path, data)
@@ -261,6 +260,47 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
         lab.run.log(f"evaluation/{k}/t{temperature:g}", record)
         name = f"policy-{k}-t{temperature:g}"
         lab.run.save_samples(name, read_lines(stage.path / "samples.jsonl", RERUN))
+        judged = options.match_entropy and gold_path is not None and k > 0
+        if judged and "entropy" in stage.metrics:
+            _evaluate_at_entropy(lab, k, stage.metrics["entropy"], initial, rows, data)
+
+
+def _evaluate_at_entropy(
+    lab: Lab, k: int, entropy: float, initial: Policy, rows: Dataset, data: Data
+) -> None:
+    """Gold of pi_0 at the temperature at which its samples' entropy is that of pi_k's at 1."""
+
+    def draw(temperature: float) -> dict[str, list[Completion]]:
+        return samples_by_key(lab, initial, rows, lab.sampling(1, temperature), "evaluation")
+
+    def entropy_at(temperature: float) -> float:
+        groups = draw(temperature)
+        return vitals(SampleSet([[]] * len(groups), list(groups.values())), None)["entropy"]
+
+    temperature = temperature_of_entropy(entropy_at, entropy)
+    samples = draw(temperature)
+    gold_path = data.card.gold
+
+    def build(work: Path) -> dict[str, Any]:
+        texts = decode_batch(lab.tokenizer, [group[0].token_ids for group in samples.values()])
+        return ranks.on_main(lambda: _gold(work, gold_path, rows, list(samples), texts))
+
+    stage = lab.stage(
+        f"matched-entropy/{k}",
+        "evaluation",
+        {"gold": gold_path, "sampling": vars(lab.sampling(1, temperature)), "of": "initial"},
+        {"initial": initial.key, "data": data.checksums["evaluation"]},
+        build,
+    )
+    found = {"temperature": temperature, "entropy": entropy_at(temperature)}
+    lab.run.log(f"matched-entropy/{k}", {**found, **stage.metrics})
+
+
+def _evaluation_rows(lab: Lab, data: Data) -> Dataset:
+    """The rows of the prompts that are answered."""
+    options = lab.recipe.evaluation
+    keys = choose_prompts(data.evaluation["prompt_key"], options.prompts, lab.recipe.seed)
+    return data.evaluation.filter(lambda key: key in keys, input_columns="prompt_key")
 
 
 def _evaluate_demonstrations(lab: Lab, rows: Dataset, gold_path: str | None, data: Data) -> None:

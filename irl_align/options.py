@@ -11,6 +11,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Above = Annotated[float, Field(gt=0.0)]
 AtLeast = Annotated[float, Field(ge=0.0)]
+ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
 
 
 class Options(BaseModel):

@@ -80,6 +80,7 @@ def make_pairs(
             metrics[part] = stats(rows, dropped)
         return metrics
 
+    edit = lab.recipe.data.edit
     stage = lab.stage(
         f"pairs/{k}",
         "pairs",
@@ -87,6 +88,7 @@ def make_pairs(
             "iteration": k,
             "pairs": options.model_dump(exclude=alike),
             "sampling": vars(sampling),
+            **({"edit": edit} if edit is not None else {}),
         },
         {
             **{part: data.checksums[use] for part, use in USES.items()},

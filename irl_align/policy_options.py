@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from irl_align.options import Above, AtLeast, Count, Options, Positive, Share
+from irl_align.options import Above, AtLeast, Count, ImportPath, Options, Positive, Share
 
 
 class PolicyPromptOptions(Options):
@@ -307,7 +307,7 @@ class PPOOptions(PolicyPromptOptions):
 class CustomUpdateOptions(Options):
     """A policy update of your own."""
 
-    kind: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    kind: ImportPath
     """Import path module:callable of an irl_align.policy.PolicyUpdate factory."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory."""

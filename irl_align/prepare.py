@@ -71,6 +71,8 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     recipe = lab.recipe
     options = recipe.data
     card = load_card(options.card)
+    if options.edit is not None:
+        card = card.model_copy(update={"edit": options.edit})
     seed = derive_seed(recipe.seed, "data")
 
     def load(split: str) -> list[Demonstration]:

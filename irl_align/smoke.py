@@ -108,6 +108,7 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
         "card": str(card.folder / f"{card.name}.md"),
         "path": None,
         "task": {},
+        "edit": None,
         "share": 1.0,
         "held_out": 0.25,
         **_LIMITS,

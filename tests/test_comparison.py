@@ -137,6 +137,29 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_beyond_entropy(tmp_path: Path) -> None:
+    """Each seed's policy less the first policy at its entropy; no column of gold, no ranking."""
+    folders = []
+    for seed, (own, first) in enumerate(((0.20, 0.25), (0.22, 0.25), (0.24, 0.28)), 1):
+        record = {"headline": "slot_error_rate", "lower_is_better": True, "temperature": 0.8}
+        matched = {**record, "metrics": {"slot_error_rate": first}}
+        errors = [(0.30, 0.15), (own, 0.1)]
+        extra = {"matched-entropy/1": matched}
+        folders.append(synthetic_run(tmp_path, "good", seed, errors, extra=extra))
+    analysis = analyse(compare_runs(views(*folders)), None, None)
+    found = row(analysis, "good")["estimates"]
+    assert found["slot_error_rate@first-at-entropy"]["mean"] == pytest.approx(0.26)
+    assert found["slot_error_rate@beyond-entropy"]["mean"] == pytest.approx(-0.04)
+    assert found["matched_temperature"]["mean"] == pytest.approx(0.8)
+    assert "slot_error_rate@1" in headline_measures(analysis)
+    assert not any("entropy" in measure for measure in headline_measures(analysis))
+    columns = {column: at for at, column in enumerate(grids(analysis)[1].columns)}
+    line = grids(analysis)[1].rows[-1]
+    assert line[columns["first policy at its entropy %"]].startswith("26.0±")
+    assert line[columns["beyond that %"]].startswith("-4.0±")
+    assert "slot_error_rate@beyond-entropy" in to_csv(analysis)
+
+
 def test_every_iteration(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path, "m", 1, [(0.3, 0.2), (0.25, 0.2), (0.2, 0.1)])
     found = compare_runs(views(run), iterations=True)

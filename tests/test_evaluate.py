@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from irl_align.config import SignOptions
-from irl_align.evaluate import find_signs, vitals
+from irl_align.evaluate import find_signs, temperature_of_entropy, vitals
 from irl_align.generate import Completion
 from irl_align.samples import SampleSet
 
@@ -132,3 +132,27 @@ def test_bounds_are_the_recipes() -> None:
 
 def test_what_is_not_measured_is_not_judged() -> None:
     assert find_signs(BOUNDS, {"length": 20.0, "truncated": 0.01}, START) == []
+
+
+def two_way(temperature: float) -> float:
+    """Entropy of logits 1 and 0 at a temperature."""
+    p = 1 / (1 + math.exp(-1 / temperature))
+    return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.37, 0.8, 1.0, 1.3, 2.0])
+def test_temperature_of_an_entropy(temperature: float) -> None:
+    asked: list[float] = []
+
+    def entropy_at(at: float) -> float:
+        asked.append(at)
+        return two_way(at)
+
+    assert temperature_of_entropy(entropy_at, two_way(temperature)) == pytest.approx(temperature)
+    assert all(round(at * 100) == pytest.approx(at * 100) for at in asked)
+    assert len(asked) < 12
+
+
+def test_an_entropy_out_of_reach_gets_the_nearest_temperature() -> None:
+    assert temperature_of_entropy(two_way, 0.0) == 0.1
+    assert temperature_of_entropy(two_way, two_way(9.0)) == 2.0

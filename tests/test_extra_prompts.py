@@ -53,6 +53,40 @@ def test_edited_prompts_are_the_cards_edits_in_a_row() -> None:
     assert extra_prompts(IdentityOptions(kind="identity"), card, PROMPTS, 3) == []
 
 
+def only_the_name(prompt: str, rng: random.Random) -> str:
+    """An edit that a recipe may name in place of the card's."""
+    return prompt.split(", ")[0]
+
+
+def test_an_edit_of_ones_own_makes_pairs_and_prompts(folder: Path) -> None:
+    own = f"data.edit={__name__}:only_the_name"
+    contrast = (
+        "pairs={sources: [demonstration/contrast], contrast: edit}",
+        "policy_update={kind: best_of_n, n: 2, prompts: 24, edited_prompts: 1}",
+    )
+    cards, mine = (
+        train(tiny_recipe(folder, f"name={name}", *contrast, *options))
+        for name, options in (("card-edit", ()), ("own-edit", (own,)))
+    )
+    keys = [stage_records(run.folder) for run in (cards, mine)]
+    assert keys[0]["sft"]["key"] == keys[1]["sft"]["key"]
+    assert keys[0]["pairs/0"]["key"] != keys[1]["pairs/0"]["key"]
+    rows = pq.read_table(stage_folder(mine.folder, "pairs/0") / "train.parquet").to_pylist()
+    assert rows
+    for pair in rows:  # the name stays alone: a share of the prompt's start, and its line end
+        rejected = pair["rejected_prompt_ids"]
+        same = [a == b for a, b in zip(rejected, pair["prompt_ids"], strict=False)]
+        assert len(rejected) < len(pair["prompt_ids"]) and all(same[:-2])
+    run = {run: keys[i]["policy-1"]["inputs"] for i, run in enumerate(("cards", "mine"))}
+    assert run["cards"] != run["mine"]
+
+
+def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:
+    options = ("name=no-edit", "pairs={contrast: edit}", "data.edit=rows:nothing")
+    with pytest.raises(UserError, match=r"data\.edit: cannot import rows:nothing: .*nothing"):
+        train(tiny_recipe(folder, *options))
+
+
 def test_e2e_edits_stay_prompts_of_e2e() -> None:
     prompt = "name[The Punter], eatType[pub], food[Indian], near[Café Sicilia]"
     options = PPOOptions(kind="ppo", edited_prompts=3)

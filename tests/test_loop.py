@@ -21,6 +21,7 @@ from irl_align.errors import UserError
 from irl_align.loop import judge_policy, judge_reward
 from irl_align.recipe import load_recipe
 from irl_align.reward.model import RewardModel
+from irl_align.tasks import restaurant
 
 LN2 = math.log(2.0)
 pytestmark = pytest.mark.timeout(240)
@@ -54,11 +55,13 @@ def column(path: Path, name: str) -> list[Any]:
     return pq.read_table(path).column(name).to_pylist()
 
 
-def logp(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> float:
+def logp(
+    model: PreTrainedModel, prompt: list[int], completion: list[int], temperature: float = 1.0
+) -> float:
     """Summed log-prob of one completion, unpadded and by the model's own forward."""
     ids = torch.tensor([prompt + completion])
     with torch.inference_mode():
-        table = model(ids).logits[0].double().log_softmax(-1)
+        table = (model(ids).logits[0].double() / temperature).log_softmax(-1)
     return sum(float(table[len(prompt) - 1 + t, token]) for t, token in enumerate(completion))
 
 
@@ -93,6 +96,34 @@ def test_every_policy_is_evaluated_at_every_temperature(best: Result) -> None:
     summary = best.view().summary
     assert summary is not None and summary["ended"] == "1 iterations done"
     assert best.folder.parent / summary["policy"] == best.policy
+
+
+def test_the_first_policy_at_a_later_ones_entropy(best: Result, run: Callable[..., Result]) -> None:
+    result = run("matched", *BEST, "evaluation.match_entropy=true")
+    records = metrics(result.folder)
+    assert "matched-entropy/0" not in records and "matched-entropy/1" not in metrics(best.folder)
+    matched, own = records["matched-entropy/1"], records["evaluation/1/t1"]
+    assert matched["entropy"] == pytest.approx(own["entropy"], rel=0.1)
+    assert matched["temperature"] * 100 == pytest.approx(round(matched["temperature"] * 100))
+    judged = stage_folder(result.folder, "matched-entropy/1") / "samples.jsonl"
+    lines = [json.loads(line) for line in judged.read_text().splitlines()]
+    role = f"samples/evaluation/policy-0/t{matched['temperature']:g}"
+    rows = pq.read_table(stage_folder(result.folder, role) / "samples.parquet").to_pylist()
+    assert len(lines) == len(rows) == 12
+    # The samples' entropy once more, by the model's own forward, unpadded.
+    data = pq.read_table(stage_folder(result.folder, "data") / "evaluation.parquet").to_pylist()
+    prompt_ids = {row["prompt"]: row["prompt_ids"] for row in data}
+    sft = AutoModelForCausalLM.from_pretrained(stage_folder(result.folder, "sft") / "model").eval()
+    sums = [
+        logp(sft, prompt_ids[prompt], row["token_ids"], matched["temperature"])
+        for row in rows
+        for prompt in [lines[row["prompt"]]["prompt"]]
+    ]
+    tokens = sum(len(row["token_ids"]) for row in rows)
+    assert -sum(sums) / tokens == pytest.approx(matched["entropy"], rel=1e-3)
+    wrong = [e for line in lines for e in restaurant.errors(line["prompt"], line["completion"])]
+    slots = sum(line["slots"] for line in lines)
+    assert matched["metrics"]["slot_error_rate"] == pytest.approx(len(wrong) / slots)
 
 
 def test_the_reward_is_normalised_on_the_demonstrations(best: Result) -> None:

@@ -198,6 +198,10 @@ def test_bad_override(override: str, message: str) -> None:
             "7: pairs: contrast_crossed is of contrast edit, not of neighbour",
         ),
         (
+            "evaluation:\n  match_entropy: true\n  gold: false",
+            "7: evaluation: match_entropy compares gold, and gold is false",
+        ),
+        (
             "pairs:\n  contrast_edits: 2",
             "7: pairs: contrast_edits is of contrast edit, not of neighbour",
         ),

@@ -348,6 +348,18 @@ def test_edit_asks_for_something_else(prompt, seed, lower):
     assert set(e2e.errors(edited, e2e.template(prompt))) == changed
 
 
+def test_half_of_the_edits_may_change_a_value():
+    prompt = "name[The Punter], eatType[pub], food[Indian], area[riverside]"
+    before, count = e2e.slots_of(prompt), {"change": 0, "add": 0, "drop": 0}
+    rng = random.Random(5)
+    for _ in range(600):
+        after = e2e.slots_of(e2e.edit_values(prompt, rng))
+        grown = len(after) - len(before)
+        count[{1: "add", -1: "drop", 0: "change"}[grown]] += 1
+    assert 260 < count["change"] < 340  # 5 standard deviations of 12
+    assert 100 < count["add"] < 200 and 100 < count["drop"] < 200
+
+
 def test_edit_adds_drops_and_changes():
     prompt, rng = "name[Cotto], food[French], area[riverside]", random.Random(0)
     sizes = [len(e2e.slots_of(e2e.edit(prompt, rng))) for _ in range(300)]

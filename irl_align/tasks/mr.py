@@ -42,18 +42,21 @@ def edit(
     additions: Mapping[str, Sequence[str]],
     droppable: Sequence[str],
     rng: random.Random,
+    weights: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Slots that ask for something else: one of them changed, added or dropped, as likely each.
 
     changes: slot -> values that differ in meaning from its own. additions: slot that is not there
-    -> values. droppable: slots that may go. The order is kept; what is added comes last.
+    -> values. droppable: slots that may go. The order is kept; what is added comes last. weights:
+    of change, add and drop, where they are not as likely; 1 of what is not named.
     """
     changes, additions = (
         {slot: values for slot, values in options.items() if values}
         for options in (changes, additions)
     )
     actions = {"change": list(changes), "add": list(additions), "drop": list(droppable)}
-    action = rng.choice([name for name, candidates in actions.items() if candidates])
+    possible = [name for name, candidates in actions.items() if candidates]
+    action = rng.choice([name for name in possible for _ in range((weights or {}).get(name, 1))])
     slot = rng.choice(actions[action])
     if action == "drop":
         return {kept: value for kept, value in slots.items() if kept != slot}

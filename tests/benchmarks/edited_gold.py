@@ -1,0 +1,103 @@
+"""Slot errors of a run's policies on E2E prompts that nobody demonstrated: edits of a split's own.
+
+    python tests/benchmarks/edited_gold.py runs/e2e-irl-rloo-edits-seed1 [--edits 2] [--split test]
+
+The validation prompts ask for nothing that train does not, so they hardly tell policies apart; the
+test prompts do, which are not for choosing. Each distinct validation prompt gives one of so many
+edits in a row (the same for every run), those of any split are left out. Greedy, a line per policy:
+errors over the slots asked for in all; of `near` where train has that name with that neighbour and
+where not; of all but the latter; and the mean length in tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+from slot_gold import venues
+
+from irl_align.cards import load_card
+from irl_align.config import GenerationOptions
+from irl_align.data import load_demonstrations
+from irl_align.generate import Sampling, generate
+from irl_align.models import load_tokenizer
+from irl_align.saved_sampler import saved_sampler
+from irl_align.stages import Run
+from irl_align.tasks import e2e
+from irl_align.tokens import encode_prompts
+
+SEED = 0
+
+
+def edited_prompts(prompts: list[str], edits: int, known: set[str]) -> list[str]:
+    """Every distinct prompt after so many edits in a row, where that is not known."""
+    edited = []
+    for prompt in sorted(set(prompts)):
+        rng = random.Random(f"{SEED}/{prompt}")
+        for _ in range(edits):
+            prompt = e2e.edit(prompt, rng)
+        edited.append(prompt)
+    return [prompt for prompt in dict.fromkeys(edited) if prompt not in known]
+
+
+def rates(prompts: list[str], texts: list[str], together: set[tuple[str, str] | None]) -> str:
+    """Error rates of one policy in words."""
+    asked, wrong = Counter[str](), Counter[str]()
+    for prompt, text in zip(prompts, texts, strict=True):
+        slots, errors = list(e2e.slots_of(prompt)), set(e2e.errors(prompt, text))
+        pair = venues(prompt)
+        near = "seen" if pair in together else "never seen"
+        asked.update(slots + ([near] if pair else []))
+        wrong.update(errors | ({near} if pair and "near" in errors else set()))
+    errors, slots = (sum(count[slot] for slot in e2e.ORDER) for count in (wrong, asked))
+    rest = (errors - wrong["never seen"]) / (slots - asked["never seen"])
+    near = "; ".join(
+        f"near, {kind} {wrong[kind] / max(1, asked[kind]):.1%} of {asked[kind]}"
+        for kind in ("seen", "never seen")
+    )
+    return f"{errors / slots:.1%} of {slots}; without never seen {rest:.1%}; {near}"
+
+
+def main(folder: Path, edits: int, split: str) -> None:
+    """Print a line per policy of the run."""
+    view = Run.load(folder)
+    data = view.recipe["data"]
+    card = load_card(data["card"])
+    rows = {
+        part: [str(row["prompt"]) for row in load_demonstrations(card, part, data["path"])]
+        for part in ("train", "validation", "test")
+    }
+    known = {prompt for part in rows.values() for prompt in part}
+    prompts = edited_prompts(rows[split], edits, known)
+    together = {venues(prompt) for prompt in rows["train"]}
+    sampling = Sampling(temperature=0.0, max_new_tokens=96)
+    for role, where in view.stages.items():
+        if role != "sft" and not role.startswith("policy-"):
+            continue
+        path = folder / where["path"] / "model"
+        tokenizer = load_tokenizer(path)
+        ids = encode_prompts(prompts, tokenizer, card)
+        options = GenerationOptions(max_new_tokens=96)
+        with saved_sampler(
+            path, tokenizer, ids, options, "transformers", torch.device("cpu")
+        ) as generator:
+            completions = [row[0] for row in generate(generator, ids, sampling)]
+        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        length = sum(len(c.token_ids) for c in completions) / len(completions)
+        print(
+            f"{folder.name}, {role}: {rates(prompts, texts, together)}; length {length:.1f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--edits", type=int, default=2)
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    arguments = parser.parse_args()
+    for run in arguments.runs:
+        main(run, arguments.edits, arguments.split)
