@@ -73,8 +73,8 @@ def temperature_of_entropy(
     if entropy_at(high) <= entropy:
         return high
     steps = {"xtol": to / 2, "rtol": 1e-3}
-    found = brentq(lambda t: entropy_at(round(t / to) * to) - entropy, low, high, **steps)
-    return float(round(float(found) / to) * to)
+    found = brentq(lambda t: entropy_at(round(round(t / to) * to, 6)) - entropy, low, high, **steps)
+    return round(round(float(found) / to) * to, 6)
 
 
 def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) -> list[str]:

@@ -54,6 +54,8 @@ def set_up(debug: bool) -> None:
     for variable in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # It has a handler of its own: what it tells would be told twice.
+    logging.getLogger("huggingface_hub").propagate = False
     for library in ("transformers", "trl", "datasets", "accelerate", "torch", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
 

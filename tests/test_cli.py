@@ -227,3 +227,13 @@ def test_a_run_without_a_reward_scores_nothing(
     path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
     line = the_line(irl_align(capsys, "score", sft.folder, "--input", path))
     assert "this run has no explicit reward" in line
+
+
+def test_what_the_hub_tells_is_told_once() -> None:
+    told = (
+        "import logging; from irl_align.terminal import set_up; set_up(False); "
+        "import huggingface_hub.file_download; "
+        "logging.getLogger('huggingface_hub.file_download').warning('retrying')"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stderr.count("retrying") == 1
