@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from irl_align.cards import Card, load_card
+from irl_align.config import DataOptions
 from irl_align.data import (
     Demonstration,
     Prompt,
@@ -70,9 +71,7 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     """Load and divide the demonstrations, make or load the start model, encode the rows."""
     recipe = lab.recipe
     options = recipe.data
-    card = load_card(options.card)
-    if options.edit is not None:
-        card = card.model_copy(update={"edit": options.edit})
+    card = _card(options)
     seed = derive_seed(recipe.seed, "data")
 
     def load(split: str) -> list[Demonstration]:
@@ -128,6 +127,12 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     limit = stage.metrics.get("context")
     sums = stage.metrics["token_checksums"]
     return Data(card, checksums=sums, context=limit, extra_prompts=extra, **parts), start
+
+
+def _card(options: DataOptions) -> Card:
+    """The data's card, with the recipe's own edit where it names one."""
+    card = load_card(options.card)
+    return card if options.edit is None else card.model_copy(update={"edit": options.edit})
 
 
 def start_model(lab: Lab, card: Card, rows: Sequence[Any], rows_sum: str) -> Policy:

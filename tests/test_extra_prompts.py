@@ -77,8 +77,10 @@ def test_an_edit_of_ones_own_makes_pairs_and_prompts(folder: Path) -> None:
         rejected = pair["rejected_prompt_ids"]
         same = [a == b for a, b in zip(rejected, pair["prompt_ids"], strict=False)]
         assert len(rejected) < len(pair["prompt_ids"]) and all(same[:-2])
-    run = {run: keys[i]["policy-1"]["inputs"] for i, run in enumerate(("cards", "mine"))}
-    assert run["cards"] != run["mine"]
+    # One policy samples: its prompts differ by the edited ones alone.
+    sampled = [found["samples/candidates/policy-0/t1"]["inputs"] for found in keys]
+    assert sampled[0]["policy"] == sampled[1]["policy"]
+    assert sampled[0]["prompts"] != sampled[1]["prompts"]
 
 
 def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:

@@ -93,6 +93,14 @@ def test_override_of_a_kind_comes_first() -> None:
     assert recipe.policy_update.kind == "identity"
 
 
+def test_an_edit_that_nothing_reads() -> None:
+    own = SMALL.replace("card: toy", "card: toy\n  edit: some:edit")
+    message = "data.edit is for pairs.contrast edit and policy_update.edited_prompts, and neither"
+    assert mistakes(own) == [f"r.yaml:4: {message} is set"]
+    assert load(own, "pairs.contrast=edit").data.edit == "some:edit"
+    assert load(own, "policy_update.edited_prompts=1", "policy_update.use=sft").data.edit
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections import Counter
 from pathlib import Path
 
 import torch
-from slot_gold import venues
+from slot_gold import SEEN, UNSEEN, count_errors, share, summary, venues
 
 from irl_align.cards import load_card
 from irl_align.config import GenerationOptions
@@ -43,24 +42,6 @@ def edited_prompts(prompts: list[str], edits: int, known: set[str]) -> list[str]
     return [prompt for prompt in dict.fromkeys(edited) if prompt not in known]
 
 
-def rates(prompts: list[str], texts: list[str], together: set[tuple[str, str] | None]) -> str:
-    """Error rates of one policy in words."""
-    asked, wrong = Counter[str](), Counter[str]()
-    for prompt, text in zip(prompts, texts, strict=True):
-        slots, errors = list(e2e.slots_of(prompt)), set(e2e.errors(prompt, text))
-        pair = venues(prompt)
-        near = "seen" if pair in together else "never seen"
-        asked.update(slots + ([near] if pair else []))
-        wrong.update(errors | ({near} if pair and "near" in errors else set()))
-    errors, slots = (sum(count[slot] for slot in e2e.ORDER) for count in (wrong, asked))
-    rest = (errors - wrong["never seen"]) / (slots - asked["never seen"])
-    near = "; ".join(
-        f"near, {kind} {wrong[kind] / max(1, asked[kind]):.1%} of {asked[kind]}"
-        for kind in ("seen", "never seen")
-    )
-    return f"{errors / slots:.1%} of {slots}; without never seen {rest:.1%}; {near}"
-
-
 def main(folder: Path, edits: int, split: str) -> None:
     """Print a line per policy of the run."""
     view = Run.load(folder)
@@ -73,24 +54,24 @@ def main(folder: Path, edits: int, split: str) -> None:
     known = {prompt for part in rows.values() for prompt in part}
     prompts = edited_prompts(rows[split], edits, known)
     together = {venues(prompt) for prompt in rows["train"]}
-    sampling = Sampling(temperature=0.0, max_new_tokens=96)
+    options = GenerationOptions(max_new_tokens=view.recipe["generation"]["max_new_tokens"])
+    sampling = Sampling(temperature=0.0, max_new_tokens=options.max_new_tokens)
     for role, where in view.stages.items():
         if role != "sft" and not role.startswith("policy-"):
             continue
         path = folder / where["path"] / "model"
         tokenizer = load_tokenizer(path)
         ids = encode_prompts(prompts, tokenizer, card)
-        options = GenerationOptions(max_new_tokens=96)
         with saved_sampler(
             path, tokenizer, ids, options, "transformers", torch.device("cpu")
         ) as generator:
             completions = [row[0] for row in generate(generator, ids, sampling)]
         texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         length = sum(len(c.token_ids) for c in completions) / len(completions)
-        print(
-            f"{folder.name}, {role}: {rates(prompts, texts, together)}; length {length:.1f}",
-            flush=True,
-        )
+        asked, wrong = count_errors(zip(prompts, texts, strict=True), together)
+        near = ", ".join(f"{kind} {share(asked, wrong, kind)}" for kind in (SEEN, UNSEEN))
+        counts = f"{summary(asked, wrong)}; {near}; length {length:.1f}"
+        print(f"{folder.name}, {role}: {counts}", flush=True)
 
 
 if __name__ == "__main__":
