@@ -48,8 +48,10 @@ def train(recipe: Recipe | str | Path) -> Result:
     check_trackers(recipe)
     data = recipe.data
     check_source(load_card(data.card), "train", data.path, data.task)
-    if data.edit is not None:
-        import_object(data.edit, "data.edit")
+    if data.edit is not None and not callable(import_object(data.edit, "data.edit")):
+        raise UserError(
+            f"data.edit: found {data.edit}, expected a function of a prompt and a Random"
+        )
     device = ranks.own_device(pick_device(recipe.device))
     output = Path(recipe.output_dir)
     began = time.time()

@@ -87,6 +87,9 @@ def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:
     options = ("name=no-edit", "pairs={contrast: edit}", "data.edit=rows:nothing")
     with pytest.raises(UserError, match=r"data\.edit: cannot import rows:nothing: .*nothing"):
         train(tiny_recipe(folder, *options))
+    options = (*options[:2], "data.edit=irl_align.tasks.restaurant:PHRASES")
+    with pytest.raises(UserError, match=r"data\.edit: found .*PHRASES, expected a function"):
+        train(tiny_recipe(folder, *options))
 
 
 def test_e2e_edits_stay_prompts_of_e2e() -> None:
