@@ -20,7 +20,7 @@ from typing import Any, TypedDict, TypeVar
 from irl_align.cards import LABELLED, MESSAGES, TEXT, TRANSCRIPTS, Card, import_object, load_card
 from irl_align.config import DataOptions
 from irl_align.errors import UserError
-from irl_align.recipe_yaml import show
+from irl_align.recipe_yaml import one_line, show
 from irl_align.sources import Raw, file_rows, hub_rows, local_rows
 
 __all__ = [
@@ -255,8 +255,16 @@ def _task(card: Card) -> Callable[..., Any]:
 
 
 def _from_task(card: Card, split: str, args: dict[str, Any], seed: int) -> list[Demonstration]:
-    rows = _task(card)(split=split, seed=seed, **args)
-    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+    try:
+        rows = _task(card)(split=split, seed=seed, **args)
+        return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+    except UserError:
+        raise
+    except Exception as error:  # code of one's own may raise any
+        raise UserError(
+            f"data.card {card.name}: source.task gave no rows of split {split}: "
+            f"{type(error).__name__}: {one_line(str(error))}"
+        ) from error
 
 
 def _load(

@@ -6,15 +6,16 @@ implicit reward has nothing to compare there, so SPIN cannot use them.
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from irl_align.cards import Card, import_object
-from irl_align.data import Prompt, load_prompts, prompt_key
+from irl_align.data import Demonstration, Prompt, load_prompts, prompt_key
 from irl_align.errors import UserError
 from irl_align.lab import checksum
 from irl_align.policy import Demonstrations
@@ -25,6 +26,7 @@ from irl_align.tokens import encode_prompts
 if TYPE_CHECKING:
     from irl_align.prepare import Data
 
+logger = logging.getLogger(__name__)
 PromptsByIds = dict[tuple[int, ...], Prompt]
 """Prompts by their token ids, in the order in which they are used."""
 
@@ -44,10 +46,30 @@ def extra_prompts(options: object, card: Card, own: Iterable[Prompt], seed: int)
     return prompts
 
 
+def unread_prompts(
+    card: Card, read: Collection[str], load: Callable[[str], Iterable[Demonstration]]
+) -> list[Prompt]:
+    """Prompts of the card's other splits; one that cannot be loaded is told and passed over."""
+    prompts: list[Prompt] = []
+    for split in card.split_names:
+        if split in read:
+            continue
+        try:
+            prompts += [row["prompt"] for row in load(split)]
+        except UserError as error:  # nobody can evaluate on it either
+            logger.warning(
+                "policy_update.edited_prompts, prompts_from: prompts of split %s cannot be left "
+                "out: %s",
+                split,
+                error,
+            )
+    return prompts
+
+
 def encoded_prompts(
     data: Data, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> PromptsByIds:
-    """The extra prompts of the data that leave room for a sample and are not in it anywhere.
+    """The extra prompts of the data that leave room for a sample and are in none of its splits.
 
     So neither held-out nor evaluated prompts are trained on.
     """
@@ -58,6 +80,7 @@ def encoded_prompts(
         for part in (data.sft, data.reward, data.held_out, data.evaluation)
         for ids in part["prompt_ids"]
     }
+    known |= set(map(tuple, encode_prompts(data.unread_prompts, tokenizer, data.card)))
     encoded = encode_prompts(data.extra_prompts, tokenizer, data.card)
     longest = data.context - max_new_tokens if data.context is not None else None
     found: PromptsByIds = {}

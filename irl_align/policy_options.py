@@ -14,8 +14,7 @@ class PolicyPromptOptions(Options):
 
     edited_prompts: Count = 0
     """Every prompt brings one more without a demonstration, by so many of the card's edits in a
-    row; 0: none. Those that evaluation.split asks for are left out, so another split may train the
-    policy again."""
+    row; 0: none. Those that any split of the data asks for are left out."""
     prompts_from: str | None = None
     """File of prompts without demonstrations, in the card's prompt column: jsonl, json, csv,
     parquet or .gz."""

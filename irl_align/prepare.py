@@ -19,7 +19,7 @@ from irl_align.data import (
     load_demonstrations,
 )
 from irl_align.errors import UserError
-from irl_align.extra_prompts import extra_prompts
+from irl_align.extra_prompts import extra_prompts, unread_prompts
 from irl_align.files import file_checksum
 from irl_align.lab import Lab, checksum, derive_seed
 from irl_align.models import (
@@ -58,6 +58,9 @@ class Data:
     """Most tokens of prompt and completion together, the model's positions."""
     extra_prompts: list[Prompt]
     """Prompts without demonstrations that the policy update is to use."""
+    unread_prompts: list[Prompt]
+    """Prompts of the splits that this run does not read: the extra ones must be none of these, so
+    that the policy is the same whichever split is evaluated. Empty without extra prompts."""
 
     def demonstrations(self, part: str) -> Demonstrations:
         """Token ids of one part."""
@@ -87,6 +90,7 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     sums = {part: data_checksum(some) for part, some in rows.items()}
     own = (row["prompt"] for row in division.reward)
     extra = extra_prompts(recipe.policy_update, card, own, recipe.seed)
+    unread = unread_prompts(card, {"train", recipe.evaluation.split}, load) if extra else []
     start = start_model(lab, card, division.sft, sums["sft"])
     for option, lora in (("model", recipe.model.lora), ("reward", recipe.reward.lora)):
         if lora is not None:
@@ -126,7 +130,9 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
     }
     limit = stage.metrics.get("context")
     sums = stage.metrics["token_checksums"]
-    return Data(card, checksums=sums, context=limit, extra_prompts=extra, **parts), start
+    return Data(
+        card, checksums=sums, context=limit, extra_prompts=extra, unread_prompts=unread, **parts
+    ), start
 
 
 def _card(options: DataOptions) -> Card:

@@ -472,6 +472,19 @@ def test_task_arguments_are_checked() -> None:
         load_demonstrations(card, "train", path="x")
 
 
+def half_a_task(split: str, seed: int) -> list[dict[str, str]]:
+    """A task of one's own that only has one split."""
+    return {"train": [{"prompt": "a", "completion": "b"}]}[split]
+
+
+def test_a_task_that_fails_is_one_line(tmp_path: Path) -> None:
+    source = f"\n  kind: demonstrations\n  source: {{task: '{__name__}:half_a_task'}}\n"
+    card = write_card(tmp_path, source)
+    assert load_demonstrations(card, "train") == [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(UserError, match=r"task gave no rows of split test: KeyError: 'test'"):
+        load_demonstrations(card, "test")
+
+
 # ---------------------------------------------------------------- division
 
 

@@ -18,9 +18,9 @@ from tiny_runs import (
 
 from irl_align import train
 from irl_align.cards import load_card
-from irl_align.data import load_demonstrations, load_prompts, prompt_key
+from irl_align.data import Demonstration, load_demonstrations, load_prompts, prompt_key
 from irl_align.errors import UserError
-from irl_align.extra_prompts import extra_prompts
+from irl_align.extra_prompts import extra_prompts, unread_prompts
 from irl_align.policy_options import BestOfNOptions, IdentityOptions, PPOOptions
 from irl_align.recipe import load_recipe
 from irl_align.tasks import e2e, restaurant
@@ -124,6 +124,48 @@ def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": turns[1:]}) + "\n")
     with pytest.raises(UserError, match=r"line 1: .* turns of the assistant alone"):
         load_prompts(card, str(path))
+
+
+def test_the_policy_is_the_same_whichever_split_is_evaluated(folder: Path, tmp_path: Path) -> None:
+    """Of a new prompt and one of either split only the new one is trained on."""
+    card, task = load_card("restaurant"), {"size": 200, "noise": 0.0}
+    seed = tiny_recipe(folder).seed
+    prompts = ["name[the zoo], food[thai], price[cheap]"]
+    for split in ("validation", "test"):
+        prompts.append(str(load_demonstrations(card, split, None, task, seed)[0]["prompt"]))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    runs = [
+        train(
+            tiny_recipe(
+                folder,
+                f"name=on-{split}",
+                f"evaluation.split={split}",
+                f"policy_update.prompts_from={path}",
+                "policy_update.prompts=null",
+            )
+        )
+        for split in ("validation", "test")
+    ]
+    records = [stage_records(run.folder) for run in runs]
+    sampled = records[0]["samples/candidates/policy-0/t1"]["metrics"]["prompts"]
+    rows = pq.read_table(stage_folder(runs[0].folder, "data") / "reward.parquet")
+    assert sampled == len(set(rows.column("prompt").to_pylist())) + 1
+    assert records[0]["policy-1"]["key"] == records[1]["policy-1"]["key"]
+    assert records[0]["evaluation/1/t1"]["key"] != records[1]["evaluation/1/t1"]["key"]
+
+
+def test_a_split_that_is_not_there_is_told_and_passed_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def load(split: str) -> list[Demonstration]:
+        if split == "validation":
+            raise UserError("data.path: here holds nothing")
+        return [{"prompt": f"a prompt of {split}", "completion": "x"}]
+
+    card = load_card("e2e_nlg")
+    assert unread_prompts(card, {"train"}, load) == ["a prompt of test"]
+    assert "prompts of split validation cannot be left out: data.path: here" in caplog.text
 
 
 def test_best_of_n_samples_them_and_never_what_is_evaluated(folder: Path, tmp_path: Path) -> None:
