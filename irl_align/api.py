@@ -46,12 +46,7 @@ def train(recipe: Recipe | str | Path) -> Result:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     check_trackers(recipe)
-    data = recipe.data
-    check_source(load_card(data.card), "train", data.path, data.task)
-    if data.edit is not None and not callable(import_object(data.edit, "data.edit")):
-        raise UserError(
-            f"data.edit: found {data.edit}, expected a function of a prompt and a Random"
-        )
+    check_data(recipe)
     device = ranks.own_device(pick_device(recipe.device))
     output = Path(recipe.output_dir)
     began = time.time()
@@ -81,6 +76,20 @@ def train(recipe: Recipe | str | Path) -> Result:
             }
         )
     return result
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raise UserError where the card, the files or the edit cannot be what the recipe asks for."""
+    data, card = recipe.data, load_card(recipe.data.card)
+    check_source(card, "train", data.path, data.task)
+    if data.edit is not None and not callable(import_object(data.edit, "data.edit")):
+        raise UserError(
+            f"data.edit: found {data.edit}, expected a function of a prompt and a Random"
+        )
+    if recipe.evaluation.match_entropy and card.gold is None:
+        raise UserError(
+            f"evaluation.match_entropy: it compares gold, and card {card.name} names no gold"
+        )
 
 
 def check_trackers(recipe: Recipe) -> None:

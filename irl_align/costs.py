@@ -10,7 +10,7 @@ from typing import Any
 from irl_align.files import read_lines
 from irl_align.stages import RunView
 
-MEASURING = ("vitals/", "evaluation/", "reward-report/", "pick")
+MEASURING = ("vitals/", "evaluation/", "matched-entropy/", "reward-report/", "pick")
 MEND = "delete this stage's folder and run the recipe again"
 PARTS = ("data", "SFT", "samples and pairs", "reward", "policy", "measuring")
 

@@ -222,6 +222,7 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
     gold_path = data.card.gold if options.gold else None
     if k == 0:
         _evaluate_demonstrations(lab, rows, gold_path, data)
+    found: dict[float, dict[str, Any]] = {}
     for temperature in options.temperatures:
         if policy.ranking is not None and temperature != options.temperatures[0]:
             continue  # a selecting policy samples at its own temperature
@@ -260,9 +261,9 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
         lab.run.log(f"evaluation/{k}/t{temperature:g}", record)
         name = f"policy-{k}-t{temperature:g}"
         lab.run.save_samples(name, read_lines(stage.path / "samples.jsonl", RERUN))
-        judged = options.match_entropy and gold_path is not None and k > 0
-        if judged and "entropy" in stage.metrics:
-            _evaluate_at_entropy(lab, k, stage.metrics["entropy"], initial, rows, data)
+        found[temperature] = stage.metrics
+    if options.match_entropy and k > 0:
+        _evaluate_at_entropy(lab, k, found[1.0]["entropy"], initial, rows, data)
 
 
 def _evaluate_at_entropy(

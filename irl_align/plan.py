@@ -19,6 +19,9 @@ from irl_align.plan_store import found_stages
 from irl_align.policy_options import BestOfNOptions, MoreSFTOptions, PPOOptions
 from irl_align.reward_step import NORMALISED, scheduled
 
+MATCHING = 6
+"""Temperatures at which pi_0 is sampled until its entropy is another policy's: 5 or 6 on E2E."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -141,11 +144,16 @@ class _Stages:
 
     def __init__(self, recipe: Recipe, counts: Counts, costs: Costs) -> None:
         self.recipe, self.counts, self.costs = recipe, counts, costs
-        self.policy = "policy-0" if recipe.sft.enabled else "start"
+        self.policy = self.first
         update = recipe.policy_update
         self.selects = isinstance(update, BestOfNOptions) and update.use == "select"
         self.base = self.policy
         """The policy that is sampled: of a selecting one, the model that it selects from."""
+
+    @property
+    def first(self) -> str:
+        """Name of pi_0."""
+        return "policy-0" if self.recipe.sft.enabled else "start"
 
     def all(self) -> Iterator[Step]:
         """Every stage; some come twice."""
@@ -196,7 +204,7 @@ class _Stages:
         recipe, generation = self.recipe, self.recipe.generation
         used = {side for source in recipe.pairs.sources for side in source.split("/")}
         drawn: list[str] = []
-        others = {"sft": "policy-0" if recipe.sft.enabled else "start", "init": "start"}
+        others = {"sft": self.first, "init": "start"}
         for name in sorted(used & {"policy", *others}):
             now, self.policy = self.policy, others.get(name, self.policy)
             base, self.base = self.base, others.get(name, self.base)
@@ -254,7 +262,7 @@ class _Stages:
         if isinstance(update, BestOfNOptions) and update.use != "select":
             yield from self._best_of_n(k, update, held)
         elif isinstance(update, PPOOptions):
-            start = self._made_by("policy-0" if self.recipe.sft.enabled else "start")
+            start = self._made_by(self.first)
             reads = (held if update.start == "current" else start, str(reward), "data")
             yield Step(role, reads, self.costs.ppo(update))
         elif isinstance(update, MoreSFTOptions):
@@ -306,6 +314,9 @@ class _Stages:
             yield from drawn
             cost = self.costs.measure(0, prompts) if temperature == 1.0 else Cost(rows=prompts)
             yield Step(f"evaluation/{k}/t{temperature:g}", (drawn[-1].role,), cost)
+        if options.match_entropy and k:
+            reads = (self._made_by(self.first), f"evaluation/{k}/t1")
+            yield Step(f"matched-entropy/{k}", reads, self.costs.sample(MATCHING * prompts, 1))
 
 
 def parts_of(plan: Plan) -> dict[str, Mapping[str, float]]:

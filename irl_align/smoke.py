@@ -120,6 +120,8 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.pairs.contrast == "edit" and card.edit is None:  # it is of the card's own prompts
         plain = {"contrast": "neighbour", "contrast_edits": 1, "contrast_crossed": False}
         values["pairs"] |= plain
+    if card.gold is None:
+        values["evaluation"]["match_entropy"] = False
     update = values["policy_update"]
     if "edited_prompts" in update:
         edits = update["edited_prompts"] if card.edit is not None else 0

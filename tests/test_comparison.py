@@ -116,6 +116,7 @@ def test_costs_by_part_and_iteration(tmp_path: Path) -> None:
         ("selected/held_out/policy-1", ("measuring", None)),
         ("reward-report/0", ("measuring", None)),
         ("vitals/1", ("measuring", None)),
+        ("matched-entropy/1", ("measuring", None)),
         ("evaluation/demonstrations", ("measuring", None)),
     ],
 )

@@ -98,6 +98,14 @@ def test_every_policy_is_evaluated_at_every_temperature(best: Result) -> None:
     assert best.folder.parent / summary["policy"] == best.policy
 
 
+def test_entropy_is_matched_for_gold_alone(folder: Path) -> None:
+    no_gold = ("name=no-gold", "data.card=ultrachat_200k", "data.task={}")
+    recipe = tiny_recipe(folder, *no_gold, "evaluation.match_entropy=true")
+    with pytest.raises(UserError, match="match_entropy: it compares gold, and card ultrachat_200k"):
+        train(recipe)
+    assert not (folder / "runs" / "no-gold-seed0").exists()
+
+
 def test_the_first_policy_at_a_later_ones_entropy(best: Result, run: Callable[..., Result]) -> None:
     result = run("matched", *BEST, "evaluation.match_entropy=true")
     records = metrics(result.folder)

@@ -14,7 +14,7 @@ from irl_align.api import Result
 from irl_align.config import Recipe
 from irl_align.errors import UserError
 from irl_align.memory import Precision
-from irl_align.plan import Assumptions, Plan, make_plan
+from irl_align.plan import MATCHING, Assumptions, Plan, make_plan
 from irl_align.plan_data import count_data
 from irl_align.plan_hardware import DEVICES, Work, device_named
 from irl_align.recipe import load_recipe
@@ -121,6 +121,15 @@ def test_only_what_the_change_touches_is_to_do() -> None:
     # another evaluation trains nothing again
     other = again(best_of_n(), "evaluation.prompts=5")
     assert {s.role for s in other.to_do if not s.role.startswith(("samples/eval", "eval"))} == set()
+
+
+def test_matching_entropy_samples_the_first_policy_a_few_times() -> None:
+    plan = again(best_of_n(), "evaluation.match_entropy=true")
+    (step,) = plan.to_do
+    assert step.role == "matched-entropy/1" and step.reads == ("sft", "evaluation/1/t1")
+    at_one = next(s for s in plan.steps if s.role == "samples/evaluation/policy-0/t1")
+    assert step.cost.sampled == pytest.approx(MATCHING * at_one.cost.sampled)
+    assert plan.hours is not None and plan.hours > 0
 
 
 def test_a_store_out_of_reach_is_said_and_searched_as_far_as_it_goes() -> None:
