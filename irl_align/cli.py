@@ -105,10 +105,13 @@ def ppo(
 ) -> None:
     """Improve a policy on a reward model by PPO. The same command goes on after a kill."""
     _set_up(debug)
+    from irl_align.stages import Run
     from irl_align.standalone import ppo_recipe, run_ppo, summary_line
+    from irl_align.tables import show_runs
 
     recipe = ppo_recipe(policy, data, output, options or [])
     improved = run_ppo(recipe, reward, reward_template)
+    show_runs([Run.load(improved.folder)], _console())
     typer.echo(summary_line(improved))
     typer.echo(f"policy: {improved.policy}")
 

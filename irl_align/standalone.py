@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from irl_align import ranks
-from irl_align.cards import load_card
+from irl_align.api import check_data
 from irl_align.config import Recipe
-from irl_align.data import Prompt, check_source
+from irl_align.data import Prompt
 from irl_align.errors import UserError
 from irl_align.extra_prompts import PromptsByIds, with_prompts
 from irl_align.files import file_checksum, read_json
 from irl_align.lab import Lab, open_run
+from irl_align.measure import evaluate_policy
 from irl_align.models import pick_device
 from irl_align.policy import Policy, Reward
 from irl_align.policy.ppo.update import PPO
@@ -65,12 +66,12 @@ def ppo_recipe(policy: str, card: str, output: str, options: Sequence[str]) -> R
 def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improved:
     """Train the recipe's model on a reward; the same call goes on after a kill.
 
+    Before and after, the model answers the evaluation's prompts, as in the loop.
     reward: a run with an explicit reward, or any one-label AutoModelForSequenceClassification;
     template: its prompts' (text with {prompt}, or chat), where its tokenizer is not the policy's.
     Raises UserError for what the user can mend.
     """
-    options = recipe.data
-    check_source(load_card(options.card), "train", options.path, options.task)
+    check_data(recipe)
     output = Path(recipe.output_dir)
     device, began = ranks.own_device(pick_device(recipe.device)), time.time()
     path = resolve(Path(reward), "reward")
@@ -100,8 +101,9 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
 
 
 def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) -> Policy:
-    """The policy after PPO on the reward model that is at `where`, one stage of the lab."""
+    """The policy after PPO on the reward model that is at `where`, evaluated as it was before."""
     data, start = prepare(lab)
+    evaluate_policy(lab, 0, start, start, data)
     extra = policy_prompts(lab, data)
     prompt_of = raw_prompts(data, extra)
 
@@ -112,7 +114,10 @@ def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) 
     assert isinstance(update, PPO)
     improve = replace(update, load=load)
     demonstrations = with_prompts(data.demonstrations("reward"), extra)
-    return improve(lab, 0, start, start, reward, demonstrations)
+    improved = improve(lab, 0, start, start, reward, demonstrations)
+    lab.names.setdefault(improved.identity, "policy-1")
+    evaluate_policy(lab, 1, improved, start, data)
+    return improved
 
 
 def summary_line(improved: Improved) -> str:

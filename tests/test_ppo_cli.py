@@ -121,7 +121,7 @@ def test_any_sequence_classifier_is_a_reward(
     reward = save(classifier(tiny_tokenizer), tiny_tokenizer, tmp_path / "reward")
     ended = command(capsys, tmp_path, policy, reward, card, "credit=red", "seed=3")
     assert ended.status == 0, ended.err
-    told, where = ended.out.splitlines()
+    *tables, told, where = ended.out.splitlines()
     assert told.startswith("2 updates done; reward ") and where.startswith("policy: ")
     model = Path(where.removeprefix("policy: "))
     assert load_model(model).config.vocab_size == 320
@@ -141,8 +141,11 @@ def test_any_sequence_classifier_is_a_reward(
         assert sum(row["credit"]) == pytest.approx(score - empty, abs=1e-4)  # 6 digits a token
         assert len(row["tokens"]) == len(row["kl"]) == len(row["advantage"]) == len(row["credit"])
 
+    before, after = (metrics(run)[f"evaluation/{number}/t1"]["kl"] for number in (0, 1))
+    assert abs(before) < 1e-4 < abs(after)
+    assert sum(line.startswith(" ppo 1 ") for line in tables) == 2  # results, vital signs
     again = command(capsys, tmp_path, policy, reward, card, "credit=red", "seed=3")
-    assert again.status == 0 and again.out == ended.out
+    assert again.status == 0 and again.out.splitlines()[-2:] == [told, where]
     assert metrics(run)["stage/policy-1"]["reused"]
 
 
