@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from irl_align.config import Recipe
 from irl_align.errors import UserError
 from irl_align.files import atomic_write, to_json
 from irl_align.frontier import frontiers
+from irl_align.learning_speed import learning_speeds
 from irl_align.memory_guard import GIB, MemoryGuard
 from irl_align.recipe import load_recipe, to_dict
 from irl_align.stages import Run, RunView
@@ -241,6 +242,8 @@ class Options:
     interval: Method = "t"
     force: bool = False
     sweeps: tuple[str, ...] = ()
+    levels: tuple[float, ...] = ()
+    """Gold levels, in the headline's units as measured; see learning_speed."""
 
 
 @dataclass(frozen=True)
@@ -284,14 +287,14 @@ def compare(arguments: Sequence[str], options: Options) -> Compared:
         raise UserError("\n".join(failed))
     comparison = compare_runs(views, options.iterations, options.force, missing)
     analysis = analyse(comparison, options.by, options.baseline, options.interval)
-    analysis |= {"sweeps": swept, "frontiers": _frontiers(comparison, swept)}
+    runs, headline, lower = comparison.runs, comparison.headline, comparison.lower_is_better
+    analysis |= {
+        "sweeps": swept,
+        "frontiers": frontiers(runs, swept, headline, lower),
+        "levels": list(options.levels),
+        "speeds": learning_speeds(runs, options.levels, headline, lower),
+    }
     return Compared(_write(output, analysis, comparison), output, failed)
-
-
-def _frontiers(
-    comparison: Comparison, swept: Mapping[str, Mapping[str, str]]
-) -> list[dict[str, Any]]:
-    return frontiers(comparison.runs, swept, comparison.headline, comparison.lower_is_better)
 
 
 def _finished(folders: Sequence[Path]) -> tuple[list[RunView], list[str]]:

@@ -43,6 +43,14 @@ SweepOption = Annotated[
         show_default=False,
     ),
 ]
+GoldLevel = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="How soon PPO's rollouts reach this gold, in the headline's units (0.2 is 20%): "
+        "updates and samples. Several times.",
+        show_default=False,
+    ),
+]
 OnlyFinished = Annotated[
     bool, typer.Option("--only-finished", help="Run nothing; compare what is there.")
 ]
@@ -188,6 +196,7 @@ def compare(
     interval: Interval = "t",
     force: Force = False,
     sweep: SweepOption = None,
+    gold_level: GoldLevel = None,
     debug: Debug = False,
 ) -> None:
     """Run recipes with several seeds and compare them, with intervals and tests.
@@ -211,6 +220,7 @@ def compare(
         interval,
         force,
         tuple(sweep or ()),
+        tuple(dict.fromkeys(gold_level or ())),
     )
     compared = compare_recipes(arguments, options)
     show_comparison(compared.analysis, console())

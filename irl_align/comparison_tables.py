@@ -23,7 +23,7 @@ MISSING = "-"
 LABEL_WIDTH = 30  # of columns of text, which may wrap
 GAP = 2  # between columns
 # Columns that are no numbers.
-TEXTS = ("policy", "metric", "rank", "scorer", "group", "baseline", "against", "task")
+TEXTS = ("policy", "metric", "gold", "rank", "scorer", "group", "baseline", "against", "task")
 # Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
 SHOWN = ("fully_right", "bleu")
 PLAIN = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
@@ -58,6 +58,7 @@ def grids(analysis: Analysis) -> list[Grid]:
         against_baseline(analysis),
         ranking(analysis),
         frontier_fits(analysis),
+        learning_speed(analysis),
         costs(analysis),
     )
     return [*found, *(grid for grid in rest if grid.rows)]
@@ -170,6 +171,22 @@ def _fitted(fit: Mapping[str, Any], largest: float) -> list[str]:
     return [f"{fit['alpha']:.3f}", f"{fit['beta']:.3f}", shown]
 
 
+def learning_speed(analysis: Analysis) -> Grid:
+    """Updates and samples until PPO's rollouts reach the gold levels, mean over seeds that do."""
+    columns = ["policy", "gold", "reached by", "updates", "samples"]
+    grid = Grid("how soon rollouts reach a level of gold", columns, [])
+    for speed in analysis.get("speeds", []):
+        metric, reached = speed["metric"], [n for n in speed["updates"].values() if n is not None]
+        level = f"{metric.replace('_', ' ')} {number(speed['level'], metric)}"
+        cells = [f"{speed['method']}, {speed['role']}", level + ("" if metric in PLAIN else "%")]
+        cells.append(f"{len(reached)} of {len(speed['updates'])}")
+        for unit in ("updates", "samples"):
+            counts = [n for n in speed[unit].values() if n is not None]
+            cells.append(f"{sum(counts) / len(counts):,.0f}" if counts else MISSING)
+        grid.rows.append(cells)
+    return grid
+
+
 def costs(analysis: Analysis) -> Grid:
     """Seconds of every method by part, and seconds and tokens of its iterations, the seconds beside
     those of the first method that has any."""
@@ -236,6 +253,8 @@ def notes(analysis: Analysis) -> list[str]:
         for found in analysis.get("frontiers", [])
         if found["overoptimised"]
     ]
+    if analysis.get("levels") and not analysis.get("speeds"):
+        lines.append("no gold level is told: found no PPO training whose rollouts have gold")
     lines += [f"not compared: {line}" for line in analysis["missing"]]
     lines += [f"differs: {line}" for line in analysis["differences"]]
     return lines

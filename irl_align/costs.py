@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from irl_align.files import read_lines
 from irl_align.stages import RunView
 
 MEASURING = ("vitals/", "evaluation/", "matched-entropy/", "reward-report/", "pick")
-MEND = "delete this stage's folder and run the recipe again"
 PARTS = ("data", "SFT", "samples and pairs", "reward", "policy", "measuring")
 
 
@@ -54,11 +52,11 @@ def _tokens(view: RunView, role: str, record: Mapping[str, Any]) -> tuple[int | 
     """(tokens trained on, tokens sampled) of a stage; PPO's are in its journal."""
     if record["stage"] != "ppo":
         return record.get("tokens_trained"), record.get("tokens_sampled")
-    journal = view.folder / view.stages[role]["path"] / "metrics.jsonl"
-    if not journal.is_file():
+    updates = view.ppo_records().get(role)
+    if updates is None:
         return None, None
     batch = view.recipe["policy_update"]["batch_size"]
-    rollouts = [(r["length"] * batch, r.get("epochs", 1)) for r in read_lines(journal, MEND)]
+    rollouts = [(r["length"] * batch, r.get("epochs", 1)) for r in updates]
     trained = sum(tokens * epochs for tokens, epochs in rollouts)
     return round(trained), round(sum(tokens for tokens, _ in rollouts))
 

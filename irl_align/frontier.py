@@ -14,11 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from irl_align.comparison import policy_measures
-from irl_align.files import read_lines
 from irl_align.stages import RunView
 
 Form = Literal["best_of_n", "rl"]
-MEND = "delete this stage's folder and run the recipe again"
 FEWEST = 4  # points that a curve of two numbers is fitted to
 LEAST_KL = 1e-6
 
@@ -172,11 +170,8 @@ def _swept(
 
 def _trainings(view: RunView, headline: str, sign: float) -> Iterator[Frontier]:
     """A PPO training's rollouts, with their own KL, reward and gold; gains are over the first."""
-    for role, stage in view.stages.items():
-        path = view.folder / stage["path"] / "metrics.jsonl"
-        if stage["name"] != "ppo" or not path.is_file():
-            continue
-        rows = [r for r in read_lines(path, MEND) if isinstance(r.get("kl"), int | float)]
+    for role, records in view.ppo_records().items():
+        rows = [r for r in records if isinstance(r.get("kl"), int | float)]
         if not rows:
             continue
         start, field = rows[0], f"gold_{headline}"

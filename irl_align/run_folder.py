@@ -31,6 +31,7 @@ from irl_align.recipe_yaml import load_plain
 if TYPE_CHECKING:
     from irl_align.stages import Stage
 
+REBUILD = "delete this stage's folder and run the recipe again"
 RERUN = "delete this file and run the recipe again, which writes it anew from finished stages"
 
 
@@ -160,6 +161,16 @@ class RunView:
         """Rows of each ``samples/<name>.jsonl``, by name."""
         paths = sorted((self.folder / "samples").glob("[!.]*.jsonl"))
         return {path.stem: read_lines(path, RERUN) for path in paths}
+
+    def ppo_records(self, file: str = "metrics.jsonl") -> dict[str, list[dict[str, Any]]]:
+        """Lines that each PPO training wrote into a file of its stage, by role: of metrics.jsonl
+        one per update, of samples.jsonl one per sample kept."""
+        paths = {
+            role: self.folder / stage["path"] / file
+            for role, stage in self.stages.items()
+            if stage["name"] == "ppo"
+        }
+        return {role: read_lines(path, REBUILD) for role, path in paths.items() if path.is_file()}
 
 
 @contextmanager

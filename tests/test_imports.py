@@ -100,7 +100,7 @@ LAYERS = (
     "cards model_shapes models recipe_args samples stages trainers",
     "costs evaluate memory_guard prune recipe sources tables",
     "data comparison",
-    "comparison_tables frontier noise",
+    "comparison_tables frontier learning_speed noise",
     "preference_report",
     "evaluation_tables",
     "pairs tokens",

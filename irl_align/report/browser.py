@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from irl_align.files import read_lines
-from irl_align.report.curves import MEND, by_method
+from irl_align.report.curves import by_method
 from irl_align.stages import RERUN, RunView
 from irl_align.tables import policy_label
 
@@ -110,12 +110,8 @@ def credited_samples(views: Sequence[RunView]) -> list[dict[str, Any]]:
     groups = []
     for name, own in by_method(views).items():
         view = own[0]
-        for role, stage in view.stages.items():
-            path = view.folder / stage["path"] / "samples.jsonl"
-            if stage["name"] != "ppo" or not path.is_file():
-                continue
-            rows = [row for row in read_lines(path, MEND) if _has_credit(row)]
-            chosen = _ends(rows)
+        for role, rows in view.ppo_records("samples.jsonl").items():
+            chosen = _ends([row for row in rows if _has_credit(row)])
             samples = _within([_credited(row) for row in chosen], CREDIT_BUDGET)
             if samples:
                 seed = view.recipe["seed"]

@@ -15,13 +15,11 @@ from irl_align.comparison_tables import (
 )
 from irl_align.costs import method_costs
 from irl_align.evaluation_tables import read_evaluation
-from irl_align.files import read_lines
 from irl_align.report.figures import Bars, Plot, Point, Series
 from irl_align.stages import RunView
 from irl_align.statistics import estimate
 from irl_align.tables import is_evaluation
 
-MEND = "delete this stage's folder and run the recipe again"
 SIGNS = {
     "kl": "KL to SFT, nats",
     "entropy": "entropy per token, nats",
@@ -196,13 +194,11 @@ def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
 
 def ppo_curves(views: Sequence[RunView]) -> list[Plot]:
     """Reward, KL and length over PPO's updates, one line per run and iteration."""
-    runs = []
-    for view in views:
-        for role, stage in view.stages.items():
-            path = view.folder / stage["path"] / "metrics.jsonl"
-            if stage["name"] == "ppo" and path.is_file():
-                label = f"{view.recipe['name']}, seed {view.recipe['seed']}, {role}"
-                runs.append((label, read_lines(path, MEND)))
+    runs = [
+        (f"{view.recipe['name']}, seed {view.recipe['seed']}, {role}", records)
+        for view in views
+        for role, records in view.ppo_records().items()
+    ]
     figures = []
     for measure, label in UPDATES.items():
         series = [
