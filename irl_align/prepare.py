@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from irl_align.models import (
 )
 from irl_align.noise import with_noise
 from irl_align.policy import Demonstrations, Policy
+from irl_align.stages import Stage
 from irl_align.tokens import (
     check_tokenizer,
     encode_demonstrations,
@@ -97,20 +98,45 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
             check_adapter(start.path, lora, f"{option}.lora", recipe.model.trust_remote_code)
     lab.tokenizer = load_tokenizer(start.path)
 
+    stage = _encoded(lab, card, start, rows, division.counts(), sums)
+    found = {"checksums": sums, "licence": card.license, "noisy": noisy, **stage.metrics}
+    lab.run.log("data", found)
+    parts = {
+        part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
+        for part in PARTS
+    }
+    limit = stage.metrics.get("context")
+    sums = stage.metrics["token_checksums"]
+    return Data(
+        card, checksums=sums, context=limit, extra_prompts=extra, unread_prompts=unread, **parts
+    ), start
+
+
+def _encoded(
+    lab: Lab,
+    card: Card,
+    start: Policy,
+    rows: Mapping[str, list[Demonstration]],
+    counts: Mapping[str, int],
+    sums: Mapping[str, str],
+) -> Stage:
+    """Token ids of every part's rows, as a stage: a file each, and what was counted."""
+    options = lab.recipe.data
+
     def build(work: Path) -> dict[str, Any]:
         context = context_length(lab.load_policy(start.path))
-        counts: dict[str, Any] = {**division.counts(), "context": context, "token_checksums": {}}
+        found: dict[str, Any] = {**counts, "context": context, "token_checksums": {}}
         for part, some in rows.items():
             encoded = encode_demonstrations(some, lab.tokenizer, card, options, context)
             encoded.rows.to_parquet(str(work / f"{part}.parquet"))
-            counts[f"{part}_overlong"] = encoded.dropped
-            counts[f"{part}_tokens"] = sum(map(len, encoded.rows["completion_ids"]))
+            found[f"{part}_overlong"] = encoded.dropped
+            found[f"{part}_tokens"] = sum(map(len, encoded.rows["completion_ids"]))
             columns = zip(encoded.rows["prompt_ids"], encoded.rows["completion_ids"], strict=True)
-            counts["token_checksums"][part] = checksum([ids for pair in columns for ids in pair])
-        return counts
+            found["token_checksums"][part] = checksum([ids for pair in columns for ids in pair])
+        return found
 
     limits = ("max_prompt_tokens", "max_completion_tokens", "overlong")
-    stage = lab.stage(
+    return lab.stage(
         "data",
         "data",
         {
@@ -121,18 +147,6 @@ def prepare(lab: Lab) -> tuple[Data, Policy]:
         build,
         alone=True,
     )
-    lab.run.log(
-        "data", {"checksums": sums, "licence": card.license, "noisy": noisy, **stage.metrics}
-    )
-    parts = {
-        part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
-        for part in PARTS
-    }
-    limit = stage.metrics.get("context")
-    sums = stage.metrics["token_checksums"]
-    return Data(
-        card, checksums=sums, context=limit, extra_prompts=extra, unread_prompts=unread, **parts
-    ), start
 
 
 def _card(options: DataOptions) -> Card:
