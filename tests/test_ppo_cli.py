@@ -147,6 +147,8 @@ def test_any_sequence_classifier_is_a_reward(
     again = command(capsys, tmp_path, policy, reward, card, "credit=red", "seed=3")
     assert again.status == 0 and again.out.splitlines()[-2:] == [told, where]
     assert metrics(run)["stage/policy-1"]["reused"]
+    assert irl_align(capsys, "report", run).status == 0
+    assert "ppo 1" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("credit", ["red", "abc"])
