@@ -33,6 +33,7 @@ class StageCost:
 def stage_costs(view: RunView) -> list[StageCost]:
     """The stages of a run, each once, whether it built them or found them in the store."""
     found: dict[str, StageCost] = {}
+    trainings = view.ppo_records()
     for record in view.metrics:
         if not record["key"].startswith("stage/"):
             continue
@@ -40,7 +41,7 @@ def stage_costs(view: RunView) -> list[StageCost]:
         part, iteration = classify(role)
         peak = record.get("peak_cuda_mib", record.get("peak_rss_mib"))
         seconds = float(record.get("seconds") or 0.0)
-        trained, sampled = _tokens(view, role, record)
+        trained, sampled = _tokens(view, trainings.get(role), record)
         found.setdefault(
             record["stage_key"],
             StageCost(record["stage_key"], part, iteration, seconds, peak, trained, sampled),
@@ -48,11 +49,12 @@ def stage_costs(view: RunView) -> list[StageCost]:
     return list(found.values())
 
 
-def _tokens(view: RunView, role: str, record: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """(tokens trained on, tokens sampled) of a stage; PPO's are in its journal."""
+def _tokens(
+    view: RunView, updates: Sequence[Mapping[str, Any]] | None, record: Mapping[str, Any]
+) -> tuple[int | None, int | None]:
+    """(tokens trained on, tokens sampled) of a stage; PPO's follow from its updates."""
     if record["stage"] != "ppo":
         return record.get("tokens_trained"), record.get("tokens_sampled")
-    updates = view.ppo_records().get(role)
     if updates is None:
         return None, None
     batch = view.recipe["policy_update"]["batch_size"]

@@ -30,11 +30,10 @@ from irl_align.reward.audit import shortcut_audit, within_prompts
 from irl_align.reward.fit import SIDES, margin_report, margins
 from irl_align.reward.model import RewardFunction
 from irl_align.reward.spread import spread
+from irl_align.run_folder import REBUILD
 from irl_align.samples import SampleSet
 from irl_align.tasks.gold import GoldMetric
 from irl_align.tokens import decode_batch
-
-RERUN = "delete this stage's folder and run the recipe again"
 
 
 def measure_reward(
@@ -260,7 +259,7 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
         record = {"policy": k, "temperature": temperature, "gold": gold_path, **stage.metrics}
         lab.run.log(f"evaluation/{k}/t{temperature:g}", record)
         name = f"policy-{k}-t{temperature:g}"
-        lab.run.save_samples(name, read_lines(stage.path / "samples.jsonl", RERUN))
+        lab.run.save_samples(name, read_lines(stage.path / "samples.jsonl", REBUILD))
         found[temperature] = stage.metrics
     if options.match_entropy and k > 0:
         _evaluate_at_entropy(lab, k, found[1.0]["entropy"], initial, rows, data)
@@ -289,7 +288,12 @@ def _evaluate_at_entropy(
     stage = lab.stage(
         f"matched-entropy/{k}",
         "evaluation",
-        {"gold": gold_path, "sampling": vars(lab.sampling(1, temperature)), "of": "initial"},
+        {
+            "gold": gold_path,
+            "sampling": vars(lab.sampling(1, temperature)),
+            "prompts": lab.recipe.evaluation.prompts,
+            "of": "initial",
+        },
         {"initial": initial.key, "data": data.checksums["evaluation"]},
         build,
     )

@@ -113,6 +113,8 @@ def test_the_first_policy_at_a_later_ones_entropy(best: Result, run: Callable[..
     matched, own = records["matched-entropy/1"], records["evaluation/1/t1"]
     assert matched["entropy"] == pytest.approx(own["entropy"], rel=0.1)
     assert matched["temperature"] * 100 == pytest.approx(round(matched["temperature"] * 100))
+    settings = stage_records(result.folder)["matched-entropy/1"]["settings"]
+    assert settings["prompts"] == 12  # of fewer prompts it is another stage
     judged = stage_folder(result.folder, "matched-entropy/1") / "samples.jsonl"
     lines = [json.loads(line) for line in judged.read_text().splitlines()]
     role = f"samples/evaluation/policy-0/t{matched['temperature']:g}"
