@@ -7,6 +7,7 @@ run costs nothing, and a stopped comparison goes on with the same command.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -263,6 +264,9 @@ def compare(arguments: Sequence[str], options: Options) -> Compared:
     Arguments are recipes and overrides (see `plan`), or folders of runs, which are taken as they
     are. Raises UserError.
     """
+    for level in options.levels:
+        if not math.isfinite(level):
+            raise UserError(f"--gold-level: found {level}, expected a finite number")
     folders = [Path(a) for a in arguments if Path(a).is_dir()]
     failed: list[str] = []
     swept: dict[str, dict[str, str]] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from synthetic_runs import synthetic_recipe, synthetic_run
-from tiny_runs import irl_align
+from tiny_runs import irl_align, the_line
 
 from irl_align.comparison_tables import learning_speed
 from irl_align.files import to_lines
@@ -69,6 +69,16 @@ def test_speeds_are_by_method_level_and_seed(
     assert irl_align(capsys, "report", tmp_path / "comparison").status == 0
     page = (tmp_path / "comparison/report.html").read_text(encoding="utf-8")
     assert "slot error rate 15.0%" in page
+
+
+@pytest.mark.parametrize("level", ["nan", "inf"])
+def test_a_level_that_is_no_number_is_refused_before_any_work(
+    level: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(tmp_path, 1, [0.4] * 6).folder
+    line = the_line(irl_align(capsys, "compare", run, "--gold-level", level))
+    assert line == f"--gold-level: found {level}, expected a finite number"
+    assert not (tmp_path / "comparison").exists()
 
 
 def test_without_ppo_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
