@@ -10,6 +10,7 @@ from irl_align.config import Recipe
 from irl_align.errors import UserError
 from irl_align.plan import Assumptions, make_plan
 from irl_align.plan_hardware import device_named
+from irl_align.plan_store import unsaid
 
 logger = logging.getLogger(__name__)
 MEGABYTE = 1e6
@@ -22,7 +23,8 @@ def announce_disk(recipe: Recipe) -> None:
     told of a recipe whose sizes are not known. Raises UserError where less is free.
     """
     try:
-        need = make_plan(recipe, Assumptions(device_named("cpu"), 1.0, 1.0)).disk
+        with unsaid():
+            need = make_plan(recipe, Assumptions(device_named("cpu"), 1.0, 1.0)).disk
     except UserError as unknown:
         logger.debug("disk: the need is not known: %s", unknown)
         return

@@ -77,7 +77,7 @@ def found_stages(recipe: Recipe, local: bool) -> tuple[set[str], str]:
     notes = _Notes(root.parent / f"{recipe.name}-seed{recipe.seed}")
     try:
         lab = Lab(recipe, _FindingStore(root), cast(Run, notes), torch.device("cpu"))
-        with suppress(_Missing), _quiet(Lab.__module__):
+        with suppress(_Missing), unsaid():
             _walk(lab)
     except Exception as error:  # what is damaged is mended by a run; libraries raise many kinds
         cause = " ".join(f"{error}".split()) or type(error).__name__
@@ -86,14 +86,14 @@ def found_stages(recipe: Recipe, local: bool) -> tuple[set[str], str]:
 
 
 @contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Nothing is said of the stages gone through: the run says it when it uses them."""
-    log = logging.getLogger(logger)
-    before, log.disabled = log.disabled, True
+def unsaid() -> Iterator[None]:
+    """Nothing is said of data and stages gone through: the run says it when it uses them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        log.disabled = before
+        logging.disable(before)
 
 
 def _walk(lab: Lab) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import irl_align, the_line, tiny_recipe, write_recipe
 
+from irl_align.cards import load_card
+from irl_align.data import load_demonstrations
 from irl_align.disk import announce_disk
 from irl_align.errors import UserError
-from irl_align.files import seal
+from irl_align.files import seal, to_lines
 from irl_align.prune import delete, find_waste, holding, runs_folder
 from irl_align.stages import Run, Stage, Store
 
@@ -154,6 +156,26 @@ def test_the_disk_that_a_run_needs_is_told_and_must_be_there(
     told = the_line(irl_align(capsys, "train", write_recipe(tmp_path), out))
     assert told.startswith("disk: the run needs about ") and "0 MB are free" in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_wrong_with_the_data_is_left_to_the_run_to_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else it is said again for every look at the data."""
+    rows = [{"q": f"count {n}", "a": f"it is {n}."} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text(to_lines(rows))
+    (tmp_path / "own.md").write_text(
+        "---\nirl_align:\n  kind: demonstrations\n  rows: {train: 5}\n"
+        "  splits: {train: {files: rows.jsonl}, validation: {from: train, share: 0.2}}\n"
+        "  columns: {prompt: q, completion: a}\n---\n"
+    )
+    recipe = tiny_recipe(tmp_path, f"data.card={tmp_path / 'own.md'}", "data.task={}")
+    (tmp_path / "runs/store").mkdir(parents=True)
+    caplog.set_level("INFO", "irl_align")
+    announce_disk(recipe)
+    assert [r.name for r in caplog.records] == ["irl_align.disk"]
+    load_demonstrations(load_card(tmp_path / "own.md"), "train")  # as before, warnings are told
+    assert "the card says 5" in caplog.text
 
 
 def test_no_store_and_a_damaged_run(runs: Path, tmp_path: Path) -> None:
