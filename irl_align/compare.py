@@ -30,6 +30,7 @@ from irl_align.frontier import frontiers
 from irl_align.learning_speed import learning_speeds
 from irl_align.memory_guard import GIB, MemoryGuard
 from irl_align.recipe import load_recipe, to_dict
+from irl_align.same_kl import levels_at_kl
 from irl_align.stages import Run, RunView
 from irl_align.statistics import Method
 from irl_align.sweep import Sweep, named, parse_sweeps, settings
@@ -46,7 +47,8 @@ class Job:
     overrides: tuple[str, ...]
     recipe: Recipe
     swept: dict[str, str] | None = None
-    """Of a swept recipe: its own name (`family`) and what was set (`value`)."""
+    """Of a swept recipe: what its curve is called (`family`: its name, and the values of all sweeps
+    but the last) and where it lies on that (`value`: the last sweep's)."""
 
     @property
     def folder(self) -> Path:
@@ -117,7 +119,7 @@ def _of_recipe(
             recipe = load_recipe(path, options)
             swept = None
             if chosen:
-                swept = {"family": recipe.name, "value": ", ".join(chosen)}
+                swept = {"family": named(recipe.name, chosen[:-1]), "value": chosen[-1]}
                 options = (*options, f"name={named(recipe.name, chosen)}")
                 recipe = load_recipe(path, options)
             jobs.append(Job(path, options, recipe, swept))
@@ -245,6 +247,8 @@ class Options:
     sweeps: tuple[str, ...] = ()
     levels: tuple[float, ...] = ()
     """Gold levels, in the headline's units as measured; see learning_speed."""
+    kls: tuple[float, ...] = ()
+    """KLs at which PPO's rollouts are compared; see same_kl."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,9 @@ def compare(arguments: Sequence[str], options: Options) -> Compared:
     for level in options.levels:
         if not math.isfinite(level):
             raise UserError(f"--gold-level: found {level}, expected a finite number")
+    for kl in options.kls:
+        if not (math.isfinite(kl) and kl > 0.0):
+            raise UserError(f"--at-kl: found {kl}, expected a finite number above 0")
     folders = [Path(a) for a in arguments if Path(a).is_dir()]
     failed: list[str] = []
     swept: dict[str, dict[str, str]] = {}
@@ -297,6 +304,8 @@ def compare(arguments: Sequence[str], options: Options) -> Compared:
         "frontiers": frontiers(runs, swept, headline, lower),
         "levels": list(options.levels),
         "speeds": learning_speeds(runs, options.levels, headline, lower),
+        "kls": list(options.kls),
+        "at_kl": levels_at_kl(runs, options.kls, headline, options.interval),
     }
     return Compared(_write(output, analysis, comparison), output, failed)
 

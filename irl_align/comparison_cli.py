@@ -38,8 +38,8 @@ SweepOption = Annotated[
     typer.Option(
         "--sweep",
         help="[NAME:]KEY=VALUE,VALUE,...: a run for every value, which is a policy of its own in "
-        "the tables and a point of one frontier of gold and reward against KL. Several times: all "
-        "combinations.",
+        "the tables and a point of a frontier of gold and reward against KL. Several times: all "
+        "combinations, and a frontier over the last one for each of the others.",
         show_default=False,
     ),
 ]
@@ -48,6 +48,14 @@ GoldLevel = Annotated[
     typer.Option(
         help="How soon PPO's rollouts reach this gold, in the headline's units (0.2 is 20%): "
         "updates and samples. Several times.",
+        show_default=False,
+    ),
+]
+AtKl = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Gold and reward of PPO's rollouts at this KL to the first policy, which trainings "
+        "reach at different times. Several times.",
         show_default=False,
     ),
 ]
@@ -197,6 +205,7 @@ def compare(
     force: Force = False,
     sweep: SweepOption = None,
     gold_level: GoldLevel = None,
+    at_kl: AtKl = None,
     debug: Debug = False,
 ) -> None:
     """Run recipes with several seeds and compare them, with intervals and tests.
@@ -221,6 +230,7 @@ def compare(
         force,
         tuple(sweep or ()),
         tuple(dict.fromkeys(gold_level or ())),
+        tuple(dict.fromkeys(at_kl or ())),
     )
     compared = compare_recipes(arguments, options)
     show_comparison(compared.analysis, console())

@@ -58,6 +58,7 @@ def grids(analysis: Analysis) -> list[Grid]:
         against_baseline(analysis),
         ranking(analysis),
         frontier_fits(analysis),
+        same_kl(analysis),
         learning_speed(analysis),
         costs(analysis),
     )
@@ -171,6 +172,23 @@ def _fitted(fit: Mapping[str, Any], largest: float) -> list[str]:
     return [f"{fit['alpha']:.3f}", f"{fit['beta']:.3f}", shown]
 
 
+def same_kl(analysis: Analysis) -> Grid:
+    """Gold and reward of PPO's rollouts at the same KL, mean over seeds that come so far."""
+    found = analysis.get("at_kl", [])
+    metric = column_name(found[0]["metric"]) if found else "gold"
+    columns = ["policy", "KL", "reached by", metric, "reward"]
+    grid = Grid("rollouts at the same KL", columns, [])
+    for one in found:
+        reached = sum(levels is not None for levels in one["seeds"].values())
+        cells = [f"{one['method']}, {one['role']}", f"{one['kl']:g}"]
+        cells.append(f"{reached} of {len(one['seeds'])}")
+        for level, measure in ((one["gold"], one["metric"]), (one["reward"], "reward_gain")):
+            known = level is not None
+            cells.append(interval(level, measure, analysis["interval"]) if known else MISSING)
+        grid.rows.append(cells)
+    return grid
+
+
 def learning_speed(analysis: Analysis) -> Grid:
     """Updates and samples until PPO's rollouts reach the gold levels, mean over seeds that do."""
     columns = ["policy", "gold", "reached by", "updates", "samples"]
@@ -253,8 +271,11 @@ def notes(analysis: Analysis) -> list[str]:
         for found in analysis.get("frontiers", [])
         if found["overoptimised"]
     ]
-    if analysis.get("levels") and not analysis.get("speeds"):
-        lines.append("no gold level is told: found no PPO training whose rollouts have gold")
+    lines += [
+        f"no {option} is told: found no PPO training whose rollouts have gold"
+        for option, asked, found in (("gold level", "levels", "speeds"), ("KL", "kls", "at_kl"))
+        if analysis.get(asked) and not analysis.get(found)
+    ]
     lines += [f"not compared: {line}" for line in analysis["missing"]]
     lines += [f"differs: {line}" for line in analysis["differences"]]
     return lines

@@ -34,7 +34,7 @@ class Fit:
 
     def at(self, kl: float) -> float:
         """The curve's gain at a KL."""
-        return float(_features(self.form, np.array([kl]))[0] @ [self.alpha, self.beta])
+        return float(gain_features(self.form, np.array([kl]))[0] @ [self.alpha, self.beta])
 
 
 def fit_gain(form: Form, kls: Sequence[float], gains: Sequence[float]) -> Fit | None:
@@ -50,13 +50,13 @@ def fit_gain(form: Form, kls: Sequence[float], gains: Sequence[float]) -> Fit | 
     kl, gain = kl[used], gain[used]
     if len(kl) < FEWEST or np.ptp(kl) < LEAST_KL:
         return None
-    features = _features(form, kl)
+    features = gain_features(form, kl)
     (alpha, beta), *_ = lstsq(features, gain)
     rmse = float(np.sqrt(np.mean((features @ [alpha, beta] - gain) ** 2)))
     return Fit(form, float(alpha), float(beta), rmse, _peak(form, float(alpha), float(beta)))
 
 
-def _features(form: Form, kl: np.ndarray) -> np.ndarray:
+def gain_features(form: Form, kl: np.ndarray) -> np.ndarray:
     """(N, 2): what alpha and beta are multiplied with. kl: (N,), above 0."""
     d = np.sqrt(kl)
     return np.stack([d, -d * d if form == "best_of_n" else -d * np.log(d)], 1)

@@ -38,7 +38,7 @@ def learning_speeds(
     lower = lower_is_better.get(f"{headline}@1", False)
     found: dict[tuple[str, str, float], dict[str, Any]] = {}
     for view in views:
-        for role, records in _judged(view, f"gold_{headline}"):
+        for role, records in judged_updates(view, f"gold_{headline}"):
             golds = [record[f"gold_{headline}"] for record in records]
             for level in levels:
                 speed = found.setdefault(
@@ -53,7 +53,7 @@ def learning_speeds(
     return list(found.values())
 
 
-def _judged(view: RunView, field: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def judged_updates(view: RunView, field: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Role and updates of each PPO training whose rollouts were judged."""
     for role, records in view.ppo_records().items():
         judged = [r for r in records if isinstance(r.get(field), int | float)]

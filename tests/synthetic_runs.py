@@ -1,9 +1,12 @@
 """Run folders written by hand, for tests of what only reads them."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from irl_align.stages import Run, Stage
+from irl_align.files import to_lines
+from irl_align.stages import Run, RunView, Stage
 
 CHECKSUMS = {"sft": "a", "reward": "a", "held_out": "b", "evaluation": "c"}
 
@@ -93,3 +96,23 @@ def reward_record(accuracy: float) -> dict[str, Any]:
     held = {"accuracy": accuracy, "loss": 0.5, "margin": 1.0, "calibration_error": 0.02}
     audit = {"length": 0.55, "truncation": 0.5, "logprob_sum": 0.6, "logprob_mean": 0.58}
     return {"held_out": held, "older": {}, "audit": audit, "by_source": {}}
+
+
+def trained_run(
+    root: Path, seed: int, golds: Sequence[float | None], kls: Sequence[float] | None = None
+) -> RunView:
+    """A run whose PPO had rollouts of this gold at these KLs, 8 samples each."""
+    recipe = synthetic_recipe("m", seed, policy_update={"kind": "ppo", "batch_size": 8})
+    run = synthetic_run(root, "m", seed, [(0.3, 0.2), (0.2, 0.1)], recipe=recipe)
+    stage = root / f"store/ppo-{seed}"
+    stage.mkdir(parents=True)
+    rows = [
+        {"reward": 2.0 * kl, "kl": kl, "length": 9.0, "update": number}
+        | {"episodes_done": 8 * number, "gold_slot_error_rate": gold}
+        for number, (gold, kl) in enumerate(zip(golds, kls or [0.1] * len(golds), strict=True), 1)
+    ]
+    (stage / "metrics.jsonl").write_text(to_lines(rows), encoding="utf-8")
+    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
+    stages["policy-1"] = {"name": "ppo", "key": str(seed), "path": f"../store/ppo-{seed}"}
+    (run / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
+    return Run.load(run)

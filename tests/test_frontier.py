@@ -108,6 +108,12 @@ def test_swept_runs_have_names_of_their_own(
     assert jobs[2].recipe.policy_update.n == 4  # type: ignore[union-attr]
     assert jobs[2].swept == {"family": "tiny-a", "value": "policy_update.n=4"}
     assert jobs[4].swept is None
+    two = plan(["a.yaml"], [1], ["policy_update.n=2,4", "reward.init=warm,cold"])
+    assert [job.swept for job in two] == [  # a curve over the last, for each of the others
+        {"family": f"tiny-a-n-{n}", "value": f"reward.init={init}"}
+        for n in (2, 4)
+        for init in ("warm", "cold")
+    ]
     line = the_line(irl_align(capsys, "compare", "a.yaml", "--sweep", "c:policy_update.n=2,4"))
     assert line == "c:policy_update.n=2,4: found no recipe 'c', expected one of tiny-a"
     line = the_line(irl_align(capsys, "compare", "a.yaml", "--sweep", "policy_update.m=2,4"))

@@ -101,7 +101,7 @@ LAYERS = (
     "costs evaluate memory_guard prune recipe sources tables",
     "data comparison",
     "comparison_tables frontier learning_speed noise",
-    "preference_report",
+    "preference_report same_kl",
     "evaluation_tables",
     "pairs tokens",
     "contrast reward",

@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic_runs import synthetic_recipe, synthetic_run
+from synthetic_runs import synthetic_run, trained_run
 from tiny_runs import irl_align, the_line
 
 from irl_align.comparison_tables import learning_speed
-from irl_align.files import to_lines
 from irl_align.learning_speed import first_reaching, learning_speeds
-from irl_align.stages import Run, RunView
 
 LOWER = {"slot_error_rate@1": True}
 
@@ -26,30 +24,14 @@ def test_a_level_is_reached_by_the_mean_of_a_window() -> None:
     assert first_reaching(golds[:4], 1.0, True) is None  # fewer updates than the window has
 
 
-def trained(root: Path, seed: int, golds: list[float | None]) -> RunView:
-    """A run whose PPO had rollouts of this gold, 8 samples each."""
-    recipe = synthetic_recipe("m", seed, policy_update={"kind": "ppo", "batch_size": 8})
-    run = synthetic_run(root, "m", seed, [(0.3, 0.2), (0.2, 0.1)], recipe=recipe)
-    stage = root / f"store/ppo-{seed}"
-    stage.mkdir(parents=True)
-    rows = [
-        {"reward": 0.0, "kl": 0.1, "length": 9.0, "update": number}
-        | {"episodes_done": 8 * number, "gold_slot_error_rate": gold}
-        for number, gold in enumerate(golds, 1)
-    ]
-    (stage / "metrics.jsonl").write_text(to_lines(rows), encoding="utf-8")
-    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
-    stages["policy-1"] = {"name": "ppo", "key": str(seed), "path": f"../store/ppo-{seed}"}
-    (run / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
-    return Run.load(run)
-
-
 def test_speeds_are_by_method_level_and_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     views = [
-        trained(tmp_path, 1, [0.4, None, *[0.3] * 5, *[0.1] * 5]),  # of one update nothing is known
-        trained(tmp_path, 2, [0.4, *[0.2] * 9]),
+        trained_run(
+            tmp_path, 1, [0.4, None, *[0.3] * 5, *[0.1] * 5]
+        ),  # of one update nothing is known
+        trained_run(tmp_path, 2, [0.4, *[0.2] * 9]),
     ]
     fast, slow = learning_speeds(views, [0.3, 0.15], "slot_error_rate", LOWER)
     assert (fast["method"], fast["role"], fast["level"]) == ("m", "policy-1", 0.3)
@@ -75,7 +57,7 @@ def test_speeds_are_by_method_level_and_seed(
 def test_a_level_that_is_no_number_is_refused_before_any_work(
     level: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained(tmp_path, 1, [0.4] * 6).folder
+    run = trained_run(tmp_path, 1, [0.4] * 6).folder
     line = the_line(irl_align(capsys, "compare", run, "--gold-level", level))
     assert line == f"--gold-level: found {level}, expected a finite number"
     assert not (tmp_path / "comparison").exists()
