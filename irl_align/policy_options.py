@@ -131,6 +131,10 @@ class PPOOptions(PolicyPromptOptions):
     """Null: -1 with replace, 1 with subtract."""
     clip_reward: Above | None = None
     """Largest |R|, before credit."""
+    center_rewards: bool = False
+    """With advantage gae or reinforce: take the rollout's mean R off every R before credit. It
+    orders no completions anew, but where credit biases rewards-to-go (uniform, abc, random) the
+    sign of R decides whether a longer completion pays."""
     clip_token_rewards: Above | None = None
     """Largest |r_t| of credit and KL together; with credit sparse only."""
     whiten_rewards: bool = False
@@ -289,7 +293,8 @@ class PPOOptions(PolicyPromptOptions):
         gae = self.advantage == "gae"
         only(gae, "advantage gae", "lam", "critic", "critic_init", "critic_learning_rate")
         only(gae, "advantage gae", "vf_coef", "value_clip")
-        only(gae or self.advantage == "reinforce", "advantage gae or reinforce", "gamma")
+        to_go = gae or self.advantage == "reinforce"
+        only(to_go, "advantage gae or reinforce", "gamma", "center_rewards")
         only(self.advantage == "reinforce", "advantage reinforce", "baseline_decay")
         only(self.critic == "separate", "critic separate", "critic_init", "critic_learning_rate")
         only(self.credit == "red", "credit red", "beta_c", "dynamic_initialisation", "eos_prefixes")

@@ -21,6 +21,7 @@ from rows import plain_logps, random_ids, same_weights, save
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.generate import Completion
+from irl_align.maths import advantages as adv
 from irl_align.models import load_model
 from irl_align.policy.ppo.critic import make_critic
 from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator, padded_batches
@@ -302,6 +303,40 @@ def test_missing_eos_changes_the_terminal_slot(way: dict[str, Any], returns: lis
         assert scored.credit[:, 0].tolist() == first[credit]
 
 
+@pytest.mark.parametrize("missing_eos", ["replace", "subtract"])
+def test_centred_rewards_sum_to_r_less_its_mean(missing_eos: str) -> None:
+    """R is 4 + 2, 4 + 5 and 4 + 4 + 2 before the one without EOS becomes -1, or loses 1."""
+    samples = samples_of(([3], [4, EOS], False), ([3], [4, 5], True), ([3], [4, 4, EOS], False))
+    reward = Scripted(lambda prompt, completion: float(sum(completion)))
+    returns, mean = {"replace": ([6, -1, 10], 5), "subtract": ([6, 8, 10], 8)}[missing_eos]
+    for credit in ("sparse", "uniform", "red"):
+        way = {"credit": credit, "missing_eos": missing_eos, "center_rewards": True}
+        draws = torch.Generator()
+        scored = score(samples, reward, small_llama(12), options(**way), draws)
+        assert scored.returns.tolist() == returns and scored.rewards.tolist() == [6, 9, 10]
+        assert scored.credit.sum(1).tolist() == pytest.approx([r - mean for r in returns])
+        plain = score(
+            samples, reward, small_llama(12), options(**way | {"center_rewards": False}), draws
+        )
+        moved = scored.credit - plain.credit  # red, like sparse, moves the last token alone
+        last = [[0.0, -mean, 0.0], [0.0, -mean, 0.0], [0.0, 0.0, -mean]]
+        even = [[-mean / 2, -mean / 2, 0.0]] * 2 + [[-mean / 3] * 3]
+        assert torch.allclose(moved, torch.tensor(even if credit == "uniform" else last))
+
+
+def test_centred_uniform_credit_does_not_pay_for_length() -> None:
+    """All completions are worth -6, of 2 or of 6 tokens: rewards-to-go tell the short ones from the
+    long ones at the first tokens they share, unless R is centred."""
+    short, long = [4, EOS], [4, 4, 4, 4, 4, EOS]
+    samples = samples_of(([3], short, False), ([3], long, False))
+    reward = Scripted(lambda prompt, completion: -6.0)
+    for centred in (False, True):
+        chosen = options(credit="uniform", center_rewards=centred)
+        scored = score(samples, reward, small_llama(12), chosen, torch.Generator())
+        after_first = adv.rewards_to_go(scored.credit, samples.mask)[:, 1].tolist()
+        assert after_first == pytest.approx([0.0, 0.0] if centred else [-3.0, -5.0])
+
+
 def test_rewards_carry_no_gradient_and_do_not_change(
     tmp_path: Path, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -361,6 +396,7 @@ def test_critics_start_at_the_rewards_prefixes_or_at_zero(
         {"advantage": "grpo", "n": 4, "kl": "loss", "whiten_advantages": "scale_only"},
         {"credit": "red", "eos_prefixes": True, "gamma": 0.9, "dynamic_initialisation": False},
         {"advantage": "reinforce", "credit": "uniform", "lr_schedule": "constant"},
+        {"credit": "abc", "center_rewards": True},
     ],
     ids=str,
 )

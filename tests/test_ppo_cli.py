@@ -234,6 +234,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"advantage": "reinforce", "critic_init": "reward"}, "critic_init is an option of advantage"),
     ({"critic": "shared", "critic_init": "reward"}, "critic_init is an option of critic separate"),
     ({"advantage": "rloo", "n": 2, "gamma": 0.9}, "gamma is an option of advantage gae or"),
+    (
+        {"advantage": "rloo", "n": 2, "center_rewards": True},
+        "center_rewards is an option of advantage gae or",
+    ),
     ({"missing_eos_value": 2.0}, "missing_eos_value is an option of missing_eos"),
     ({"kl_horizon": 5}, "kl_horizon is an option of kl_target"),
     ({"baseline_decay": 0.5}, "baseline_decay is an option of advantage reinforce"),

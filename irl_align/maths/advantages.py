@@ -9,7 +9,8 @@ How each composes with token rewards r_t = credit_t(R) - kl_coef * k1_t:
 - ``gae`` and ``reinforce`` read every r_t. Potential-based credit (red) keeps the expected policy
   gradient, with any critic or baseline: GAE(sparse, V) equals GAE(red, V - Phi) for every lambda,
   so a critic that starts at the reward's own prefix scores counts Phi twice. Return-preserving
-  credit (uniform, abc, random) biases rewards-to-go, hence both.
+  credit (uniform, abc, random) biases rewards-to-go, hence both: R < 0 spread over the tokens pays
+  for short completions, R > 0 for long ones, which `center_rewards` balances.
 - ``rloo`` and ``grpo`` read a completion's sum alone, the same number for each of its tokens. Sums
   of return-preserving credit are R, those of red are R - Phi(s_0), and Phi(s_0) is the same for all
   samples of a prompt: token credit cancels exactly, and recipes that ask for it are refused.

@@ -58,7 +58,7 @@ class Scored:
     returns: Tensor
     """(B,) R: clipped, and changed where EOS is missing."""
     credit: Tensor
-    """(B, T) R on its tokens."""
+    """(B, T) R, less the rollout's mean R where it is centred, on its tokens."""
     health: dict[str, float]
     """Of attention, where the credit is made of it."""
 
@@ -169,8 +169,9 @@ def score(
             samples.completions,
         )
         attention = pad_sequence(rows, batch_first=True)
-    tokens = _credit(clipped, scores.prefixes, attention, samples.mask, options, generator)
     returns = at_missing_eos(clipped, samples.truncated, options)
+    shared = clipped - returns.mean() if options.center_rewards else clipped
+    tokens = _credit(shared, scores.prefixes, attention, samples.mask, options, generator)
     tokens = tokens + credit.sparse(returns - clipped, samples.mask)
     health = {}
     if attention is not None:
