@@ -16,6 +16,8 @@ from irl_align.errors import UserError
 from irl_align.files import to_lines
 from irl_align.frontier import Form, fit_gain, frontiers, overoptimised
 from irl_align.report import write_report
+from irl_align.report.curves import frontier
+from irl_align.report.figures import Plot
 from irl_align.stages import Run
 from irl_align.sweep import named, parse_sweeps, settings
 
@@ -153,6 +155,13 @@ def test_a_sweep_is_one_frontier(tmp_path: Path) -> None:
     assert found["proxy"]["alpha"] == pytest.approx(1.0) and found["overoptimised"]
     assert found["places"][0]["note"] == "policy_update.kl_coef=0.2, seed 1"
     assert frontiers(views, sweeps, None, {}) == []
+    (figure,) = frontier(views, {"headline": "slot_error_rate", "sweeps": sweeps})
+    assert isinstance(figure, Plot)
+    (series,) = figure.series
+    assert series.name == "m" and series.points[-1].x == 25.0
+    assert series.points[-1].note == "policy_update.kl_coef=0.01 seed 2, iteration 1"
+    apart = frontier(views, {"headline": "slot_error_rate"})[0].series
+    assert [one.name for one in apart] == [f"m-kl_coef-{c:g}" for c in (0.2, 0.1, 0.05, 0.02, 0.01)]
     (row,) = frontier_fits({"frontiers": [found]}).rows
     assert row == ["m", "10", "25.00", "0.100", "0.100", "1.00", "1.000", "0.100", "beyond", "yes"]
 

@@ -74,10 +74,15 @@ def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> li
 
 
 def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot]:
-    """The headline at temperature 1 against KL to SFT: one point per policy and seed."""
+    """The headline at temperature 1 against KL to SFT: one point per policy and seed; the values of
+    a swept option are points of one series."""
     measure = f"{analysis['headline']}@1"
+    swept = analysis.get("sweeps", {})
+    families: dict[str, list[RunView]] = {}
+    for name, own in by_method(views).items():
+        families.setdefault(swept.get(name, {}).get("family", name), []).extend(own)
     series = []
-    for at, (name, own) in enumerate(by_method(views).items()):
+    for at, (name, own) in enumerate(families.items()):
         points = []
         for view in own:
             for number in sorted({r["policy"] for r in view.metrics if is_evaluation(r)}):
@@ -85,7 +90,8 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
                 kl = found.get("kl", found.get("kl_bound"))
                 if kl is not None and measure in found:
                     bound = "" if "kl" in found else ", KL is an upper bound"
-                    note = f"seed {view.recipe['seed']}, iteration {number}{bound}"
+                    value = swept.get(view.recipe["name"], {}).get("value", "")
+                    note = f"{value} seed {view.recipe['seed']}, iteration {number}{bound}".strip()
                     points.append(Point(kl, _scale(measure) * found[measure], note=note))
         series.append(Series(name, points, at))
     series = [one for one in series if one.points]
