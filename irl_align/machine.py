@@ -1,13 +1,17 @@
-"""What a stage's record says of the machine: versions, and peak memory."""
+"""The machine: versions and peak memory for a stage's record, and whether bfloat16 is any use."""
 
+import logging
 import platform
 import resource
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from typing import Any
 
 from irl_align import __version__
+
+logger = logging.getLogger("irl_align.machine")
 
 
 def environment() -> dict[str, str]:
@@ -17,6 +21,38 @@ def environment() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16; where it cannot that is emulated, at a twentieth of
+    the speed of float32."""
+    import torch
+
+    mkldnn: Any = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and bool(mkldnn._is_mkldnn_bf16_supported())
+
+
+def in_bf16(asked: bool, on_cpu: bool) -> bool:
+    """Whether what asks for bf16 computes in it: that is for speed, so where a CPU only emulates it
+    float32 takes its place."""
+    return asked and (not on_cpu or cpu_has_bf16())
+
+
+def use_bf16(asked: bool, on_cpu: bool) -> bool:
+    """The same, and told, once a process, where float32 takes its place."""
+    found = in_bf16(asked, on_cpu)
+    if asked and not found:
+        _say_float32()
+    return found
+
+
+@cache
+def _say_float32() -> None:
+    logger.warning(
+        "bf16: this CPU has no instructions for bfloat16 and would take many times as long; it "
+        "computes in float32"
+    )
 
 
 def reset_peak_memory() -> None:

@@ -15,6 +15,7 @@ import trl
 from irl_align.batches import PACKABLE, row_limit
 from irl_align.config import Recipe
 from irl_align.generate.transformers_backend import HEADROOM, MOST_ROWS
+from irl_align.machine import in_bf16
 from irl_align.memory import (
     FLOAT,
     HALF,
@@ -203,7 +204,8 @@ class Costs:
         """
         rows, mean, batch_rows, columns = size
         shape, option = self.shape, _Args(config, args)
-        half = option.bf16 if option.bf16 is not None else not self.on_cpu
+        asked = option.bf16 if option.bf16 is not None else not self.on_cpu
+        half = in_bf16(asked, self.on_cpu)
         precision = Precision(self.stored.weights, HALF if half else self.stored.weights)
         steps = option.per_device_train_batch_size * option.gradient_accumulation_steps
         passes = rows * float(option.num_train_epochs)
@@ -273,7 +275,7 @@ class Costs:
         )
 
     def _products(self, options: PPOOptions) -> Precision:
-        return Precision(FLOAT, HALF if options.bf16 else FLOAT)
+        return Precision(FLOAT, HALF if in_bf16(options.bf16, self.on_cpu) else FLOAT)
 
     def _ppo_update(
         self,

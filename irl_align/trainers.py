@@ -31,6 +31,7 @@ from irl_align import adapters, ranks
 from irl_align.batch_shares import SHARE, Collated, Division, Pieces, PiecesLoader, Rows, divide
 from irl_align.errors import UserError
 from irl_align.files import is_sealed, seal
+from irl_align.machine import use_bf16
 from irl_align.sharded import is_finite, no_longer, take_back, to_train
 from irl_align.short_attention import short_attention
 
@@ -58,9 +59,10 @@ class Training:
 def training_args(config_class: type, options: Mapping[str, Any], training: Training) -> Any:
     """A TRL config from a recipe's args, with what irl-align sets itself.
 
-    Differs from TRL's defaults where a CPU must work out of the box: no bf16 on a CPU, and no
-    gradient checkpointing. Checkpoints are for resume: four per training, the last two kept. The
-    batch of a step is that of one process, divided among those that there are.
+    Differs from TRL's defaults where a CPU must work out of the box: no bf16 on a CPU unless asked
+    for and more than emulated, and no gradient checkpointing. Checkpoints are for resume: four per
+    training, the last two kept. The batch of a step is that of one process, divided among those
+    that there are.
     """
     on_cpu = training.device.type == "cpu"
     merged: dict[str, Any] = {
@@ -81,6 +83,8 @@ def training_args(config_class: type, options: Mapping[str, Any], training: Trai
         "use_cpu": on_cpu,
         "max_length": None,  # rows were checked against the limits when they were tokenised
     }
+    if merged.get("bf16") and not merged.get("fp16"):  # both are refused below
+        merged["bf16"] = use_bf16(True, on_cpu)
     how = None
     if ranks.count() > 1:
         merged["average_tokens_across_devices"] = True  # as in one process

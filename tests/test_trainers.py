@@ -1,6 +1,7 @@
 """Training: resume to the same bits, the completion-only loss, and plain errors."""
 
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import (
 )
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from irl_align import trainers
+from irl_align import machine, trainers
 from irl_align.errors import UserError
 from irl_align.files import seal
 from irl_align.reward.fit import fit_reward, pair_columns
@@ -283,6 +284,20 @@ def test_args_pass_through_and_ours_win(config: type, tmp_path: Path) -> None:
     assert args.max_length is None
     assert args.report_to == []
     assert str(args.save_strategy.value) == "steps"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_that_a_cpu_only_emulates_is_float32_and_told_once(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: native)
+    machine._say_float32.cache_clear()
+    with caplog.at_level(logging.WARNING, "irl_align"):
+        for config in (SFTConfig, RewardConfig, DPOConfig):
+            assert training_args(config, {"bf16": True}, training(tmp_path)).bf16 is native
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (not native) and all("computes in float32" in line for line in told)
+    assert machine.use_bf16(True, on_cpu=False) and not machine.use_bf16(False, on_cpu=True)
 
 
 @pytest.mark.parametrize(

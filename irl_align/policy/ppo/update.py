@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from irl_align.errors import UserError
 from irl_align.generate import Sampling
+from irl_align.machine import use_bf16
 from irl_align.policy import Demonstrations, Policy, Reward, Workshop
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import adapter_critic, share_backbone
@@ -153,7 +154,8 @@ def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[s
     if training.report_to:
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR", str(training.work / "tensorboard"))
         trackers = {"log_with": list(training.report_to), "project_dir": folder}
-    accelerator = make_accelerator(training.device, options.bf16, **trackers)
+    bf16 = use_bf16(options.bf16, training.device.type == "cpu")
+    accelerator = make_accelerator(training.device, bf16, **trackers)
     if training.report_to:
         accelerator.init_trackers(training.run_name or "ppo")
     network = Network(actors.policy, critic, options.temperature)
