@@ -54,7 +54,7 @@ GoldLevel = Annotated[
 AtKl = Annotated[
     list[float] | None,
     typer.Option(
-        help="Gold and reward of PPO's rollouts at this KL to the first policy, which trainings "
+        help="Gold and reward of PPO's rollouts at this KL to the reference, which trainings "
         "reach at different times. Several times.",
         show_default=False,
     ),

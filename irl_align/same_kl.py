@@ -23,10 +23,10 @@ def smoothed_at(kls: Sequence[float], values: Sequence[float], kl: float) -> flo
     form of Gao et al. 2023 (section 1) with the start's value fitted too, which one rollout tells
     badly.
 
-    kls, values: (U,) of the updates; a k1 estimate may be below 0, where no KL is. None where the
-    updates do not come as far as kl, and for fewer than FEWEST + 1 of them.
+    kls, values: (U,) of the updates; a k1 estimate may be below 0, where no KL is. None where no
+    updates lie on both sides of kl, and for fewer than FEWEST + 1 of them.
     """
-    if len(kls) <= FEWEST or kl > max(kls):
+    if len(kls) <= FEWEST or not min(kls) <= kl <= max(kls):
         return None
     features, at = (
         np.insert(gain_features("rl", np.maximum(np.asarray(found, np.float64), LEAST_KL)), 0, 1, 1)

@@ -37,6 +37,7 @@ def test_an_estimate_below_zero_is_no_kl() -> None:
 def test_nothing_is_told_beyond_the_updates_or_of_few() -> None:
     values = [error(kl, 0.3, 0.1, 0.05) for kl in KLS]
     assert smoothed_at(KLS, values, 2.6) is None
+    assert smoothed_at(KLS[1:], values[1:], 0.05) is None  # a second iteration starts further off
     assert smoothed_at(KLS[:4], values[:4], 0.2) is None and smoothed_at([], [], 0.2) is None
     assert smoothed_at(KLS[:5], values[:5], 0.2) is not None
 
