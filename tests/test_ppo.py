@@ -25,7 +25,7 @@ from irl_align.maths import advantages as adv
 from irl_align.models import load_model
 from irl_align.policy.ppo.critic import make_critic
 from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator, padded_batches
-from irl_align.policy.ppo.monitors import find_alarms
+from irl_align.policy.ppo.monitors import find_alarms, rollout_report
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.rollout import Samples, collate, prompt_passes, score
 from irl_align.policy_options import PPOOptions
@@ -324,6 +324,31 @@ def test_centred_rewards_sum_to_r_less_its_mean(missing_eos: str) -> None:
         assert torch.allclose(moved, torch.tensor(even if credit == "uniform" else last))
 
 
+def test_credit_of_eos_is_told_of_samples_that_end() -> None:
+    """The reward is 10 with EOS and 0 without, so red pays EOS."""
+    ended, cut = ([3], [4, 5, EOS], False), ([3], [4, 5], True)
+    reward = Scripted(lambda prompt, completion: 10.0 * (completion[-1:] == [EOS]))
+    chosen = options(credit="red", missing_eos="ignore")
+    for rows, told in (((ended, cut), 10.0), ((cut,), None)):
+        samples = samples_of(*rows)
+        scored = score(samples, reward, small_llama(12), chosen, torch.Generator())
+        zeros = torch.zeros_like(samples.logps)
+        assert rollout_report(samples, scored, zeros, zeros, None).get("eos_credit") == told
+
+
+def test_red_pays_eos_nothing_where_prefixes_have_it_too(
+    tmp_path: Path, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reward = reward_model(tmp_path / "sft", tiny_tokenizer, tiny_model("llama"))
+    samples = samples_of(([3], [4, 5, EOS], False), ([3, 6], [4, EOS], False))
+    for eos_prefixes in (True, False):
+        chosen = options(credit="red", eos_prefixes=eos_prefixes)
+        scored = score(samples, reward, tiny_model("llama"), chosen, torch.Generator())
+        zeros = torch.zeros_like(samples.logps)
+        on_eos = rollout_report(samples, scored, zeros, zeros, None)["eos_credit"]
+        assert (abs(on_eos) < 1e-5) is eos_prefixes
+
+
 def test_centred_uniform_credit_does_not_pay_for_length() -> None:
     """All completions are worth -6, of 2 or of 6 tokens: rewards-to-go tell the short ones from the
     long ones at the first tokens they share, unless R is centred."""
@@ -463,7 +488,7 @@ def test_passes_take_every_prompt_once_and_go_on_where_they_were() -> None:
 
 def records(lengths: list[float], rewards: list[float], kl: float = 0.1) -> list[dict[str, Any]]:
     return [
-        {"length": length, "reward": reward, "kl": kl, "sampler_log_ratio": 1e-6}
+        {"length": length, "reward": reward, "reward_std": 1.0, "kl": kl, "sampler_log_ratio": 1e-6}
         for length, reward in zip(lengths, rewards, strict=True)
     ]
 
@@ -486,5 +511,10 @@ def test_alarms() -> None:
     (apart,) = find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], chosen)
     assert apart.startswith("sampler and learner differ by 0.3 in a token's log-prob, above")
     assert find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], options(sampler_gap_alarm=1)) == []
+    ending = [{**quiet[0], "eos_credit": -2.1}]
+    (paid,) = find_alarms(ending, options(credit="red"))
+    assert paid.startswith("EOS gets credit -2.10 in the mean from red, where rewards deviate by 1")
+    assert find_alarms([{**quiet[0], "eos_credit": 1.9}], options(credit="red")) == []
+    assert find_alarms(ending, chosen) == []  # sparse: all of R is there
     (broken,) = find_alarms([{**quiet[0], "entropy": math.nan}], chosen)
     assert broken == "entropy is not finite"

@@ -19,6 +19,7 @@ Judge = Callable[[Sequence[Sequence[int]], Sequence[str]], Mapping[str, float]]
 """Gold metrics of samples: prompts as token ids, completions as text. For reporting alone."""
 WINDOW = 10  # updates over which length and reward are seen to rise
 RISE = 0.15  # of the mean length, from the first half of the window to the second
+EOS_CREDIT = 2.0  # deviations of the reward that red may put on EOS
 
 
 def rollout_report(
@@ -44,6 +45,9 @@ def rollout_report(
         "eos_rate": 1.0 - float(samples.truncated.double().mean()),
         **scored.health,
     }
+    if not bool(samples.truncated.all()):
+        last = scored.credit.gather(1, mask.sum(1, keepdim=True).long() - 1)[~samples.truncated]
+        report["eos_credit"] = float(last.double().mean())
     if values is not None:
         report["value"] = float((values * mask).double().sum()) / tokens
     return report
@@ -133,6 +137,13 @@ def find_alarms(recent: Sequence[Mapping[str, Any]], options: PPOOptions) -> lis
         alarms.append(
             f"sampler and learner differ by {now['sampler_log_ratio']:.2g} in a token's log-prob, "
             f"above sampler_gap_alarm {options.sampler_gap_alarm:g}; see importance_weights"
+        )
+    on_eos, bound = now.get("eos_credit", 0.0), EOS_CREDIT * now["reward_std"]
+    if options.credit == "red" and abs(on_eos) > bound:
+        alarms.append(
+            f"EOS gets credit {on_eos:.2f} in the mean from red, where rewards deviate by "
+            f"{now['reward_std']:.2f}: the reward was fitted to texts with EOS, and prefixes have "
+            "none; see eos_prefixes"
         )
     if rise := _rise(recent):
         alarms.append(rise)
