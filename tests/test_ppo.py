@@ -511,10 +511,10 @@ def test_alarms() -> None:
     (apart,) = find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], chosen)
     assert apart.startswith("sampler and learner differ by 0.3 in a token's log-prob, above")
     assert find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], options(sampler_gap_alarm=1)) == []
-    ending = [{**quiet[0], "eos_credit": -2.1}]
+    ending = [{**quiet[0], "eos_credit": -1.1}]
     (paid,) = find_alarms(ending, options(credit="red"))
-    assert paid.startswith("EOS gets credit -2.10 in the mean from red, where rewards deviate by 1")
-    assert find_alarms([{**quiet[0], "eos_credit": 1.9}], options(credit="red")) == []
+    assert paid.startswith("EOS gets credit -1.10 in the mean from red, where rewards deviate by 1")
+    assert find_alarms([{**quiet[0], "eos_credit": 0.9}], options(credit="red")) == []
     assert find_alarms(ending, chosen) == []  # sparse: all of R is there
     (broken,) = find_alarms([{**quiet[0], "entropy": math.nan}], chosen)
     assert broken == "entropy is not finite"

@@ -19,7 +19,7 @@ Judge = Callable[[Sequence[Sequence[int]], Sequence[str]], Mapping[str, float]]
 """Gold metrics of samples: prompts as token ids, completions as text. For reporting alone."""
 WINDOW = 10  # updates over which length and reward are seen to rise
 RISE = 0.15  # of the mean length, from the first half of the window to the second
-EOS_CREDIT = 2.0  # deviations of the reward that red may put on EOS
+EOS_CREDIT = 1.0  # deviations of the reward that red may put on EOS
 
 
 def rollout_report(
