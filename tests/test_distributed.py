@@ -50,8 +50,8 @@ DPO = (
 )
 # Some 150 pairs by 32: the last piece of an epoch has fewer rows in one process than in the other.
 SPIN_TOO = (*SPIN, *DPO[:4], "reward.schedule.learning_rate=[1.0e-5]")
-# What is trained in one process and in two differs by rounding, more so with AVX2's kernels: there a
-# draw of some hundred samples falls on the other side, and all that comes after it differs.
+# What is trained in one process and in two differs by rounding, more so with AVX2's kernels: there
+# one of some hundred samples is drawn otherwise, and all that comes after it differs.
 steady = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "AVX2", reason="draws flip with AVX2's rounding"
 )
