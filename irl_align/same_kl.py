@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,11 @@ def levels_at_kl(
 
 
 def _levels(records: Sequence[Mapping[str, Any]], gold: str, kl: float) -> dict[str, float] | None:
-    """Gold and reward of a training's rollouts at a KL."""
-    kls = [record["kl"] for record in records]
-    levels = {
-        which: smoothed_at(kls, [record[field] for record in records], kl)
-        for which, field in (("gold", gold), ("reward", "reward"))
-    }
-    return {which: level for which, level in levels.items() if level is not None} or None
+    """Gold and reward of a training's rollouts at a KL; updates without all three do not count."""
+    rows: list[list[Any]] = [[r.get(field) for field in ("kl", gold, "reward")] for r in records]
+    known = [row for row in rows if all(isinstance(x, int | float) and isfinite(x) for x in row)]
+    kls, golds, rewards = ([row[column] for row in known] for column in range(3))
+    found_gold, found_reward = smoothed_at(kls, golds, kl), smoothed_at(kls, rewards, kl)
+    if found_gold is None or found_reward is None:
+        return None
+    return {"gold": found_gold, "reward": found_reward}

@@ -159,7 +159,7 @@ def test_a_sweep_is_one_frontier(tmp_path: Path) -> None:
     assert isinstance(figure, Plot)
     (series,) = figure.series
     assert series.name == "m" and series.points[-1].x == 25.0
-    assert series.points[-1].note == "policy_update.kl_coef=0.01 seed 2, iteration 1"
+    assert series.points[-1].note == "policy_update.kl_coef=0.01, seed 2, iteration 1"
     apart = frontier(views, {"headline": "slot_error_rate"})[0].series
     assert [one.name for one in apart] == [f"m-kl_coef-{c:g}" for c in (0.2, 0.1, 0.05, 0.02, 0.01)]
     (row,) = frontier_fits({"frontiers": [found]}).rows

@@ -28,9 +28,8 @@ def test_speeds_are_by_method_level_and_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     views = [
-        trained_run(
-            tmp_path, 1, [0.4, None, *[0.3] * 5, *[0.1] * 5]
-        ),  # of one update nothing is known
+        # Of one update nothing is known.
+        trained_run(tmp_path, 1, [0.4, None, *[0.3] * 5, *[0.1] * 5]),
         trained_run(tmp_path, 2, [0.4, *[0.2] * 9]),
     ]
     fast, slow = learning_speeds(views, [0.3, 0.15], "slot_error_rate", LOWER)

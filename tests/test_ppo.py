@@ -516,5 +516,7 @@ def test_alarms() -> None:
     assert paid.startswith("EOS gets credit -1.10 in the mean from red, where rewards deviate by 1")
     assert find_alarms([{**quiet[0], "eos_credit": 0.9}], options(credit="red")) == []
     assert find_alarms(ending, chosen) == []  # sparse: all of R is there
+    for way in ({"beta_c": 0.0}, {"eos_prefixes": True}):  # sparse too; mended already
+        assert find_alarms(ending, options(credit="red", **way)) == []
     (broken,) = find_alarms([{**quiet[0], "entropy": math.nan}], chosen)
     assert broken == "entropy is not finite"

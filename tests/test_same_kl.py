@@ -59,6 +59,9 @@ def test_levels_are_by_method_kl_and_seed(
     assert near["gold"]["high"] == pytest.approx(by_hand.high, abs=1e-3)
     assert far["seeds"]["2"] is None and far["gold"]["n"] == 1 and far["gold"]["low"] is None
     assert levels_at_kl(views, [1.0], None) == []
+    bent = trained_run(tmp_path, 3, [0.2] * 6, [0.1, 0.2, 0.3, 0.4, math.nan, 0.5])
+    (few, bare) = (levels_at_kl([view], [0.3], "slot_error_rate")[0] for view in (bent, views[0]))
+    assert few["seeds"]["3"]["gold"] == pytest.approx(0.2) and bare["seeds"]["1"] is not None
 
     folders = [view.folder for view in views]
     ended = irl_align(capsys, "compare", *folders, "--at-kl", 1, "--at-kl", 2, "--at-kl", 3)

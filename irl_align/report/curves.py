@@ -90,8 +90,9 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
                 kl = found.get("kl", found.get("kl_bound"))
                 if kl is not None and measure in found:
                     bound = "" if "kl" in found else ", KL is an upper bound"
-                    value = swept.get(view.recipe["name"], {}).get("value", "")
-                    note = f"{value} seed {view.recipe['seed']}, iteration {number}{bound}".strip()
+                    value = swept.get(view.recipe["name"], {}).get("value")
+                    note = f"seed {view.recipe['seed']}, iteration {number}{bound}"
+                    note = note if value is None else f"{value}, {note}"
                     points.append(Point(kl, _scale(measure) * found[measure], note=note))
         series.append(Series(name, points, at))
     series = [one for one in series if one.points]

@@ -139,7 +139,8 @@ def find_alarms(recent: Sequence[Mapping[str, Any]], options: PPOOptions) -> lis
             f"above sampler_gap_alarm {options.sampler_gap_alarm:g}; see importance_weights"
         )
     on_eos, bound = now.get("eos_credit", 0.0), EOS_CREDIT * now["reward_std"]
-    if options.credit == "red" and abs(on_eos) > bound:
+    shaped = options.credit == "red" and options.beta_c > 0.0 and not options.eos_prefixes
+    if shaped and abs(on_eos) > bound:
         alarms.append(
             f"EOS gets credit {on_eos:.2f} in the mean from red, where rewards deviate by "
             f"{now['reward_std']:.2f}: the reward was fitted to texts with EOS, and prefixes have "
