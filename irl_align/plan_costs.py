@@ -244,7 +244,11 @@ class Costs:
         critic = options.advantage == "gae" and options.critic == "separate"
         trained = shape.parameters + (shape.trunk if critic else 0)
         weights = FLOAT * trained
-        beside = {"reference": float(self.model_bytes()), "reward": float(self.reward_bytes())}
+        # The reference computes in float32, as the policy does, unless its weights are quantised.
+        reference = FLOAT * shape.parameters
+        if self.recipe.model.quantization is not None:
+            reference = self.model_bytes()
+        beside = {"reference": float(reference), "reward": float(self.reward_bytes())}
         if self.adapter:
             shared = options.backbone == "shared"
             trained = self.adapter * (1 + critic)

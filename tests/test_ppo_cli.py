@@ -151,6 +151,21 @@ def test_any_sequence_classifier_is_a_reward(
     assert "ppo 1" in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_model_in_bfloat16_is_trained(
+    tmp_path: Path,
+    policy: Path,
+    card: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without policy_update.bf16 policy and reference compute in float32 from these weights."""
+    reward = save(classifier(tiny_tokenizer), tiny_tokenizer, tmp_path / "reward")
+    ended = command(capsys, tmp_path, policy, reward, card, "model.dtype=bfloat16")
+    assert ended.status == 0, ended.err
+    [first, _] = stage_records(tmp_path / "runs/ppo-seed0")["policy-1"]["metrics"]["history"]
+    assert abs(first["kl"]) < 1e-4 and first["first_log_ratio_max"] < 1e-4
+
+
 @pytest.mark.parametrize("credit", ["red", "abc"])
 def test_a_reward_with_another_tokenizer(
     tmp_path: Path, policy: Path, card: Path, capsys: pytest.CaptureFixture[str], credit: str

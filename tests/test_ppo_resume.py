@@ -290,6 +290,90 @@ def test_weights_that_blow_up_stop_training(
     assert "no earlier policy was kept" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("keep", ["reward_gap", "log_prob"])
+def test_an_explosion_before_any_checkpoint_keeps_the_start(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, keep: str
+) -> None:
+    """Of the looks at held-out demonstrations only the first, at the start, has been reached."""
+    wild: dict[str, Any] = {"kl_stop": 0.5, "learning_rate": 0.5, "epoch_kl": None}
+    chosen = options(keep=keep, evaluate_every=100, **wild)
+    report = train_through(tmp_path / "work", lambda: cast_of(tiny_tokenizer, chosen), chosen)
+    assert report["updates"] == 1 and report["kept_update"] == 0
+    assert report["ended"].startswith("stopped at update 2: KL to the reference is ")
+    assert report["ended"].endswith("; the start is kept")
+    assert [record["update"] for record in report["history"]] == [1]
+    assert same_weights(load_model(tmp_path / "work/model"), small_llama(12))
+
+
+def test_a_start_that_is_the_best_is_kept_and_not_a_checkpoint(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As at the end of a training that does not diverge; a checkpoint is kept by `last` alone."""
+    slow: dict[str, Any] = {"kl_stop": 1.0, "kl_coef": 0.0, "lr_schedule": "constant"}
+    many: dict[str, Any] = {"episodes": 16 * 30, "checkpoint_every": 1, "evaluate_every": 100}
+    kept = {}
+    for keep in ("log_prob", "last"):
+        chosen = options(keep=keep, **slow, **many)
+        work = tmp_path / keep
+        report = train_through(work, lambda c=chosen: cast_of(tiny_tokenizer, c), chosen)  # type: ignore[misc]
+        assert "above kl_stop 1" in report["ended"] and len(report["history"]) >= 2
+        assert list((work / "scratch").glob("checkpoint-*"))
+        kept[keep] = report["kept_update"]
+    assert kept["log_prob"] == 0 < kept["last"]
+    assert same_weights(load_model(tmp_path / "log_prob/model"), small_llama(12))
+    assert "no update was better than the start, which is kept" in caplog.text
+
+
+def test_a_first_update_that_blows_up_is_no_training(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """It is told as a mistake to mend, with what it was, and not as a policy that was kept."""
+    wild: dict[str, Any] = {"learning_rate": 1e30, "epoch_kl": None, "kl_stop": 1e30}
+    chosen = options(keep="reward_gap", **wild)
+    with pytest.raises(UserError, match=r"PPO: update 1: .*; no update before it was sound") as e:
+        train_through(tmp_path / "work", lambda: cast_of(tiny_tokenizer, chosen), chosen)
+    assert "\n" not in str(e.value) and not (tmp_path / "work/model").exists()
+
+
+def without_eos_after(cast: Actors, rollouts: int) -> Actors:
+    """Have the generator never end a sample once it has drawn so often."""
+    whole, drawn = cast.generator.stream, 0
+
+    def stream(*arguments: Any) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn > rollouts:
+            cast.generator.eos[:] = 10**6  # type: ignore[attr-defined]
+        return whole(*arguments)
+
+    cast.generator.stream = stream  # type: ignore[method-assign]
+    return cast
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("last", 1), ("log_prob", 0)])
+def test_all_samples_without_eos_in_a_later_rollout_end_training(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, keep: str, kept: int
+) -> None:
+    """A mistake in the first rollout; in the third the policy's, of which an earlier is kept."""
+    chosen = options(missing_eos="replace", checkpoint_every=1, keep=keep, evaluate_every=100)
+    # The look at held-out prompts and two rollouts; then, from the second checkpoint on, none.
+    sound = iter([3, 0])
+    report = train_through(
+        tmp_path / "work",
+        lambda: without_eos_after(cast_of(tiny_tokenizer, chosen), next(sound)),
+        chosen,
+    )
+    assert report["updates"] == 2 and report["kept_update"] == kept
+    line = "stopped at update 3: PPO: all 16 samples of a rollout are without EOS; raise "
+    assert report["ended"].startswith(line) and "\n" not in report["ended"]
+    assert report["ended"].endswith("policy after update 1 is kept" if kept else "start is kept")
+    one = cast_of(tiny_tokenizer, chosen)
+    stop_after(one, 1 + kept)
+    with pytest.raises(Stop):
+        train(tmp_path / "one", one, chosen)
+    assert same_weights(load_model(tmp_path / "work/model"), one.policy)
+
+
 def test_all_samples_without_eos(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     chosen = options(missing_eos="replace")
     model: PreTrainedModel = small_llama(12)

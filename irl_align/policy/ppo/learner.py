@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,12 +49,30 @@ _PADDING = 0.03  # most padding of a micro-batch, as a share of its slots
 _FEW = 512  # slots below which another row is cheaper than another forward pass
 _SUMS = ("policy_loss", "value_loss", "entropy", "update_kl", "clip_fraction", "log_ratio")
 _DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
-# Mean |log pi_learner - log pi_sampler| per token before the first step: rounding, and no more.
-_SAME = {False: 1e-3, True: 5e-2}  # by bf16
 
 
 class Diverged(Exception):
     """Training cannot go on; the message is one line for the user."""
+
+
+class Apart(NamedTuple):
+    """|log pi - log pi'| over the tokens of a rollout or a minibatch, in nats."""
+
+    mean: float
+    largest: float
+
+    def beyond_rounding(self, bf16: bool) -> str | None:
+        """By how much two that are one function differ, where it is more than rounding."""
+        limit = _SAME[bf16]
+        if self.mean > limit.mean:
+            return f"by {self.mean:.2g} per token, expected at most {limit.mean:g}"
+        if self.largest > limit.largest:  # a mean over many tokens hides a wrong one
+            return f"by {self.largest:.2g} at a token, expected at most {limit.largest:g}"
+        return None
+
+
+# By bf16: there a logit of 16 is rounded to 0.125 already, and rare tokens' are the worst.
+_SAME = {False: Apart(1e-3, 5e-2), True: Apart(5e-2, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,7 @@ class Learner:
         self.options = options
         self.seed, self.pad, self.device = seed, pad, device
         self.accelerator = accelerator
+        self.bf16 = accelerator.mixed_precision == "bf16"  # what is asked may be float32 on a CPU
         self.sharded = is_sharded(accelerator)
         self.whole_policy = network.policy
         if self.sharded:
@@ -229,11 +248,13 @@ class Learner:
         for epoch in range(options.epochs):
             totals, tokens = torch.zeros(len(_SUMS), device=self.device), 0
             for step, minibatch in enumerate(self._minibatches(number, epoch, micro, whole)):
-                sums, count = self._accumulate(minibatch, arrays, batch.kl_coef, epoch)
+                sums, count, largest = self._accumulate(minibatch, arrays, batch.kl_coef, epoch)
                 means = dict(zip(_SUMS, (sums / count).tolist(), strict=True))
-                self._check(number, means, first=epoch == 0 and step == 0)
+                self._check(number, means)
                 if epoch == 0 and step == 0:
-                    report["first_log_ratio"] = means["log_ratio"]
+                    apart = Apart(means["log_ratio"], max(ranks.gather(float(largest))))
+                    self._check_start(number, apart)
+                    report["first_log_ratio"], report["first_log_ratio_max"] = apart
                 if options.epoch_kl is not None and means["update_kl"] > options.epoch_kl:
                     self.optimizer.zero_grad()
                     report.update(self._measured(means, epoch))
@@ -251,13 +272,17 @@ class Learner:
 
     def _accumulate(
         self, minibatch: Sequence[MicroBatch], arrays: dict[str, Tensor], kl_coef: float, epoch: int
-    ) -> tuple[Tensor, int]:
-        """Gradients of a minibatch's loss, the mean over its tokens however it is cut; its sums."""
+    ) -> tuple[Tensor, int, Tensor]:
+        """Gradients of a minibatch's loss, the mean over its tokens however it is cut.
+
+        Returns its sums, its tokens, and the largest |log ratio| in this process.
+        """
         options = self.options
         own_tokens = sum(len(micro.index) for micro in minibatch if micro.counted)
         count = int(ranks.total(torch.tensor(own_tokens, device=self.device)))
         averaged = ranks.count() if self.sharded else 1  # what gradients are divided by after this
         sums = torch.zeros(len(_SUMS), device=self.device)
+        largest = torch.zeros((), device=self.device)
         entropy: Entropy = "none"
         if self._entropy(epoch):
             entropy = "loss" if options.entropy_coef else "monitor"
@@ -267,13 +292,14 @@ class Learner:
                 # Until the backward pass is over: checkpointing computes the forward pass again.
                 with self._turn(logps):
                     out = self.network(micro, logps=logps, values=values, entropy=entropy)
-                    loss, parts = self._loss(out, own, kl_coef)
+                    loss, parts, moved = self._loss(out, own, kl_coef)
                     weight = averaged * micro.counted
                     self.accelerator.backward(loss.sum() / count * weight)
                 sums += parts * micro.counted
+                largest = torch.maximum(largest, moved * micro.counted)
         if not self.sharded:
             sum_gradients(w for group in self.optimizer.param_groups for w in group["params"])
-        return ranks.total(sums), count
+        return ranks.total(sums), count, largest
 
     def _turn(self, policy: bool) -> contextlib.AbstractContextManager[None]:
         """A block in which the policy, or a critic that is an adapter on its trunk, is active."""
@@ -281,10 +307,13 @@ class Learner:
             return contextlib.nullcontext()
         return self.switch.on(CRITIC)
 
-    def _loss(self, out: Outputs, own: dict[str, Tensor], kl_coef: float) -> tuple[Tensor, Tensor]:
-        """Loss (M,) of what a forward pass has said, and its part of the sums _SUMS."""
+    def _loss(
+        self, out: Outputs, own: dict[str, Tensor], kl_coef: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (M,) of a forward pass, its part of the sums _SUMS, and its largest |log ratio|."""
         options, old = self.options, own["old_logps"]
         loss, sums = torch.zeros_like(old), torch.zeros(len(_SUMS), device=self.device)
+        largest = torch.zeros((), device=self.device)
         if out.logps is not None:
             policy = ppo_losses.policy_loss(out.logps, old, own["advantages"], options.clip)
             if "weights" in own:
@@ -299,16 +328,16 @@ class Learner:
                 spread = policy.new_zeros(1) if out.entropy is None else out.entropy
                 clipped = ppo_losses.clipped_share(logps, old, options.clip) * len(logps)
                 kl = ppo_losses.k3(old, logps).sum()  # KL(pi_old || pi), on samples of pi_old
-                moved = (logps - old).abs().sum()
-                zero = torch.zeros_like(kl)
-                sums += torch.stack([policy.sum(), zero, spread.sum(), kl, clipped, moved])
+                moved = (logps - old).abs()
+                largest, zero = moved.max(), torch.zeros_like(kl)
+                sums += torch.stack([policy.sum(), zero, spread.sum(), kl, clipped, moved.sum()])
         if out.values is not None:
             value = ppo_losses.value_loss(
                 out.values, own["old_values"], own["targets"], options.value_clip
             )
             loss = loss + options.vf_coef * value
             sums[_SUMS.index("value_loss")] += value.detach().sum()
-        return loss, sums
+        return loss, sums, largest
 
     def _step(self, number: int) -> dict[str, float]:
         """Clip and apply the gradients of policy and critic; their norms before."""
@@ -323,19 +352,21 @@ class Learner:
         self.optimizer.zero_grad()
         return report
 
-    def _check(self, number: int, means: dict[str, float], first: bool) -> None:
+    def _check(self, number: int, means: dict[str, float]) -> None:
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             raise Diverged(
                 f"update {number + 1}: {bad[0]} is {means[bad[0]]}; lower learning_rate or "
                 "max_grad_norm"
             )
-        limit = log_ratio_limit(self.options)
-        if first and means["log_ratio"] > limit:
+
+    def _check_start(self, number: int, apart: Apart) -> None:
+        """Ratio 1 at every token before the first step, but for rounding."""
+        if told := apart.beyond_rounding(self.bf16):
             raise UserError(
                 f"PPO: update {number + 1}: before its first step the policy's log-probs differ "
-                f"from those it sampled with by {means['log_ratio']:.2g} per token, expected at "
-                f"most {limit:g}: the model is not the same function in sampling and in training"
+                f"from those it sampled with {told}: the model is not the same function in "
+                "sampling and in training"
             )
 
     def _minibatches(
@@ -365,11 +396,6 @@ class Learner:
         names = ("old_logps", "advantages", "reference_logps", "old_values", "targets", "weights")
         found = {name: getattr(batch, name) for name in names}
         return {n: a.flatten().to(self.device) for n, a in found.items() if a is not None}
-
-
-def log_ratio_limit(options: PPOOptions) -> float:
-    """Largest mean |log ratio| per token of one model with itself."""
-    return _SAME[options.bf16]
 
 
 def make_accelerator(device: torch.device, bf16: bool, **options: Any) -> Accelerator:

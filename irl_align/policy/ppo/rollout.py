@@ -60,7 +60,8 @@ class Scored:
     credit: Tensor
     """(B, T) R, less the rollout's mean R where it is centred, on its tokens."""
     health: dict[str, float]
-    """Of attention, where the credit is made of it."""
+    """Of attention, where the credit is made of it: entropy and last as in AttentionHealth, and
+    mass, which the policy's attention does not have."""
 
 
 def prompt_passes(
@@ -177,6 +178,8 @@ def score(
     if attention is not None:
         found = credit.attention_health(attention, samples.mask)
         health = {f"attention_{name}": float(x.mean()) for name, x in found._asdict().items()}
+        if options.credit == "abc_policy":
+            del health["attention_mass"]  # means over other steps for each token: no share
     return Scored(rewards, returns, tokens, health)
 
 

@@ -95,11 +95,15 @@ class Selection:
         return best
 
     def fall_back(self, fault: Diverged, progress: Progress) -> tuple[str, int]:
-        """After a divergence: the best policy, or that of the last checkpoint before it.
+        """After a divergence: the best policy, or else that of the last checkpoint before it.
 
-        A checkpoint is sound once a rollout has been drawn from it and updated on.
+        The best may be the start. A checkpoint is sound once a rollout has been drawn from it and
+        updated on. Raises UserError where neither is there, or not one update was sound: that is a
+        mistake to mend, and no training.
         """
-        if self.options.keep != "last" and progress.best_update > 0:
+        if self.options.keep != "last" and progress.best is not None:
+            if not progress.recent:
+                raise UserError(f"PPO: {fault}; no update before it was sound, nothing was trained")
             kept = self.finish(progress)
         else:
             found = ranks.on_main(lambda: checkpoints(self.scratch))
@@ -110,7 +114,8 @@ class Selection:
             self.learner.publish()
             kept = updates_of(sound[-1])
             self._replace_model()
-        return f"stopped at {fault}; the policy after update {kept} is kept", kept
+        policy = f"the policy after update {kept}" if kept else "the start"
+        return f"stopped at {fault}; {policy} is kept", kept
 
     def forget_older(self, progress: Progress) -> None:
         """Delete best policies that the checkpoint just written does not name."""

@@ -31,7 +31,7 @@ from irl_align.policy.ppo.checkpoint import (
     once_more,
     save_checkpoint,
 )
-from irl_align.policy.ppo.learner import Batch, Diverged, Learner, Micro, log_ratio_limit
+from irl_align.policy.ppo.learner import Apart, Batch, Diverged, Learner, Micro
 from irl_align.policy.ppo.monitors import (
     WINDOW,
     find_alarms,
@@ -82,7 +82,7 @@ class PPOTrainer:
         # in the learner: those are then computed once per rollout.
         plain = actors.sampling.top_p == 1 and actors.sampling.top_k == 0
         same_engine = isinstance(actors.generator, TransformersGenerator)
-        self.own_logps = plain and same_engine and not options.bf16
+        self.own_logps = plain and same_engine and not learner.bf16
 
     def run(self) -> dict[str, Any]:
         """Train to the end or to a stop, and leave the policy that is kept in work/model.
@@ -168,7 +168,8 @@ class PPOTrainer:
         report.update(self.learner.update(number, batch, rollout.micro, rollout.whole))
         self.learner.publish()
         if self.own_logps:  # the sampler's, which the first minibatch has computed anew
-            report["sampler_log_ratio"] = report["first_log_ratio"]
+            for name in ("log_ratio", "log_ratio_max"):
+                report[f"sampler_{name}"] = report[f"first_{name}"]
         clock.append(time.perf_counter())
         if batch.old_values is not None and batch.targets is not None:
             kept = samples.mask.bool()
@@ -230,12 +231,12 @@ class PPOTrainer:
                 f"kl_stop {self.options.kl_stop:g}; raise kl_coef or lower learning_rate"
             )
         if number == 0 and self.actors.starts_at_reference:
-            apart = _mean((rollout.logps - rollout.reference).abs(), rollout.samples.mask)
-            limit = log_ratio_limit(self.options)
-            if apart > limit:
+            gaps = (rollout.logps - rollout.reference).abs() * rollout.samples.mask
+            apart = Apart(_mean(gaps, rollout.samples.mask), float(gaps.max()))
+            if told := apart.beyond_rounding(self.learner.bf16):
                 raise UserError(
-                    f"PPO: the policy and its reference are the same model, but their log-probs "
-                    f"differ by {apart:.2g} per token, expected at most {limit:g}"
+                    "PPO: the policy and its reference are the same model, but their log-probs "
+                    f"differ {told}"
                 )
 
     def _batch(self, rollout: Rollout) -> Batch:

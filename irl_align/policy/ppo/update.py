@@ -100,12 +100,11 @@ class PPO:
         demonstrations: Demonstrations,
         sampling: Sampling,
     ) -> Actors:
-        """The models, loaded; the policy's weights become float32, but those of 4 bits."""
+        """The models, loaded; policy and reference become float32, but for weights of 4 bits."""
         options = self.options
         model = workshop.load_trainable(start.path)
         stored = model.dtype
-        if not getattr(model, "is_quantized", False):
-            model = model.float()
+        model = _float32(model)
         backbone = None
         if options.backbone == "shared":
             backbone = share_backbone(model, start.path, reference.path, reward.path)
@@ -125,7 +124,8 @@ class PPO:
         )
 
     def _reference(self, workshop: Workshop, reference: Policy) -> PreTrainedModel:
-        return workshop.load_policy(reference.path).requires_grad_(False)
+        """The reference in the policy's precision: in another it would be another function."""
+        return _float32(workshop.load_policy(reference.path)).requires_grad_(False)
 
     def _reward(self, workshop: Workshop, reward: Reward) -> RewardFunction:
         """The reward; its adapter stays apart where a critic starts as it and trains it."""
@@ -133,6 +133,11 @@ class PPO:
             return self.load(reward)
         merge = self.options.advantage != "gae" or self.options.critic_init != "reward"
         return workshop.load_reward(reward, merge)
+
+
+def _float32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float32; one of 4 bits as it is."""
+    return model if getattr(model, "is_quantized", False) else model.float()
 
 
 def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[str, Any]:
