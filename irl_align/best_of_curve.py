@@ -30,11 +30,15 @@ from irl_align.samples import SampleSet, read_samples, write_samples
 from irl_align.saved_sampler import saved_sampler, with_backend
 from irl_align.stages import Run, RunView, Store
 from irl_align.statistics import clustered_difference, estimate
-from irl_align.tasks.gold import GoldMetric
+from irl_align.tasks.gold import GoldMetric, SlotErrorRate
 from irl_align.tokens import decode_batch
 
 SIGNIFICANT = 0.05
-HIGHER_IS_BETTER = ("fully_right",)  # among a gold's rows, whatever its headline's direction
+LOWER_IS_BETTER = {
+    **dict.fromkeys(("slot_errors", "missing", "wrong", "hallucinated"), True),
+    "fully_right": False,
+}
+"""Fields of SlotErrorRate's rows. Of another gold only its headline says which is better."""
 
 
 def expected_best(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
@@ -54,11 +58,12 @@ def expected_best(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 
 
 def curve(
-    scores: np.ndarray, golds: Mapping[str, np.ndarray], lower_is_better: bool
+    scores: np.ndarray, golds: Mapping[str, np.ndarray], lower_is_better: Mapping[str, bool]
 ) -> dict[str, Any]:
     """Reward and gold of best-of-n over n, with Gao et al.'s fit and the n where gold peaks.
 
-    scores and every gold: (M, N). Means are over prompts, with t intervals.
+    scores and every gold: (M, N). Means are over prompts, with t intervals. lower_is_better: by
+    name of a gold; of one that it lacks there are means alone.
     """
     count = scores.shape[1]
     ns = [2**i for i in range(count.bit_length()) if 2**i <= count]
@@ -73,22 +78,34 @@ def curve(
     for name, values in golds.items():
         if not np.ptp(values, axis=1).any():
             continue  # of the prompt alone, as its number of slots
-        sign = 1.0 if name in HIGHER_IS_BETTER or not lower_is_better else -1.0
         by_n = [expected_best(scores, values, n) for n in ns]
-        means = [float(v.mean()) for v in by_n]
-        peak = int(np.argmax([sign * mean for mean in means]))
-        fall = clustered_difference(
-            (sign * (by_n[-1] - by_n[peak])).tolist(), [str(i) for i in range(len(scores))]
-        )
-        over = peak < len(ns) - 1 and fall.p_t is not None and fall.p_t < SIGNIFICANT
         report["gold"][name] = {
-            "lower_is_better": sign < 0,
+            "lower_is_better": lower_is_better.get(name),
             "estimates": _over_prompts(by_n),
-            "peak_n": ns[peak],
-            "overoptimised": bool(over and fall.mean < 0.0),
-            "fit": gao_fit(report["kl"], [sign * mean for mean in means]),
+            **_judged(by_n, ns, lower_is_better.get(name)),
         }
     return report
+
+
+def _judged(
+    by_n: Sequence[np.ndarray], ns: Sequence[int], lower_is_better: bool | None
+) -> dict[str, Any]:
+    """Where a gold, (M,) for each of ns, is best, whether it falls after that, and its fit; None
+    for all where it is not known which values are good."""
+    if lower_is_better is None:
+        return {"peak_n": None, "overoptimised": None, "fit": None}
+    sign = -1.0 if lower_is_better else 1.0
+    means = [sign * float(values.mean()) for values in by_n]
+    peak = int(np.argmax(means))
+    fall = clustered_difference(
+        (sign * (by_n[-1] - by_n[peak])).tolist(), [str(i) for i in range(len(by_n[0]))]
+    )
+    over = peak < len(ns) - 1 and fall.p_t is not None and fall.p_t < SIGNIFICANT
+    return {
+        "peak_n": ns[peak],
+        "overoptimised": bool(over and fall.mean < 0.0),
+        "fit": gao_fit([best_of_n_kl_bound(n) for n in ns], means),
+    }
 
 
 def gao_fit(kls: Sequence[float], values: Sequence[float]) -> dict[str, float] | None:
@@ -145,7 +162,12 @@ def best_of_curve(
         Store(source.parent / "store")
         .stage(
             "best-of-curve",
-            {"seed": recipe.seed, "sampling": vars(sampling), "prompts": prompts},
+            {
+                "seed": recipe.seed,
+                "sampling": vars(sampling),
+                "prompts": prompts,
+                **_own_headline(gold_path),
+            },
             {
                 "policy": view.stages[role]["key"],
                 "data": view.stages["data"]["key"],
@@ -191,21 +213,33 @@ def _build(
     assert view.summary is not None
     reward = RewardModel.from_pretrained(view.folder.parent / str(view.summary["reward"]), where)
     scores = rank_samples(samples, sample_rewards(samples, reward), "reward")
-    golds, lower = judge(samples, texts, tokenizer, gold_path)
-    return curve(scores, golds, lower)
+    golds = judge(samples, texts, tokenizer, gold_path)
+    return curve(scores, golds, {**LOWER_IS_BETTER, **_headline(gold_path)})
 
 
 def judge(
     samples: SampleSet, texts: Sequence[str], tokenizer: Any, gold_path: str
-) -> tuple[dict[str, np.ndarray], bool]:
-    """Every field of the gold's rows as (M, N), and whether its headline is better when low."""
+) -> dict[str, np.ndarray]:
+    """Every field of the gold's rows as (M, N)."""
     metric: GoldMetric = import_object(gold_path, "gold")
     _, completions = samples.flat()
     count = len(completions) // len(texts)
     prompts = [text for text in texts for _ in range(count)]
     found = metric(prompts, decode_batch(tokenizer, [c.token_ids for c in completions]), [])
-    golds = {
+    return {
         name: np.array([row[name] for row in found.rows]).reshape(len(texts), count)
         for name in found.rows[0]
     }
-    return golds, metric.lower_is_better
+
+
+def _headline(gold_path: str) -> dict[str, bool]:
+    """A gold's headline, and whether it is better when low."""
+    metric: GoldMetric = import_object(gold_path, "gold")
+    return {metric.headline: metric.lower_is_better}
+
+
+def _own_headline(gold_path: str) -> dict[str, Any]:
+    """For a stage's settings: what of a gold is judged, where that is not SlotErrorRate's."""
+    headline = _headline(gold_path)
+    usual = {SlotErrorRate.headline: SlotErrorRate.lower_is_better}
+    return {} if headline == usual else {"lower_is_better": headline}

@@ -25,10 +25,11 @@ from irl_align.comparison import FILE, Comparison, analyse, compare_runs
 from irl_align.comparison_tables import to_csv, to_markdown
 from irl_align.config import Recipe
 from irl_align.errors import UserError
+from irl_align.evaluation_measures import evaluated_runs
 from irl_align.files import atomic_write, to_json
 from irl_align.frontier import frontiers
 from irl_align.learning_speed import learning_speeds
-from irl_align.memory_guard import GIB, MemoryGuard
+from irl_align.memory_guard import GIB, MemoryGuard, gpu_in_use
 from irl_align.recipe import load_recipe, to_dict
 from irl_align.same_kl import levels_at_kl
 from irl_align.stages import Run, RunView
@@ -72,7 +73,8 @@ def plan(arguments: Sequence[str], seeds: Sequence[int], swept: Sequence[str] = 
     `NAME:key=value` for the recipe of that name or file.
 
     swept: `[NAME:]key=value,value,...`: a recipe has a run of its own for every value. Raises
-    UserError: no recipe, two of the same name, an override of none, runs in several folders.
+    UserError: no recipe, two of the same name, an override of none, runs in several folders or two
+    in one.
     """
     sweeps = parse_sweeps(swept)
     overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
@@ -88,6 +90,7 @@ def plan(arguments: Sequence[str], seeds: Sequence[int], swept: Sequence[str] = 
                 f"{job.path}: name: found {job.recipe.name!r}, which {other} has too; expected a "
                 "name of its own"
             )
+    _check_folders(jobs)
     own = [load_recipe(path).name for path in paths]
     for override, target in [
         *((override, _target(override)[0]) for override in overrides),
@@ -103,6 +106,24 @@ def plan(arguments: Sequence[str], seeds: Sequence[int], swept: Sequence[str] = 
             "they share their stages"
         )
     return jobs
+
+
+def _check_folders(jobs: Sequence[Job]) -> None:
+    """Raise UserError where values of a sweep differ only in characters that no name has."""
+    seen: dict[tuple[str, int], Job] = {}
+    for job in jobs:
+        other = seen.setdefault((job.recipe.name, job.recipe.seed), job)
+        if other is job:
+            continue
+        pairs = zip(other.overrides, job.overrides, strict=True)
+        differing = [pair for pair in pairs if pair[0] != pair[1]]
+        if not differing:
+            raise UserError(f"seeds: found {job.recipe.seed} twice, expected each once")
+        one, two = map(", ".join, zip(*differing, strict=True))
+        raise UserError(
+            f"--sweep: found {one} and {two}, whose runs would both be {job.folder}; expected "
+            "values that differ in letters, digits, '.', '_' or '-'"
+        )
 
 
 def _of_recipe(
@@ -142,13 +163,14 @@ def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
     """
     before_now = [(job, job.finished()) for job in jobs]
     waiting = [job for job, view in before_now if view is None]
-    guard = MemoryGuard([view for _, view in before_now if view is not None])
+    several = min(parallel, len(waiting))
+    guard = MemoryGuard([v for _, v in before_now if v is not None], gpu_in_use(several))
     for job, view in before_now:
         if view is not None:
             logger.info("%s: finished before", job.folder.name)
     running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
     failed: list[str] = []
-    environment = _environment(min(parallel, len(waiting) or 1))
+    environment = _environment(several or 1)
     # A signal has Python's main thread handle it, and only that may say how.
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop) if is_main else None
@@ -164,6 +186,8 @@ def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
                 took = time.monotonic() - began
                 if process.returncode == 0:
                     logger.info("%s: finished in %.0f s", job.folder.name, took)
+                    if (view := job.finished()) is not None:
+                        guard.note(view)
                 else:
                     failed.append(f"{job.folder.name}: {_last_line(_log(logs, job))}")
                     logger.warning("%s: failed after %.0f s", job.folder.name, took)
@@ -189,10 +213,12 @@ def _room(guard: MemoryGuard, running: Collection[subprocess.Popen[bytes]]) -> b
         return True
     if guard.told != len(running):
         guard.told = len(running)
+        on_gpu = f" and {guard.need_cuda / GIB:.1f} GiB of the GPU's" if guard.need_cuda else ""
         logger.warning(
-            "another run waits for memory: %d run now, and one needs about %.1f GiB",
+            "another run waits for memory: %d run now, and one needs about %.1f GiB%s",
             len(running),
             guard.need / GIB,
+            on_gpu,
         )
     return False
 
@@ -296,7 +322,8 @@ def compare(arguments: Sequence[str], options: Options) -> Compared:
         missing = [f"{job.folder}: no finished run of this recipe" for job, v in found if not v]
     if failed and not views:
         raise UserError("\n".join(failed))
-    comparison = compare_runs(views, options.iterations, options.force, missing)
+    evaluated = evaluated_runs(views)
+    comparison = compare_runs(views, options.iterations, options.force, missing, evaluated)
     analysis = analyse(comparison, options.by, options.baseline, options.interval)
     runs, headline, lower = comparison.runs, comparison.headline, comparison.lower_is_better
     analysis |= {

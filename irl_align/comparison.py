@@ -15,7 +15,6 @@ from irl_align.errors import UserError
 from irl_align.files import read_json
 from irl_align.stages import RunView
 from irl_align.statistics import (
-    Estimate,
     Method,
     estimate,
     paired_difference,
@@ -30,6 +29,8 @@ AT_ENTROPY, BEYOND_ENTROPY = "first-at-entropy", "beyond-entropy"
 """What the first policy reaches at a policy's entropy, and the policy at temperature 1 less it:
 they stand behind a gold metric's name where else a temperature does."""
 REWARD = ("reward_accuracy", "fresh_accuracy")
+EVALUATED = ("preference/", "wins/", "lm_eval/")
+"""How the measures begin that `irl-align evaluate` told; see evaluation_measures."""
 # Gold metrics of the built-in tasks that are no headline; of others the direction is not known.
 LOWER_IS_BETTER = {"fully_right": False, "bleu": False, "chrf": False}
 
@@ -75,12 +76,14 @@ def compare_runs(
     iterations: bool = False,
     force: bool = False,
     missing: Sequence[str] = (),
+    evaluated: Mapping[Path, Mapping[str, float]] | None = None,
 ) -> Comparison:
     """Put finished runs side by side, by recipe name and seed.
 
     iterations: every policy of each run and not only its last. force: also where data or
-    evaluation differ. missing: what to say of runs that are not there. Raises UserError: no run,
-    an unfinished one, the same name and seed twice, or data or evaluation that differ.
+    evaluation differ. missing: what to say of runs that are not there. evaluated: run's folder ->
+    further measures of its last policy and reward. Raises UserError: no run, an unfinished one, the
+    same name and seed twice, or data or evaluation that differ.
     """
     views = sorted(views, key=lambda view: view.recipe["seed"])
     _check(views)
@@ -90,9 +93,13 @@ def compare_runs(
     methods = list(dict.fromkeys(view.recipe["name"] for view in views))
     by_method = {m: [v for v in views if v.recipe["name"] == m] for m in methods}
     rows = [*_shared_rows(by_method)]
-    start_is_shared = any(row.policy == 0 for row in rows)
+    start = next((row for row in rows if row.policy == 0), None)
+    missing = list(missing)
     for method, own in by_method.items():
-        rows += _method_rows(method, own, iterations, start_is_shared)
+        added = _method_rows(method, own, iterations, start is not None)
+        last = start if start is not None and all(map(_ends_with_start, own)) else added[-1]
+        missing += _add_evaluated(last, method, own, evaluated or {})
+        rows += added
     headlines = {
         str(record["headline"]): bool(record["lower_is_better"])
         for view in views
@@ -104,12 +111,33 @@ def compare_runs(
     return Comparison(
         rows,
         sorted({view.recipe["seed"] for view in views}),
-        {m: known[_metric(m)] for m in measures if _metric(m) in known},
+        {m: lower for m in measures if (lower := _direction(m, known)) is not None},
         next(iter(headlines), None) if len(headlines) == 1 else None,
         views,
         found,
-        list(missing),
+        missing,
     )
+
+
+def _direction(measure: str, known: Mapping[str, bool]) -> bool | None:
+    """Whether a measure is better lower; None where that is not known, as of lm-eval's."""
+    if measure.startswith(("preference/", "wins/")):
+        return False
+    return known.get(_metric(measure))
+
+
+def _add_evaluated(
+    row: Row, method: str, views: Sequence[RunView], evaluated: Mapping[Path, Mapping[str, float]]
+) -> list[str]:
+    """Note in a method's last row what all of its runs were evaluated on; return what to say of
+    the rest, of which a mean would be over other runs than the row's other means."""
+    found = [evaluated.get(view.folder, {}) for view in views]
+    shared = set.intersection(*map(set, found))
+    for view, measures in zip(views, found, strict=True):
+        row.add(view.recipe["seed"], {m: v for m, v in measures.items() if m in shared})
+    partial = sorted({m for measures in found for m in measures} - shared)
+    told = f"{method}: not evaluated in all of its runs: {', '.join(partial)}"
+    return [told] if partial else []
 
 
 def _check(views: Sequence[RunView]) -> None:
@@ -248,6 +276,8 @@ def policy_measures(view: RunView, number: int) -> dict[str, float]:
 
 def _beyond_entropy(by_key: Mapping[str, Mapping[str, Any]], number: int) -> dict[str, Any]:
     """Headline of the first policy at this one's entropy, and this one's at T=1 less that."""
+    if number == 0:
+        return _first_at_its_entropy(by_key)
     matched = by_key.get(f"matched-entropy/{number}")
     if matched is None:
         return {}
@@ -260,6 +290,17 @@ def _beyond_entropy(by_key: Mapping[str, Mapping[str, Any]], number: int) -> dic
         f"{headline}@{AT_ENTROPY}": start,
         f"{headline}@{BEYOND_ENTROPY}": own - start if known else None,
     }
+
+
+def _first_at_its_entropy(by_key: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of the first policy, which is itself there; nothing where no other was matched."""
+    found = next((r for k, r in by_key.items() if k.startswith("matched-entropy/")), None)
+    if found is None:
+        return {}
+    headline = found["headline"]
+    own = by_key.get("evaluation/0/t1", {}).get("metrics", {}).get(headline)
+    beyond = None if own is None else 0.0
+    return {f"{headline}@{AT_ENTROPY}": own, f"{headline}@{BEYOND_ENTROPY}": beyond}
 
 
 def _gold(record: Mapping[str, Any], temperature: float) -> dict[str, Any]:
@@ -294,7 +335,7 @@ def analyse(
         "baseline": base.label,
         "lower_is_better": comparison.lower_is_better,
         "rows": rows,
-        "ranking": [] if by is None else _ranking(policies, by, comparison.lower_is_better[by]),
+        **_ranked(policies, by, comparison.lower_is_better),
         "seconds": {"shared": together, "one_by_one": alone},
         "costs": [asdict(cost) for cost in method_costs(comparison.runs)],
         "differences": comparison.differences,
@@ -321,7 +362,7 @@ def _rank_measure(comparison: Comparison, by: str | None) -> str | None:
     if by is None:
         first = f"{comparison.headline}@1"
         return first if first in known else None
-    by = by if "@" in by else f"{by}@1"
+    by = by if by in known or "@" in by else f"{by}@1"
     if by not in known:
         raise UserError(
             f"--by: found {by!r}, expected a gold metric whose direction is known: "
@@ -359,22 +400,28 @@ def _against(row: Row, base: Row, lower: Mapping[str, bool], method: Method) -> 
     return found
 
 
-def _ranking(policies: Sequence[Row], by: str, lower: bool) -> list[dict[str, Any]]:
-    """Policies from the best mean to the worst, each with P(better than the next)."""
-    ranked = [row for row in policies if by in row.values]
+def _ranked(
+    policies: Sequence[Row], by: str | None, lower: Mapping[str, bool]
+) -> dict[str, list[Any]]:
+    """Policies from the best mean to the worst, each with P(better than the next), over the seeds
+    that all of them have: a seed may be easy, and who has no other would lead by it.
 
-    def mean(row: Row) -> Estimate:
-        return estimate(list(row.values[by].values()))
-
-    ranked.sort(key=lambda row: mean(row).mean, reverse=not lower)
-    out = []
-    for place, row in enumerate(ranked):
-        beats = None
-        if place + 1 < len(ranked):
-            sides = [list(r.values[by].values()) for r in (row, ranked[place + 1])]
-            beats = asdict(probability_of_improvement(sides[0], sides[1], lower))
-        out.append({"label": row.label, "mean": mean(row).mean, "beats_next": beats})
-    return out
+    Where no seed is in all of them, `ranked_seeds` is empty and each mean is over its own.
+    """
+    if by is None:
+        return {"ranking": [], "ranked_seeds": []}
+    found = [(row.label, row.values[by]) for row in policies if by in row.values]
+    shared = sorted(set.intersection(*(set(values) for _, values in found))) if found else []
+    used = [(label, [values[seed] for seed in shared or values]) for label, values in found]
+    used.sort(key=lambda one: estimate(one[1]).mean, reverse=not lower[by])
+    ranking = []
+    for place, (label, own) in enumerate(used):
+        entry = {"label": label, "mean": estimate(own).mean, "n": len(own), "beats_next": None}
+        if place + 1 < len(used):
+            beats = probability_of_improvement(own, used[place + 1][1], lower[by])
+            entry["beats_next"] = asdict(beats)
+        ranking.append(entry)
+    return {"ranking": ranking, "ranked_seeds": shared}
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:

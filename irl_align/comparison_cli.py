@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -97,19 +98,35 @@ Card = Annotated[
         show_default=False,
     ),
 ]
+Subset = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Subset of the cards' pairs to restrict them to; several times. Where columns make "
+        "the subset together (SFRES/quality), one column's value will do (quality).",
+        show_default=False,
+    ),
+]
 Split = Annotated[
     str | None, typer.Option(help="Split of the cards; default: test.", show_default=False)
+]
+TrainSet = Annotated[
+    str | None,
+    typer.Option(
+        help="Card of preferences, or CARD=PATH, to train a reward on, from the run's SFT model by "
+        "the run's settings: what others gain over chance is told as a share of what it gains.",
+        show_default=False,
+    ),
 ]
 TrainSplit = Annotated[
     str | None,
     typer.Option(
-        help="Split to train a reward on, from the run's SFT model by the run's settings: what "
-        "others gain over chance is told as a share of what it gains.",
+        help="Its split, default: train. Without --train-set, a split of the card itself.",
         show_default=False,
     ),
 ]
 Beside = Annotated[
-    list[Path] | None, typer.Option(help="Another run or reward to score the same pairs.")
+    list[Path] | None,
+    typer.Option(help="Another run (IRL, SPIN, DPO) or reward to score the same pairs."),
 ]
 Sft = Annotated[
     Path | None, typer.Option(help="Model of the log-prob baselines; of a run its SFT model.")
@@ -150,7 +167,14 @@ Judge = Annotated[
 JudgeModel = Annotated[
     str | None, typer.Option(help="Chat model behind the judge's address.", show_default=False)
 ]
-JudgeTimeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one reply of the judge.")]
+JudgeTimeout = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="Seconds for one reply of the judge at an address; default: 120.",
+        show_default=False,
+    ),
+]
 LmEval = Annotated[
     str | None,
     typer.Option(
@@ -255,7 +279,9 @@ def report(
 def evaluate(
     source: RunOrModel,
     card: Card = None,
+    subset: Subset = None,
     split: Split = None,
+    train_set: TrainSet = None,
     train_split: TrainSplit = None,
     beside: Beside = None,
     sft: Sft = None,
@@ -264,7 +290,7 @@ def evaluate(
     prompts: Prompts = None,
     judge: Judge = None,
     judge_model: JudgeModel = None,
-    judge_timeout: JudgeTimeout = 120.0,
+    judge_timeout: JudgeTimeout = None,
     lm_eval: LmEval = None,
     lm_eval_tasks: LmEvalTasks = None,
     lm_eval_limit: LmEvalLimit = None,
@@ -280,7 +306,9 @@ def evaluate(
 
     asked = Evaluation(
         cards=card or [],
+        subsets=subset or [],
         split=split,
+        train_set=train_set,
         train_split=train_split,
         beside=beside or [],
         sft=sft,
@@ -304,11 +332,16 @@ def _is_address(judge: str) -> bool:
     return judge.startswith(("http://", "https://"))
 
 
-def _endpoints(judges: list[str], model: str | None, timeout: float) -> list[Endpoint]:
+def _endpoints(judges: list[str], model: str | None, timeout: float | None) -> list[Endpoint]:
     """The judges that are endpoints; the key comes from the environment alone."""
     addresses = [judge for judge in judges if _is_address(judge)]
     if bool(addresses) != (model is not None):
         what = "an address without --judge-model" if addresses else "--judge-model alone"
         raise UserError(f"--judge: found {what}, expected both (--judge https://HOST/v1)")
+    if timeout is not None and not addresses:
+        raise UserError(
+            "--judge-timeout: found no judge's address, which alone reads it; expected both"
+        )
     key = os.environ.get("JUDGE_API_KEY", "")
-    return [Endpoint(url, model or "", key, timeout) for url in addresses]
+    made = [Endpoint(url, model or "", key) for url in addresses]
+    return made if timeout is None else [replace(one, timeout=timeout) for one in made]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from irl_align.comparison import AT_ENTROPY, BEYOND_ENTROPY
+from irl_align.comparison import AT_ENTROPY, BEYOND_ENTROPY, EVALUATED
 from irl_align.costs import PARTS
 
 Analysis = Mapping[str, Any]
@@ -25,7 +25,7 @@ GAP = 2  # between columns
 # Columns that are no numbers.
 TEXTS = ("policy", "metric", "gold", "rank", "scorer", "group", "baseline", "against", "task")
 # Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
-SHOWN = ("fully_right", "bleu")
+SHOWN = ("fully_right", "bleu", "chrf")
 PLAIN = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
 PLAIN |= {"demonstration_logp": 2, "reward_gain": 2, "matched_temperature": 2}
 """Decimals of the metrics that are no share; of others percent are shown, with one."""
@@ -40,6 +40,7 @@ VITALS = {
     "seconds": "seconds",
 }
 MATCHED = {AT_ENTROPY: "first policy at its entropy", BEYOND_ENTROPY: "beyond that"}
+BEYOND = "beyond entropy"
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,14 @@ def grids(analysis: Analysis) -> list[Grid]:
     rest = (
         against_baseline(analysis),
         ranking(analysis),
+        evaluated(analysis),
         frontier_fits(analysis),
         same_kl(analysis),
         learning_speed(analysis),
         costs(analysis),
+        memory_by_part(analysis),
+        tokens_by_part(analysis),
+        costs_by_iteration(analysis),
     )
     return [*found, *(grid for grid in rest if grid.rows)]
 
@@ -106,14 +111,16 @@ def vital_signs(analysis: Analysis) -> Grid:
 
 
 def against_baseline(analysis: Analysis) -> Grid:
-    """Differences to the baseline in the headline, paired by seed, with their tests."""
+    """Differences to the baseline in the headline, paired by seed, with their tests: at every
+    temperature, and beyond what the first policy reaches at each one's entropy."""
     columns = ["policy", "metric", "difference", "p, t-test", "p, sign flip", "P(better)"]
     grid = Grid(f"against {analysis['baseline']}, paired by seed", columns, [])
     headline = analysis["headline"]
+    own = [m for m in headline_measures(analysis) if m.partition("@")[0] == headline]
     for row in analysis["rows"]:
-        for measure in headline_measures(analysis):
+        for measure in [*own, f"{headline}@{BEYOND_ENTROPY}"]:
             found = row["against_baseline"].get(measure)
-            if found is None or measure.partition("@")[0] != headline:
+            if found is None:
                 continue
             grid.rows.append(
                 [
@@ -133,12 +140,30 @@ def ranking(analysis: Analysis) -> Grid:
     by = analysis["ranked_by"]
     grid = Grid(
         f"ranking by {column_name(by)}" if by else "ranking",
-        ["rank", "policy", "mean", "P(beats the next)"],
+        ["rank", "policy", "mean", "seeds", "P(beats the next)"],
         [],
     )
     for place, entry in enumerate(analysis["ranking"], 1):
-        beats = _probability(entry["beats_next"])
-        grid.rows.append([str(place), entry["label"], number(entry["mean"], by), beats])
+        seeds, beats = str(entry.get("n", MISSING)), _probability(entry["beats_next"])
+        grid.rows.append([str(place), entry["label"], number(entry["mean"], by), seeds, beats])
+    return grid
+
+
+def evaluated(analysis: Analysis) -> Grid:
+    """What `irl-align evaluate` told of every run of a method: preferences, wins, benchmarks."""
+    columns = ["policy", "metric", "value", "difference", "p, t-test"]
+    title = f"evaluations of the last policies and rewards, beside {analysis['baseline']}"
+    grid = Grid(title, columns, [])
+    for row in analysis["rows"]:
+        for measure in (m for m in row["estimates"] if m.startswith(EVALUATED)):
+            against = row["against_baseline"].get(measure)
+            cells = [row["label"], column_name(measure), cell(row, measure, analysis)]
+            if against is None:
+                cells += [MISSING, MISSING]
+            else:
+                shown = interval(against, measure, analysis["interval"], signed=True)
+                cells += [shown, _p(against["p_t"])]
+            grid.rows.append(cells)
     return grid
 
 
@@ -173,16 +198,19 @@ def _fitted(fit: Mapping[str, Any], largest: float) -> list[str]:
 
 
 def same_kl(analysis: Analysis) -> Grid:
-    """Gold and reward of PPO's rollouts at the same KL, mean over seeds that come so far."""
+    """Gold, reward and BLEU of PPO's rollouts at the same KL, mean over seeds that come so far."""
     found = analysis.get("at_kl", [])
     metric = column_name(found[0]["metric"]) if found else "gold"
     columns = ["policy", "KL", "reached by", metric, "reward"]
+    bleu = any(one.get("bleu") for one in found)
+    columns += [column_name("bleu")] if bleu else []
     grid = Grid("rollouts at the same KL", columns, [])
     for one in found:
-        reached = sum(levels is not None for levels in one["seeds"].values())
+        reached = sum(seed is not None for seed in one["seeds"].values())
         cells = [f"{one['method']}, {one['role']}", f"{one['kl']:g}"]
         cells.append(f"{reached} of {len(one['seeds'])}")
-        for level, measure in ((one["gold"], one["metric"]), (one["reward"], "reward_gain")):
+        levels = [(one["gold"], one["metric"]), (one["reward"], "reward_gain")]
+        for level, measure in [*levels, *([(one.get("bleu"), "bleu")] if bleu else [])]:
             known = level is not None
             cells.append(interval(level, measure, analysis["interval"]) if known else MISSING)
         grid.rows.append(cells)
@@ -211,8 +239,7 @@ def costs(analysis: Analysis) -> Grid:
     found = [cost for cost in analysis["costs"] if cost["parts"]]
     parts = [part for part in PARTS if any(part in cost["parts"] for cost in found)]
     tokens = [n for n in ("trained", "sampled") if any(n in c.get("tokens", {}) for c in found)]
-    named = ["policy step" if part == "policy" else part for part in parts]
-    columns = ["policy", *named, "total", "per iteration", "relative"]
+    columns = ["policy", *map(_part_name, parts), "total", "per iteration", "relative"]
     columns += [*(f"tokens {name}, thousands" for name in tokens), "peak MiB"]
     grid = Grid("seconds, mean over seeds, as if nothing were shared", columns, [])
     first = next((_per_iteration(cost) for cost in found if cost["iterations"]), 0.0)
@@ -231,6 +258,60 @@ def costs(analysis: Analysis) -> Grid:
             ]
         )
     return grid
+
+
+def memory_by_part(analysis: Analysis) -> Grid:
+    """The largest peak of every method's stages, by part."""
+    title = "peak MiB by part (without a GPU: of the process up to there)"
+    return _by_part(analysis, title, ["peak_mib"])
+
+
+def tokens_by_part(analysis: Analysis) -> Grid:
+    """Tokens that every method trained on and sampled, by part, every pass counted."""
+    title = "thousands of tokens by part, mean over seeds, as if nothing were shared"
+    return _by_part(analysis, title, ["trained", "sampled"])
+
+
+def _by_part(analysis: Analysis, title: str, measures: Sequence[str]) -> Grid:
+    """One row per method, one column per part and measure that any of them tells."""
+    found = [(cost["method"], cost.get("by_part", {})) for cost in analysis["costs"]]
+    columns = [
+        (part, name)
+        for part in PARTS
+        for name in measures
+        if any(name in told.get(part, {}) for _, told in found)
+    ]
+    names = [_part_name(p) + ("" if n == "peak_mib" else f" {n}") for p, n in columns]
+    rows = [
+        [method, *(_cost(told.get(part, {}), name) for part, name in columns)]
+        for method, told in found
+        if told
+    ]
+    return Grid(title, ["policy", *names], rows if columns else [])
+
+
+def costs_by_iteration(analysis: Analysis) -> Grid:
+    """Seconds, tokens and peak memory of every iteration, where a method has more than one."""
+    columns = ["policy", "seconds", "tokens trained, thousands", "tokens sampled, thousands"]
+    grid = Grid("by iteration, without measuring", [*columns, "peak MiB"], [])
+    if all(len(cost["iterations"]) < 2 for cost in analysis["costs"]):
+        return grid
+    for cost in analysis["costs"]:
+        for k, seconds in cost["iterations"].items():
+            told = cost.get("by_iteration", {}).get(k, {})
+            cells = [_cost(told, name) for name in ("trained", "sampled", "peak_mib")]
+            grid.rows.append([f"{cost['method']}, iteration {k}", f"{seconds:.0f}", *cells])
+    return grid
+
+
+def _part_name(part: str) -> str:
+    return "policy step" if part == "policy" else part
+
+
+def _cost(told: Mapping[str, float], name: str) -> str:
+    if name == "peak_mib" and name in told:
+        return f"{told[name]:.0f}"
+    return _thousands(told.get(name))
 
 
 def _thousands(value: float | None) -> str:
@@ -259,11 +340,22 @@ def notes(analysis: Analysis) -> list[str]:
             lines.append(f"{row['label']}: {full} of {len(seeds)} seeds")
         if partial:
             lines.append(f"{row['label']}: not in all of its seeds: {', '.join(partial)}")
+    lines += _ranking_note(analysis)
+    if any(_is_beyond(m) for row in analysis["rows"] for m in row["against_baseline"]):
+        lines.append(
+            f"{BEYOND}: at T=1, less what the first policy reaches at the same entropy per token"
+        )
     shared, alone = analysis["seconds"]["shared"], analysis["seconds"]["one_by_one"]
     if alone:
         lines.append(
             f"stages: {shared:.0f} s together, {alone:.0f} s if every run were by itself "
             f"({shared / alone:.0%})"
+        )
+    resumed = [f"{c['method']} {c['resumed']}" for c in analysis["costs"] if c.get("resumed")]
+    if resumed:
+        lines.append(
+            f"stages that went on after a stop, whose seconds are of the last try alone: "
+            f"{', '.join(resumed)}"
         )
     lines += [
         f"overoptimised: {found['name']}: gold falls beyond KL {found['gold']['peak_kl']:.2f}, "
@@ -279,6 +371,24 @@ def notes(analysis: Analysis) -> list[str]:
     lines += [f"not compared: {line}" for line in analysis["missing"]]
     lines += [f"differs: {line}" for line in analysis["differences"]]
     return lines
+
+
+def _ranking_note(analysis: Analysis) -> list[str]:
+    """Over which seeds is ranked, where that is not all of them, and who lacks the others."""
+    shared = analysis.get("ranked_seeds")  # an older comparison has none
+    if not analysis["ranking"] or shared is None or shared == analysis["seeds"]:
+        return []
+    if not shared:
+        return ["ranking: no seed is in all policies, so each mean is over seeds of its own"]
+    by, all_seeds = analysis["ranked_by"], analysis["seeds"]
+    policies = [row for row in analysis["rows"] if row["policy"] is not None]
+    short = [r["label"] for r in policies if len(r["values"].get(by, all_seeds)) < len(all_seeds)]
+    seeds = ", ".join(map(str, shared))
+    return [f"ranking: over the seeds that all policies have ({seeds}); fewer: {', '.join(short)}"]
+
+
+def _is_beyond(measure: str) -> bool:
+    return measure.partition("@")[2] == BEYOND_ENTROPY
 
 
 def show_comparison(analysis: Analysis, console: Console) -> None:
@@ -359,7 +469,7 @@ def to_csv(analysis: Analysis) -> str:
     """
     columns = ["policy", "method", "iteration", "measure", "mean", "low", "high", "seeds"]
     columns += ["difference", "difference_low", "difference_high", "p_t", "p_sign_flip"]
-    columns += ["probability_of_improvement"]
+    columns += ["probability_of_improvement", "probability_low", "probability_high"]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -370,7 +480,7 @@ def to_csv(analysis: Analysis) -> str:
             line = [row["label"], row["method"], row["policy"], measure]
             line += [found[k] for k in ("mean", "low", "high", "n")]
             line += [against.get(k) for k in ("mean", "low", "high", "p_t", "p_sign_flip")]
-            writer.writerow([*line, better.get("mean")])
+            writer.writerow([*line, *(better.get(k) for k in ("mean", "low", "high"))])
     return file.getvalue()
 
 
@@ -404,7 +514,10 @@ def column_name(measure: str) -> str:
     """`slot_error_rate@0` as `slot error rate % greedy`."""
     metric, _, temperature = measure.partition("@")
     at = "greedy" if temperature == "0" else f"T={temperature}" if temperature else ""
+    at = {AT_ENTROPY: MATCHED[AT_ENTROPY], BEYOND_ENTROPY: BEYOND}.get(temperature, at)
     unit = "" if metric in PLAIN else " %"
+    if metric.startswith(EVALUATED):
+        metric = ", ".join(metric.split("/"))
     return f"{metric.replace('_', ' ')}{unit} {at}".strip()
 
 
@@ -415,8 +528,11 @@ def _p(value: float | None) -> str:
 
 
 def _probability(found: Mapping[str, Any] | None) -> str:
-    """A probability of improvement; of one seed each it would be 0 or 1 and say nothing."""
-    return MISSING if found is None or found["n"] < 2 else f"{found['mean']:.2f}"
+    """A probability of improvement with its bootstrap interval; of one seed each it would be 0 or 1
+    and say nothing."""
+    if found is None or found["n"] < 2:
+        return MISSING
+    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -28,6 +28,8 @@ class StageCost:
     """Tokens that were trained on, every pass counted; None where it is not known."""
     sampled: int | None
     """Tokens that were sampled."""
+    resumed: bool = False
+    """Whether it went on after a stop: its seconds are of its last try."""
 
 
 def stage_costs(view: RunView) -> list[StageCost]:
@@ -44,7 +46,16 @@ def stage_costs(view: RunView) -> list[StageCost]:
         trained, sampled = _tokens(view, trainings.get(role), record)
         found.setdefault(
             record["stage_key"],
-            StageCost(record["stage_key"], part, iteration, seconds, peak, trained, sampled),
+            StageCost(
+                record["stage_key"],
+                part,
+                iteration,
+                seconds,
+                peak,
+                trained,
+                sampled,
+                bool(record.get("resumed")),
+            ),
         )
     return list(found.values())
 
@@ -106,33 +117,52 @@ class MethodCost:
     """Largest peak of any of its stages."""
     tokens: dict[str, float]
     """`trained` and `sampled` -> tokens per outer iteration, without measuring."""
+    by_part: dict[str, dict[str, float]]
+    """Part -> `trained` and `sampled` tokens, mean over seeds, and `peak_mib`, the largest; each
+    where its stages tell it."""
+    by_iteration: dict[int, dict[str, float]]
+    """Outer iteration -> the same of its stages."""
+    resumed: int
+    """Stages that went on after a stop, whose seconds are of their last try alone."""
 
 
 def method_costs(views: Sequence[RunView]) -> Iterator[MethodCost]:
     """Costs of every method, in the order of the runs."""
     for method in dict.fromkeys(view.recipe["name"] for view in views):
         own = [stage_costs(view) for view in views if view.recipe["name"] == method]
-        stages = [stage for run in own for stage in run]
-        parts = {
-            part: sum(s.seconds for s in stages if s.part == part) / len(own)
-            for part in PARTS
-            if any(s.part == part for s in stages)
-        }
+        stages, runs = [stage for run in own for stage in run], len(own)
         numbers = sorted({s.iteration for s in stages if s.iteration is not None})
-        iterations = {
-            k: sum(s.seconds for s in stages if s.iteration == k) / len(own) for k in numbers
-        }
-        peaks = [s.peak_mib for s in stages if s.peak_mib is not None]
-        tokens = _per_iteration(stages, len(numbers) * len(own)) if numbers else {}
-        yield MethodCost(method, parts, iterations, max(peaks, default=None), tokens)
+        in_loop = [s for s in stages if s.iteration is not None]
+        in_part = {part: [s for s in stages if s.part == part] for part in PARTS}
+        in_iteration = {k: [s for s in stages if s.iteration == k] for k in numbers}
+        yield MethodCost(
+            method,
+            {part: sum(s.seconds for s in of) / runs for part, of in in_part.items() if of},
+            {k: sum(s.seconds for s in of) / runs for k, of in in_iteration.items()},
+            _peak(stages),
+            _tokens_each(in_loop, len(numbers) * runs),
+            {part: _told(of, runs) for part, of in in_part.items() if of},
+            {k: _told(of, runs) for k, of in in_iteration.items()},
+            len({s.key for s in stages if s.resumed}),
+        )
 
 
-def _per_iteration(stages: Sequence[StageCost], iterations: int) -> dict[str, float]:
-    """Mean tokens of an iteration; nothing where no stage tells them, as of an older run."""
-    own = [stage for stage in stages if stage.iteration is not None]
-    counts = {"trained": [s.trained for s in own], "sampled": [s.sampled for s in own]}
+def _peak(stages: Sequence[StageCost]) -> float | None:
+    return max((s.peak_mib for s in stages if s.peak_mib is not None), default=None)
+
+
+def _told(stages: Sequence[StageCost], runs: int) -> dict[str, float]:
+    """Tokens of these stages per run, and their largest peak."""
+    peak = _peak(stages)
+    return _tokens_each(stages, runs) | ({} if peak is None else {"peak_mib": peak})
+
+
+def _tokens_each(stages: Sequence[StageCost], number: int) -> dict[str, float]:
+    """Tokens of these stages over a number of runs or iterations; nothing where no stage tells
+    them, as of an older run."""
+    counts = {"trained": [s.trained for s in stages], "sampled": [s.sampled for s in stages]}
     return {
-        name: sum(values) / iterations
+        name: sum(values) / number
         for name, found in counts.items()
         if (values := [value for value in found if value is not None])
     }

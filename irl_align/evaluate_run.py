@@ -9,6 +9,7 @@ from typing import Any
 
 from irl_align.best_of_curve import best_of_curve
 from irl_align.chat_endpoint import Endpoint
+from irl_align.data import data_checksum
 from irl_align.endpoint_judge import judged_by
 from irl_align.errors import UserError
 from irl_align.evaluation_tables import FILE, read_evaluation, subject_of
@@ -16,16 +17,32 @@ from irl_align.files import atomic_write, to_json
 from irl_align.harness import run_benchmarks
 from irl_align.leaderboard import benchmarks
 from irl_align.policy_eval import judged
-from irl_align.preference_eval import Subject, evaluate, is_classifier, load_set, subject
+from irl_align.preference_eval import Subject, evaluate, is_classifier, subject
+from irl_align.preference_rival import with_reward
+from irl_align.preference_sets import PreferenceSet, load_set, restricted
 from irl_align.stages import Run, is_run
 
 NAMES = {
-    "sets": ("card", "split"),
+    "sets": ("card", "split", "only"),
     "judged": ("judge",),
     "judged_by_chat": ("judge", "url"),
     "benchmarks": ("task", "shots", "limit", "lm_eval"),
 }
 """Section of an evaluation -> what tells its entries apart."""
+READ_WITH = {
+    "--card": {
+        "subsets": "--subset",
+        "split": "--split",
+        "train_set": "--train-set",
+        "train_split": "--train-split",
+        "beside": "--beside",
+        "sft": "--sft",
+    },
+    "--best-of": {"backend": "--backend"},
+    "--best-of or a judge's address": {"prompts": "--prompts"},
+    "--lm-eval": {"tasks_folder": "--lm-eval-tasks", "limit": "--lm-eval-limit"},
+}
+"""What reads an option -> field of an Evaluation -> the option."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +51,14 @@ class Evaluation:
 
     cards: Sequence[str] = ()
     """Preference sets, `CARD` or `CARD=PATH`."""
+    subsets: Sequence[str] = ()
+    """Subsets of theirs that are evaluated; nothing is all."""
     split: str | None = None
     """Their split; default test."""
+    train_set: str | None = None
+    """Preference set on which a reward is trained to compare with; default: the same."""
     train_split: str | None = None
-    """Split on which a reward is trained to compare with."""
+    """Its split; default train, where there is a train_set."""
     beside: Sequence[Path] = ()
     """Other runs or rewards that score the same pairs."""
     sft: Path | None = None
@@ -68,6 +89,7 @@ def evaluate_source(
     Of a run the default is evaluation.json in its folder. Raises UserError.
     """
     _check(source, asked)
+    scoring = _scoring(source, asked)
     found: dict[str, Any] = {"source": source.name, "best_of": None}
     found |= {section: [] for section in NAMES}
     before = None
@@ -76,23 +98,25 @@ def evaluate_source(
         found["of"] = subject_of(view)
         if output is None:  # what was found before stays, unless it is found anew
             output, before = source / FILE, read_evaluation(view)
-    for section, part in _parts(source, asked, device):
+    for section, part in _parts(source, asked, scoring, device):
         found[section] = part
         if output is not None:  # after each part: a later one may fail
             atomic_write(output, to_json(merged(before, found), indent=2) + "\n")
     return found
 
 
-def _parts(source: Path, asked: Evaluation, device: str) -> Iterator[tuple[str, Any]]:
+def _parts(
+    source: Path, asked: Evaluation, scoring: Scoring | None, device: str
+) -> Iterator[tuple[str, Any]]:
     """(section, what was found) of all that was asked for, one after another."""
     if asked.best_of is not None:
         yield (
             "best_of",
             best_of_curve(source, asked.best_of, asked.prompts, device, asked.backend),
         )
-    if asked.cards:
-        what = subject(source, asked.sft, asked.beside)
-        yield "sets", [_on_set(what, spec, asked, device) for spec in asked.cards]
+    if scoring is not None:
+        what, sets = scoring
+        yield "sets", [evaluate(what, pairs, device, train) for pairs, train in sets]
     if asked.judges:
         yield "judged", [judged(source, judge, device) for judge in asked.judges]
     if asked.endpoints:
@@ -108,10 +132,7 @@ def _check(source: Path, asked: Evaluation) -> None:
         raise UserError(
             "evaluate: found none of --card, --best-of, --judge and --lm-eval, expected one"
         )
-    if asked.train_split is not None and asked.train_split == (asked.split or "test"):
-        raise UserError(
-            f"--train-split: found {asked.train_split!r}, which is evaluated on; expected another"
-        )
+    _refuse_unread(asked)
     if asked.benchmarks is not None:
         benchmarks(asked.benchmarks)
         if not is_run(source) and is_classifier(source):
@@ -123,9 +144,9 @@ def merged(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, An
     before = before or {}
     whole = {**found, "best_of": found["best_of"] or before.get("best_of")}
     for section, names in NAMES.items():
-        known = [[one[name] for name in names] for one in found[section]]
+        known = [[one.get(name) for name in names] for one in found[section]]
         old = before.get(section, [])
-        kept = [one for one in old if [one[name] for name in names] not in known]
+        kept = [one for one in old if [one.get(name) for name in names] not in known]
         whole[section] = [*kept, *found[section]]
     return whole
 
@@ -148,6 +169,63 @@ def _benchmarks(source: Path, asked: Evaluation, device: str) -> list[dict[str, 
     )
 
 
-def _on_set(what: Subject, spec: str, asked: Evaluation, device: str) -> dict[str, Any]:
-    train = load_set(spec, asked.train_split) if asked.train_split is not None else None
-    return evaluate(what, load_set(spec, asked.split), device, train)
+def _refuse_unread(asked: Evaluation) -> None:
+    """Raise UserError for options that nothing reads, of what else was asked for."""
+    there = {
+        "--card": bool(asked.cards),
+        "--best-of": asked.best_of is not None,
+        "--best-of or a judge's address": asked.best_of is not None or bool(asked.endpoints),
+        "--lm-eval": asked.benchmarks is not None,
+    }
+    unread = {
+        reader: [option for field, option in options.items() if getattr(asked, field)]
+        for reader, options in READ_WITH.items()
+        if not there[reader]
+    }
+    told = [
+        f"{', '.join(options)} without {reader}" for reader, options in unread.items() if options
+    ]
+    if told:
+        raise UserError(f"evaluate: found {'; '.join(told)}, which is what reads it: give both")
+
+
+Sets = list[tuple[PreferenceSet, PreferenceSet | None]]
+"""Preference sets, each with the one on which a reward is trained to compare with."""
+Scoring = tuple[Subject, Sets]
+"""What scores which preference sets."""
+
+
+def _scoring(source: Path, asked: Evaluation) -> Scoring | None:
+    """What --card asks for, before any work; None without it. Raises UserError."""
+    if not asked.cards:
+        return None
+    what = subject(source, asked.sft, asked.beside)
+    if asked.train_set is not None or asked.train_split is not None:
+        with_reward(what.view)
+    return what, _load_sets(asked)
+
+
+def _load_sets(asked: Evaluation) -> Sets:
+    """The preference sets. Raises UserError: an unknown subset, or pairs that are trained on and
+    evaluated."""
+    train = None
+    if asked.train_set is not None:
+        train = load_set(asked.train_set, asked.train_split or "train")
+    found = []
+    for spec in asked.cards:
+        pairs = restricted(load_set(spec, asked.split), asked.subsets)
+        own = train
+        if asked.train_set is None and asked.train_split is not None:
+            own = load_set(spec, asked.train_split)
+        if own is not None:
+            _refuse_same(pairs, own, "--train-split" if train is None else "--train-set")
+        found.append((pairs, own))
+    return found
+
+
+def _refuse_same(pairs: PreferenceSet, train: PreferenceSet, option: str) -> None:
+    """Raise UserError where all pairs that are evaluated are trained on too."""
+    rows = [data_checksum([row]) for row in train.rows]
+    if {data_checksum([row]) for row in pairs.rows} <= set(rows):
+        named = train.split if option == "--train-split" else f"{train.card.name}, {train.split}"
+        raise UserError(f"{option}: found {named!r}, which is evaluated on; expected another")

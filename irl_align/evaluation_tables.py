@@ -8,7 +8,7 @@ from typing import Any
 from irl_align.comparison_tables import Grid
 from irl_align.files import read_json
 from irl_align.leaderboard import LEADERBOARD
-from irl_align.preference_report import half, preference_grids
+from irl_align.preference_report import half, preference_grids, preference_notes
 from irl_align.stages import RunView
 
 FILE = "evaluation.json"
@@ -41,13 +41,9 @@ def evaluation_grids(found: Mapping[str, Any]) -> list[Grid]:
 
 def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables must know, one line each."""
-    dropped = [
-        f"{report['card']}: {report['dropped']} pairs too long for a model, left out"
-        for report in found["sets"]
-        if report["dropped"]
-    ]
+    sets = [line for report in found["sets"] for line in preference_notes(report)]
     told = curve_notes(found["best_of"]) if found["best_of"] else []
-    return [*dropped, *told, *map(_unjudged, _without_verdict(found)), *benchmark_notes(found)]
+    return [*sets, *told, *map(_unjudged, _without_verdict(found)), *benchmark_notes(found)]
 
 
 def judge_grid(report: Mapping[str, Any]) -> Grid:
@@ -169,13 +165,25 @@ def curve_grid(report: Mapping[str, Any]) -> Grid:
 
 
 def curve_notes(report: Mapping[str, Any]) -> list[str]:
-    """One line for every gold field that the reward is overoptimised on."""
-    return [
+    """One line for every gold field that the reward is overoptimised on, and one for those of which
+    it is not known whether high or low is better."""
+    unknown = [
+        name.replace("_", " ")
+        for name, found in report["gold"].items()
+        if found["lower_is_better"] is None
+    ]
+    over = [
         f"overoptimised: {name.replace('_', ' ')} is best at n = {found['peak_n']} and worse at "
         f"n = {report['n'][-1]}, while the reward still rises"
         for name, found in report["gold"].items()
         if found["overoptimised"]
     ]
+    if unknown:
+        over.append(
+            "best of n: not judged for overoptimisation, since the gold does not say whether high "
+            f"or low is good: {', '.join(unknown)}"
+        )
+    return over
 
 
 def _shown(found: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from irl_align.files import read_lines
 from irl_align.models import pick_device
 from irl_align.preference_eval import reward_of
 from irl_align.reward.model import RewardModel
-from irl_align.stages import RERUN, Run
+from irl_align.stages import RERUN, Run, RunView
 from irl_align.statistics import clustered_share
 from irl_align.tables import policy_label
 
@@ -58,14 +58,13 @@ def judged(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]:
 
     Against the policy that the run started from and against the first demonstration of each prompt;
     equal texts count half, intervals are over prompts. Raises UserError: no finished run, or a
-    judge that is the run's own reward.
+    judge that is a reward of the run, of whichever iteration.
     """
     samples = last_samples(source)
     folder = reward_of(judge)
-    own = (Run.load(source).summary or {})["reward"]
-    if own is not None and folder.resolve() == (source.parent / str(own)).resolve():
+    if used := _trained_on(Run.load(source), folder):
         raise UserError(
-            f"--judge: found {judge}, the reward that the policy was trained on; expected another"
+            f"--judge: found {judge}, {used} that the policy was trained on; expected another"
         )
     reward = RewardModel.from_pretrained(folder, pick_device(device))
     rows = [
@@ -73,6 +72,22 @@ def judged(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]:
         for temperature, last, first in samples.by_temperature
     ]
     return {"judge": judge.name, "policy": samples.label, "rows": rows}
+
+
+def _trained_on(view: RunView, reward: Path) -> str:
+    """Which of a run's rewards is in this folder, in words; empty if none is."""
+    folder = reward.resolve()
+    own = (view.summary or {}).get("reward")
+    if own is not None and folder == (view.folder.parent / str(own)).resolve():
+        return "the reward"
+    for role, stage in view.stages.items():
+        if role.startswith("reward/") and folder == _model_of(view, stage):
+            return f"the reward of iteration {int(role.removeprefix('reward/')) + 1}"
+    return ""
+
+
+def _model_of(view: RunView, stage: Mapping[str, str]) -> Path:
+    return (view.folder / stage["path"] / "model").resolve()
 
 
 def _wins(

@@ -6,32 +6,43 @@ Preferences are for reporting only: no run selects by what is measured here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from irl_align.cards import Card, load_card
-from irl_align.config import DataOptions, Recipe
-from irl_align.data import Preference, data_checksum, load_preferences
+from irl_align.data import prompt_key
 from irl_align.errors import UserError
-from irl_align.lab import derive_seed
 from irl_align.maths.losses import calibration_error
-from irl_align.models import completion_logprobs, load_model, load_tokenizer, pick_device
-from irl_align.preference_report import PairSet, excess_share, preference_report
-from irl_align.reward.fit import fit_reward, pair_columns
-from irl_align.reward.model import RewardModel, RewardSettings
-from irl_align.stages import Run, RunView, Store, is_run
-from irl_align.tokens import encode_preferences
-from irl_align.trainers import Training
+from irl_align.models import completion_logprobs, load_model, pick_device
+from irl_align.preference_report import (
+    BASELINES,
+    PREFERENCE_REWARD,
+    PairSet,
+    excess_share,
+    preference_report,
+)
+from irl_align.preference_rival import Rival, first_policy, preference_reward
+from irl_align.preference_sets import PreferenceSet, axes_of, encode, fits, reads_prompt_again
+from irl_align.reward.model import RewardModel
+from irl_align.stages import Run, RunView, is_run
 
-UNLIMITED = 2**31 - 1  # tokens; what is too long for a model is dropped here, and counted
-PREFERENCE_REWARD = "trained on preferences"
+OWN_REWARD, IMPLICIT_REWARD = "reward", "implicit reward"
+RESERVED = (OWN_REWARD, IMPLICIT_REWARD, PREFERENCE_REWARD, *BASELINES)
+"""Names of scorers that no run beside can have."""
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The reward log pi(y|x) - log pi_0(y|x) that SPIN and DPO fit, up to its beta."""
+
+    policy: Path
+    reference: Path
+    """The model that the policy started from."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +51,12 @@ class Subject:
 
     rewards: Mapping[str, Path]
     """Name -> folder of an explicit reward."""
-    policy: Path | None = None
-    """Policy whose log-ratio to `sft` is the implicit reward (SPIN, DPO)."""
+    implicit: Mapping[str, Implicit]
+    """Name -> an implicit reward (SPIN, DPO)."""
     sft: Path | None = None
     """Language model of the log-prob baselines."""
     view: RunView | None = None
     """The run, where it is one."""
-
-
-@dataclass(frozen=True)
-class PreferenceSet:
-    """A card's split: its rows, loaded once."""
-
-    card: Card
-    split: str
-    rows: list[Preference]
 
 
 @dataclass(frozen=True)
@@ -68,33 +70,58 @@ class Scored:
 def subject(path: Path, sft: Path | None = None, beside: Sequence[Path] = ()) -> Subject:
     """What is at `path`: a run, or a model's folder (a reward, or a policy where `sft` is given).
 
-    beside: other runs or rewards, to score the same pairs. Raises UserError: an unfinished run, or
-    nothing to evaluate.
+    beside: other runs or rewards, to score the same pairs; of SPIN and DPO the implicit reward.
+    Raises UserError: an unfinished run, or nothing to evaluate.
     """
-    rewards: dict[str, Path] = {}
-    policy, view = None, None
-    if is_run(path):
-        view = Run.load(path)
-        if view.summary is None:
-            raise UserError(f"{path}: this run is not finished; run its recipe again to go on")
-        if view.summary["reward"] is not None:
-            rewards["reward"] = path.parent / str(view.summary["reward"])
-        elif view.recipe["loop"]["iterations"] and view.recipe["reward"]["kind"] == "implicit":
-            policy = path.parent / str(view.summary["policy"])
-        role = "sft" if "sft" in view.stages else "start"
-        sft = sft or path / view.stages[role]["path"] / "model"
-    elif is_classifier(path):
-        rewards["reward"] = path
-    else:
-        policy = path
-        if sft is None:
-            raise UserError(
-                f"{path}: found a language model, whose implicit reward needs --sft, the model "
-                "that it started from; expected that, a reward or a run"
-            )
+    what = _of_run(path) if is_run(path) else _of_model(path, sft)
+    rewards, implicit = dict(what.rewards), dict(what.implicit)
     for other in beside:
-        rewards[_unused(other.name, rewards)] = reward_of(other)
-    return Subject(rewards, policy, sft, view)
+        found = _beside(other)
+        name = _unused(other.name, {*RESERVED, *rewards, *implicit})
+        if isinstance(found, Implicit):
+            implicit[name] = found
+        else:
+            rewards[name] = found
+    return replace(what, rewards=rewards, implicit=implicit, sft=sft or what.sft)
+
+
+def _of_run(path: Path) -> Subject:
+    """A finished run's last reward: an explicit one, or its policy against the one it began with;
+    neither, where it had no reward."""
+    view = Run.load(path)
+    if view.summary is None:
+        raise UserError(f"{path}: this run is not finished; run its recipe again to go on")
+    first, _ = first_policy(view)
+    rewards, implicit = dict[str, Path](), dict[str, Implicit]()
+    if view.summary["reward"] is not None:
+        rewards[OWN_REWARD] = path.parent / str(view.summary["reward"])
+    elif view.recipe["loop"]["iterations"] and view.recipe["reward"]["kind"] == "implicit":
+        implicit[IMPLICIT_REWARD] = Implicit(path.parent / str(view.summary["policy"]), first)
+    return Subject(rewards, implicit, first, view)
+
+
+def _of_model(path: Path, sft: Path | None) -> Subject:
+    if is_classifier(path):
+        return Subject({OWN_REWARD: path}, {})
+    if sft is None:
+        raise UserError(
+            f"{path}: found a language model, whose implicit reward needs --sft, the model "
+            "that it started from; expected that, a reward or a run"
+        )
+    return Subject({}, {IMPLICIT_REWARD: Implicit(path, sft)})
+
+
+def _beside(path: Path) -> Path | Implicit:
+    """The reward of another run, explicit or implicit, or one in a folder."""
+    if not is_run(path):
+        if not is_classifier(path):
+            raise UserError(f"--beside: {path}: found a language model, expected a run or a reward")
+        return path
+    found = _of_run(path)
+    rewards: list[Path | Implicit] = [*found.rewards.values(), *found.implicit.values()]
+    if not rewards:
+        raise UserError(f"--beside: {path}: this run has no reward; expected one that has")
+    return rewards[0]
 
 
 def is_classifier(path: Path) -> bool:
@@ -112,104 +139,90 @@ def is_classifier(path: Path) -> bool:
 
 def reward_of(path: Path) -> Path:
     """Folder of the explicit reward of a run, or a reward's own."""
-    found = subject(path).rewards if is_run(path) else {"reward": path}
-    if "reward" not in found:
+    found = _of_run(path).rewards if is_run(path) else {OWN_REWARD: path}
+    if OWN_REWARD not in found:
         raise UserError(f"{path}: this run has no explicit reward; expected one that has")
-    return found["reward"]
+    return found[OWN_REWARD]
 
 
-def _unused(name: str, taken: Mapping[str, Any]) -> str:
+def _unused(name: str, taken: Collection[str]) -> str:
     numbered = [name, *(f"{name} {i}" for i in range(2, len(taken) + 3))]
     return next(n for n in numbered if n not in taken)
-
-
-def load_set(spec: str, split: str | None = None) -> PreferenceSet:
-    """The pairs of `CARD` or `CARD=PATH`; split: default test, or the card's only one."""
-    name, _, path = spec.partition("=")
-    card = load_card(name)
-    if split is None:
-        split = "test" if "test" in card.split_names else card.split_names[0]
-    return PreferenceSet(card, split, load_preferences(card, split, path or None))
 
 
 def evaluate(
     what: Subject,
     pairs: PreferenceSet,
     device: str = "auto",
-    train_split: PreferenceSet | None = None,
+    train: PreferenceSet | None = None,
 ) -> dict[str, Any]:
     """Report of all scorers on a preference set (see preference_report).
 
-    train_split: pairs on which a reward of the run's own backbone is trained by the run's own
-    settings; its accuracy is what the others' excess over chance is a share of.
+    train: pairs on which a reward of the run's own backbone is trained by the run's own settings;
+    its accuracy is what the others' excess over chance is a share of.
     """
     where = pick_device(device)
-    rewards = dict(what.rewards)
-    if train_split is not None:
-        rewards[PREFERENCE_REWARD] = preference_reward(what, train_split, where)
-    models = {**rewards, "policy": what.policy, "sft": what.sft}
-    folders = {name: path for name, path in models.items() if path is not None}
-    encoded = {name: encode(pairs, path, name in rewards) for name, path in folders.items()}
-    kept = np.flatnonzero(np.all([_fits(encoded[name], folders[name]) for name in folders], axis=0))
-    if not len(kept):
-        raise UserError(
-            f"{pairs.card.name}: all {len(pairs.rows)} pairs are longer than the models' context"
-        )
-    rows = {name: data.select(kept) for name, data in encoded.items()}
-    scored = _score(rewards, what, rows, where)
+    rival = None if train is None else preference_reward(what.view, train, where)
+    if rival is not None:
+        what = replace(what, rewards={**what.rewards, PREFERENCE_REWARD: rival.path})
+    rows, dropped = _encoded(what, pairs)
+    scored = _score(what, rows, where)
     some = next(iter(rows.values()))
+    subsets = list(some["subset"])
     described = PairSet(
         pairs.card.name,
         pairs.split,
         list(some["prompt_key"]),
-        list(some["subset"]),
+        subsets,
         list(some["margin"]),
-        len(pairs.rows) - len(kept),
+        dropped,
+        pairs.only,
+        axes_of(pairs.card, subsets),
     )
     report = preference_report(described, scored.margins, scored.calibration)
-    if train_split is not None:
+    if rival is not None and train is not None:
+        report |= {"trained_on": _told(rival, train, described.prompts)}
         best = report["scorers"][PREFERENCE_REWARD]["overall"]["mean"]
         for found in report["scorers"].values():
             found["excess_share"] = excess_share(found["overall"]["mean"], best)
     return report
 
 
-def encode(pairs: PreferenceSet, path: Path, is_reward: bool) -> Dataset:
-    """A set's pairs as a model's token ids, by the prompt template that the model was trained with;
-    by the card's own where the model tells none."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    own = config.get("irl_reward" if is_reward else "irl_prompt") or {}
-    changed = {k: own[k] for k in ("template", "lowercase") if k in own}
-    card = pairs.card.model_copy(update=changed)
-    return _encode(pairs.rows, load_tokenizer(path), card)
+def _told(rival: Rival, train: PreferenceSet, prompts: Sequence[str]) -> dict[str, Any]:
+    """What the rival was trained on, and of how many pairs it has seen the prompt."""
+    seen = {prompt_key(row["prompt"]) for row in train.rows}
+    return {**rival.trained_on, "shared_prompts": sum(key in seen for key in prompts)}
 
 
-def _encode(rows: list[Preference], tokenizer: PreTrainedTokenizerBase, card: Card) -> Dataset:
-    limits = DataOptions(
-        card=card.name, max_prompt_tokens=UNLIMITED, max_completion_tokens=UNLIMITED
-    )
-    return encode_preferences(rows, tokenizer, card, limits).rows
+Rows = dict[tuple[Path, bool], Dataset]
+"""(A model's folder, whether it is a reward) -> the pairs as its token ids."""
 
 
-def _fits(rows: Dataset, path: Path) -> np.ndarray:
-    """Which pairs fit into a model's context, both completions: (B,)."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    limit = config.get("max_position_embeddings") or config.get("n_positions") or UNLIMITED
-    prompt, chosen, rejected = (
-        np.array([len(ids) for ids in rows[column]])
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    return prompt + np.maximum(chosen, rejected) <= limit
+def _encoded(what: Subject, pairs: PreferenceSet) -> tuple[Rows, int]:
+    """The pairs that fit into the context of every model, and how many do not."""
+    models = [(path, True) for path in what.rewards.values()]
+    for one in what.implicit.values():
+        models += [(one.policy, False), (one.reference, False)]
+    models += [(what.sft, False)] if what.sft is not None else []
+    rows = {(path, is_reward): encode(pairs, path, is_reward) for path, is_reward in models}
+    fitting = [
+        fits(data, path, is_reward and reads_prompt_again(path))
+        for (path, is_reward), data in rows.items()
+    ]
+    kept = np.flatnonzero(np.all(fitting, axis=0))
+    if not len(kept):
+        raise UserError(
+            f"{pairs.card.name}: all {len(pairs.rows)} pairs are longer than the models' context"
+        )
+    return {model: data.select(kept) for model, data in rows.items()}, len(pairs.rows) - len(kept)
 
 
-def _score(
-    rewards: Mapping[str, Path], what: Subject, rows: Mapping[str, Dataset], device: torch.device
-) -> Scored:
-    """Margins of the rewards, the implicit reward and the baselines, one model at a time."""
+def _score(what: Subject, rows: Rows, device: torch.device) -> Scored:
+    """Margins of the rewards, explicit and implicit, and the baselines, one model at a time."""
     scored = Scored({}, {})
-    for name, path in rewards.items():
+    for name, path in what.rewards.items():
         reward = RewardModel.from_pretrained(path, device)
-        own = rows[name]
+        own = rows[path, True]
         chosen, rejected = (
             reward.score_ids(own["prompt_ids"], own[column])
             for column in ("chosen_ids", "rejected_ids")
@@ -218,23 +231,35 @@ def _score(
         scored.margins[name] = margin.numpy()
         # The normaliser divided by std: its logits are what Bradley-Terry was fitted with.
         scored.calibration[name] = calibration_error(margin * reward.settings.std)
-    sft = _logprobs(what.sft, rows["sft"], device) if what.sft is not None else None
-    if what.policy is not None and sft is not None:
-        policy = _logprobs(what.policy, rows["policy"], device)
-        ratio = [
-            [(p.sum(dtype=np.float64) - s.sum(dtype=np.float64)) for p, s in zip(a, b, strict=True)]
-            for a, b in zip(policy, sft, strict=True)
-        ]
-        scored.margins["implicit reward"] = np.subtract(ratio[0], ratio[1])
-    some = next(iter(rows.values()))
+    logps = {
+        path: _logprobs(path, data, device)
+        for (path, is_reward), data in rows.items()
+        if not is_reward
+    }
+    for name, one in what.implicit.items():
+        # In pairs of one prompt log Z(x) cancels: log pi/pi_0 of one side less that of the other.
+        chosen_ratio, rejected_ratio = _sums(logps[one.policy]) - _sums(logps[one.reference])
+        scored.margins[name] = chosen_ratio - rejected_ratio
+    sft = logps[what.sft] if what.sft is not None else None
+    scored.margins.update(_baselines(next(iter(rows.values())), sft))
+    return scored
+
+
+def _baselines(some: Dataset, sft: list[list[np.ndarray]] | None) -> dict[str, np.ndarray]:
+    """Margins of what needs no reward: length in some model's tokens, the SFT model's log-probs."""
     lengths = [np.array([len(ids) for ids in some[c]]) for c in ("chosen_ids", "rejected_ids")]
-    scored.margins["longer wins"] = (lengths[0] - lengths[1]).astype(np.float64)
-    scored.margins["shorter wins"] = -scored.margins["longer wins"]
+    longer = (lengths[0] - lengths[1]).astype(np.float64)
+    margins = {"longer wins": longer, "shorter wins": -longer}
     if sft is not None:
         for name in ("sum", "mean"):
             by_side = [[getattr(logp.astype(np.float64), name)() for logp in side] for side in sft]
-            scored.margins[f"SFT log-prob, {name}"] = np.subtract(by_side[0], by_side[1])
-    return scored
+            margins[f"SFT log-prob, {name}"] = np.subtract(by_side[0], by_side[1])
+    return margins
+
+
+def _sums(sides: list[list[np.ndarray]]) -> np.ndarray:
+    """Log-prob of both sides' completions: (2, B)."""
+    return np.array([[logp.sum(dtype=np.float64) for logp in side] for side in sides])
 
 
 def _logprobs(path: Path, rows: Dataset, device: torch.device) -> list[list[np.ndarray]]:
@@ -244,46 +269,3 @@ def _logprobs(path: Path, rows: Dataset, device: torch.device) -> list[list[np.n
         completion_logprobs(model, rows["prompt_ids"], rows[column], progress="log-probs")
         for column in ("chosen_ids", "rejected_ids")
     ]
-
-
-def preference_reward(what: Subject, pairs: PreferenceSet, device: torch.device) -> Path:
-    """Folder of a reward fitted on preference pairs from the run's SFT model, with the settings of
-    the run's own reward; a stage of the run's store, so it is trained once."""
-    sft = what.sft
-    if what.view is None or sft is None or "reward" not in what.rewards:
-        raise UserError(
-            "--train-split: found no run with an explicit reward, expected one: the reward on "
-            "preferences is trained from its SFT model with its settings"
-        )
-    recipe = Recipe.model_validate(what.view.recipe)
-    args = {**recipe.reward.args, **{k: v[0] for k, v in recipe.reward.schedule.items()}}
-    rows = encode(pairs, sft, is_reward=False)
-    rows = rows.select(np.flatnonzero(_fits(rows, sft)))
-    with_both_prompts = rows.map(lambda row: {"rejected_prompt_ids": row["prompt_ids"]})
-    prompt_of = json.loads((sft / "config.json").read_text(encoding="utf-8"))["irl_prompt"]
-    options = recipe.reward
-
-    def build(work: Path) -> dict[str, Any]:
-        seed = derive_seed(recipe.seed, "head of the preference reward")
-        settings = RewardSettings(options.lm_coef, options.bound, **prompt_of)
-        reward = RewardModel.from_policy(sft, load_tokenizer(sft), settings, seed % 2**63, device)
-        columns = pair_columns(with_both_prompts)
-        training = Training(work, seed % 2**31, device, label="preference reward")
-        metrics = fit_reward(reward, columns, options.loss, args, training)
-        reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["chosen_ids"]))
-        reward.save_pretrained(work / "model")
-        return metrics
-
-    store = Store(what.view.folder.parent / "store")
-    stage = store.stage(
-        "preference-reward",
-        {
-            "seed": recipe.seed,
-            "args": args,
-            "reward": options.model_dump(include={"loss", "bound", "lm_coef"}),
-            "prompt": prompt_of,
-        },
-        {"sft": what.view.stages["sft"]["key"], "pairs": data_checksum(pairs.rows)},
-        build,
-    )
-    return stage.path / "model"

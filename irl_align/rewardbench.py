@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # Number of pairs of each subset, by which a section weighs it. math-prm has 447 pairs and is
 # weighed as all the code together.
@@ -51,3 +52,22 @@ def section_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
     if len(scores) == len(SECTIONS):
         scores["RewardBench"] = sum(scores.values()) / len(SECTIONS)
     return scores
+
+
+def section_gaps(subsets: Iterable[str]) -> dict[str, Any]:
+    """What keeps scores of RewardBench from being whole: nothing if nothing does, or if none of the
+    subsets is RewardBench's.
+
+    missing: section -> subsets that are not there, of each section without a score. unknown:
+    subsets that are in no section.
+    """
+    found = set(subsets)
+    known = {subset for weights in SECTIONS.values() for subset in weights}
+    if not found & known:
+        return {}
+    lacking = {name: [one for one in own if one not in found] for name, own in SECTIONS.items()}
+    gaps = {
+        "missing": {section: names for section, names in lacking.items() if names},
+        "unknown": sorted(found - known),
+    }
+    return {name: value for name, value in gaps.items() if value}

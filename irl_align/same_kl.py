@@ -1,4 +1,4 @@
-"""Gold and reward of PPO's rollouts at the same KL, by method over seeds.
+"""Gold, reward and BLEU of PPO's rollouts at the same KL, by method over seeds.
 
 Policies that went further from pi_0 had more to gain, so trainings are compared where they are
 equally far. A rollout's gold scatters; all of a training's updates smooth it.
@@ -40,7 +40,8 @@ def smoothed_at(kls: Sequence[float], values: Sequence[float], kl: float) -> flo
 def levels_at_kl(
     views: Sequence[RunView], kls: Sequence[float], headline: str | None, method: Method = "t"
 ) -> list[dict[str, Any]]:
-    """Of every method's PPO trainings and every KL: gold and reward of the rollouts there.
+    """Of every method's PPO trainings and every KL: gold and reward of the rollouts there, and BLEU
+    where the task's gold gives it.
 
     headline: the gold metric, judged on the rollouts. A seed that does not come so far is null in
     `seeds`, and not in the means.
@@ -59,18 +60,25 @@ def levels_at_kl(
                 one["seeds"][seed] = _levels(records, f"gold_{headline}", kl)
     for one in found.values():
         reached = [levels for levels in one["seeds"].values() if levels is not None]
-        for which in ("gold", "reward"):
-            values = [levels[which] for levels in reached]
+        for which in ("gold", "reward", "bleu"):
+            values = [levels[which] for levels in reached if which in levels]
             one[which] = asdict(estimate(values, method)) if values else None
     return list(found.values())
 
 
 def _levels(records: Sequence[Mapping[str, Any]], gold: str, kl: float) -> dict[str, float] | None:
-    """Gold and reward of a training's rollouts at a KL; updates without all three do not count."""
-    rows: list[list[Any]] = [[r.get(field) for field in ("kl", gold, "reward")] for r in records]
-    known = [row for row in rows if all(isinstance(x, int | float) and isfinite(x) for x in row)]
-    kls, golds, rewards = ([row[column] for row in known] for column in range(3))
-    found_gold, found_reward = smoothed_at(kls, golds, kl), smoothed_at(kls, rewards, kl)
-    if found_gold is None or found_reward is None:
+    """Gold, reward and BLEU of a training's rollouts at a KL; None where gold or reward are not
+    known there. Updates without a number do not count."""
+    levels = {
+        which: _level(records, field, kl)
+        for which, field in (("gold", gold), ("reward", "reward"), ("bleu", "gold_bleu"))
+    }
+    if levels["gold"] is None or levels["reward"] is None:
         return None
-    return {"gold": found_gold, "reward": found_reward}
+    return {which: level for which, level in levels.items() if level is not None}
+
+
+def _level(records: Sequence[Mapping[str, Any]], field: str, kl: float) -> float | None:
+    rows: list[list[Any]] = [[record.get("kl"), record.get(field)] for record in records]
+    known = [row for row in rows if all(isinstance(x, int | float) and isfinite(x) for x in row)]
+    return smoothed_at([row[0] for row in known], [row[1] for row in known], kl)

@@ -14,6 +14,7 @@ import numpy as np
 Method = Literal["t", "bootstrap"]
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+ROUNDING = 1e-12  # of values, as a share of the largest
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def paired_difference(
 ) -> Difference:
     """Differences values - baseline, paired by position (the same seed), and tests of no
     difference."""
-    differences = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    differences = _rounded(np.asarray(values, np.float64), np.asarray(baseline, np.float64))
     found = estimate(differences.tolist(), method)
     if found.n < 2:
         return Difference(found.mean, None, None, found.n, None, None)
@@ -77,6 +78,17 @@ def paired_difference(
     else:
         p_t = float(_stats().ttest_1samp(differences, 0.0).pvalue)
     return Difference(found.mean, found.low, found.high, found.n, p_t, float(flipped.pvalue))
+
+
+def _rounded(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Differences [n]; those that differ by no more than rounding are made equal, since a test
+    would take that for spread and find any difference significant."""
+    differences = values - baseline
+    error = ROUNDING * max(np.abs(values).max(), np.abs(baseline).max())
+    if np.ptp(differences) > error:
+        return differences
+    mean = float(differences.mean())
+    return np.full_like(differences, mean if abs(mean) > error else 0.0)
 
 
 def probability_of_improvement(

@@ -99,9 +99,13 @@ def reward_record(accuracy: float) -> dict[str, Any]:
 
 
 def trained_run(
-    root: Path, seed: int, golds: Sequence[float | None], kls: Sequence[float] | None = None
+    root: Path,
+    seed: int,
+    golds: Sequence[float | None],
+    kls: Sequence[float] | None = None,
+    bleus: Sequence[float] = (),
 ) -> RunView:
-    """A run whose PPO had rollouts of this gold at these KLs, 8 samples each."""
+    """A run whose PPO had rollouts of this gold, and BLEU, at these KLs, 8 samples each."""
     recipe = synthetic_recipe("m", seed, policy_update={"kind": "ppo", "batch_size": 8})
     run = synthetic_run(root, "m", seed, [(0.3, 0.2), (0.2, 0.1)], recipe=recipe)
     stage = root / f"store/ppo-{seed}"
@@ -111,6 +115,8 @@ def trained_run(
         | {"episodes_done": 8 * number, "gold_slot_error_rate": gold}
         for number, (gold, kl) in enumerate(zip(golds, kls or [0.1] * len(golds), strict=True), 1)
     ]
+    for row, bleu in zip(rows, bleus, strict=False):
+        row["gold_bleu"] = bleu
     (stage / "metrics.jsonl").write_text(to_lines(rows), encoding="utf-8")
     stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     stages["policy-1"] = {"name": "ppo", "key": str(seed), "path": f"../store/ppo-{seed}"}

@@ -14,7 +14,8 @@ from lxml import html
 from tiny_runs import irl_align, the_line
 
 from irl_align.api import Result
-from irl_align.best_of_curve import curve, expected_best, gao_fit
+from irl_align.best_of_curve import LOWER_IS_BETTER, curve, expected_best, gao_fit
+from irl_align.evaluation_tables import curve_grid, curve_notes
 
 pytestmark = pytest.mark.timeout(240)
 ROWS = st.lists(st.tuples(st.integers(-3, 3), st.integers(-5, 5)), min_size=1, max_size=6)
@@ -58,7 +59,7 @@ def test_overoptimisation_is_flagged_where_gold_falls_while_the_reward_rises() -
     honest = np.tile(np.arange(8.0)[::-1], (30, 1))
     fixed = np.tile(np.arange(30.0)[:, None], (1, 8))
     golds = {"errors": errors, "honest": honest, "fixed": fixed}
-    report = curve(scores, golds, lower_is_better=True)
+    report = curve(scores, golds, dict.fromkeys(golds, True))
     assert report["n"] == [1, 2, 4, 8]
     assert report["kl"] == pytest.approx([0.0, math.log(2) - 0.5, math.log(4) - 0.75,
                                           math.log(8) - 0.875])  # fmt: skip
@@ -77,8 +78,32 @@ def test_overoptimisation_is_flagged_where_gold_falls_while_the_reward_rises() -
 
 def test_fully_right_is_better_high_whatever_the_headline() -> None:
     right = np.array([[0.0, 1.0], [0.0, 1.0]])
-    report = curve(np.array([[0.0, 1.0]] * 2), {"fully_right": right}, lower_is_better=True)
+    report = curve(np.array([[0.0, 1.0]] * 2), {"fully_right": right}, LOWER_IS_BETTER)
     assert report["gold"]["fully_right"]["peak_n"] == 2
+    assert report["gold"]["fully_right"]["lower_is_better"] is False
+
+
+def test_a_gold_of_unknown_direction_is_shown_and_not_judged() -> None:
+    """Its values fall or rise with n; nothing says which of them is good."""
+    scores = np.tile(np.arange(4.0), (20, 1)) + np.linspace(0, 0.01, 20)[:, None]
+    golds = {"politeness": -scores, "words": scores}
+    report = curve(scores, golds, {"politeness": False})
+    words = report["gold"]["words"]
+    assert {name: words[name] for name in words if name != "estimates"} == {
+        "lower_is_better": None,
+        "peak_n": None,
+        "overoptimised": None,
+        "fit": None,
+    }
+    assert words["estimates"][-1]["mean"] == pytest.approx(3.005)
+    assert report["gold"]["politeness"]["overoptimised"]
+    over, unknown = curve_notes(report)
+    assert over.startswith("overoptimised: politeness is best at n = 1")
+    assert unknown == (
+        "best of n: not judged for overoptimisation, since the gold does not say whether high or "
+        "low is good: words"
+    )
+    assert [row[-1] for row in curve_grid(report).rows][-1].startswith("3.005")
 
 
 @pytest.fixture(scope="module")

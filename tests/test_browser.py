@@ -141,6 +141,20 @@ def test_tables_sort_by_their_numbers(opened: Opened) -> None:
     assert opened.column(table, 1) == ["SFT", "m 1", "demonstrations"]
 
 
+def test_intervals_sort_by_their_lower_end(opened: Opened) -> None:
+    cells = ["[9.5, 12.0]", "[10.1, 11.0]", "<0.001", "no number", "-3.0±1.0", "1,200"]
+    keys = opened.page.evaluate("cells => cells.map(sortKey)", cells)
+    assert keys == [9.5, 10.1, 0.001, None, -3.0, 1200.0]
+
+
+def test_samples_without_scores_sort_by_their_words(opened: Opened) -> None:
+    page, table = opened.page, opened.page.locator("#sample-table")
+    page.select_option("#order", label="words, m 1")
+    assert "second" in opened.column(table, 4)[0]  # one word, HOSTILE has several
+    page.check("#reverse")
+    assert "second" in opened.column(table, 4)[1]
+
+
 def test_samples_sort_and_change_temperature(opened: Opened) -> None:
     page, table = opened.page, opened.page.locator("#sample-table")
     assert "prompt 0" in opened.column(table, 1)[0]

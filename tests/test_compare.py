@@ -55,6 +55,11 @@ def test_plan_is_recipes_times_seeds(recipes: Path) -> None:
         (["sft.yaml", "best.yaml", "name=x"], "best.yaml: name: found 'x', which sft.yaml has too"),
         (["sft.yaml", "spin:seed=1"], "spin:seed=1: found no recipe 'spin'"),
         (["sft.yaml", "best.yaml", "best:output_dir=other"], "output_dir: found other and runs"),
+        (
+            ["sft.yaml", "--sweep", "data.path=x/a,x-a"],
+            "--sweep: found data.path=x/a and data.path=x-a, whose runs would both be "
+            "runs/tiny-sft-path-x-a-seed1",
+        ),
         (["gone.yaml"], "gone.yaml"),
         (["sft.yaml", "loop.iteration=1"], "loop.iteration: unknown option"),
     ],
@@ -142,6 +147,11 @@ def test_no_comparison_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert line == "compare: found no finished run, expected at least one"
     with pytest.raises(UserError, match="expected at least one YAML file"):
         plan([], [1])
+
+
+def test_the_same_seed_twice_is_refused(recipes: Path) -> None:
+    with pytest.raises(UserError, match="seeds: found 3 twice"):
+        plan(["sft.yaml"], [3, 3])
 
 
 @pytest.mark.parametrize("command", ["compare", "report", "evaluate"])

@@ -99,6 +99,39 @@ def test_costs_by_part_and_iteration(tmp_path: Path) -> None:
     ]
 
 
+def test_memory_and_tokens_by_part_and_iteration(tmp_path: Path) -> None:
+    """Two seeds of two iterations; one stage went on after a stop."""
+    runs = []
+    for seed in (1, 2):
+        extra = {}
+        for k in (0, 1):
+            stage = {"stage": "reward", "reused": False, "stage_key": f"r{k}-{seed}"}
+            extra[f"stage/reward/{k}"] = {
+                **stage,
+                "seconds": 10.0 * (k + 1),
+                "peak_rss_mib": 100.0 * seed + 10 * k,
+                "tokens_trained": 4000 * (k + 1) * seed,
+                "resumed": (k, seed) == (1, 2),
+            }
+        errors = [(0.3, 0.2), (0.2, 0.1), (0.2, 0.1)]
+        runs.append(synthetic_run(tmp_path, "m", seed, errors, extra=extra))
+    analysis = analyse(compare_runs(views(*runs)), None, None)
+    found = {g.title.partition(",")[0].partition(" (")[0]: g for g in grids(analysis)}
+    memory = found["peak MiB by part"]
+    assert memory.columns == ["policy", "SFT", "reward", "policy step"]
+    assert memory.rows == [["m", "512", "210", "512"]]
+    tokens = found["thousands of tokens by part"]
+    assert (tokens.columns, tokens.rows) == (["policy", "reward trained"], [["m", "18"]])
+    assert found["by iteration"].rows == [
+        ["m, iteration 0", "20", "6", "-", "512"],
+        ["m, iteration 1", "30", "12", "-", "512"],
+    ]
+    told = "stages that went on after a stop, whose seconds are of the last try alone: m 1"
+    assert told in notes(analysis)
+    stored = json.loads(json.dumps(analysis))  # as the report reads it
+    assert [g.rows for g in grids(stored)] == [g.rows for g in grids(analysis)]
+
+
 @pytest.mark.parametrize(
     ("role", "expected"),
     [
@@ -159,6 +192,58 @@ def test_what_is_beyond_entropy(tmp_path: Path) -> None:
     assert line[columns["first policy at its entropy %"]].startswith("26.0±")
     assert line[columns["beyond that %"]].startswith("-4.0±")
     assert "slot_error_rate@beyond-entropy" in to_csv(analysis)
+
+
+def test_methods_at_the_same_entropy_by_seed(tmp_path: Path) -> None:
+    """Two methods, each beyond the first policy at its own entropy, beside each other by seed."""
+    folders = []
+    for name, at_entropy, last in (("spin", 0.26, 0.23), ("irl", 0.31, 0.24)):
+        for seed, own in ((1, 0.20), (2, 0.22), (3, last)):
+            record = {"headline": "slot_error_rate", "lower_is_better": True, "temperature": 0.8}
+            matched = {**record, "metrics": {"slot_error_rate": at_entropy + seed / 100}}
+            errors = [(0.30, 0.15), (own, 0.1)]
+            extra = {"matched-entropy/1": matched}
+            folders.append(synthetic_run(tmp_path, name, seed, errors, extra=extra))
+    analysis = analyse(compare_runs(views(*folders)), None, "spin")
+    (against,) = [g for g in grids(analysis) if g.title.startswith("against spin")]
+    lines = {tuple(line[:2]): line[2:] for line in against.rows}
+    beyond = "slot error rate % beyond entropy"
+    # spin is 7, 6, 6 points beyond, irl 12, 11, 10; SFT at its own entropy is itself.
+    assert lines["irl", beyond] == ["-4.7±1.4", "0.005", "0.250", "1.00 [1.00, 1.00]"]
+    assert lines["SFT", beyond][0] == "+6.3±1.4"
+    assert f"| irl | {beyond} | -4.7±1.4 |" in to_markdown(analysis)
+    assert any(line.startswith("beyond entropy: at T=1, less what") for line in notes(analysis))
+    by_default = analyse(compare_runs(views(*folders)), None, None)
+    found = row(by_default, "irl")["against_baseline"]["slot_error_rate@beyond-entropy"]
+    assert found["mean"] == pytest.approx(-0.11)
+
+
+def test_ranked_over_the_seeds_that_all_have(tmp_path: Path) -> None:
+    """Seed 1 is easy; `lucky` has no other, and would lead by its mean over its own."""
+    folders = [
+        synthetic_run(tmp_path, "good", seed, [(0.5, 0.5), (error, error)])
+        for seed, error in ((1, 0.05), (2, 0.40), (3, 0.45))
+    ]
+    folders.append(synthetic_run(tmp_path, "lucky", 1, [(0.5, 0.5), (0.10, 0.1)]))
+    analysis = analyse(compare_runs(views(*folders)), None, None)
+    assert [(r["label"], r["mean"], r["n"]) for r in analysis["ranking"]] == [
+        ("good", 0.05, 1),
+        ("lucky", 0.10, 1),
+        ("SFT", 0.5, 1),
+    ]
+    told = "ranking: over the seeds that all policies have (1); fewer: lucky"
+    assert told in notes(analysis)
+    (grid,) = [g for g in grids(analysis) if g.title.startswith("ranking")]
+    assert grid.rows[0] == ["1", "good", "5.0", "1", "-"]
+    # Without a seed in all of them each has its own, and that is told.
+    apart = [*folders[1:3], folders[3]]
+    analysis = analyse(compare_runs(views(*apart)), None, None)
+    assert [(r["label"], r["n"]) for r in analysis["ranking"]] == [
+        ("lucky", 1),
+        ("good", 2),
+        ("SFT", 3),
+    ]
+    assert any(line.startswith("ranking: no seed is in all") for line in notes(analysis))
 
 
 def test_every_iteration(tmp_path: Path) -> None:
@@ -302,6 +387,11 @@ def test_tables_in_all_forms(tmp_path: Path) -> None:
     (line,) = [r for r in rows if (r["policy"], r["measure"]) == ("good", "slot_error_rate@1")]
     assert float(line["mean"]) == pytest.approx(0.21) and line["seeds"] == "3"
     assert float(line["difference"]) == pytest.approx(-0.1)
+    assert (line["probability_low"], line["probability_high"]) == ("1.0", "1.0")
+    (line,) = [r for r in rows if (r["policy"], r["measure"]) == ("even", "slot_error_rate@1")]
+    bounds = [float(line[f"probability_{which}"]) for which in ("low", "high")]
+    shown = "{:.2f} [{:.2f}, {:.2f}]".format(float(line["probability_of_improvement"]), *bounds)
+    assert bounds[0] < bounds[1] and f" | {shown} |" in markdown
     console = Console(width=100, record=True, file=io.StringIO())
     show_comparison(analysis, console)
     text = console.export_text()

@@ -8,35 +8,21 @@ import numpy as np
 import pytest
 import torch
 from evaluated_runs import evaluated_run
-from tiny_runs import irl_align, the_line
+from preference_rows import CARD, PAIRS, write_pairs
+from tiny_runs import irl_align, stage_folder, the_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irl_align.api import Result
+from irl_align.evaluate_run import NAMES, merged
 from irl_align.preference_report import (
     PairSet,
     excess_share,
     preference_grids,
     preference_report,
 )
-from irl_align.rewardbench import SECTIONS, section_scores
 from irl_align.serve import score_rows
 
 pytestmark = pytest.mark.timeout(240)
-CARD = """\
----
-irl_align:
-  kind: preferences
-  splits: {test: {files: pairs.jsonl}, train: {files: train.jsonl}}
-  columns: {prompt: prompt, chosen: chosen, rejected: rejected, subset: axis, margin: margin}
----
-"""
-PAIRS = [
-    # prompt, chosen, rejected, axis, margin
-    ("name[the red lion], food[thai]", "the red lion serves thai food.", "it.", "a/x", 1.0),
-    ("name[the red lion], food[thai]", "thai.", "the red lion is the red lion.", "a/x", 2.0),
-    ("name[the blue heron]", "the blue heron is cheap.", "the blue heron", "b", 1.0),
-    ("name[the blue heron]", "the the the", "the the", "b", 3.0),
-]
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = [(p.replace("the", "a"), c, r, s, m) for p, c, r, s, m in PAIRS]
     write_pairs(folder / "train.jsonl", more)
     return folder
-
-
-def write_pairs(path: Path, pairs: list[tuple[Any, ...]]) -> None:
-    names = ("prompt", "chosen", "rejected", "axis", "margin")
-    lines = [json.dumps(dict(zip(names, pair, strict=True))) + "\n" for pair in pairs]
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +174,166 @@ def test_pairs_beyond_the_context_are_left_out_and_counted(
     assert line == "long: all 1 pairs are longer than the models' context"
 
 
+def evaluation(
+    capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[dict[str, Any], str]:
+    """The only set's report, and what was printed."""
+    output = Path(str(arguments[0])).parent / "evaluation.json"
+    ended = irl_align(capsys, "evaluate", *arguments, "--output", output)
+    assert ended.status == 0, ended.err
+    return json.loads(output.read_text())["sets"][0], ended.out
+
+
+JOINED = CARD.replace("subset: axis", "subset: domain+axis")
+AXES = [
+    {"prompt": f"name[{i}]", "chosen": "longer text" if long else "a", "rejected": "text",
+     "domain": domain, "axis": axis, "margin": 1.0}
+    for i, (domain, axis, long) in enumerate(
+        [("food", "quality", True), ("food", "quality", True), ("food", "naturalness", False),
+         ("rooms", "naturalness", False), ("rooms", "quality", True)]
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> Path:
+    """A card whose subset is two columns together."""
+    (tmp_path / "joined.md").write_text(JOINED)
+    rows = [json.dumps(row) + "\n" for row in AXES]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
+    return tmp_path / "joined.md"
+
+
+def test_accuracy_by_each_of_the_columns_that_make_the_subset(
+    run: Result, joined: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, out = evaluation(capsys, run.folder, "--card", joined)
+    for found in report["scorers"].values():
+        assert list(found["axes"]) == ["domain", "axis"]
+        assert list(found["subsets"]) == [
+            "food/naturalness", "food/quality", "rooms/naturalness", "rooms/quality"
+        ]  # fmt: skip
+    longer = report["scorers"]["longer wins"]["axes"]
+    assert {k: (v["mean"], v["n"]) for k, v in longer["axis"].items()} == {
+        "naturalness": (0.0, 2),
+        "quality": (1.0, 3),
+    }
+    assert {k: v["n"] for k, v in longer["domain"].items()} == {"food": 3, "rooms": 2}
+    by_axis = next(grid for grid in preference_grids(report) if ", by axis:" in grid.title)
+    assert by_axis.columns == ["group", "pairs", *report["scorers"]]
+    assert [row[:2] for row in by_axis.rows] == [["naturalness", "2"], ["quality", "3"]]
+    assert "joined, by axis: accuracy %" in out and "joined, by domain: accuracy %" in out
+
+
+def test_subsets_restrict_a_set(
+    run: Result, joined: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pairs(*names: str) -> int:
+        options = [word for name in names for word in ("--subset", name)]
+        report, _ = evaluation(capsys, run.folder, "--card", joined, *options)
+        assert report["only"] == list(dict.fromkeys(names))
+        return int(report["pairs"])
+
+    assert pairs("food/quality") == 2
+    assert pairs("quality") == 3
+    assert pairs("food/quality", "rooms/naturalness", "food/quality") == 3
+    assert pairs("rooms", "quality") == 4  # of either
+    line = the_line(
+        irl_align(capsys, "evaluate", run.folder, "--card", joined, "--subset", "speed")
+    )
+    assert line == (
+        "--subset: joined, test: found no subset 'speed', expected one of food/naturalness, "
+        "food/quality, rooms/naturalness, rooms/quality, food, rooms, naturalness, quality"
+    )
+
+
+def test_a_part_of_a_set_stands_beside_the_whole() -> None:
+    """In a run's evaluation.json, and an older one, without the field, is the whole."""
+    before = {"sets": [{"card": "toy", "split": "test", "pairs": 9}], "best_of": None}
+    part = {"card": "toy", "split": "test", "only": ["b"]}
+    whole = {"card": "toy", "split": "test", "only": None, "pairs": 4}
+    empty = {section: [] for section in NAMES} | {"best_of": None}
+    assert merged(before, empty | {"sets": [part]})["sets"] == [*before["sets"], part]
+    assert merged(before, empty | {"sets": [whole]})["sets"] == [whole]
+
+
+def test_a_set_without_subsets_says_so(
+    run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bare.md").write_text(CARD.replace("subset: axis, ", ""))
+    write_pairs(tmp_path / "pairs.jsonl", PAIRS)
+    card = tmp_path / "bare.md"
+    line = the_line(irl_align(capsys, "evaluate", run.folder, "--card", card, "--subset", "b"))
+    assert line == "--subset: bare, test: found no subset 'b', and it has no subsets"
+
+
+def test_spin_beside_a_reward_is_scored_by_its_implicit_reward(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spin, toy = evaluated_run("spin"), folder / "toy.md"
+    report = evaluated(capsys, run.folder, "--card", toy, "--beside", spin.folder)
+    assert list(report["scorers"])[:3] == ["reward", "spin-seed0", "longer wins"]
+    alone = evaluated(capsys, spin.folder, "--card", toy)
+    assert report["scorers"]["spin-seed0"] == alone["scorers"]["implicit reward"]
+    for beside, told in (
+        (evaluated_run("sft").folder, "this run has no reward"),
+        (spin.policy, "found a language model, expected a run or a reward"),
+    ):
+        ended = irl_align(capsys, "evaluate", run.folder, "--card", toy, "--beside", beside)
+        line = the_line(ended)
+        assert line.startswith(f"--beside: {beside}: ") and told in line  # fmt: skip
+
+
+def test_a_reward_beside_takes_no_other_scorers_name(
+    run: Result, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.reward is not None
+    named = tmp_path / "longer wins"
+    named.symlink_to(run.reward, target_is_directory=True)
+    report = evaluated(capsys, run.folder, "--card", folder / "toy.md", "--beside", named)
+    assert list(report["scorers"])[:3] == ["reward", "longer wins 2", "longer wins"]
+    assert report["scorers"]["longer wins"]["overall"]["mean"] == 0.75
+
+
+def test_a_rewards_folder_without_sft_is_told_what_it_lacks(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "toy: no log-prob baselines, since a reward's folder names no SFT model: give --sft"
+    report, out = evaluation(capsys, run.reward, "--card", folder / "toy.md")
+    assert list(report["scorers"]) == ["reward", "longer wins", "shorter wins"]
+    assert note in out.splitlines()
+    sft = stage_folder(run.folder, "sft") / "model"
+    report, out = evaluation(capsys, run.reward, "--card", folder / "toy.md", "--sft", sft)
+    assert "SFT log-prob, mean" in report["scorers"] and note not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--judge", "x", "--train-split", "train", "--beside", "y", "--subset", "a"),
+            "found --subset, --train-split, --beside without --card, which",
+        ),
+        (("--best-of", 4, "--split", "dev", "--sft", "x"), "found --split, --sft without --card,"),
+        (("--best-of", 4, "--train-set", "toy"), "found --train-set without --card,"),
+        (("--judge", "x", "--backend", "auto"), "found --backend without --best-of, which"),
+        (
+            ("--judge", "x", "--prompts", 4),
+            "found --prompts without --best-of or a judge's address, which",
+        ),
+        (
+            ("--card", "toy", "--lm-eval-tasks", "x", "--lm-eval-limit", 3, "--prompts", 2),
+            "a judge's address; --lm-eval-tasks, --lm-eval-limit without --lm-eval, which",
+        ),
+        (("--judge", "x", "--judge-timeout", 3), "--judge-timeout: found no judge's address"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(
+    run: Result, options: tuple[Any, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in the_line(irl_align(capsys, "evaluate", run.folder, *options))
+
+
 def pair_set(subsets: list[str], margins: list[float | None]) -> PairSet:
     prompts = [str(i) for i in range(len(subsets))]
     return PairSet("toy", "test", prompts, subsets, margins)
@@ -222,18 +362,3 @@ def test_excess_share() -> None:
     assert excess_share(0.6, 0.7) == pytest.approx(0.5)
     assert excess_share(0.45, 0.75) == pytest.approx(-0.2)
     assert excess_share(0.9, 0.5) is None
-
-
-def test_rewardbench_weighs_subsets_by_their_pairs() -> None:
-    assert section_scores({"other": 1.0, "llmbar-natural": 1.0}) == {}
-    chat = dict.fromkeys(SECTIONS["Chat"], 0.0) | {"alpacaeval-easy": 1.0}
-    assert section_scores(chat) == {"Chat": pytest.approx(100 / 358)}
-    every = {subset: 0.5 for section in SECTIONS.values() for subset in section}
-    # math-prm weighs as much as the six languages together: 984 = 6 x 164.
-    scores = section_scores(every | {"math-prm": 1.0})
-    assert scores["Reasoning"] == pytest.approx(0.75)
-    assert scores["RewardBench"] == pytest.approx((0.5 + 0.5 + 0.5 + 0.75) / 4)
-    pairs = pair_set(list(chat), [None] * 5)
-    report = preference_report(pairs, {"reward": np.array([1.0, -1, -1, -1, -1])}, {})
-    assert report["scorers"]["reward"]["sections"]["Chat"] == pytest.approx(100 / 358)
-    assert any(grid.title.startswith("RewardBench") for grid in preference_grids(report))

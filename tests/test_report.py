@@ -17,7 +17,7 @@ from tiny_runs import irl_align, the_line
 
 from irl_align.files import to_lines
 from irl_align.report import write_report
-from irl_align.report.browser import sample_browser, token_texts
+from irl_align.report.browser import _within, sample_browser, token_texts
 from irl_align.report.figures import Bars, Plot, Point, Series
 from irl_align.report.images import png, svg
 from irl_align.report.templates import script_json
@@ -163,6 +163,71 @@ def test_a_large_run_stays_small_and_fast(tmp_path: Path) -> None:
     assert (run / "report.html").stat().st_size < 5_000_000
     shown = re.search(r"(\d+) of 3000 prompts", page.text_content())
     assert shown and 300 < int(shown[1]) < 3000
+
+
+def long_ppo(run: Path, tokens: int = 512) -> Path:
+    """PPO samples of so many tokens in a run, of two updates."""
+    stage = run.parent / f"store/ppo-{run.name}"
+    stage.mkdir(parents=True)
+    values = {n: [0.12345 * (i % 9 - 4) for i in range(tokens)] for n in ("credit", "kl")}
+    sample = {"prompt": "ask", "reward": 1.5, "tokens": ["Ġ<word"] * tokens, **values}
+    rows_ = [{**sample, "update": u, "advantage": values["kl"]} for u in (1, 9) for _ in range(20)]
+    (stage / "samples.jsonl").write_text(to_lines(rows_), encoding="utf-8")
+    stages = json.loads((run / "stages.json").read_text())
+    stages["policy-1"] = {"name": "ppo", "key": "1", "path": f"../store/{stage.name}"}
+    (run / "stages.json").write_text(json.dumps(stages))
+    return run
+
+
+def test_many_trainings_with_long_samples_stay_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The samples with credit share one budget, whatever the number of methods."""
+    texts = [f"{i} " + "<" * 400 for i in range(600)]  # six times as long as they are written
+    runs = [
+        synthetic_run(tmp_path, f"m{i}", 1, [(0.3, 0.2), (0.2, 0.1)], samples=samples(texts))
+        for i in range(6)
+    ]
+    for run in runs[:5]:
+        long_ppo(run)
+    long_ppo(runs[5], tokens=4)
+    assert irl_align(capsys, "compare", *runs).status == 0
+    page = page_of(tmp_path / "comparison")
+    assert (tmp_path / "comparison/report.html").stat().st_size < 5_000_000
+    text = page.text_content()
+    shown = [int(n) for n in re.findall(r"(\d+) of 16 samples, or the page", text)]
+    assert len(shown) == 5 and min(shown) >= 2  # and all 16 of the short one
+    assert len(page.xpath("//section[@id='credit']//article")) == sum(shown) + 16
+    facts = page.xpath("//section[@id='credit']//p[@class='facts']/text()")
+    assert facts[0].startswith("update 1 ") and facts[1].startswith("update 9 ")
+    prompts = re.search(r"(\d+) of 600 prompts", text)
+    assert prompts and 20 < int(prompts[1]) < 600
+
+
+def test_what_is_written_is_measured() -> None:
+    items = ["x" * 10] * 5 + ["y" * 90] + ["x" * 10] * 4
+    assert _within(items, 180) == items
+    assert sum(map(len, _within(items, 100))) <= 100
+    assert _within(items, 9) == [] == _within([], 9)
+    assert _within(["<"] * 4, 12, script_json) == ["<"]  # "\\u003c" with its marks
+
+
+def test_a_method_without_the_shown_seed_is_told(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path, name, seed) for name, seed in (("a", 1), ("b", 2), ("c", 2))]
+    browser = sample_browser([Run.load(run) for run in runs])
+    assert browser is not None
+    assert browser["seed"] == 2 and browser["without"] == ["a"]
+    assert browser["methods"] == ["SFT", "b 1", "c 1"]
+
+
+def test_a_run_that_lost_its_summary_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [a_run(tmp_path, name) for name in ("a", "b")]
+    assert irl_align(capsys, "compare", *runs).status == 0
+    (tmp_path / "b-seed1/summary.json").unlink()
+    text = page_of(tmp_path / "comparison").text_content()
+    assert "b-seed1: not finished any more; tables have it, figures do not" in text
 
 
 def test_token_credit_is_drawn_on_the_text(tmp_path: Path) -> None:

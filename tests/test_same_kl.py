@@ -63,6 +63,8 @@ def test_levels_are_by_method_kl_and_seed(
     (few, bare) = (levels_at_kl([view], [0.3], "slot_error_rate")[0] for view in (bent, views[0]))
     assert few["seeds"]["3"]["gold"] == pytest.approx(0.2) and bare["seeds"]["1"] is not None
 
+    assert near["bleu"] is None and set(near["seeds"]["1"]) == {"gold", "reward"}
+
     folders = [view.folder for view in views]
     ended = irl_align(capsys, "compare", *folders, "--at-kl", 1, "--at-kl", 2, "--at-kl", 3)
     assert ended.status == 0 and "rollouts at the same KL" in ended.out
@@ -75,6 +77,17 @@ def test_levels_are_by_method_kl_and_seed(
     assert irl_align(capsys, "report", tmp_path / "comparison").status == 0
     page = (tmp_path / "comparison/report.html").read_text(encoding="utf-8")
     assert "rollouts at the same KL" in page
+
+
+def test_bleu_at_the_same_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bleus = [error(kl, 61.0, 2.0, 0.0) for kl in KLS]
+    runs = [trained_run(tmp_path, seed, [0.3] * 7, KLS, bleus) for seed in (1, 2)]
+    [found] = levels_at_kl(runs, [1.0], "slot_error_rate")
+    assert found["bleu"]["mean"] == pytest.approx(59.0, abs=1e-3) and found["bleu"]["n"] == 2
+    ended = irl_align(capsys, "compare", *(run.folder for run in runs), "--at-kl", 1)
+    assert ended.status == 0
+    table = (tmp_path / "comparison/comparison.md").read_text(encoding="utf-8")
+    assert "| m, policy-1 | 1 | 2 of 2 | 30.0±0.0 | 2.15±0.00 | 59.0±0.0 |" in table
 
 
 @pytest.mark.parametrize("kl", ["nan", "inf", "0", "-1"])

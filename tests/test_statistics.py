@@ -78,6 +78,12 @@ def test_no_difference_at_all_is_not_significant() -> None:
     assert constant.p_t is None and constant.p_sign_flip == 0.5
 
 
+def test_differences_that_rounding_alone_tells_apart_are_equal() -> None:
+    found = paired_difference([0.31, 0.32, 0.33], [0.26, 0.27, 0.28])  # 0.05, to rounding
+    assert found.low == found.mean == found.high == pytest.approx(0.05) and found.p_t is None
+    assert paired_difference([0.1 + 0.2, 0.3], [0.3, 0.3]).p_t == 1.0
+
+
 @pytest.mark.parametrize(
     ("values", "others", "lower", "expected"),
     [

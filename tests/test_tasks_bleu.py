@@ -1,10 +1,10 @@
-"""Corpus BLEU against values worked out by hand and sacrebleu's own function."""
+"""Corpus BLEU and chrF against values worked out by hand and sacrebleu's own functions."""
 
 import pytest
 import sacrebleu
 
 from irl_align.errors import UserError
-from irl_align.tasks.bleu import corpus_bleu
+from irl_align.tasks.bleu import corpus_bleu, corpus_chrf, reference_metrics
 
 
 def test_one_reference_by_hand():
@@ -34,6 +34,21 @@ def test_same_as_sacrebleu():
     streams = [list(stream) for stream in zip(*references, strict=True)]
     expected = sacrebleu.corpus_bleu(texts, streams, lowercase=True).score
     assert corpus_bleu(texts, references) == pytest.approx(expected)
+    lowered = [text.lower() for text in texts]
+    streams = [[text.lower() for text in stream] for stream in streams]
+    chrf = sacrebleu.corpus_chrf(lowered, streams).score
+    assert corpus_chrf(texts, references) == pytest.approx(chrf)
+    assert reference_metrics(texts, references) == pytest.approx({"bleu": expected, "chrf": chrf})
+    assert reference_metrics(texts, references, {"bleu": 0.0}) == pytest.approx({"chrf": chrf})
+
+
+def test_chrf_by_hand():
+    # n-grams of 1 and 2 characters: of "abcd" a, b, c and ab, bc are in "abcx"; of 3 abc. Longer
+    # ones: none match; 5 and 6 do not exist, and do not count. F2 with P = R is P.
+    precisions = (3 / 4, 2 / 3, 1 / 2, 0)
+    assert corpus_chrf(["ab cd"], [["abcx"]]) == pytest.approx(100 * sum(precisions) / 4)
+    assert corpus_chrf(["ABCD"], [["zzzz", "abcd"]]) == pytest.approx(100)  # the better one
+    assert corpus_chrf(["ABCD"], [["abcd"]], lowercase=False) == 0
 
 
 @pytest.mark.parametrize(
@@ -47,3 +62,5 @@ def test_same_as_sacrebleu():
 def test_mistakes_are_named(texts, references, found):
     with pytest.raises(UserError, match=found):
         corpus_bleu(texts, references)
+    with pytest.raises(UserError, match=f"chrF.*{found}"):
+        corpus_chrf(texts, references)

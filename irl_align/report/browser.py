@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from irl_align.files import read_lines
 from irl_align.report.curves import by_method
+from irl_align.report.templates import render, script_json
 from irl_align.stages import RERUN, RunView
 from irl_align.tables import policy_label
 
-BUDGET = 2_500_000  # bytes of samples in a page that is to stay below 5 MB
+BUDGET = 2_500_000  # bytes of samples, as they are written, in a page that stays below 5 MB
 CREDITED = 8  # samples of the first update that kept some, and as many of the last
-CREDIT_BUDGET = 1_000_000
+CREDIT_BUDGET = 1_000_000  # bytes of all methods' samples with credit
 FIELDS = ("prompt", "completion", "demonstrations")
 PER_TOKEN = ("credit", "advantage", "kl")
+Item = TypeVar("Item")
 
 
-def sample_browser(views: Sequence[RunView]) -> dict[str, Any] | None:
+def sample_browser(views: Sequence[RunView], budget: int = BUDGET) -> dict[str, Any] | None:
     """Prompts with their demonstrations and what each method says at each temperature.
 
-    Of the first seed only, and evenly chosen prompts where all would be too many. None where there
-    are no samples. `rows[i]["s"][t][m]` is [text, scores...] of method m at temperature t, or null.
+    Of one seed only, the first that most methods have, and evenly chosen prompts where all would
+    take more than `budget` bytes. None where there are no samples. `rows[i]["s"][t][m]` is
+    [text, scores...] of method m at temperature t, or null; `without` are the methods without a run
+    of the seed.
     """
     if not views:
         return None
-    seed = views[0].recipe["seed"]
-    columns = _columns([view for view in views if view.recipe["seed"] == seed])
+    # Runs come by seed, and of equally common ones the first counts.
+    seed = Counter(view.recipe["seed"] for view in views).most_common(1)[0][0]
+    own = [view for view in views if view.recipe["seed"] == seed]
+    columns = _columns(own)
     files = {
         (label, temperature): {_key(row): row for row in rows}
         for label, by_temperature in columns.items()
@@ -52,11 +59,12 @@ def sample_browser(views: Sequence[RunView]) -> dict[str, Any] | None:
     ]
     return {
         "seed": seed,
+        "without": [name for name in by_method(views) if name not in by_method(own)],
         "methods": list(columns),
         "temperatures": temperatures,
         "scores": scores,
         "prompts": len(rows),
-        "rows": _within(rows, BUDGET),
+        "rows": _within(rows, budget, lambda row: script_json(row) + ","),
     }
 
 
@@ -97,25 +105,39 @@ def _cell(row: Mapping[str, Any] | None, scores: Sequence[str]) -> list[Any] | N
     return [row["completion"], *(v if isinstance(v, int | float) else None for v in values)]
 
 
-def _within(rows: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """Rows whose JSON is at most `budget` bytes: all of them, or every so many."""
-    size = sum(len(json.dumps(row, ensure_ascii=False).encode()) for row in rows)
-    keep = len(rows) if size <= budget else int(len(rows) * budget / size * 0.9)
-    return [rows[i * len(rows) // keep] for i in range(keep)] if keep else []
+def _within(items: list[Item], budget: int, written: Callable[[Item], str] = str) -> list[Item]:
+    """Items that take at most `budget` bytes as they are written: all, or every so many."""
+    sizes = [len(written(item).encode()) for item in items]
+    keep = len(items)
+    while keep:
+        chosen = [i * len(items) // keep for i in range(keep)]
+        size = sum(sizes[at] for at in chosen)
+        if size <= budget:
+            return [items[at] for at in chosen]
+        keep = min(keep - 1, int(keep * budget / size))
+    return []
 
 
-def credited_samples(views: Sequence[RunView]) -> list[dict[str, Any]]:
+def credited_samples(views: Sequence[RunView], budget: int = CREDIT_BUDGET) -> list[dict[str, Any]]:
     """Samples of PPO stages with their tokens' credit, advantage and KL: of the first and the last
-    update that kept some, of each method's first seed."""
-    groups = []
+    update that kept some, of each method's first seed, as HTML.
+
+    Each training may take the same part of `budget` bytes, and of what shorter ones leave.
+    """
+    groups: list[dict[str, Any]] = []
     for name, own in by_method(views).items():
-        view = own[0]
-        for role, rows in view.ppo_records("samples.jsonl").items():
+        seed = own[0].recipe["seed"]
+        for role, rows in own[0].ppo_records("samples.jsonl").items():
             chosen = _ends([row for row in rows if _has_credit(row)])
-            samples = _within([_credited(row) for row in chosen], CREDIT_BUDGET)
-            if samples:
-                seed = view.recipe["seed"]
-                groups.append({"title": f"{name}, seed {seed}, {role}", "samples": samples})
+            articles = [render("credited.html.j2", sample=_credited(row)) for row in chosen]
+            if articles:
+                title = f"{name}, seed {seed}, {role}"
+                groups.append({"title": title, "samples": articles, "of": len(articles)})
+    left = budget
+    by_size = sorted(groups, key=lambda group: sum(map(len, group["samples"])))
+    for number, group in enumerate(by_size):
+        group["samples"] = _within(group["samples"], left // (len(groups) - number))
+        left -= sum(len(article.encode()) for article in group["samples"])
     return groups
 
 

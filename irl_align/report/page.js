@@ -25,9 +25,10 @@ function followScheme() {
   show();
 }
 
-// Numbers by their value, "<= 1.8", "<0.001" and "1,200" too; what is no number goes to the end.
+// Numbers by their value, "<= 1.8", "<0.001", "1,200" and an interval "[9.5, 12.0]" (by its lower
+// end) too; what is no number goes to the end.
 function sortKey(text) {
-  const number = parseFloat(text.replace(/^<=?\s*/, "").replace(/,(?=\d{3})/g, ""));
+  const number = parseFloat(text.replace(/^(?:<=?|\[)\s*/, "").replace(/,(?=\d{3})/g, ""));
   return Number.isNaN(number) ? null : number;
 }
 
@@ -73,9 +74,11 @@ function browseSamples() {
   };
   choose("", "the data's order");
   choose("prompt", "prompt");
+  data.methods.forEach((method, m) => choose(`words/${m}`, `words, ${method}`));
   data.scores.forEach((score, s) =>
     data.methods.forEach((method, m) => choose(`${m}/${s}`, `${score.replaceAll("_", " ")}, ${method}`)));
 
+  const countWords = (text) => text.split(/\s+/).filter(Boolean).length;
   const said = (row) => row.s[Number(byId("temperature").value)];
   const matches = (row, words) => {
     const text = [row.p, ...row.d, ...said(row).map((cell) => (cell ? cell[0] : ""))].join(" ").toLowerCase();
@@ -86,8 +89,10 @@ function browseSamples() {
     const sign = byId("reverse").checked ? -1 : 1;
     if (order.value === "") return sign < 0 ? rows.reverse() : rows;
     if (order.value === "prompt") return rows.sort((a, b) => sign * a.p.localeCompare(b.p));
-    const [method, score] = order.value.split("/").map(Number);
-    const value = (row) => (said(row)[method] ? said(row)[method][score + 1] : null);
+    const [first, second] = order.value.split("/");
+    const number = (cell) => (first === "words" ? countWords(cell[0]) : cell[Number(second) + 1]);
+    const method = Number(first === "words" ? second : first);
+    const value = (row) => (said(row)[method] ? number(said(row)[method]) : null);
     return rows.sort((a, b) => {
       const x = value(a), y = value(b);
       if (x === null || y === null) return (x === null) - (y === null);

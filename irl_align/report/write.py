@@ -15,7 +15,7 @@ from irl_align.errors import UserError
 from irl_align.evaluation_tables import evaluation_grids, evaluation_notes, read_evaluation
 from irl_align.files import atomic_write
 from irl_align.frontier import frontiers
-from irl_align.report.browser import credited_samples, sample_browser
+from irl_align.report.browser import BUDGET, CREDIT_BUDGET, credited_samples, sample_browser
 from irl_align.report.curves import (
     best_of_curves,
     cost_bars,
@@ -31,6 +31,8 @@ from irl_align.report.images import png, svg
 from irl_align.report.templates import render
 from irl_align.stages import Run, RunView, is_run, records_told
 from irl_align.tables import signs
+
+MOST = 4_900_000  # bytes of a page, which is to stay below 5 MB
 
 
 def write_report(source: Path, output: Path | None = None, figures: Path | None = None) -> Path:
@@ -48,17 +50,16 @@ def _write(source: Path, output: Path | None, figures: Path | None) -> Path:
     sections = _figures(views, analysis)
     rewards = reward_table(views)
     evaluated = [(view, found) for view in views if (found := read_evaluation(view))]
-    page = render(
-        "page.html.j2",
-        title=title,
-        version=__version__,
-        texts=TEXTS,
-        grids=[
+    values = {
+        "title": title,
+        "version": __version__,
+        "texts": TEXTS,
+        "grids": [
             *grids(analysis),
             *([rewards] if rewards.rows else []),
             *(_of(view, grid) for view, found in evaluated for grid in evaluation_grids(found)),
         ],
-        notes=[
+        "notes": [
             *notes(analysis),
             *(
                 f"{v.folder.name}: {line}"
@@ -66,13 +67,11 @@ def _write(source: Path, output: Path | None, figures: Path | None) -> Path:
                 for line in evaluation_notes(found)
             ),
         ],
-        sections=[(name, [svg(one) for one in found]) for name, found in sections if found],
-        health=[grid for grid in [_ended(views), _told(views)] if grid["rows"]],
-        browser=sample_browser(views),
-        credited=credited_samples(views),
-    )
+        "sections": [(name, [svg(one) for one in found]) for name, found in sections if found],
+        "health": [grid for grid in [_ended(views), _told(views)] if grid["rows"]],
+    }
     output = output or source / "report.html"
-    atomic_write(output, page)
+    atomic_write(output, _page(values, views))
     if figures is not None:
         for _, drawn in sections:
             for figure in drawn:
@@ -80,6 +79,16 @@ def _write(source: Path, output: Path | None, figures: Path | None) -> Path:
                 atomic_write(figures / f"{name}.svg", svg(figure, alone=True))
                 atomic_write(figures / f"{name}.png", png(figure))
     return output
+
+
+def _page(values: dict[str, Any], views: Sequence[RunView]) -> str:
+    """The page, with as many samples as it has room for beside tables and figures."""
+    bare = render("page.html.j2", **values, browser=None, credited=[])
+    room = max(0, MOST - len(bare.encode()))
+    credited = credited_samples(views, min(CREDIT_BUDGET, room // 3))
+    room -= sum(len(article.encode()) for group in credited for article in group["samples"])
+    browser = sample_browser(views, min(BUDGET, room))
+    return render("page.html.j2", **values, browser=browser, credited=credited)
 
 
 def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
@@ -106,6 +115,8 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
     gone = [path for path in paths if not is_run(path)]
     analysis["missing"] += [f"{path}: gone; tables have it, figures do not" for path in gone]
     views = [Run.load(path) for path in paths if path not in gone]
+    left = "not finished any more; tables have it, figures do not"
+    analysis["missing"] += [f"{v.folder}: {left}" for v in views if v.summary is None]
     return [v for v in views if v.summary is not None], analysis, "comparison"
 
 
