@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
+import trl
 
 from irl_align import ranks
 from irl_align.cards import import_object, load_card
@@ -16,8 +20,11 @@ from irl_align.errors import UserError
 from irl_align.lab import Lab, open_run
 from irl_align.loop import bilevel
 from irl_align.models import pick_device
-from irl_align.recipe import load_recipe
+from irl_align.recipe import load_recipe, to_dict
+from irl_align.recipe_args import trl_config
 from irl_align.stages import Run, RunView, Store, environment
+from irl_align.tables import is_evaluation
+from irl_align.trainers import Training, training_args
 
 
 @dataclass(frozen=True)
@@ -36,25 +43,31 @@ class Result:
         return Run.load(self.folder)
 
 
-def train(recipe: Recipe | str | Path) -> Result:
+def train(
+    recipe: Recipe | str | Path, evaluated: Callable[[RunView], None] | None = None
+) -> Result:
     """Run a recipe to its end; what is already in the store is reused.
 
     Raises UserError for what the user can mend. After an interruption call it again: it goes on
     from the last stage, or from the last checkpoint within it. In processes that `accelerate
     launch` has started, each calls it, and they share the work.
+
+    evaluated: called with the run so far when a policy was evaluated that is not the last, in the
+    first process alone.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     check_trackers(recipe)
     check_data(recipe)
     device = ranks.own_device(pick_device(recipe.device))
+    check_trainers(recipe, device)
     output = Path(recipe.output_dir)
     began = time.time()
     with ranks.joined(device), open_run(recipe) as run:
         run.log("environment", {**environment(), "device": str(device), "seed": recipe.seed})
         lab = Lab(recipe, Store(output / "store"), run, device)
         try:
-            outcome = bilevel(lab)
+            outcome = bilevel(lab, lambda k: _tell(run, k, evaluated))
         finally:
             lab.close()
         explicit = outcome.reward is not None and outcome.reward.kind == "explicit"
@@ -78,6 +91,15 @@ def train(recipe: Recipe | str | Path) -> Result:
     return result
 
 
+def _tell(run: Run, k: int, evaluated: Callable[[RunView], None] | None) -> None:
+    """Hand over the run so far; of one that is run again only what is new."""
+    if evaluated is None or not ranks.tells():
+        return
+    view = Run.load(run.folder)
+    if not any(is_evaluation(record) and record["policy"] > k for record in view.metrics):
+        evaluated(view)
+
+
 def check_data(recipe: Recipe) -> None:
     """Raise UserError where the card, the files or the edit cannot be what the recipe asks for."""
     data, card = recipe.data, load_card(recipe.data.card)
@@ -90,6 +112,22 @@ def check_data(recipe: Recipe) -> None:
         raise UserError(
             f"evaluation.match_entropy: it compares gold, and card {card.name} names no gold"
         )
+
+
+def check_trainers(recipe: Recipe, device: torch.device) -> None:
+    """Raise UserError for options of TRL's that contradict each other, before any work."""
+    values = to_dict(recipe)
+    groups = ("sft", "reward", "policy_update") if recipe.loop.iterations else ("sft",)
+    for group in groups:
+        config, options = trl_config(values, group), values[group]
+        if config is None or options.get("enabled") is False:
+            continue
+        first = {name: each[0] for name, each in options.get("schedule", {}).items()}
+        training = Training(Path(recipe.output_dir), recipe.seed, device)
+        try:
+            training_args(getattr(trl, config), {**options.get("args", {}), **first}, training)
+        except UserError as error:
+            raise UserError(f"{group}: {error}") from error
 
 
 def check_trackers(recipe: Recipe) -> None:

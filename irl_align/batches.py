@@ -18,6 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from irl_align.errors import UserError
+
 TOKENS_PER_BATCH = 16384
 
 # Causal decoders that take a block mask and position ids, and have no state besides attention.
@@ -178,6 +180,27 @@ def model_inputs(packed: PackedRows) -> dict[str, Any]:
     return {**inputs, "use_cache": False}
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """Largest number of positions of a model, or None when it has no such limit."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def require_context(lengths: Sequence[int], context: int | None, kind: str) -> None:
+    """Raise UserError for the first of (B,) lengths beyond a model's context, in tokens.
+
+    Some architectures would fail without a reason; with rotary positions others would go on with
+    ones that they never saw.
+    """
+    for number, length in enumerate(lengths):
+        if context is not None and length > context:
+            raise UserError(
+                f"completion {number}, with its prompt, has {length} tokens, expected at most the "
+                f"{context} of this {kind} model's context: shorten the texts, or leave it out"
+            )
+
+
 def over_packed(
     one_batch: Callable[[list[int], PackedRows], None],
     model: PreTrainedModel,
@@ -188,9 +211,11 @@ def over_packed(
 ) -> None:
     """Call `one_batch` with each batch: its B completions' numbers, and the packed rows of them.
 
-    On the model's device, without gradients, behind a bar where `progress` names one.
+    On the model's device, without gradients, behind a bar where `progress` names one. Raises
+    UserError: a prompt and its completion are longer than the model's context.
     """
     totals = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    require_context(totals, context_length(model), model.config.model_type)
     rows = share_prompts(prompts, completions, can_pack(model, max(totals, default=0)))
     pad = model.config.pad_token_id or 0
     with (

@@ -56,7 +56,7 @@ def train(
     """Run a recipe. After a stop or a kill the same command goes on from where it was."""
     _set_up(debug)
     from irl_align.recipe import load_recipe
-    from irl_align.tables import show_runs
+    from irl_align.tables import show_policies, show_runs
 
     options = load_recipe(recipe, overrides or [])
     if smoke:
@@ -70,7 +70,7 @@ def train(
 
         if not any_disk:
             announce_disk(options)
-        result = run_recipe(options)
+        result = run_recipe(options, lambda run: show_policies([run], _console()))
     show_runs([result.view()], _console())
     typer.echo(f"policy: {result.policy}")
     if result.reward is not None:
@@ -170,6 +170,7 @@ def score(
     _set_up(debug)
     from irl_align.serve import read_rows, resolve, score_rows
 
+    _check_output(output)
     rows = read_rows(input, [("prompt", "completion"), ("prompt", "chosen", "rejected")])
     scored, accuracy = score_rows(resolve(model, "reward"), rows, device)
     _write(scored, output)
@@ -212,6 +213,7 @@ def generate(
     from irl_align.generate import Sampling
     from irl_align.serve import generate_rows, read_rows, resolve_policy, sampling_backend
 
+    _check_output(output)
     rows, policy = read_rows(input, [("prompt",)]), resolve_policy(model)
     sampling = Sampling(
         n=n,
@@ -277,6 +279,13 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(str(text))
+
+
+def _check_output(output: Path | None) -> None:
+    from irl_align.files import require_writable
+
+    if output is not None:
+        require_writable(output, "--output")
 
 
 def _write(rows: list[dict[str, Any]], output: Path | None) -> None:

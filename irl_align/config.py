@@ -134,6 +134,9 @@ class ModelOptions(Options):
     def _one_start(self) -> ModelOptions:
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError("give exactly one of path and from_scratch")
+        for name in ("revision", "trust_remote_code", "chat_template"):
+            if self.path is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is an option of path, not of from_scratch")
         return self
 
 
@@ -146,6 +149,12 @@ class SFTOptions(Options):
     """With model.lora: SFT trains all weights all the same, and the adapters are those of pi_0."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of trl.SFTConfig."""
+
+    @model_validator(mode="after")
+    def _full_is_read(self) -> SFTOptions:
+        if self.full and not self.enabled:
+            raise ValueError("full is of an SFT, and enabled is false")
+        return self
 
 
 class ServerOptions(Options):
@@ -233,6 +242,18 @@ class PairOptions(Options):
 
     @model_validator(mode="after")
     def _edits_are_made(self) -> PairOptions:
+        doubled = [source for source in self.sources if self.sources.count(source) > 1]
+        if doubled:
+            raise ValueError(f"sources: {doubled[0]} is there twice")
+        for name in (
+            "contrast",
+            "contrast_per_demonstration",
+            "contrast_edits",
+            "contrast_crossed",
+        ):
+            default = type(self).model_fields[name].default
+            if "demonstration/contrast" not in self.sources and getattr(self, name) != default:
+                raise ValueError(f"{name} is of the source demonstration/contrast: there is none")
         if self.contrast_edits > 1 and self.contrast != "edit":
             raise ValueError(f"contrast_edits is of contrast edit, not of {self.contrast}")
         if self.contrast_crossed and self.contrast != "edit":
@@ -327,9 +348,11 @@ class SignOptions(Options):
     """Signs that an iteration went wrong, all seen on demonstrations alone, and what to do."""
 
     action: Literal["warn", "stop"] = "warn"
-    """On a sign after a policy update: say so, or stop and keep the policy before it."""
+    """On a sign after a policy update, or of a reward that forgets: say so, or stop and keep the
+    policy before it."""
     unfit_loss: Above = 0.6931471805599453
-    """Held-out pair loss at or above this (ln 2): the reward is unfit and is not optimised on."""
+    """Held-out pair loss at or above this (ln 2): the reward is unfit and is not optimised on. If
+    only the pairs with the policy's samples are there, it is told."""
     fresh_accuracy: Share = 0.52
     """Demonstrations against fresh samples at or below this accuracy: nothing left to learn."""
     older_drop: Share = 0.05
@@ -346,6 +369,14 @@ class SignOptions(Options):
     """Largest share of samples without EOS above pi_0's."""
     demonstration_log_prob: Above = 5.0
     """Largest fall of the held-out demonstrations' mean log-prob below pi_0's, in nats."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> SignOptions:
+        if self.entropy_low > self.entropy_high:
+            raise ValueError(
+                f"entropy_low is {self.entropy_low:g}, above entropy_high {self.entropy_high:g}"
+            )
+        return self
 
 
 class LoopOptions(Options):
@@ -449,6 +480,16 @@ class Recipe(Options):
         return self
 
     @model_validator(mode="after")
+    def _entropies_are_alike(self) -> Recipe:
+        plain = self.generation.top_p == 1.0 and self.generation.top_k == 0
+        if self.evaluation.match_entropy and not plain:
+            raise ValueError(
+                "evaluation.match_entropy compares entropies of whole distributions: expected "
+                "generation.top_p 1 and generation.top_k 0 with it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _levels_agree(self) -> Recipe:
         kind, update = self.reward.kind, self.policy_update.kind
         if self.loop.iterations == 0:
@@ -461,6 +502,8 @@ class Recipe(Options):
                 f"reward.kind {kind} does not go with policy_update.kind {update}: the implicit "
                 "reward moves the policy itself, so it goes with identity, and only it does"
             )
+        if kind == "none" and self.loop.pick == "nearest":
+            raise ValueError("loop.pick nearest asks the last reward: reward.kind is none")
         if kind == "none" and update in ("best_of_n", "ppo"):
             raise ValueError(f"policy_update.kind {update} needs a reward: reward.kind is none")
         return self

@@ -13,10 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from irl_align.batches import context_length
 from irl_align.errors import UserError
 from irl_align.files import atomic_write, file_checksum, read_json, to_json
 from irl_align.leaderboard import Benchmark
-from irl_align.models import context_length, load_model, load_tokenizer, pick_device
+from irl_align.models import load_model, load_tokenizer, pick_device
 
 MEND = "delete it and run irl-align evaluate again"
 

@@ -27,11 +27,12 @@ from irl_align.backends import (
     resolve_backend,
     sampling_of,
 )
+from irl_align.batches import context_length
 from irl_align.config import Recipe
 from irl_align.errors import TryAgain, UserError
 from irl_align.files import read_json
 from irl_align.generate import Completion, Generator, Sampling, TransformersGenerator
-from irl_align.models import completion_logprobs, context_length, load_model, seeded
+from irl_align.models import completion_logprobs, load_model, seeded
 from irl_align.policy import Policy, Reward
 from irl_align.ranking import rank_samples, sample_rewards
 from irl_align.recipe import to_dict, to_yaml

@@ -13,6 +13,7 @@ policy level is the identity: that is SPIN (arXiv:2401.01335).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from irl_align.policy import Policy, Reward
 from irl_align.policy_step import improve_policy
 from irl_align.prepare import prepare, supervise
 from irl_align.reward.audit import shortcut_warnings
+from irl_align.reward_health import audited_accuracy, policy_loss
 from irl_align.reward_step import fit_reward_level
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,11 @@ class Outcome:
     ended: str
 
 
-def bilevel(lab: Lab) -> Outcome:
-    """Run the loop of the lab's recipe, every step a stage that is reused where it exists."""
+def bilevel(lab: Lab, evaluated: Callable[[int], None] = lambda k: None) -> Outcome:
+    """Run the loop of the lab's recipe, every step a stage that is reused where it exists.
+
+    evaluated: called with k when pi_k was evaluated and another iteration follows.
+    """
     options = lab.recipe.loop
     data, start = prepare(lab)
     initial = policy = supervise(lab, start, data)
@@ -51,6 +56,7 @@ def bilevel(lab: Lab) -> Outcome:
     evaluate_policy(lab, 0, initial, initial, data)
 
     for k in range(options.iterations):
+        evaluated(k)
         if lab.recipe.reward.kind != "none":
             # y_hat ~ pi_k(.|x), beside the demonstrations y_E
             pairs.append(make_pairs(lab, k, policy, initial, start, data))
@@ -77,23 +83,32 @@ def bilevel(lab: Lab) -> Outcome:
 
 
 def judge_reward(lab: Lab, k: int, fit: dict[str, Any]) -> str | None:
-    """Warn of shortcuts and forgetting; the reason to end when the reward is unfit."""
+    """Warn of shortcuts and forgetting; the reason to end when the reward is unfit, or forgets and
+    the recipe says so."""
     bounds = lab.recipe.loop.signs
-    signs = shortcut_warnings(fit["audit"], fit["held_out"]["accuracy"])
+    forgets = []
     for older, report in fit["older"].items():
         fall = fit.get("older_before", {}).get(older, {}).get("accuracy", 0.0) - report["accuracy"]
         if fall > bounds.older_drop:
-            signs.append(
+            forgets.append(
                 f"older pairs: accuracy on iteration {older} fell by {fall:.1%}, more than "
                 f"{bounds.older_drop:.1%}: the reward forgets; widen pairs.window or init warm"
             )
+    signs = shortcut_warnings(fit["audit"], audited_accuracy(fit)) + forgets
     loss = fit["held_out"]["loss"]
     unfit = loss is None or loss >= bounds.unfit_loss - ROUNDING
     if unfit:
         found = "not finite" if loss is None else f"{loss:.4f}, at or above {bounds.unfit_loss:.4f}"
         signs.append(f"held-out pair loss is {found}: the reward is unfit and is not optimised on")
+    elif (own := policy_loss(fit)) is not None and own >= bounds.unfit_loss - ROUNDING:
+        signs.append(
+            f"held-out pair loss is {own:.4f} where policy samples are rejected: what the reward "
+            "tells apart is the other pairs"
+        )
     _tell(lab, f"signs/reward-{k}", signs)
-    return f"iteration {k}: the reward is unfit" if unfit else None
+    if unfit:
+        return f"iteration {k}: the reward is unfit"
+    return f"iteration {k}: {forgets[0]}" if forgets and bounds.action == "stop" else None
 
 
 def judge_policy(lab: Lab, k: int, vitals: dict[str, Any], baseline: dict[str, Any]) -> str | None:

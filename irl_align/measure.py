@@ -30,8 +30,10 @@ from irl_align.reward.audit import shortcut_audit, within_prompts
 from irl_align.reward.fit import SIDES, margin_report, margins
 from irl_align.reward.model import RewardFunction
 from irl_align.reward.spread import spread
+from irl_align.reward_health import AUDITED
 from irl_align.run_folder import REBUILD
 from irl_align.samples import SampleSet
+from irl_align.tasks.bleu import reference_metrics
 from irl_align.tasks.gold import GoldMetric
 from irl_align.tokens import decode_batch
 
@@ -66,7 +68,7 @@ def measure_reward(
             past = {i: margins(function, rows, before.scale) for i, rows in older.items()}
             report["older_before"] = {i: margin_report(found) for i, found in past.items()}
             report["agreement"] = {i: correlation(own[i], past[i]) for i in older}
-        policy_only = of_source(latest, "demonstration/policy")
+        policy_only = of_source(latest, AUDITED)
         audited = policy_only if len(policy_only) else latest
         logps = [
             lab.logprobs(initial, audited[prompt], audited[completion])
@@ -261,7 +263,8 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
         name = f"policy-{k}-t{temperature:g}"
         lab.run.save_samples(name, read_lines(stage.path / "samples.jsonl", REBUILD))
         found[temperature] = stage.metrics
-    if options.match_entropy and k > 0:
+    # What a selecting policy gives a sample is not known, so neither is its entropy.
+    if options.match_entropy and k > 0 and policy.ranking is None:
         _evaluate_at_entropy(lab, k, found[1.0]["entropy"], initial, rows, data)
 
 
@@ -337,8 +340,8 @@ def _gold(
     texts: Sequence[str],
     references: bool = True,
 ) -> dict[str, Any]:
-    """Gold metrics of completions (one text per prompt key), written with the texts to
-    work/samples.jsonl."""
+    """Gold metrics of completions (one text per prompt key), BLEU and chrF, the demonstrations
+    being the references; the texts are written to work/samples.jsonl."""
     by_key: dict[str, list[str]] = {}
     prompts = dict(zip(rows["prompt_key"], rows["prompt"], strict=True))
     for key, completion in zip(rows["prompt_key"], rows["completion"], strict=True):
@@ -361,5 +364,9 @@ def _gold(
             "metrics": result.corpus,
         }
         lines = [{**line, **row} for line, row in zip(lines, result.rows, strict=True)]
+    if references:  # BLEU and chrF, also where a card names no gold
+        known = report.get("metrics", {})
+        found = reference_metrics(texts, [by_key[key] for key in keys], known)
+        report["metrics"] = {**known, **found}
     atomic_write(work / "samples.jsonl", to_lines(lines))
     return report

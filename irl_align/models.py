@@ -191,13 +191,6 @@ def _load_message(path: str | Path, what: str, error: Exception) -> str:
     return f"{path}: neither a folder nor a {what} that the Hub gave: {cause}"
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Largest number of positions of a model, or None when it has no such limit."""
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    return int(length) if length else None
-
-
 def scratch_model(
     options: ScratchOptions, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:

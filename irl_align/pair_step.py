@@ -126,7 +126,7 @@ class _Making:
             "seed": self.lab.recipe.seed,
             "source": source,
             "generator": self.samplers[rejected].identity,
-            "sampling": self.sampling,
+            "sampling": drawn_as(self.samplers[rejected], self.sampling),
             "truncated": options.truncated,
         }
         samples = self.drawn[rejected]
@@ -150,6 +150,19 @@ class _Making:
             encode=lambda texts: encode_prompts(texts, self.lab.tokenizer, card),
             context=self.data.context,
         )
+
+
+@dataclass(frozen=True)
+class Selected:
+    """How the samples of a selecting policy were drawn; what it gives them is not known."""
+
+    temperature: float
+    plain: bool = False
+
+
+def drawn_as(sampler: Policy, sampling: Sampling) -> Sampling | Selected:
+    """What a policy's samples are of: a selecting one draws at its own temperature."""
+    return sampling if sampler.ranking is None else Selected(sampler.ranking.temperature)
 
 
 def samples_by_key(

@@ -314,7 +314,7 @@ class _Stages:
             yield from drawn
             cost = self.costs.measure(0, prompts) if temperature == 1.0 else Cost(rows=prompts)
             yield Step(f"evaluation/{k}/t{temperature:g}", (drawn[-1].role,), cost)
-        if options.match_entropy and k:
+        if options.match_entropy and k and self.policy == self.base:
             reads = (self._made_by(self.first), f"evaluation/{k}/t1")
             yield Step(f"matched-entropy/{k}", reads, self.costs.sample(MATCHING * prompts, 1))
 

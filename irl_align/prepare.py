@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from irl_align.batches import context_length
 from irl_align.cards import Card, load_card
 from irl_align.config import DataOptions
 from irl_align.data import (
@@ -24,7 +25,6 @@ from irl_align.files import file_checksum
 from irl_align.lab import Lab, checksum, derive_seed
 from irl_align.models import (
     check_adapter,
-    context_length,
     load_model,
     load_tokenizer,
     scratch_model,

@@ -241,17 +241,24 @@ def _suggest(annotation: Any, loc: Loc, raw: dict[str, Any]) -> str:
     group = _group_in(annotation)
     parent, word = loc[:-1], str(loc[-1])
     names = list(group.model_fields) if group else []
-    guess = nearest(word, names)
-    if guess is None and "args" in names:
-        config = trl_config(raw, str(loc[0]))
-        arg = nearest_arg(config, word) if config else None
-        guess = f"args.{arg}" if arg else None
+    config = trl_config(raw, str(loc[0])) if "args" in names else None
+    arg = nearest_arg(config, word) if config else None
+    elsewhere = _keys_named(word, parent)
+    if elsewhere and arg != word:
+        return _guess(" or ".join(elsewhere))
+    guess = nearest(word, names) or (f"args.{arg}" if arg else None)
     if guess is not None:
         return _guess(show_loc((*parent, guess)))
-    elsewhere = [key for key, *_ in options_table() if key.rsplit(".", 1)[-1] == word]
-    if elsewhere:
-        return _guess(" or ".join(elsewhere))
     return f"; expected one of {', '.join(names)}"
+
+
+def _keys_named(word: str, parent: Loc) -> list[str]:
+    """Dotted keys of the options elsewhere with exactly this name; within policy_update those of
+    other kinds, which are named."""
+    keys = [key for key, *_ in options_table() if key.rsplit(".", 1)[-1] == word]
+    if parent[:1] != ("policy_update",):
+        keys = [re.sub(r"\([^)]*\)", "", key) for key in keys]
+    return list(dict.fromkeys(keys))
 
 
 def _guess(choice: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,11 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from irl_align import ranks
+from irl_align.batches import context_length
 from irl_align.cards import load_card
 from irl_align.data import data_checksum, load_preferences
 from irl_align.files import is_sealed, seal
 from irl_align.lab import Lab, derive_seed
-from irl_align.models import context_length
 from irl_align.pair_step import Pairs
 from irl_align.pairs import window
 from irl_align.policy import Policy, Reward
@@ -181,17 +182,19 @@ def _fit_implicit(lab: Lab, k: int, policy: Policy, initial: Policy, fit: _Fit) 
     def build(work: Path) -> dict[str, Any]:
         references = [(weight, lab.load_policy(path)) for weight, path in paths]
         generator = policy.identity if starts_at_reference else ""
+        began = time.perf_counter()
         logps = cached_array(
             work / "scratch" / "reference.npy",
             lambda: reference_logps(references, fit.train, generator),
         )
+        took = {"step": 0, "reference_seconds": time.perf_counter() - began}
         model = lab.load_trainable(policy.path)
         training = lab.training(work, f"SPIN {k}")
         metrics = fit_implicit(
             model, lab.tokenizer, fit.train, logps, fit.args, training, starts_at_reference
         )
         save_model(model, lab.tokenizer, work / "model")
-        return metrics
+        return {**metrics, "history": [took, *metrics["history"]]}
 
     stage = lab.stage(
         f"reward/{k}",

@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from irl_align.backends import VLLMSampler, VLLMSettings
+from irl_align.batches import context_length
 from irl_align.config import GenerationOptions
 from irl_align.errors import UserError
 from irl_align.generate import Generator, TransformersGenerator
 from irl_align.lab import eos_ids, folder_eos_ids
-from irl_align.models import context_length, load_model
+from irl_align.models import load_model
 
 
 def with_backend(options: GenerationOptions, backend: str | None) -> GenerationOptions:

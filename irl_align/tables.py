@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from irl_align.reward_health import audited_accuracy
 from irl_align.stages import RunView, records_told
 
 MISSING = "-"
@@ -22,7 +23,7 @@ def results_table(views: Sequence[RunView]) -> Table:
     temperatures = sorted({t for row in rows for t in row.evaluations}, reverse=True)
     records = [record for row in rows for record in row.evaluations.values()]
     headline = next((str(r["headline"]) for r in records if "headline" in r), None)
-    metrics = [headline, "fully_right", "bleu"] if headline else ["length"]
+    metrics = [headline, "fully_right", "bleu"] if headline else ["length", "bleu"]
     metrics = [m for m in metrics if any(_value(r, m) is not None for r in records)]
     at = ["greedy" if t == 0 else f"T={t:g}" for t in temperatures]
     columns = [f"{metric.replace('_', ' ')} {t}" for metric in metrics for t in at]
@@ -122,7 +123,7 @@ def policy_label(view: RunView, number: int) -> str:
 
 
 def _value(record: Mapping[str, Any], metric: str) -> float | None:
-    value = record.get("metrics", record).get(metric)
+    value = {**record, **record.get("metrics", {})}.get(metric)
     return None if value is None else float(value)
 
 
@@ -161,7 +162,10 @@ def costs_table(view: RunView) -> Table:
 
 
 def reward_table(view: RunView) -> Table:
-    """Held-out health of every iteration's reward, beside the shortcuts on the same pairs."""
+    """Held-out health of every iteration's reward, beside the shortcuts.
+
+    In brackets the accuracy on the pairs that the shortcuts are judged on, where those are not all.
+    """
     columns = (
         "accuracy",
         "loss",
@@ -181,10 +185,12 @@ def reward_table(view: RunView) -> Table:
             continue
         k = int(key.removeprefix("reward/"))
         held, audit = record["held_out"], record["audit"]
+        audited = audited_accuracy(record)
+        same = audited == held["accuracy"]
         older = ", ".join(_percent(report["accuracy"]) for report in record["older"].values())
         table.add_row(
             str(k),
-            _percent(held["accuracy"]),
+            _percent(held["accuracy"]) + ("" if same else f" ({_percent(audited)})"),
             _number(held["loss"], 4),
             _number(held["margin"], 3),
             _percent(held["calibration_error"]),
@@ -233,9 +239,14 @@ def show_runs(views: Sequence[RunView], console: Console) -> None:
         _show(views, console)
 
 
-def _show(views: Sequence[RunView], console: Console) -> None:
+def show_policies(views: Sequence[RunView], console: Console) -> None:
+    """Print results and vital signs of the policies that there are so far."""
     console.print(results_table(views))
     console.print(vitals_table(views))
+
+
+def _show(views: Sequence[RunView], console: Console) -> None:
+    show_policies(views, console)
     for view in views:
         if any(record["key"].startswith("reward/") for record in view.metrics):
             console.print(reward_table(view))

@@ -426,6 +426,10 @@ def test_a_pair_classifier_scores_texts(
         score_tokens(reward, prompts, completions, prefixes=True, attention=False)
     with pytest.raises(UserError, match=r"no attention to split by"):
         score_tokens(reward, prompts, completions, prefixes=False, attention=True)
+    longest = [[*ids(tiny_tokenizer, "the pub is here. " * 60), end]]
+    context = r"completion 0, with its prompt, has 787 tokens, expected at most the 512"
+    with pytest.raises(UserError, match=context):
+        score_tokens(reward, prompts[:1], longest, prefixes=False, attention=False)
 
 
 def test_what_is_no_reward_model_is_refused(

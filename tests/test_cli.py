@@ -102,13 +102,16 @@ def test_train_prints_readable_lines_and_tables(tmp_path: Path) -> None:
     for title in ("results", "vital signs", "rewards of tiny-seed0", "costs of tiny-seed0"):
         assert title in ended.out
     rows = [line.split() for line in ended.out.splitlines()]
-    for policy in (["SFT"], ["tiny", "1"]):  # once in the results, once in the vital signs
-        assert sum(row[: len(policy)] == policy for row in rows) == 2
+    # In the results and in the vital signs; SFT's before the iteration, and beside it at the end.
+    for policy, times in ((["SFT"], 4), (["tiny", "1"], 2)):
+        assert sum(row[: len(policy)] == policy for row in rows) == times
     assert ended.out.splitlines()[-2].startswith("policy: ")
 
     again = spawn(*arguments)
     assert again.status == 0 and "sft: reused" in again.err
-    assert again.out.split("costs of")[0] == ended.out.split("costs of")[0]
+    # Run again, there is nothing to tell on the way.
+    assert ended.out.split("costs of")[0].endswith(again.out.split("costs of")[0])
+    assert again.out.count("results") == 1
 
 
 def test_show_compares_runs(
@@ -237,3 +240,16 @@ def test_what_the_hub_tells_is_told_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert done.stderr.count("retrying") == 1
+
+
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_output_that_cannot_be_written_is_told_before_the_work(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    options = (command, folder / "no-model", "--input", tmp_path / "rows.jsonl", "--output")
+    line = the_line(irl_align(capsys, *options, tmp_path))
+    assert line == f"--output: {tmp_path} is a folder, expected a file"
+    inside = tmp_path / "rows.jsonl" / "scores.jsonl"
+    line = the_line(irl_align(capsys, *options, inside))
+    assert line == f"--output: {inside}: nothing can be written in {tmp_path / 'rows.jsonl'}"

@@ -84,12 +84,12 @@ def test_an_edit_of_ones_own_makes_pairs_and_prompts(folder: Path) -> None:
 
 
 def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:
-    options = ("name=no-edit", "pairs={contrast: edit}", "data.edit=rows:nothing")
+    options = ("name=no-edit", "pairs={contrast: edit, sources: [demonstration/contrast]}")
     with pytest.raises(UserError, match=r"data\.edit: cannot import rows:nothing: .*nothing"):
-        train(tiny_recipe(folder, *options))
-    options = (*options[:2], "data.edit=irl_align.tasks.restaurant:PHRASES")
+        train(tiny_recipe(folder, *options, "data.edit=rows:nothing"))
+    edit = "data.edit=irl_align.tasks.restaurant:PHRASES"
     with pytest.raises(UserError, match=r"data\.edit: found .*PHRASES, expected a function"):
-        train(tiny_recipe(folder, *options))
+        train(tiny_recipe(folder, *options, edit))
 
 
 def test_e2e_edits_stay_prompts_of_e2e() -> None:

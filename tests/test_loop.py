@@ -236,7 +236,7 @@ def test_best_against_worst_is_a_pairwise_fit(best: Result, run: Callable[..., R
 def test_selection_keeps_the_policy_and_ranks_its_samples(
     best: Result, run: Callable[..., Result]
 ) -> None:
-    result = run("select", "policy_update={n: 3, use: select}")
+    result = run("select", "policy_update={n: 3, use: select}", "evaluation.match_entropy=true")
     assert result.policy == stage_folder(best.folder, "sft") / "model"
     summary = result.view().summary
     assert summary is not None
@@ -246,6 +246,7 @@ def test_selection_keeps_the_policy_and_ranks_its_samples(
     # KL(best-of-n || pi) is at most log n - (n - 1)/n.
     assert logged["evaluation/1/t1"]["kl_bound"] == pytest.approx(math.log(3) - 2 / 3)
     assert "evaluation/1/t0" not in logged and "entropy" not in logged["vitals/1"]
+    assert not any(key.startswith("matched-entropy/") for key in logged)
 
     roles = ("samples/evaluation-candidates/policy-0/t1", "selected/evaluation/policy-1")
     candidates, selected = (
@@ -262,6 +263,16 @@ def test_selection_keeps_the_policy_and_ranks_its_samples(
         ids = [row["token_ids"] for row in done]
         scores = reward.score_ids([prompts[number]] * len(ids), ids)
         assert chosen["token_ids"] == ids[int(scores.argmax())]
+
+
+def test_pairs_say_how_a_selecting_policy_drew(run: Callable[..., Result]) -> None:
+    update = "policy_update={n: 3, use: select, temperature: 0.5}"
+    result = run("selecting", update, "loop={iterations: 2, signs: {unfit_loss: 100.0}}")
+    for iteration, temperature, known in ((0, 1.0, True), (1, 0.5, False)):
+        pairs = stage_folder(result.folder, f"pairs/{iteration}") / "train.parquet"
+        assert set(column(pairs, "temperature")) == {temperature}
+        # How likely a sample is to be the best of three is not known.
+        assert all((logp is not None) == known for logp in column(pairs, "rejected_logp"))
 
 
 def _evaluation_prompts(result: Result) -> list[list[int]]:
@@ -451,6 +462,17 @@ def test_fresh_samples_that_cannot_be_told_end_the_loop(
     assert "reward/1" not in stage_records(result.folder)
 
 
+@pytest.mark.parametrize("group", ["sft", "reward", "policy_update"])
+def test_options_of_trl_that_contradict_each_other_are_told_first(
+    group: str, tmp_path: Path
+) -> None:
+    both = (f"{group}.args.bf16=true", f"{group}.args.fp16=true")
+    with pytest.raises(UserError, match=rf"^{group}: recipe: args of \w+Config: .*fp16") as caught:
+        train(tiny_recipe(tmp_path, *both))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_numbers_that_are_not_finite_are_signs(tmp_path: Path) -> None:
     """A record holds null for them; they neither pass as good nor break the judging."""
     told: dict[str, Any] = {}
@@ -467,6 +489,49 @@ def test_numbers_that_are_not_finite_are_signs(tmp_path: Path) -> None:
     fit = {"held_out": {"accuracy": 0.0, "loss": None}, "audit": audit, "older": {}}
     assert judge_reward(lab, 0, fit) == "iteration 0: the reward is unfit"
     assert told["signs/reward-0"][0].startswith("held-out pair loss is not finite")
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_reward_that_forgets(action: str, tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: told.update({key: record["signs"]}))
+    recipe = tiny_recipe(tmp_path, f"loop.signs.action={action}")
+    lab: Any = SimpleNamespace(recipe=recipe, run=run)
+    fit = {
+        "held_out": {"accuracy": 0.8, "loss": 0.4},
+        "audit": {"length": 0.5, "truncation": 0.5},
+        "older": {"0": {"accuracy": 0.66}},
+        "older_before": {"0": {"accuracy": 0.7}},
+    }
+    assert judge_reward(lab, 1, fit) is None and told["signs/reward-1"] == []
+    stop = judge_reward(lab, 1, {**fit, "older": {"0": {"accuracy": 0.64}}})
+    [sign] = told["signs/reward-1"]
+    assert sign.startswith("older pairs: accuracy on iteration 0 fell by 6.0%, more than 5.0%")
+    assert stop == (f"iteration 1: {sign}" if action == "stop" else None)
+
+
+def test_a_reward_is_judged_on_the_pairs_of_its_policy(tmp_path: Path) -> None:
+    """Contrast pairs, which are easy, hide neither a shortcut nor a reward that learned nothing."""
+    told: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: told.update({key: record["signs"]}))
+    lab: Any = SimpleNamespace(
+        recipe=tiny_recipe(tmp_path, f"loop.signs.unfit_loss={LN2}"), run=run
+    )
+    own = {"accuracy": 0.71, "loss": 0.6}
+    fit = {
+        "held_out": {"accuracy": 0.81, "loss": 0.5},
+        "by_source": {"demonstration/policy": own},
+        "audit": {"length": 0.70, "truncation": 0.5},
+        "older": {},
+    }
+    assert judge_reward(lab, 0, fit) is None
+    [sign] = told["signs/reward-0"]
+    assert "length alone tells 70.0% of the held-out pairs apart, the reward 71.0%" in sign
+    own.update(accuracy=0.5, loss=0.7)
+    fit["audit"] = {"length": 0.5, "truncation": 0.5}
+    assert judge_reward(lab, 0, fit) is None
+    [sign] = told["signs/reward-0"]
+    assert sign.startswith("held-out pair loss is 0.7000 where policy samples are rejected")
 
 
 UPDATE = """

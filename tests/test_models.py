@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from irl_align import models
+from irl_align.batches import context_length
 from irl_align.config import ScratchOptions
 from irl_align.errors import UserError
 from irl_align.models import (
     completion_logprobs,
-    context_length,
     has_plain_logits,
     load_model,
     load_tokenizer,

@@ -97,8 +97,16 @@ def test_an_edit_that_nothing_reads() -> None:
     own = SMALL.replace("card: toy", "card: toy\n  edit: some:edit")
     message = "data.edit is for pairs.contrast edit and policy_update.edited_prompts, and neither"
     assert mistakes(own) == [f"r.yaml:4: {message} is set"]
-    assert load(own, "pairs.contrast=edit").data.edit == "some:edit"
+    contrast = ("pairs.contrast=edit", "pairs.sources=[demonstration/contrast]")
+    assert load(own, *contrast).data.edit == "some:edit"
     assert load(own, "policy_update.edited_prompts=1", "policy_update.use=sft").data.edit
+
+
+def test_entropies_of_cut_distributions_are_not_matched() -> None:
+    message = "evaluation.match_entropy compares entropies of whole distributions"
+    for cut in ("top_p: 0.9", "top_k: 5"):
+        [line] = mistakes(f"{SMALL}generation: {{{cut}}}\nevaluation: {{match_entropy: true}}\n")
+        assert message in line
 
 
 @pytest.mark.parametrize(
@@ -202,16 +210,35 @@ def test_bad_override(override: str, message: str) -> None:
         ("pairs:\n  sources: []", "7: pairs.sources: found a list, {sources}"),
         # contradictory
         (
-            "pairs:\n  contrast_crossed: true",
-            "7: pairs: contrast_crossed is of contrast edit, not of neighbour",
+            "pairs:\n  sources: [demonstration/contrast]\n  contrast_crossed: true",
+            "8: pairs: contrast_crossed is of contrast edit, not of neighbour",
         ),
         (
             "evaluation:\n  match_entropy: true\n  gold: false",
             "7: evaluation: match_entropy compares gold, and gold is false",
         ),
         (
-            "pairs:\n  contrast_edits: 2",
-            "7: pairs: contrast_edits is of contrast edit, not of neighbour",
+            "pairs:\n  sources: [demonstration/contrast]\n  contrast_edits: 2",
+            "8: pairs: contrast_edits is of contrast edit, not of neighbour",
+        ),
+        (
+            "pairs:\n  contrast_per_demonstration: 2",
+            "7: pairs: contrast_per_demonstration is of the source demonstration/contrast: there "
+            "is none",
+        ),
+        (
+            "pairs:\n  sources: [demonstration/policy, demonstration/policy]",
+            "7: pairs: sources: demonstration/policy is there twice",
+        ),
+        (
+            "loop:\n  signs: {entropy_low: 2}",
+            "7: loop.signs: entropy_low is 2, above entropy_high 1.25",
+        ),
+        ("sft:\n  enabled: false\n  full: true", "8: sft: full is of an SFT, and enabled is false"),
+        ("iterations: 3", "6: iterations: unknown option; did you mean loop.iterations?"),
+        (
+            "clip_reward: 3",
+            "6: clip_reward: unknown option; did you mean policy_update.clip_reward?",
         ),
         (
             "policy_update:\n  n: 4\n  keep: 5",

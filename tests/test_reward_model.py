@@ -380,6 +380,37 @@ def sums(model: PreTrainedModel, completions: Ids) -> list[float]:
     ]
 
 
+@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
+def test_texts_beyond_the_context_are_refused(
+    arch: str, reward: Callable[..., RewardModel]
+) -> None:
+    model = reward(arch)
+    limit = model.model.config.max_position_embeddings
+    fitting, longer = [[4] * (limit - 3)], [[4] * (limit - 2)]
+    assert model.score_ids([[5, 6, 7]], fitting).shape == (1,)
+    told = f"completion 1, with its prompt, has {limit + 1} tokens, expected at most the {limit}"
+    for score in (model.score_ids, model.prefix_scores_ids):
+        with pytest.raises(UserError, match=told):
+            score([[5, 6, 7]] * 2, fitting + longer)
+
+
+@torch.no_grad()
+def test_implicit_reward_of_texts(
+    tiny_model: MakeModel,
+    moved: Callable[[str, int], PreTrainedModel],
+    reward: Callable[..., RewardModel],
+) -> None:
+    explicit = reward("llama", template="Q {prompt} A ")
+    models = moved("llama", 1), [(1.0, tiny_model("llama"))]
+    implicit = ImplicitReward(*models, 0.3, explicit.tokenizer, explicit.settings)
+    texts = (["near", "a cheap one"], ["the pub is here.", "no"])
+    ids = explicit._encode(*texts)
+    assert implicit.score(*texts).tolist() == implicit.score_ids(*ids).tolist()
+    assert [len(row) for row in implicit.prefix_scores(*texts)] == [len(c) + 1 for c in ids[1]]
+    with pytest.raises(UserError, match="an implicit reward of texts needs a tokenizer"):
+        ImplicitReward(*models, 0.3).score(*texts)
+
+
 @torch.no_grad()
 def test_implicit_reward_is_zero_where_policy_and_reference_agree(tiny_model: MakeModel) -> None:
     implicit = ImplicitReward(tiny_model("llama"), [(1.0, tiny_model("llama"))], beta=0.1)

@@ -32,7 +32,12 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from irl_align.batches import TOKENS_PER_BATCH, batches_by_tokens
+from irl_align.batches import (
+    TOKENS_PER_BATCH,
+    batches_by_tokens,
+    context_length,
+    require_context,
+)
 from irl_align.data import Prompt
 from irl_align.errors import UserError
 from irl_align.models import load_model, load_tokenizer
@@ -281,6 +286,9 @@ class PairClassifier:
         texts = decode_batch(self.policy_tokenizer, completions)
         rows = self.tokenizer([prompt_text(prompt) for prompt in raw], texts)
         lengths = [len(ids) for ids in rows["input_ids"]]
+        # Some models (RoBERTa) have positions that no token can stand at; their tokenizers know.
+        context = min(context_length(self.model) or 10**12, self.tokenizer.model_max_length)
+        require_context(lengths, context, self.model.config.model_type)
         scores = torch.empty(len(texts))
         with torch.inference_mode():
             for batch in batches_by_tokens(lengths, TOKENS_PER_BATCH):

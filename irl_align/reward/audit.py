@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from irl_align.maths.losses import pair_metrics
 
-CLOSE = 0.05  # a shortcut this near to the reward's accuracy is warned of
+CLOSE = 0.05  # a shortcut this near to the reward's accuracy, and above chance, is warned of
 LEANING = 0.2  # a correlation with length within prompts that is warned of
 
 

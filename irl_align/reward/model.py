@@ -24,21 +24,26 @@ from transformers import (
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from irl_align import adapters
-from irl_align.batches import TOKENS_PER_BATCH, PackedRows, hidden_states, over_packed
+from irl_align.batches import (
+    TOKENS_PER_BATCH,
+    PackedRows,
+    context_length,
+    hidden_states,
+    over_packed,
+)
 from irl_align.errors import UserError
 from irl_align.files import read_json
 from irl_align.lora_options import LoraOptions
 from irl_align.maths.losses import bound, implicit_reward, mixture_logp
 from irl_align.models import (
     completion_logprobs,
-    context_length,
     has_plain_logits,
     head_logprobs,
     load_model,
     load_tokenizer,
     seeded,
 )
-from irl_align.tokens import encode_completions, encode_prompts
+from irl_align.tokens import Templated, encode_completions, encode_prompts
 
 Ids = Sequence[Sequence[int]]
 _CONFIG_KEY = "irl_reward"
@@ -138,7 +143,34 @@ def settled(reward: Tensor, settings: RewardSettings) -> Tensor:
     return (reward - settings.mean) / settings.std
 
 
-class RewardModel:
+class OfTexts(RewardFunction):
+    """Mixin of reward functions: their rewards of texts, from those of token ids."""
+
+    def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
+        """The tokenizer of texts, and the template of prompts."""
+        raise NotImplementedError
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
+        """Reward of texts: prompts (strings or message lists) and completions; (B,).
+
+        The recipe's template is applied, and EOS appended: a text is taken to be finished.
+        """
+        return self.score_ids(*self._encode(prompts, completions))
+
+    def prefix_scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[Tensor]:
+        """Reward after every token of each text, the empty completion first: (T + 1,) per row."""
+        return self.prefix_scores_ids(*self._encode(prompts, completions))
+
+    def _encode(
+        self, prompts: Sequence[Any], completions: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        tokenizer, template = self.text_format()
+        prompt_ids = encode_prompts(prompts, tokenizer, template)
+        ids = encode_completions(prompts, completions, prompt_ids, tokenizer, template)
+        return prompt_ids, ids
+
+
+class RewardModel(OfTexts):
     """A backbone with a scalar head: r(x, y) is its score at the last token of y."""
 
     def __init__(
@@ -152,6 +184,10 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.settings = settings
         self.max_batch_tokens = max_batch_tokens
+
+    def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
+        """The tokenizer of texts, and the template of prompts, saved with the weights."""
+        return self.tokenizer, self.settings
 
     @classmethod
     def from_policy(
@@ -245,17 +281,6 @@ class RewardModel:
             )
         self.settings = replace(self.settings, mean=mean, std=max(std, 1e-6))
 
-    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
-        """Reward of texts: prompts (strings or message lists) and completions; (B,).
-
-        The recipe's template is applied, and EOS appended: a text is taken to be finished.
-        """
-        return self.score_ids(*self._encode(prompts, completions))
-
-    def prefix_scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[Tensor]:
-        """Reward after every token of each text, the empty completion first: (T + 1,) per row."""
-        return self.prefix_scores_ids(*self._encode(prompts, completions))
-
     def score_ids(self, prompts: Ids, completions: Ids, progress: str | None = "rewards") -> Tensor:
         """Reward of completions as token ids: (B,) float32 on the CPU."""
         scores = torch.empty(len(prompts))
@@ -322,13 +347,6 @@ class RewardModel:
         over_packed(one_batch, self.model, prompts, completions, self.max_batch_tokens, progress)
         self.model.train(was_training)
 
-    def _encode(
-        self, prompts: Sequence[Any], completions: Sequence[str]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        prompt_ids = encode_prompts(prompts, self.tokenizer, self.settings)
-        ids = encode_completions(prompts, completions, prompt_ids, self.tokenizer, self.settings)
-        return prompt_ids, ids
-
 
 def read_settings(folder: Path) -> RewardSettings:
     """Settings of a saved reward."""
@@ -384,11 +402,12 @@ def require_finite(name: str, values: Tensor) -> None:
         )
 
 
-class ImplicitReward:
+class ImplicitReward(OfTexts):
     """r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the reward that SPIN and DPO fit.
 
     Equals a reward up to beta log Z(x), which cancels in pairs of one prompt. The reference is one
     model, or several with weights that sum to 1: their geometric mixture, up to its own Z(x).
+    tokenizer, template: of texts, where those are scored and not token ids alone.
     """
 
     def __init__(
@@ -396,10 +415,20 @@ class ImplicitReward:
         policy: PreTrainedModel,
         references: Sequence[tuple[float, PreTrainedModel]],
         beta: float,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        template: Templated = RewardSettings(),
     ) -> None:
         self.policy = policy
         self.references = references
         self.beta = beta
+        self.tokenizer = tokenizer
+        self.template = template
+
+    def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
+        """The tokenizer of texts, and the template of prompts."""
+        if self.tokenizer is None:
+            raise UserError("reward: an implicit reward of texts needs a tokenizer, given none")
+        return self.tokenizer, self.template
 
     def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
         """Rewards of whole completions: (B,)."""
@@ -409,8 +438,11 @@ class ImplicitReward:
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes: (T + 1,) per row, 0 for the empty completion."""
-        policy = completion_logprobs(self.policy, prompts, completions)
-        parts = [completion_logprobs(model, prompts, completions) for _, model in self.references]
+        policy = completion_logprobs(self.policy, prompts, completions, progress="rewards")
+        parts = [
+            completion_logprobs(model, prompts, completions, progress="rewards of the reference")
+            for _, model in self.references
+        ]
         weights = [weight for weight, _ in self.references]
         out = []
         for row, own in enumerate(policy):

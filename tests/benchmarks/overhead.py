@@ -5,9 +5,10 @@
 
 Reads a run that was finished in one go (stages of other runs may have been reused). Two shares of
 the run's wall time: around trainers, what the training stages (SFT, reward, implicit reward,
-Best-of-N) took beyond `trainer.train()`, that is loading, columns, reference log-probs (which TRL
-would compute inside training), the normaliser, saving, committing; and between stages, what is left
-of the wall time when all stages are taken off.
+Best-of-N) took beyond `trainer.train()`, that is loading, columns, the normaliser, saving,
+committing; and between stages, what is left of the wall time when all stages are taken off. The
+reference's log-probs before SPIN's training, which TRL would compute in a pass of its own as well
+(`precompute_ref_log_probs`), are told apart.
 """
 
 from __future__ import annotations
@@ -34,20 +35,21 @@ def main(folder: Path) -> None:
         for role, where in view.stages.items()
         if role in built
     }
-    wall, in_stages, around = view.summary["seconds"], 0.0, 0.0
-    print(f"{'stage':30s} {'seconds':>8s} {'trainer':>8s} {'around':>8s}")
+    wall, in_stages, around, reference = view.summary["seconds"], 0.0, 0.0, 0.0
+    print(f"{'stage':30s} {'seconds':>8s} {'trainer':>8s} {'reference':>9s} {'around':>8s}")
     for role, record in distinct.values():
         in_stages += record["seconds"]
-        runtimes = [
-            h["train_runtime"] for h in record["metrics"].get("history", []) if "train_runtime" in h
-        ]
-        if runtimes:
-            rest = record["seconds"] - runtimes[-1]
-            around += rest
-            print(f"{role:30s} {record['seconds']:8.1f} {runtimes[-1]:8.1f} {rest:8.1f}")
+        history = record["metrics"].get("history", [])
+        if runtimes := [h["train_runtime"] for h in history if "train_runtime" in h]:
+            logps = sum(h.get("reference_seconds", 0.0) for h in history)
+            rest = record["seconds"] - runtimes[-1] - logps
+            around, reference = around + rest, reference + logps
+            times = f"{record['seconds']:8.1f} {runtimes[-1]:8.1f} {logps:9.1f} {rest:8.1f}"
+            print(f"{role:30s} {times}")
     between = wall - in_stages
     print(
         f"wall {wall:.1f} s; around trainers {around:.1f} s ({around / wall:.1%}); "
+        f"reference log-probs {reference:.1f} s ({reference / wall:.1%}); "
         f"between stages {between:.1f} s ({between / wall:.1%})"
     )
 

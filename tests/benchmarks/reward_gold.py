@@ -2,9 +2,12 @@
 
     python tests/benchmarks/reward_gold.py runs/e2e-irl-rloo-seed1 runs/e2e-irl-rloo-seed2
 
-Of each run's first reward, on the held-out prompts' samples that it was judged by: the correlation
-of reward and error count of each kind, and with length, after both lost their prompt's mean; and
-the slot errors of the sample that the reward likes best and least, beside the mean sample's.
+Of each run's first reward, explicit or SPIN's, on the held-out prompts' samples that it was judged
+by: the correlation of reward and error count of each kind, and with length, after both lost their
+prompt's mean; the slot errors of the sample that the reward likes best and least, beside the mean
+sample's; and gold pairs, two samples of a prompt of which one has fewer slot errors: the share that
+the reward tells apart, beside the SFT model's log-prob and length, ties counting half. "both" is
+the sum of the reward and the mean log-prob, each by its deviation within prompts.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from irl_align.cards import import_object, load_card
+from irl_align.models import load_model, load_tokenizer
 from irl_align.pairs import load_pairs
-from irl_align.reward.model import RewardModel
+from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
 from irl_align.stages import Run
 
 KINDS = ("missing", "wrong", "hallucinated")
@@ -26,6 +30,31 @@ KINDS = ("missing", "wrong", "hallucinated")
 def centred(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     """Values less their prompt's mean; prompts are numbers from 0."""
     return values - (np.bincount(prompts, values) / np.bincount(prompts))[prompts]
+
+
+def gold_pairs(errors: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the better and of the worse sample (M,) of all pairs of a prompt that differ."""
+    better, worse = [], []
+    for prompt in range(int(prompts.max()) + 1):
+        rows = np.flatnonzero(prompts == prompt)
+        one, other = np.nonzero(errors[rows][:, None] < errors[rows][None, :])
+        better.append(rows[one])
+        worse.append(rows[other])
+    return np.concatenate(better), np.concatenate(worse)
+
+
+def accuracy(scores: np.ndarray, better: np.ndarray, worse: np.ndarray) -> float:
+    """Share of pairs whose better side has the higher score; a tie is half."""
+    gap = scores[better] - scores[worse]
+    return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
+
+
+def first_reward(stage: dict[str, Path]) -> RewardFunction:
+    """The explicit reward of a run's first iteration, or SPIN's log-ratio (of beta 1)."""
+    if stage["reward/0"].name.startswith("implicit"):
+        policy, reference = (load_model(stage[role] / "model") for role in ("reward/0", "sft"))
+        return ImplicitReward(policy, [(1.0, reference)], 1.0)
+    return RewardModel.from_pretrained(stage["reward/0"] / "model")
 
 
 def main(folder: Path) -> None:
@@ -37,12 +66,13 @@ def main(folder: Path) -> None:
     data = pq.read_table(stage["data"] / "held_out.parquet", columns=["prompt_key", "prompt"])
     texts = {row["prompt_key"]: row["prompt"] for row in data.to_pylist()}
     samples = {(p["prompt_key"], tuple(p["rejected_ids"])): p["prompt_ids"] for p in pairs}
+    logp = {(p["prompt_key"], tuple(p["rejected_ids"])): p["rejected_logp"] for p in pairs}
     keys = [key for key, _ in samples]
     ids = [list(completion) for _, completion in samples]
-    reward = RewardModel.from_pretrained(stage["reward/0"] / "model")
-    scores = reward.score_ids(list(samples.values()), ids, None).double().numpy()
+    scores = first_reward(stage).score_ids(list(samples.values()), ids).double().numpy()
     gold = import_object(load_card(view.recipe["data"]["card"]).gold or "", "gold")
-    decoded = [reward.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    tokenizer = load_tokenizer(stage["sft"] / "model")
+    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
     rows = gold([texts[key] for key in keys], decoded, [[] for _ in keys]).rows
     prompts = np.unique(keys, return_inverse=True)[1]
     measures = {kind: np.array([row[kind] for row in rows]) for kind in KINDS}
@@ -57,11 +87,19 @@ def main(folder: Path) -> None:
     starts = np.append(0, ends[:-1] + 1)
     chosen = {"best": order[ends], "worst": order[starts], "mean": order}
     rates = {name: errors[at].sum() / slots[at].sum() for name, at in chosen.items()}
+    pair = gold_pairs(errors / slots, prompts)
+    lengths, sums = measures["length"], np.array(list(logp.values()), float)
+    others = {"log-prob": sums, "mean log-prob": sums / lengths, "longer": lengths}
+    scaled = [own, centred(others["mean log-prob"], prompts)]
+    others = {"both": sum(values / values.std() for values in scaled), **others}
+    told = {name: accuracy(values, *pair) for name, values in {"reward": scores, **others}.items()}
     print(
         f"{folder.name}: correlation with "
         + ", ".join(f"{name} {value:.2f}" for name, value in seen.items())
         + "; slot errors of "
         + ", ".join(f"{name} {value:.1%}" for name, value in rates.items())
+        + f"; of {len(pair[0])} gold pairs "
+        + ", ".join(f"{name} {value:.1%}" for name, value in told.items())
     )
 
 
