@@ -241,7 +241,7 @@ class PairOptions(Options):
     """At most so many demonstrations of one prompt make pairs; null is all of them."""
 
     @model_validator(mode="after")
-    def _edits_are_made(self) -> PairOptions:
+    def _contrast_is_made(self) -> PairOptions:
         doubled = [source for source in self.sources if self.sources.count(source) > 1]
         if doubled:
             raise ValueError(f"sources: {doubled[0]} is there twice")

@@ -43,9 +43,9 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 def require_writable(path: Path, option: str) -> None:
     """Raise UserError where no file can be written at ``path``: told before the work, not after."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
         raise UserError(f"{option}: {path} is a folder, expected a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{option}: {path}: nothing can be written in {folder}")
 

@@ -248,6 +248,7 @@ def test_output_that_cannot_be_written_is_told_before_the_work(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     options = (command, folder / "no-model", "--input", tmp_path / "rows.jsonl", "--output")
+    assert the_line(irl_align(capsys, *options, "/")) == "--output: / is a folder, expected a file"
     line = the_line(irl_align(capsys, *options, tmp_path))
     assert line == f"--output: {tmp_path} is a folder, expected a file"
     inside = tmp_path / "rows.jsonl" / "scores.jsonl"

@@ -143,12 +143,11 @@ def settled(reward: Tensor, settings: RewardSettings) -> Tensor:
     return (reward - settings.mean) / settings.std
 
 
-class OfTexts(RewardFunction):
+class OfTexts(RewardFunction, Protocol):
     """Mixin of reward functions: their rewards of texts, from those of token ids."""
 
     def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
         """The tokenizer of texts, and the template of prompts."""
-        raise NotImplementedError
 
     def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
         """Reward of texts: prompts (strings or message lists) and completions; (B,).
