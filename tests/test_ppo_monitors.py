@@ -45,7 +45,7 @@ def trained(
         ({"advantage": "reinforce"}, set()),
         ({"kl": "loss", "entropy_coef": 0.01}, CRITIC),
     ],
-    ids=str,
+    ids=["gae", "shared", "reinforce", "kl-in-loss"],
 )
 def test_a_record_has_all_of_its_numbers(
     tmp_path: Path,
