@@ -19,6 +19,7 @@ from irl_align.data import check_source
 from irl_align.errors import UserError
 from irl_align.lab import Lab, open_run
 from irl_align.loop import bilevel
+from irl_align.loop_trackers import LoopTrackers
 from irl_align.models import pick_device
 from irl_align.recipe import load_recipe, to_dict
 from irl_align.recipe_args import trl_config
@@ -66,9 +67,17 @@ def train(
     with ranks.joined(device), open_run(recipe) as run:
         run.log("environment", {**environment(), "device": str(device), "seed": recipe.seed})
         lab = Lab(recipe, Store(output / "store"), run, device)
+        trackers = LoopTrackers(recipe, run)
+
+        def so_far(k: int) -> None:
+            trackers.tell(run.metrics, k)
+            _tell(run, k, evaluated)
+
         try:
-            outcome = bilevel(lab, lambda k: _tell(run, k, evaluated))
+            outcome = bilevel(lab, so_far)
+            trackers.tell(run.metrics)
         finally:
+            trackers.finish()
             lab.close()
         explicit = outcome.reward is not None and outcome.reward.kind == "explicit"
         reward = outcome.reward.path if outcome.reward is not None and explicit else None

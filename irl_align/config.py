@@ -440,7 +440,8 @@ class Recipe(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
-    """Trackers: tensorboard, wandb, trackio."""
+    """Trackers: tensorboard, wandb, trackio. They get the trainers' losses, and the loop's numbers
+    by policy: KL, entropy, gold, pairs and reward."""
     data: DataOptions
     """Demonstrations."""
     model: ModelOptions

@@ -103,6 +103,11 @@ class Run:
             _read_stages(folder),
         )
 
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of ``metrics.jsonl`` so far."""
+        return list(self._metrics.values())
+
     def log(self, key: str, record: Mapping[str, Any]) -> None:
         """Set the line of ``key`` in ``metrics.jsonl``; a new key goes to the end.
 

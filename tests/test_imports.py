@@ -97,7 +97,7 @@ LAYERS = (
     "adapters plan_hardware",
     "generate sharded",
     "reward_health run_folder",
-    "cards model_shapes models recipe_args samples stages trainers",
+    "cards loop_trackers model_shapes models recipe_args samples stages trainers",
     "costs evaluate memory_guard prune recipe sources tables",
     "data comparison",
     "comparison_tables frontier learning_speed noise",

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from irl_align.api import Result, train
 from irl_align.errors import UserError
 from irl_align.loop import judge_policy, judge_reward
+from irl_align.loop_trackers import LoopTrackers
 from irl_align.recipe import load_recipe
 from irl_align.reward.model import RewardModel
+from irl_align.run_folder import Run
 from irl_align.tasks import restaurant
 
 LN2 = math.log(2.0)
@@ -635,7 +637,57 @@ evaluation: {{temperatures: [1.0]}}
     assert metrics(result.folder)["evaluation/1/t1"]["gold"] is None
 
 
-def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    train(tiny_recipe(tmp_path, "report_to=[tensorboard]", "loop.iterations=0"))
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+def test_tensorboard_gets_the_losses_and_the_numbers_of_the_loop(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = tiny_recipe(tmp_path, "report_to=[tensorboard]", "loop.iterations=1")
+    for _ in range(2):  # a rerun sends all of it again, in place of what was sent
+        result = train(recipe)
+    found = events.EventAccumulator(str(result.folder / "tensorboard/irl-align"))
+    found.Reload()
+    by_step = {}
+    for name in ("vitals/kl", "vitals/fresh_accuracy", "reward/held_out/accuracy"):
+        by_step[name] = {event.step: event.value for event in found.Scalars(name)}
+        assert len(by_step[name]) == len(found.Scalars(name))
+    records = metrics(result.folder)
+    kl = {step: pytest.approx(records[f"vitals/{step}"]["kl"]) for step in (0, 1)}
+    assert by_step["vitals/kl"] == kl
+    fresh = pytest.approx(records["vitals/1"]["fresh_accuracy"])
+    assert by_step["vitals/fresh_accuracy"] == {1: fresh}
+    accuracy = pytest.approx(records["reward/0"]["held_out"]["accuracy"])
+    assert by_step["reward/held_out/accuracy"] == {1: accuracy}  # of the policy that comes of it
+    stages = {path.parent.name for path in tmp_path.rglob("events.out.tfevents.*")}
+    assert len(stages - {"irl-align"}) >= 2, stages  # the trainers' own
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_trackers_get_a_run_of_the_loops_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With a module in the tracker's place: these two need a server, or their own folder."""
+    told: list[Any] = []
+    own = SimpleNamespace(
+        log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finish")
+    )
+    opened: list[dict[str, Any]] = []
+    module = SimpleNamespace(init=lambda **options: opened.append(options) or own)
+    monkeypatch.setitem(sys.modules, name, module)
+    recipe = tiny_recipe(tmp_path, f"report_to=[{name}]")
+    records = [
+        {"key": "vitals/0", "kl": 0.0, "kl_se": None},
+        {"key": "pairs/0", "train": {"pairs": 7}},
+        {"key": "vitals/1", "kl": 0.25},
+        {"key": "evaluation/1/t0.7", "policy": 1, "temperature": 0.7, "metrics": {"bleu": 60.5}},
+        {"key": "evaluation/demonstrations", "length": 29.0},
+        {"key": "signs/policy-1", "signs": []},
+    ]
+    with Run.open(tmp_path / "run", {}, "") as run:
+        trackers = LoopTrackers(recipe, run)
+        trackers.tell(records[:2], 0)
+        trackers.tell(records)
+        trackers.tell(records)
+        trackers.finish()
+    (options,) = opened
+    assert (options["project"], options["name"]) == ("irl-align", f"{recipe.name}-seed0")
+    assert options.get("reinit") == ("create_new" if name == "wandb" else None)
+    first = {"pairs/train/pairs": 7, "vitals/kl": 0.25, "evaluation/t0.7/metrics/bleu": 60.5}
+    assert told == [(0, {"vitals/kl": 0.0}), (1, first), "finish"]
