@@ -53,7 +53,7 @@ def bilevel(lab: Lab, evaluated: Callable[[int], None] = lambda k: None) -> Outc
     policies, pairs = [initial], list[Pairs]()
     reward: Reward | None = None
     baseline = measure_policy(lab, 0, initial, initial, None, data)
-    evaluate_policy(lab, 0, initial, initial, data)
+    evaluate_policy(lab, 0, initial, initial, None, data)
 
     for k in range(options.iterations):
         evaluated(k)
@@ -69,7 +69,7 @@ def bilevel(lab: Lab, evaluated: Callable[[int], None] = lambda k: None) -> Outc
         # policy level: pi_{k+1} = improve(pi_k, r_k)
         improved = improve_policy(lab, k, policy, initial, reward, data)
         vitals = measure_policy(lab, k + 1, improved, initial, reward, data)
-        evaluate_policy(lab, k + 1, improved, initial, data)
+        evaluate_policy(lab, k + 1, improved, initial, reward, data)
         if stop := judge_policy(lab, k, vitals, baseline):
             return Outcome(policy, reward, policies, stop)
         policy = improved

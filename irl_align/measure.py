@@ -6,7 +6,7 @@ evaluate_policy looks at gold and is for reporting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +216,21 @@ def nearest_policy(lab: Lab, policies: Sequence[Policy], reward: Reward, data: D
     return policies[int(np.argmin(distance))]
 
 
-def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Data) -> None:
-    """Answer the evaluation prompts at every temperature; gold, length and KL, for reporting."""
+def evaluate_policy(
+    lab: Lab, k: int, policy: Policy, initial: Policy, reward: Reward | None, data: Data
+) -> None:
+    """Answer the evaluation prompts at every temperature; gold, length and KL, for reporting.
+
+    Of a policy that came of an explicit reward, the reward of every answer is kept beside it.
+    """
     options = lab.recipe.evaluation
     rows = _evaluation_rows(lab, data)
     gold_path = data.card.gold if options.gold else None
     if k == 0:
         _evaluate_demonstrations(lab, rows, gold_path, data)
     found: dict[float, dict[str, Any]] = {}
+    drawn: dict[float, dict[str, list[Completion]]] = {}
+    told: dict[float, list[dict[str, Any]]] = {}
     for temperature in options.temperatures:
         if policy.ranking is not None and temperature != options.temperatures[0]:
             continue  # a selecting policy samples at its own temperature
@@ -260,9 +267,17 @@ def evaluate_policy(lab: Lab, k: int, policy: Policy, initial: Policy, data: Dat
         )
         record = {"policy": k, "temperature": temperature, "gold": gold_path, **stage.metrics}
         lab.run.log(f"evaluation/{k}/t{temperature:g}", record)
-        name = f"policy-{k}-t{temperature:g}"
-        lab.run.save_samples(name, read_lines(stage.path / "samples.jsonl", REBUILD))
-        found[temperature] = stage.metrics
+        found[temperature], drawn[temperature] = stage.metrics, samples
+        told[temperature] = list(read_lines(stage.path / "samples.jsonl", REBUILD))
+    if reward is not None and reward.kind == "explicit":
+        rewards = _rewards_of_answers(lab, k, policy, reward, rows, drawn, data)
+        for temperature, values in rewards.items():
+            told[temperature] = [
+                {**line, "reward": value}
+                for line, value in zip(told[temperature], values, strict=True)
+            ]
+    for temperature, lines in told.items():
+        lab.run.save_samples(f"policy-{k}-t{temperature:g}", lines)
     # What a selecting policy gives a sample is not known, so neither is its entropy.
     if options.match_entropy and k > 0 and policy.ranking is None:
         _evaluate_at_entropy(lab, k, found[1.0]["entropy"], initial, rows, data)
@@ -302,6 +317,38 @@ def _evaluate_at_entropy(
     )
     found = {"temperature": temperature, "entropy": entropy_at(temperature)}
     lab.run.log(f"matched-entropy/{k}", {**found, **stage.metrics})
+
+
+def _rewards_of_answers(
+    lab: Lab,
+    k: int,
+    policy: Policy,
+    reward: Reward,
+    rows: Dataset,
+    drawn: Mapping[float, dict[str, list[Completion]]],
+    data: Data,
+) -> dict[float, list[float]]:
+    """Temperature -> the reward of each answer, in units of a demonstration's deviation."""
+    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+
+    def build(work: Path) -> dict[str, Any]:
+        flat = [(list(prompts[key]), group[0]) for d in drawn.values() for key, group in d.items()]
+        ids = [completion.token_ids for _, completion in flat]
+        found = spread(lab.load_reward(reward)).score_ids([prompt for prompt, _ in flat], ids)
+        return {"rewards": found.tolist()}
+
+    stage = lab.stage(
+        f"evaluation/{k}/rewards",
+        "evaluation-rewards",
+        {
+            "prompts": lab.recipe.evaluation.prompts,
+            "sampling": [vars(lab.sampling(1, temperature)) for temperature in drawn],
+        },
+        {"policy": policy.identity, "reward": reward.key, "data": data.checksums["evaluation"]},
+        build,
+    )
+    values = iter(stage.metrics["rewards"])
+    return {temperature: [next(values) for _ in by_key] for temperature, by_key in drawn.items()}
 
 
 def _evaluation_rows(lab: Lab, data: Data) -> Dataset:

@@ -307,6 +307,7 @@ class _Stages:
         if k == 0:
             yield Step("evaluation/demonstrations", ("data",), Cost())
         prompts = min(options.prompts or 10**12, counts.prompts["evaluation"])
+        answers: list[str] = []
         for temperature in options.temperatures:
             if self.policy != self.base and temperature != options.temperatures[0]:
                 continue
@@ -314,6 +315,12 @@ class _Stages:
             yield from drawn
             cost = self.costs.measure(0, prompts) if temperature == 1.0 else Cost(rows=prompts)
             yield Step(f"evaluation/{k}/t{temperature:g}", (drawn[-1].role,), cost)
+            answers.append(drawn[-1].role)
+        if reward is not None and self.recipe.reward.kind == "explicit":
+            costs, loaded = self.costs, {"reward": float(self.costs.reward_bytes())}
+            length = costs.prompt.mean + costs.sample_mean
+            cost = costs.score(prompts * len(answers), length, loaded)
+            yield Step(f"evaluation/{k}/rewards", (*answers, reward), cost)
         if options.match_entropy and k and self.policy == self.base:
             reads = (self._made_by(self.first), f"evaluation/{k}/t1")
             yield Step(f"matched-entropy/{k}", reads, self.costs.sample(MATCHING * prompts, 1))

@@ -106,7 +106,7 @@ def _walk(lab: Lab) -> None:
     with suppress(_Missing):
         measure_policy(lab, 0, initial, initial, None, data)
     with suppress(_Missing):
-        evaluate_policy(lab, 0, initial, initial, data)
+        evaluate_policy(lab, 0, initial, initial, None, data)
     for k in range(recipe.loop.iterations):
         if recipe.reward.kind != "none":
             pairs.append(make_pairs(lab, k, policy, initial, start, data))
@@ -118,4 +118,4 @@ def _walk(lab: Lab) -> None:
         with suppress(_Missing):
             measure_policy(lab, k + 1, policy, initial, reward, data)
         with suppress(_Missing):
-            evaluate_policy(lab, k + 1, policy, initial, data)
+            evaluate_policy(lab, k + 1, policy, initial, reward, data)

@@ -103,7 +103,7 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
 def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) -> Policy:
     """The policy after PPO on the reward model that is at `where`, evaluated as it was before."""
     data, start = prepare(lab)
-    evaluate_policy(lab, 0, start, start, data)
+    evaluate_policy(lab, 0, start, start, None, data)
     extra = policy_prompts(lab, data)
     prompt_of = raw_prompts(data, extra)
 
@@ -116,7 +116,7 @@ def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) 
     demonstrations = with_prompts(data.demonstrations("reward"), extra)
     improved = improve(lab, 0, start, start, reward, demonstrations)
     lab.names.setdefault(improved.identity, "policy-1")
-    evaluate_policy(lab, 1, improved, start, data)
+    evaluate_policy(lab, 1, improved, start, None, data)
     return improved
 
 

@@ -23,6 +23,7 @@ from irl_align.loop_trackers import LoopTrackers
 from irl_align.recipe import load_recipe
 from irl_align.reward.model import RewardModel
 from irl_align.run_folder import Run
+from irl_align.samples import StoredSamples
 from irl_align.tasks import restaurant
 
 LN2 = math.log(2.0)
@@ -635,6 +636,25 @@ evaluation: {{temperatures: [1.0]}}
     text = tiny_tokenizer.decode(prompt)
     assert text.startswith("<user>What is") and text.endswith("?<assistant>")
     assert metrics(result.folder)["evaluation/1/t1"]["gold"] is None
+
+
+def test_each_answer_is_kept_with_its_reward(best: Result) -> None:
+    """Of the policy that came of the reward, at each temperature; SFT came of none."""
+    data = stage_folder(best.folder, "data") / "evaluation.parquet"
+    ids = dict(zip(column(data, "prompt"), column(data, "prompt_ids"), strict=True))
+    assert best.reward is not None
+    reward = RewardModel.from_pretrained(best.reward)
+    for name in ("t1", "t0"):
+        first, last = (
+            [json.loads(line) for line in (best.folder / path).read_text().splitlines()]
+            for path in (f"samples/policy-{number}-{name}.jsonl" for number in (0, 1))
+        )
+        assert not any("reward" in row for row in first)
+        prompts = [ids[row["prompt"]] for row in last]
+        stage = stage_folder(best.folder, f"samples/evaluation/policy-1/{name}")
+        answers = StoredSamples(stage, prompts).completions
+        scores = reward.score_ids(prompts, [group[0].token_ids for group in answers])
+        assert [row["reward"] for row in last] == pytest.approx(scores.tolist(), abs=1e-5)
 
 
 def test_tensorboard_gets_the_losses_and_the_numbers_of_the_loop(tmp_path: Path) -> None:
