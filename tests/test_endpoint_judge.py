@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,16 +230,66 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 @pytest.mark.vllm
 @pytest.mark.timeout(400)
 def test_a_local_vllm_server(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A tiny random model is a judge that talks nonsense: it answers, and never gives a verdict."""
+    """A tiny model that has learned the verdicts on one run's pairs by heart judges that run as the
+    rule that it learned them from; another run's it has never seen."""
     pytest.importorskip("vllm")
+    run = run_of(tmp_path / "known", ["a cheap pub", "near"], ["a pub", "far off"], ["s", "s"])
+    with chat_server(longer_wins) as rule:
+        expected = judged_by(run, endpoint(rule.url))["rows"]
+        asked = [body for _, body, _ in rule.requests]
+    assert [(row["wins"], row["losses"]) for row in expected] == [(1, 1), (2, 0)]
     folder = tmp_path / "judge"
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    tiny_tokenizer.chat_template = TEMPLATE
+    _learn_by_heart(asked, [longer_wins(body)[-5:] for body in asked], tiny_tokenizer, folder)
+    with _vllm_serving(folder, tmp_path / "log") as url:
+        there = Endpoint(f"{url}/v1", "tiny", max_tokens=8)
+        assert judged_by(run, there)["rows"] == expected
+        nonsense = Endpoint(f"{url}/v1", "tiny", max_tokens=1)  # "[[" is no verdict
+        with pytest.raises(UserError, match="none of 8 replies has a verdict"):
+            judged_by(run_of(tmp_path / "cut", ["a", "b"], ["c", "d"], ["e", "f"]), nonsense)
+        with pytest.raises(UserError, match="status 404"):
+            Endpoint(f"{url}/v1", "another", max_tokens=8).reply([{"role": "user", "content": "a"}])
+
+
+def _learn_by_heart(
+    asked: list[dict[str, Any]],
+    replies: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+) -> None:
+    """Save a tiny Llama that greedily gives each of these questions its reply."""
+    rows = []
+    for body, reply in zip(asked, replies, strict=True):
+        text = tokenizer.apply_chat_template(body["messages"], tokenize=False)
+        answer = [*tokenizer.encode(reply), tokenizer.eos_token_id]
+        rows.append((tokenizer.encode(text), answer))
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, answer) in enumerate(rows):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": 2048}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **sizes))
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(400):
+        loss = model(ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        if loss.item() < 0.02:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
     model.save_pretrained(folder)
-    tiny_tokenizer.chat_template = TEMPLATE
-    tiny_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _vllm_serving(folder: Path, log_file: Path) -> Iterator[str]:
+    """The address of a vLLM server of this model inside the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -247,17 +299,11 @@ def test_a_local_vllm_server(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     # By default vLLM does not start where less than 92% of the machine's memory is free.
     command += ["--kv-cache-memory-bytes", str(64 << 20)]
     url = f"http://127.0.0.1:{port}"
-    with (tmp_path / "log").open("wb") as log:
+    with log_file.open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        _wait_for(f"{url}/health", server, tmp_path / "log")
-        there = Endpoint(f"{url}/v1", "tiny", max_tokens=8)
-        assert there.reply([{"role": "user", "content": "the punter"}])
-        run = run_of(tmp_path, ["a cheap pub", "near"], ["a pub", "far"], ["s", "s"])
-        with pytest.raises(UserError, match="none of 8 replies has a verdict"):
-            judged_by(run, there)
-        with pytest.raises(UserError, match="status 404"):
-            Endpoint(f"{url}/v1", "another", max_tokens=8).reply([{"role": "user", "content": "a"}])
+        _wait_for(f"{url}/health", server, log_file)
+        yield url
     finally:
         server.terminate()
         server.wait(60)
