@@ -3,9 +3,10 @@ PYTHON ?= python3
 STAMP := .venv/.installed
 STAMP_VLLM := .venv/.installed-vllm
 STAMP_DEEPSPEED := .venv/.installed-deepspeed
+STAMP_BROWSER := .venv/.installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vllm deepspeed quickstart test test-lowest test-newest faults fuzz licences lint clean
+.PHONY: help venv vllm deepspeed browser quickstart test test-lowest test-newest faults fuzz licences lint clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,12 @@ deepspeed: $(STAMP_DEEPSPEED)  ## DeepSpeed beside .venv, for the tests against 
 $(STAMP_DEEPSPEED): $(STAMP)
 	.venv/bin/python -m pip install --progress-bar off -c constraints.txt --no-deps --upgrade \
 		--target .venv/deepspeed deepspeed hjson py-cpuinfo msgpack einops
+	@touch $@
+
+browser: $(STAMP_BROWSER)  ## Playwright, and a Chromium where there is none, for the report's tests
+$(STAMP_BROWSER): $(STAMP)
+	.venv/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[browser]'
+	command -v chromium chromium-browser google-chrome || .venv/bin/playwright install chromium
 	@touch $@
 
 quickstart: venv  ## align a tiny model on the built-in task by SPIN and by IRL, and compare them

@@ -265,6 +265,22 @@ def test_a_wrong_reference_is_told_at_the_first_step(
         fit_implicit(*fit, True)
 
 
+def test_a_loss_that_is_not_finite_stops_the_fit(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """At the first step it is no ln 2 either, which would blame the reference."""
+    pairs, model = random_pairs(4, seed=10), tiny_model("llama")
+    logps = reference_logps([(1.0, model)], pairs)
+    options = {**OPTIONS, "per_device_train_batch_size": 4, "max_steps": 5}
+    with pytest.raises(UserError, match=r"spin: the loss is nan at step [23]; lower learning_rate"):
+        wild = {**options, "learning_rate": 1e30}
+        fit_implicit(model, tiny_tokenizer, pairs, logps, wild, training(tmp_path / "wild"), True)
+    broken = tiny_model("llama")
+    broken.get_output_embeddings().weight.data[3, 0] = float("nan")
+    with pytest.raises(UserError, match="spin: the loss is nan at step 1"):
+        fit_implicit(broken, tiny_tokenizer, pairs, logps, options, training(tmp_path), True)
+
+
 def test_a_reference_that_is_wrong_alike_on_both_sides_is_told_too(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
