@@ -300,9 +300,9 @@ def evaluate(
 ) -> None:
     """Measure rewards on preference sets and in best-of-n; policies by judges and benchmarks."""
     set_up(debug)
-    from irl_align.comparison_tables import show_grid
     from irl_align.evaluate_run import Evaluation, evaluate_source
     from irl_align.evaluation_tables import evaluation_grids, evaluation_notes
+    from irl_align.grid import show_grid
 
     asked = Evaluation(
         cards=card or [],

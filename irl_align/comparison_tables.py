@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from irl_align.comparison import AT_ENTROPY, BEYOND_ENTROPY, EVALUATED
-from irl_align.costs import PARTS
+from irl_align.cost_tables import costs, costs_by_iteration, memory_by_part, tokens_by_part
+from irl_align.grid import MISSING, Grid, escaped, grid_markdown, show_grid
 
 Analysis = Mapping[str, Any]
-MISSING = "-"
-LABEL_WIDTH = 30  # of columns of text, which may wrap
-GAP = 2  # between columns
-# Columns that are no numbers.
-TEXTS = ("policy", "metric", "gold", "rank", "scorer", "group", "baseline", "against", "task")
 # Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
 SHOWN = ("fully_right", "bleu", "chrf")
 PLAIN = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
@@ -41,15 +32,6 @@ VITALS = {
 }
 MATCHED = {AT_ENTROPY: "first policy at its entropy", BEYOND_ENTROPY: "beyond that"}
 BEYOND = "beyond entropy"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table before it is text, Markdown or HTML: the first column is a label."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 def grids(analysis: Analysis) -> list[Grid]:
@@ -233,97 +215,6 @@ def learning_speed(analysis: Analysis) -> Grid:
     return grid
 
 
-def costs(analysis: Analysis) -> Grid:
-    """Seconds of every method by part, and seconds and tokens of its iterations, the seconds beside
-    those of the first method that has any."""
-    found = [cost for cost in analysis["costs"] if cost["parts"]]
-    parts = [part for part in PARTS if any(part in cost["parts"] for cost in found)]
-    tokens = [n for n in ("trained", "sampled") if any(n in c.get("tokens", {}) for c in found)]
-    columns = ["policy", *map(_part_name, parts), "total", "per iteration", "relative"]
-    columns += [*(f"tokens {name}, thousands" for name in tokens), "peak MiB"]
-    grid = Grid("seconds, mean over seeds, as if nothing were shared", columns, [])
-    first = next((_per_iteration(cost) for cost in found if cost["iterations"]), 0.0)
-    for cost in found:
-        each = _per_iteration(cost)
-        peak = cost["peak_mib"]
-        grid.rows.append(
-            [
-                cost["method"],
-                *(f"{cost['parts'][p]:.0f}" if p in cost["parts"] else MISSING for p in parts),
-                f"{sum(cost['parts'].values()):.0f}",
-                f"{each:.0f}" if each else MISSING,
-                f"{each / first:.2f}" if each and first else MISSING,
-                *(_thousands(cost.get("tokens", {}).get(name)) for name in tokens),
-                MISSING if peak is None else f"{peak:.0f}",
-            ]
-        )
-    return grid
-
-
-def memory_by_part(analysis: Analysis) -> Grid:
-    """The largest peak of every method's stages, by part."""
-    title = "peak MiB by part (without a GPU: of the process up to there)"
-    return _by_part(analysis, title, ["peak_mib"])
-
-
-def tokens_by_part(analysis: Analysis) -> Grid:
-    """Tokens that every method trained on and sampled, by part, every pass counted."""
-    title = "thousands of tokens by part, mean over seeds, as if nothing were shared"
-    return _by_part(analysis, title, ["trained", "sampled"])
-
-
-def _by_part(analysis: Analysis, title: str, measures: Sequence[str]) -> Grid:
-    """One row per method, one column per part and measure that any of them tells."""
-    found = [(cost["method"], cost.get("by_part", {})) for cost in analysis["costs"]]
-    columns = [
-        (part, name)
-        for part in PARTS
-        for name in measures
-        if any(name in told.get(part, {}) for _, told in found)
-    ]
-    names = [_part_name(p) + ("" if n == "peak_mib" else f" {n}") for p, n in columns]
-    rows = [
-        [method, *(_cost(told.get(part, {}), name) for part, name in columns)]
-        for method, told in found
-        if told
-    ]
-    return Grid(title, ["policy", *names], rows if columns else [])
-
-
-def costs_by_iteration(analysis: Analysis) -> Grid:
-    """Seconds, tokens and peak memory of every iteration, where a method has more than one."""
-    columns = ["policy", "seconds", "tokens trained, thousands", "tokens sampled, thousands"]
-    grid = Grid("by iteration, without measuring", [*columns, "peak MiB"], [])
-    if all(len(cost["iterations"]) < 2 for cost in analysis["costs"]):
-        return grid
-    for cost in analysis["costs"]:
-        for k, seconds in cost["iterations"].items():
-            told = cost.get("by_iteration", {}).get(k, {})
-            cells = [_cost(told, name) for name in ("trained", "sampled", "peak_mib")]
-            grid.rows.append([f"{cost['method']}, iteration {k}", f"{seconds:.0f}", *cells])
-    return grid
-
-
-def _part_name(part: str) -> str:
-    return "policy step" if part == "policy" else part
-
-
-def _cost(told: Mapping[str, float], name: str) -> str:
-    if name == "peak_mib" and name in told:
-        return f"{told[name]:.0f}"
-    return _thousands(told.get(name))
-
-
-def _thousands(value: float | None) -> str:
-    return MISSING if value is None else f"{value / 1000:,.0f}"
-
-
-def _per_iteration(cost: Mapping[str, Any]) -> float:
-    """Mean seconds of an iteration's samples, reward and policy; 0 without iterations."""
-    seconds = cost["iterations"].values()
-    return sum(seconds) / len(seconds) if seconds else 0.0
-
-
 def notes(analysis: Analysis) -> list[str]:
     """What a reader of the tables must know, one line each."""
     seeds = analysis["seeds"]
@@ -401,64 +292,10 @@ def show_comparison(analysis: Analysis, console: Console) -> None:
         console.print("\n".join(wrapped), markup=False, soft_wrap=True)
 
 
-def show_grid(grid: Grid, console: Console) -> None:
-    """Print one table, its columns of numbers narrow; what is wider than the console in parts."""
-    for number, columns in enumerate(_parts(grid, console.width)):
-        table = Table(
-            title=None if number else Text(grid.title),
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        for at in columns:
-            name, is_text = grid.columns[at], _is_text(grid, at)
-            table.add_column(
-                name if is_text else name.replace(" ", "\n"),
-                justify="left" if is_text else "right",
-                no_wrap=not is_text,
-            )
-        for row in grid.rows:
-            table.add_row(*(Text(row[at]) for at in columns))
-        console.print(table)
-
-
-def _is_text(grid: Grid, at: int) -> bool:
-    return at == 0 or grid.columns[at] in TEXTS
-
-
-def _parts(grid: Grid, width: int) -> list[list[int]]:
-    """Columns of each part of a grid that is at most `width` wide, if one column can be; every part
-    starts with the columns of text."""
-    texts = [at for at in range(len(grid.columns)) if _is_text(grid, at)]
-    room = width - 2 - sum(min(_width(grid, at), LABEL_WIDTH) + GAP for at in texts)
-    parts, used = [list(texts)], 0
-    for at in range(len(grid.columns)):
-        if at in texts:
-            continue
-        needed = _width(grid, at) + GAP
-        if used and used + needed > room:
-            parts.append(list(texts))
-            used = 0
-        parts[-1].append(at)
-        used += needed
-    return [sorted(part) for part in parts]
-
-
-def _width(grid: Grid, at: int) -> int:
-    """Characters that a column needs: a header of numbers breaks at its spaces."""
-    head = [grid.columns[at]] if _is_text(grid, at) else grid.columns[at].split()
-    return max(map(len, [*head, *(row[at] for row in grid.rows)]))
-
-
 def to_markdown(analysis: Analysis) -> str:
     """All tables and notes as GitHub's Markdown."""
-    parts = []
-    for grid in grids(analysis):
-        text = sum(name in TEXTS for name in grid.columns)
-        rule = ["---"] * text + ["---:"] * (len(grid.columns) - text)
-        lines = [_markdown_row(row) for row in (grid.columns, rule, *grid.rows)]
-        parts.append(f"**{_escaped(grid.title)}**\n\n" + "\n".join(lines))
-    parts.append("\n".join(f"- {_escaped(line)}" for line in notes(analysis)))
+    parts = [grid_markdown(grid) for grid in grids(analysis)]
+    parts.append("\n".join(f"- {escaped(line)}" for line in notes(analysis)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -533,13 +370,3 @@ def _probability(found: Mapping[str, Any] | None) -> str:
     if found is None or found["n"] < 2:
         return MISSING
     return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_escaped(text) for text in cells) + " |"
-
-
-def _escaped(text: str) -> str:
-    """Text whose characters mean nothing to Markdown or HTML."""
-    marks = r"[\\|<>&`*_]|\](?=\()"
-    return re.sub(marks, lambda mark: f"&#{ord(mark[0])};", " ".join(text.split()))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from irl_align.comparison_tables import Grid
 from irl_align.files import read_json
+from irl_align.grid import Grid
 from irl_align.leaderboard import LEADERBOARD
 from irl_align.preference_report import half, preference_grids, preference_notes
 from irl_align.stages import RunView

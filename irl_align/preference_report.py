@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from irl_align.comparison_tables import MISSING, Grid
+from irl_align.grid import MISSING, Grid
 from irl_align.rewardbench import section_gaps, section_scores
 from irl_align.statistics import clustered_difference, clustered_share
 

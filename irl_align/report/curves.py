@@ -6,15 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from irl_align.comparison import policy_measures
-from irl_align.comparison_tables import (
-    MISSING,
-    PLAIN,
-    Grid,
-    column_name,
-    headline_measures,
-)
+from irl_align.comparison_tables import PLAIN, column_name, headline_measures
 from irl_align.costs import method_costs
 from irl_align.evaluation_tables import read_evaluation
+from irl_align.grid import MISSING, Grid
 from irl_align.report.figures import Bars, Plot, Point, Series
 from irl_align.stages import RunView
 from irl_align.statistics import estimate

@@ -10,11 +10,12 @@ from typing import Any
 
 from irl_align import __version__
 from irl_align.comparison import FILE, analyse, compare_runs, read_comparison
-from irl_align.comparison_tables import TEXTS, Grid, grids, notes
+from irl_align.comparison_tables import grids, notes
 from irl_align.errors import UserError
 from irl_align.evaluation_tables import evaluation_grids, evaluation_notes, read_evaluation
 from irl_align.files import atomic_write
 from irl_align.frontier import frontiers
+from irl_align.grid import TEXTS, Grid
 from irl_align.report.browser import BUDGET, CREDIT_BUDGET, credited_samples, sample_browser
 from irl_align.report.curves import (
     best_of_curves,
