@@ -13,7 +13,7 @@ reference's log-probs before SPIN's training, which TRL would compute in a pass 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from irl_align.files import read_json
@@ -55,4 +55,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    main(parser.parse_args().run)

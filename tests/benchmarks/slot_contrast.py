@@ -11,8 +11,8 @@ A second line is of prompts with one slot more than the text answers, in place o
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 from collections.abc import Callable
 
 from irl_align.cards import load_card
@@ -126,6 +126,11 @@ def main(data: str, split: str, *models: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data")
+    parser.add_argument("split")
+    parser.add_argument("models", nargs="+")
+    chosen = parser.parse_args()
+    main(chosen.data, chosen.split, *chosen.models)

@@ -1,17 +1,20 @@
 """Which slots a run's policies get wrong on E2E, and how much is of venues never seen together.
 
-    python tests/benchmarks/slot_gold.py runs/e2e-spin-seed1 [TEMPERATURE]
+    python tests/benchmarks/slot_gold.py runs/e2e-spin-seed{1,2,3} [--temperature 1]
 
-Of each policy's evaluation samples (greedy ones unless told): errors over the slots asked for, by
-slot; and of `near`, over prompts whose name goes with that neighbour in train, and over others.
+Of each policy's evaluation samples (greedy ones unless told), over all of the runs: errors over the
+slots asked for, by slot; of `near` also over prompts whose name goes with that neighbour in train,
+and over others. Of policies after the first: what became of the slots that the first left out
+(missing) or got wrong, and of those that it had right.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from irl_align.cards import load_card
@@ -20,6 +23,7 @@ from irl_align.stages import Run
 from irl_align.tasks import e2e
 
 SEEN, UNSEEN = "near, seen so", "near, never seen so"
+KINDS = ("right", "missing", "wrong")
 
 
 def venues(prompt: str) -> tuple[str, str] | None:
@@ -58,20 +62,53 @@ def share(asked: Counter[str], wrong: Counter[str], slot: str) -> str:
     return f"{wrong[slot]:4} of {asked[slot]:4}  {wrong[slot] / max(1, asked[slot]):.1%}"
 
 
-def main(folder: Path, temperature: str = "0") -> None:
+def count_changes(rows: Iterable[tuple[str, str, str]]) -> Counter[tuple[str, str]]:
+    """(before, after) of every slot asked for by (prompt, first text, second text); each is right,
+    missing or wrong."""
+    changes = Counter[tuple[str, str]]()
+    for prompt, *texts in rows:
+        before, after = (e2e.errors(prompt, text) for text in texts)
+        for slot in e2e.slots_of(prompt):
+            changes[before.get(slot, "right"), after.get(slot, "right")] += 1
+    return changes
+
+
+def told_changes(changes: Counter[tuple[str, str]]) -> Iterator[str]:
+    """Lines of the share of slots by what became of them."""
+    for was in ("missing", "wrong", "right"):
+        now = {after: changes[was, after] / changes.total() for after in KINDS}
+        told = ", ".join(f"{after} {share:.2%}" for after, share in now.items())
+        yield f"  was {was} {sum(now.values()):.2%}: now {told}"
+
+
+def main(folders: Sequence[Path], temperature: str) -> None:
     """Print a line per policy and slot."""
-    data = Run.load(folder).recipe["data"]
+    data = Run.load(folders[0]).recipe["data"]
     train = load_demonstrations(load_card(data["card"]), "train", data["path"])
     together = {venues(str(row["prompt"])) for row in train}
-    for path in sorted((folder / "samples").glob(f"policy-*-t{temperature}.jsonl")):
-        rows = map(json.loads, path.read_text().splitlines())
-        asked, wrong = count_errors(((r["prompt"], r["completion"]) for r in rows), together)
-        print(f"{path.name}: {summary(asked, wrong)}")
+    texts: dict[int, dict[tuple[Path, str], str]] = {}
+    for folder in folders:
+        for path in (folder / "samples").glob(f"policy-*-t{temperature}.jsonl"):
+            number = re.match(r"policy-(\d+)-", path.name)
+            assert number is not None
+            for row in map(json.loads, path.read_text().splitlines()):
+                texts.setdefault(int(number[1]), {})[folder, row["prompt"]] = row["completion"]
+    for policy, found in sorted(texts.items()):
+        asked, wrong = count_errors(((p, text) for (_, p), text in found.items()), together)
+        print(f"policy {policy}: {summary(asked, wrong)}")
+        if policy:
+            first = texts[0]
+            changed = ((key[1], first[key], text) for key, text in found.items())
+            print("\n".join(told_changes(count_changes(changed))))
         for slot in sorted(asked, key=lambda slot: -wrong[slot]):
             print(f"  {slot:20} {share(asked, wrong, slot)}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--temperature", default="0", help="as in the names of the samples' files")
+    chosen = parser.parse_args()
+    main(chosen.runs, chosen.temperature)
