@@ -29,7 +29,9 @@ from irl_align.reward.model import RewardModel, RewardSettings, score_head, trai
 from irl_align.tokens import encode_preferences
 from irl_align.trainers import save_model
 
-NORMALISED = 4096  # demonstrations, evenly spaced, that the reward's mean and variance come from
+# Demonstrations, evenly spaced, that the mean and variance of the reward come from: their standard
+# errors are 2.2 and 1.6% of a deviation, and scoring more is time beside the fit.
+NORMALISED = 2048
 
 
 @dataclass(frozen=True)
