@@ -166,13 +166,16 @@ def score(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Score texts with a reward model. Of rows with chosen and rejected, accuracy is told too."""
+    """Score texts with a reward model, or a run's reward (SPIN's is its policy's log-ratio to SFT).
+
+    Of rows with chosen and rejected, accuracy is told too.
+    """
     _set_up(debug)
-    from irl_align.serve import read_rows, resolve, score_rows
+    from irl_align.serve import read_rows, score_rows
 
     _check_output(output)
     rows = read_rows(input, [("prompt", "completion"), ("prompt", "chosen", "rejected")])
-    scored, accuracy = score_rows(resolve(model, "reward"), rows, device)
+    scored, accuracy = score_rows(model, rows, device)
     _write(scored, output)
     if accuracy is not None:
         typer.echo(f"accuracy {accuracy:.1%} of {len(rows)} pairs", err=True)

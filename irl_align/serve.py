@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trl import DPOConfig
+
 from irl_align.backends import resolve_backend
 from irl_align.config import GenerationOptions
 from irl_align.errors import UserError
 from irl_align.generate import Completion, Sampling
 from irl_align.generate import generate as sample
-from irl_align.models import load_config, load_tokenizer, pick_device
+from irl_align.models import load_config, load_model, load_tokenizer, pick_device
+from irl_align.preference_rival import first_policy
 from irl_align.ranking import rank_samples, sample_rewards
-from irl_align.reward.model import RewardModel
+from irl_align.reward.model import ImplicitReward, RewardModel
+from irl_align.reward_step import scheduled
 from irl_align.samples import SampleSet
 from irl_align.saved_sampler import saved_sampler
 from irl_align.sources import file_rows
@@ -98,9 +102,39 @@ def resolve_policy(path: Path) -> SavedPolicy:
     )
 
 
+def saved_reward(path: Path, device: str) -> RewardModel | ImplicitReward:
+    """A run's last reward, or the reward model in a folder.
+
+    Of a run whose reward is implicit (SPIN, DPO): beta log(pi/pi_0), its final policy against the
+    one that its loop began with, beta being the last iteration's.
+    """
+    where = pick_device(device)
+    view = Run.load(path) if is_run(path) else None
+    if view is None or view.summary is None or view.summary["reward"] is not None:
+        return RewardModel.from_pretrained(resolve(path, "reward"), where)
+    options, iterations = view.recipe["reward"], view.recipe["loop"]["iterations"]
+    if options["kind"] != "implicit" or not iterations:
+        return RewardModel.from_pretrained(resolve(path, "reward"), where)  # raises: there is none
+    policy, (first, _) = resolve(path, "policy"), first_policy(view)
+    args = scheduled(options["args"], options["schedule"], iterations - 1)
+    return ImplicitReward(
+        load_model(policy, where),
+        [(1.0, load_model(first, where))],
+        float(args.get("beta", DPOConfig.beta)),
+        load_tokenizer(policy),
+        prompt_format(policy),
+    )
+
+
+def prompt_format(policy: Path) -> PromptFormat:
+    """How the prompts of a saved policy are written."""
+    return PromptFormat(**(getattr(load_config(policy), "irl_prompt", None) or {}))
+
+
 def score_rows(path: Path, rows: Rows, device: str) -> tuple[Rows, float | None]:
-    """Rows with their scores: `score`, or `chosen_score` and `rejected_score` and accuracy."""
-    reward = RewardModel.from_pretrained(path, pick_device(device))
+    """Rows with their scores by the reward of a run or folder (see :func:`saved_reward`): `score`,
+    or `chosen_score` and `rejected_score` and accuracy."""
+    reward = saved_reward(path, device)
     prompts = [row["prompt"] for row in rows]
     if not all("chosen" in row and "rejected" in row for row in rows):
         scores = reward.score(prompts, [row["completion"] for row in rows]).tolist()
@@ -136,9 +170,9 @@ def generate_rows(
     options = GenerationOptions() if options is None else options
     backend = resolve_backend(options, where)
     tokenizer = load_tokenizer(policy.model)
-    written = getattr(load_config(policy.model), "irl_prompt", None)
-    template = PromptFormat(**(written or {}))
-    prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, template)
+    prompts = encode_prompts(
+        [row["prompt"] for row in rows], tokenizer, prompt_format(policy.model)
+    )
     many = Sampling(**{**vars(sampling), "n": sampling.n * policy.best_of})
     options = options.model_copy(update={"max_new_tokens": sampling.max_new_tokens})
     with saved_sampler(policy.model, tokenizer, prompts, options, backend, where) as generator:

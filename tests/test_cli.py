@@ -11,11 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tiny_runs import Ended, irl_align, the_line, tiny_recipe, write_recipe
+import torch
+from tiny_runs import SPIN, Ended, irl_align, stage_folder, the_line, tiny_recipe, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from irl_align import __version__
 from irl_align.api import Result, train
 from irl_align.reward.model import RewardModel
+from irl_align.serve import prompt_format
+from irl_align.tokens import encode_completions, encode_prompts
 
 pytestmark = pytest.mark.timeout(240)
 COMMANDS = ("train", "recipes", "show", "score", "generate")
@@ -230,6 +234,34 @@ def test_a_run_without_a_reward_scores_nothing(
     path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
     line = the_line(irl_align(capsys, "score", sft.folder, "--input", path))
     assert "this run has no explicit reward" in line
+
+
+def test_score_by_the_implicit_reward_of_spin(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """beta log(pi/pi_SFT) of the text, its EOS included, by hand."""
+    spin = train(tiny_recipe(folder, "name=spin", *SPIN, "reward.args.beta=0.3"))
+    rows = [{"prompt": p, "chosen": "it serves thai food.", "rejected": "no."} for p in PROMPTS]
+    path = write_lines(tmp_path / "rows.jsonl", *rows)
+    ended = irl_align(capsys, "score", spin.folder, "--input", path)
+    assert ended.status == 0, ended.err
+    tokenizer = AutoTokenizer.from_pretrained(spin.policy)
+    sft = stage_folder(spin.folder, "sft") / "model"
+    for row in map(json.loads, ended.out.splitlines()):
+        for side in ("chosen", "rejected"):
+            ratio = 0.0
+            for sign, where in ((1, spin.policy), (-1, sft)):
+                model = AutoModelForCausalLM.from_pretrained(where)
+                card = prompt_format(where)
+                (prompt,) = encode_prompts([row["prompt"]], tokenizer, card)
+                (answer,) = encode_completions(
+                    [row["prompt"]], [row[side]], [prompt], tokenizer, card
+                )
+                logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+                at = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+                ratio += sign * float(logits[list(at), answer].sum())
+            assert row[f"{side}_score"] == pytest.approx(0.3 * ratio, abs=2e-5)
+            assert abs(row[f"{side}_score"]) > 1e-4
 
 
 def test_what_the_hub_tells_is_told_once() -> None:
