@@ -115,7 +115,7 @@ def test_only_what_the_change_touches_is_to_do() -> None:
     assert to_do == {
         *("policy-1", "samples/held_out/policy-1/t1", "vitals/1"),
         *("samples/evaluation/policy-1/t1", "evaluation/1/t1"),
-        *("samples/evaluation/policy-1/t0", "evaluation/1/t0"),
+        *("samples/evaluation/policy-1/t0", "evaluation/1/t0", "evaluation/1/rewards"),
     }
     assert plan.peak is not None and plan.peak.role == "policy-1"
     # another evaluation trains nothing again
