@@ -77,8 +77,8 @@ def train(
             outcome = bilevel(lab, so_far)
             trackers.tell(run.metrics)
         finally:
-            trackers.finish()
             lab.close()
+            trackers.finish()
         explicit = outcome.reward is not None and outcome.reward.kind == "explicit"
         reward = outcome.reward.path if outcome.reward is not None and explicit else None
         result = Result(run.folder, outcome.policy.path, reward)

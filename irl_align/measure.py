@@ -269,15 +269,11 @@ def evaluate_policy(
         lab.run.log(f"evaluation/{k}/t{temperature:g}", record)
         found[temperature], drawn[temperature] = stage.metrics, samples
         told[temperature] = list(read_lines(stage.path / "samples.jsonl", REBUILD))
-    if reward is not None and reward.kind == "explicit":
-        rewards = _rewards_of_answers(lab, k, policy, reward, rows, drawn, data)
-        for temperature, values in rewards.items():
-            told[temperature] = [
-                {**line, "reward": value}
-                for line, value in zip(told[temperature], values, strict=True)
-            ]
+    rewards = _rewards_of_answers(lab, k, policy, reward, rows, drawn, data)
     for temperature, lines in told.items():
-        lab.run.save_samples(f"policy-{k}-t{temperature:g}", lines)
+        known = rewards.get(temperature, [{}] * len(lines))
+        both = [{**line, **value} for line, value in zip(lines, known, strict=True)]
+        lab.run.save_samples(f"policy-{k}-t{temperature:g}", both)
     # What a selecting policy gives a sample is not known, so neither is its entropy.
     if options.match_entropy and k > 0 and policy.ranking is None:
         _evaluate_at_entropy(lab, k, found[1.0]["entropy"], initial, rows, data)
@@ -323,12 +319,15 @@ def _rewards_of_answers(
     lab: Lab,
     k: int,
     policy: Policy,
-    reward: Reward,
+    reward: Reward | None,
     rows: Dataset,
     drawn: Mapping[float, dict[str, list[Completion]]],
     data: Data,
-) -> dict[float, list[float]]:
-    """Temperature -> the reward of each answer, in units of a demonstration's deviation."""
+) -> dict[float, list[dict[str, float]]]:
+    """Temperature -> {"reward": r} of each answer, in units of a demonstration's deviation; empty
+    without an explicit reward."""
+    if reward is None or reward.kind != "explicit":
+        return {}
     prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
 
     def build(work: Path) -> dict[str, Any]:
@@ -348,7 +347,10 @@ def _rewards_of_answers(
         build,
     )
     values = iter(stage.metrics["rewards"])
-    return {temperature: [next(values) for _ in by_key] for temperature, by_key in drawn.items()}
+    return {
+        temperature: [{"reward": next(values)} for _ in by_key]
+        for temperature, by_key in drawn.items()
+    }
 
 
 def _evaluation_rows(lab: Lab, data: Data) -> Dataset:

@@ -110,11 +110,10 @@ def saved_reward(path: Path, device: str) -> RewardModel | ImplicitReward:
     """
     where = pick_device(device)
     view = Run.load(path) if is_run(path) else None
-    if view is None or view.summary is None or view.summary["reward"] is not None:
+    options = view.recipe["reward"] if view is not None else {}
+    iterations = view.recipe["loop"]["iterations"] if view is not None else 0
+    if view is None or options["kind"] != "implicit" or not iterations:
         return RewardModel.from_pretrained(resolve(path, "reward"), where)
-    options, iterations = view.recipe["reward"], view.recipe["loop"]["iterations"]
-    if options["kind"] != "implicit" or not iterations:
-        return RewardModel.from_pretrained(resolve(path, "reward"), where)  # raises: there is none
     policy, (first, _) = resolve(path, "policy"), first_policy(view)
     args = scheduled(options["args"], options["schedule"], iterations - 1)
     return ImplicitReward(
