@@ -97,7 +97,7 @@ class Run:
         summary = folder / "summary.json"
         return RunView(
             folder,
-            recipe,
+            _Resolved(path, recipe),
             _read_metrics(folder),
             read_json(summary, "a summary", RERUN) if summary.exists() else None,
             _read_stages(folder),
@@ -200,6 +200,17 @@ def _replace_recipe(folder: Path, recipe: str) -> None:
             (folder / stale).unlink(missing_ok=True)
         shutil.rmtree(folder / "samples", ignore_errors=True)
     atomic_write(path, recipe)
+
+
+class _Resolved(dict[str, Any]):
+    """A run's recipe: a group that is missing is a damaged file, told where it is asked for."""
+
+    def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
+        super().__init__(recipe)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path}: found no {key}, expected a run's whole recipe; {RERUN}")
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:

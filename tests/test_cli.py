@@ -264,6 +264,18 @@ def test_score_by_the_implicit_reward_of_spin(
             assert abs(row[f"{side}_score"]) > 1e-4
 
 
+def test_a_run_whose_recipe_lost_a_group_is_told(
+    select: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(select.folder, run)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("\nreward:", "\nreword:"))
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    line = the_line(irl_align(capsys, "score", run, "--input", path))
+    assert line.startswith(f"{run}/recipe.yaml: found no reward, expected a run's whole recipe; ")
+
+
 def test_what_the_hub_tells_is_told_once() -> None:
     told = (
         "import logging; from irl_align.terminal import set_up; set_up(False); "
