@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import (
+    GeneralTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandBTracker,
+)
 
 from irl_align import ranks
 from irl_align.config import Recipe
 from irl_align.run_folder import Run
-
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
 
 PROJECT = "irl-align"
 """Project of wandb and trackio, and the folder of tensorboard's events in RUN/tensorboard."""
@@ -39,11 +44,15 @@ class LoopTrackers:
             return
         steps = by_policy(metrics)
         new = [s for s in sorted(steps) if s > self._told and (last is None or s <= last)]
-        if new and not self._open:
+        if not new:
+            return
+        # Accelerate's trackers ask for it; where all stages were there already, no trainer made it
+        PartialState()
+        if not self._open:
             self._open = [self._start(name) for name in self._recipe.report_to]
         for step in new:
             for tracker in self._open:
-                tracker.log(steps[step], step=step)
+                _send(tracker, steps[step], step)
         self._told = max([self._told, *new])
 
     def finish(self) -> None:
@@ -53,21 +62,19 @@ class LoopTrackers:
         self._open = []
 
     def _start(self, name: str) -> GeneralTracker:
-        from accelerate import tracking
-
         tracker: GeneralTracker
         if name == "tensorboard":
             folder = self._run.folder / "tensorboard"
             shutil.rmtree(folder / PROJECT, ignore_errors=True)  # of an interrupted run
-            tracker = tracking.TensorBoardTracker(PROJECT, folder)
+            tracker = TensorBoardTracker(PROJECT, folder)
         else:
             named = f"{self._recipe.name}-seed{self._recipe.seed}"
             options: dict[str, Any] = {"name": named, "config": {"seed": self._recipe.seed}}
             if name == "wandb":
                 options["reinit"] = "create_new"  # the trainers' run stays theirs
-                tracker = tracking.WandBTracker(PROJECT, **options)
+                tracker = WandBTracker(PROJECT, **options)
             else:
-                tracker = tracking.TrackioTracker(PROJECT, **options)
+                tracker = TrackioTracker(PROJECT, **options)
         tracker.start()
         return tracker
 
@@ -88,6 +95,13 @@ def by_policy(metrics: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float
         if numbers:
             steps.setdefault(int(number) + (kind in _OF_REWARD), {}).update(numbers)
     return steps
+
+
+def _send(tracker: GeneralTracker, values: dict[str, float], step: int) -> None:
+    if tracker.name == "trackio":  # by its own run: Accelerate's tracker drops the step up to 1.10
+        tracker.tracker.log(values, step=step)
+    else:
+        tracker.log(values, step=step)
 
 
 def _numbers(values: Mapping[str, Any], name: str) -> Iterator[tuple[str, float]]:

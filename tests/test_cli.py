@@ -259,7 +259,7 @@ def test_score_by_the_implicit_reward_of_spin(
                 )
                 logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
                 at = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-                ratio += sign * float(logits[list(at), answer].sum())
+                ratio += sign * logits[list(at), answer].sum().item()
             assert row[f"{side}_score"] == pytest.approx(0.3 * ratio, abs=2e-5)
             assert abs(row[f"{side}_score"]) > 1e-4
 

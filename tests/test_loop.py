@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_runs import BEST, SPIN, metrics, stage_folder, stage_records, tiny_recipe, weights
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -683,7 +684,11 @@ def test_tensorboard_gets_the_losses_and_the_numbers_of_the_loop(tmp_path: Path)
 def test_other_trackers_get_a_run_of_the_loops_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """With a module in the tracker's place: these two need a server, or their own folder."""
+    """With a module in the tracker's place: these two need a server, or their own folder.
+
+    In a process without a trainer: a run that goes on may find all its stages there.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
     told: list[Any] = []
     own = SimpleNamespace(
         log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finish")
