@@ -85,7 +85,7 @@ licences: venv  ## write dependencies.md
 lint: venv  ## ruff and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy irl_align
+	.venv/bin/mypy irl_align tests/benchmarks
 
 clean:  ## remove caches and builds; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

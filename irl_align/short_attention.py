@@ -7,56 +7,50 @@ float32: a step of a small Llama takes 1.1 to 1.6 times as long with it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from irl_align.sdpa import Attention, sdpa_by
 
 LONGEST = 256  # tokens; past that float32's products cost what its backward pass saves
 
 
-@contextmanager
-def short_attention() -> Iterator[None]:
+def short_attention() -> AbstractContextManager[None]:
     """Have models with sdpa attention compute that of short bfloat16 sequences in float32.
 
     Of all models, for the time of the block, where they are on a CPU, by dtype or autocast in
     bfloat16, and gradients are computed. The same attention without bfloat16's rounding inside.
     """
-    fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa_by(_attend)
 
-    def attend(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        slow = (
-            query.device.type == "cpu"
-            and _in_bfloat16(query)
-            and query.requires_grad
-            and query.shape[2] == key.shape[2] <= LONGEST
-        )
-        if not slow:
-            found: tuple[Tensor, None] = fused(module, query, key, value, attention_mask, **options)
-            return found
-        dtype = value.dtype
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
-        whole = (tensor.float() for tensor in (query, key, value))
-        with torch.autocast("cpu", enabled=False):
-            output, _ = fused(module, *whole, attention_mask, **options)
-        return output.to(dtype), None
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # the entry above; the fused one lies below it
+def _attend(
+    fused: Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    slow = (
+        query.device.type == "cpu"
+        and _in_bfloat16(query)
+        and query.requires_grad
+        and query.shape[2] == key.shape[2] <= LONGEST
+    )
+    if not slow:
+        return fused(module, query, key, value, attention_mask, **options)
+    dtype = value.dtype
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    whole = (tensor.float() for tensor in (query, key, value))
+    with torch.autocast("cpu", enabled=False):
+        output, _ = fused(module, *whole, attention_mask, **options)
+    return output.to(dtype), None
 
 
 def _in_bfloat16(tensor: Tensor) -> bool:

@@ -90,9 +90,9 @@ def test_imports_of_resolves_every_form() -> None:
 # From the bottom up: a module imports from layers below its own only. A package is one entry.
 LAYERS = (
     "hygiene watch",
-    "errors maths memory options resources rewardbench short_attention statistics",
+    "errors maths memory options resources rewardbench sdpa statistics",
     "batch_shares batches chat_endpoint leaderboard lora_options policy_options ranks sweep",
-    "grid terminal",
+    "grid short_attention terminal",
     "config files machine neighbours recipe_yaml tasks tokenizer",
     "adapters plan_hardware",
     "generate sharded",

@@ -31,6 +31,7 @@ from transformers.cache_utils import (
 
 from irl_align.errors import UserError
 from irl_align.generate.column_cache import ColumnLayer, clone_rows, gather_cache
+from irl_align.generate.grouped_attention import grouped_attention
 from irl_align.generate.protocol import (
     Completion,
     Sampling,
@@ -115,7 +116,7 @@ class TransformersGenerator:
         run = _Run(self, self._checked(prompts, sampling), sampling)
         while run.unfinished:
             # Nothing of this is left switched on while the consumer holds the generator.
-            with torch.inference_mode(), evaluating(self.model):
+            with torch.inference_mode(), evaluating(self.model), grouped_attention():
                 ready = run.advance()
             yield from ready
 

@@ -17,6 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def eager(reward: RewardModel, prompts: Ids, completions: Ids) -> list[torch.Ten
             output_attentions=True,
             use_cache=False,
         )
-        reward.model.score(output[0])
+        head: Any = reward.model.score
+        head(output[0])
         weights = output.attentions[-1].mean(1)
         out.append(weights[torch.arange(len(weights)), packed.ends()].cpu())
 
@@ -90,8 +92,8 @@ def make_reward(args: argparse.Namespace) -> RewardModel:
         num_key_value_heads=max(1, args.heads // 2),
         max_position_embeddings=8192,
         pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
     )
+    config.num_labels = 1
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config).to(args.device, getattr(torch, args.dtype))
     return RewardModel(model.eval(), tokenizer, max_batch_tokens=args.batch_tokens)
@@ -150,8 +152,8 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"width": 192, "layers": 4, "heads": 6, "vocabulary": 4096, "rounds": 15}
-    rows = {"prompts": 32, "samples": 4, "prompt": 40, "completion": 30, "batch-tokens": 4096}
-    for name, default in (sizes | rows).items():
+    counts_of = {"prompts": 32, "samples": 4, "prompt": 40, "completion": 30, "batch-tokens": 4096}
+    for name, default in (sizes | counts_of).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32")

@@ -66,7 +66,7 @@ def main(folder: Path, edits: int, split: str) -> None:
             path, tokenizer, ids, options, "transformers", torch.device("cpu")
         ) as generator:
             completions = [row[0] for row in generate(generator, ids, sampling)]
-        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
         length = sum(len(c.token_ids) for c in completions) / len(completions)
         asked, wrong = count_errors(zip(prompts, texts, strict=True), together)
         near = ", ".join(f"{kind} {share(asked, wrong, kind)}" for kind in (SEEN, UNSEEN))

@@ -117,7 +117,8 @@ def train_one(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[st
     whole = update.Network
 
     def watched(policy: PreTrainedModel, critic: Critic | None, temperature: float) -> nn.Module:
-        reward = cast.reward.reward if kind == "shared" else cast.reward  # type: ignore[attr-defined]
+        judge: Any = cast.reward
+        reward = judge.reward if kind == "shared" else judge
         models = (policy, critic, cast.reference, reward.model)
         found["weights"] = weight_bytes(*models) / 2**20
         return whole(policy, critic, temperature)

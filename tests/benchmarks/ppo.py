@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from generation import EOS, PAD, Prompts, e2e_prompts, random_llama, random_prompts, word_encoder
@@ -212,7 +212,8 @@ def trl_step(
     began = time.process_time()
     trainer.train()
     times = [b - a for a, b in zip([began, *clock], clock, strict=False)]
-    their_ids = trainer.processing_class(trainer.train_dataset["prompt"][:8])["input_ids"]
+    processor, dataset = cast("Any", trainer.processing_class), cast("Any", trainer.train_dataset)
+    their_ids = processor(dataset["prompt"][:8])["input_ids"]
     assert their_ids == prompts[:8], "TRL tokenises the prompts otherwise"
     logs = [log for log in trainer.state.log_history if "completions/mean_length" in log]
     return min(times), round(sum(log["completions/mean_length"] for log in logs) / len(logs))
@@ -244,15 +245,13 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
         eos, form = tokenizer.eos_token_id, PromptFormat(**model.config.irl_prompt)
-
-        def encode(text: str) -> list[int]:
-            return encode_prompts([text], tokenizer, form)[0]
+        encode: Callable[[str], list[int]] = lambda text: encode_prompts([text], tokenizer, form)[0]  # noqa: E731
     else:
         if not args.skip_trl:
             parser.error("the whole step needs --model, or give --skip-trl")
-        model, eos = random_llama(1200, args.max_new_tokens), EOS
+        model, eos = random_llama("3M", 1200, args.max_new_tokens), EOS
         encode = word_encoder(1200)
     if args.data:
         prompts = e2e_prompts(args.data, 512, encode)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import statistics
 import time
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +23,7 @@ TOKENS = 4096
 def seconds(length: int, steps: int) -> tuple[float, float]:
     """Median CPU seconds of a step: fused, short."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
     sizes |= {"num_attention_heads": 6, "max_position_embeddings": 256, "vocab_size": 1200}
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def main() -> None:
     engine = VLLMEngine(EngineSettings("cpu", "float32", 256, 4096))
     sampler = VLLMGenerator(engine, "float32", 256)
 
-    def logprobs(prompts: list[list[int]], completions: list[list[int]]) -> list[np.ndarray]:
+    def logprobs(prompts: Any, completions: Any) -> list[np.ndarray]:
         return completion_logprobs(model, prompts, completions)
 
     seconds: dict[str, list[float]] = {"save": [], "load": [], "compare": []}
