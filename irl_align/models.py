@@ -188,6 +188,8 @@ def _load_message(path: str | Path, what: str, error: Exception) -> str:
             f"{path}: no usable {what} in this folder (it holds {has}); expected config.json, "
             f"*.safetensors and tokenizer files, written whole: {cause}"
         )
+    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
+        return f"{path}: no such folder, expected one with a {what}, or an id of the Hub"
     return f"{path}: neither a folder nor a {what} that the Hub gave: {cause}"
 
 

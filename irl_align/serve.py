@@ -82,7 +82,13 @@ def resolve(path: Path, what: str) -> Path:
         raise UserError(
             f"{path}: this run has no explicit {what}; expected one with reward.kind explicit"
         )
-    return path.parent / str(view.summary[what])
+    folder = path.parent / str(view.summary[what])
+    if not folder.is_dir():
+        raise UserError(
+            f"{path}: its {what} lies in {folder}, which is not there; a run is copied with the "
+            "folder store beside it, or run its recipe again"
+        )
+    return folder
 
 
 def resolve_policy(path: Path) -> SavedPolicy:

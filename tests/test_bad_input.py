@@ -261,6 +261,16 @@ def test_unfinished_and_unknown_runs(line: Line, sft: Result, tmp_path: Path) ->
     assert "expected the folder of a run" in line("show", tmp_path / "none")
 
 
+def test_a_run_copied_without_its_store(line: Line, sft: Result, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    alone = tmp_path / "alone" / "run"
+    shutil.copytree(sft.folder, alone)
+    told = line("generate", alone, "--input", rows)
+    assert told.startswith(f"{alone}: its policy lies in {alone.parent / 'store'}")
+    assert "a run is copied with the folder store beside it" in told
+
+
 def test_show_tells_that_a_run_is_not_finished(
     sft: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

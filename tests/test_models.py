@@ -167,10 +167,11 @@ def test_a_model_loads_in_float32_and_eval(folder: Path, tiny_model: MakeModel) 
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a folder nor a model that the Hub gave"):
-        load_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="neither a folder nor a tokenizer that the Hub gave"):
-        load_tokenizer(tmp_path / "nowhere")
+    for what, load in (("model", load_model), ("tokenizer", load_tokenizer)):
+        with pytest.raises(UserError, match=f"nowhere: no such folder, expected one with a {what}"):
+            load(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=f"neither a folder nor a {what} that the Hub gave"):
+            load("no/such-model")
     for load in (load_model, load_tokenizer):
         with pytest.raises(UserError, match=r"in this folder \(it holds nothing\)"):
             load(tmp_path)
