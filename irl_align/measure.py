@@ -19,7 +19,7 @@ from irl_align.cards import import_object
 from irl_align.data import choose_prompts
 from irl_align.evaluate import temperature_of_entropy, vitals
 from irl_align.files import atomic_write, read_lines, to_lines
-from irl_align.generate import Completion
+from irl_align.generate import Completion, Sampling
 from irl_align.lab import Lab
 from irl_align.maths.logprobs import best_of_n_kl_bound
 from irl_align.pair_step import Pairs, samples_by_key
@@ -33,6 +33,7 @@ from irl_align.reward.spread import spread
 from irl_align.reward_health import AUDITED
 from irl_align.run_folder import REBUILD
 from irl_align.samples import SampleSet
+from irl_align.stages import Stage
 from irl_align.tasks.bleu import reference_metrics
 from irl_align.tasks.gold import GoldMetric
 from irl_align.tokens import decode_batch
@@ -235,39 +236,11 @@ def evaluate_policy(
         if policy.ranking is not None and temperature != options.temperatures[0]:
             continue  # a selecting policy samples at its own temperature
         sampling = lab.sampling(1, temperature)
-        samples = samples_by_key(lab, policy, rows, sampling, "evaluation")
-
-        def build(
-            work: Path,
-            temperature: float = temperature,
-            samples: dict[str, list[Completion]] = samples,
-        ) -> dict[str, Any]:
-            if temperature == 1.0:
-                report = vital_signs(lab, policy, initial, rows, samples)
-            else:
-                flat = [group[0] for group in samples.values()]
-                report = {
-                    "length": float(np.mean([len(c.token_ids) for c in flat])),
-                    "truncated": float(np.mean([c.truncated for c in flat])),
-                }
-            texts = decode_batch(lab.tokenizer, [group[0].token_ids for group in samples.values()])
-            gold = ranks.on_main(lambda: _gold(work, gold_path, rows, list(samples), texts))
-            return {**report, **gold}
-
-        stage = lab.stage(
-            f"evaluation/{k}/t{temperature:g}",
-            "evaluation",
-            {"gold": gold_path, "sampling": vars(sampling), "prompts": options.prompts},
-            {
-                "policy": policy.identity,
-                "initial": initial.key,
-                "data": data.checksums["evaluation"],
-            },
-            build,
+        drawn[temperature] = samples_by_key(lab, policy, rows, sampling, "evaluation")
+        stage = _evaluate_samples(
+            lab, k, policy, initial, rows, sampling, drawn[temperature], gold_path, data
         )
-        record = {"policy": k, "temperature": temperature, "gold": gold_path, **stage.metrics}
-        lab.run.log(f"evaluation/{k}/t{temperature:g}", record)
-        found[temperature], drawn[temperature] = stage.metrics, samples
+        found[temperature] = stage.metrics
         told[temperature] = list(read_lines(stage.path / "samples.jsonl", REBUILD))
     rewards = _rewards_of_answers(lab, k, policy, reward, rows, drawn, data)
     for temperature, lines in told.items():
@@ -277,6 +250,50 @@ def evaluate_policy(
     # What a selecting policy gives a sample is not known, so neither is its entropy.
     if options.match_entropy and k > 0 and policy.ranking is None:
         _evaluate_at_entropy(lab, k, found[1.0]["entropy"], initial, rows, data)
+
+
+def _evaluate_samples(
+    lab: Lab,
+    k: int,
+    policy: Policy,
+    initial: Policy,
+    rows: Dataset,
+    sampling: Sampling,
+    samples: dict[str, list[Completion]],
+    gold_path: str | None,
+    data: Data,
+) -> Stage:
+    """What a policy's samples at one temperature come to, as a stage and a line of the metrics."""
+    temperature = sampling.temperature
+
+    def build(work: Path) -> dict[str, Any]:
+        if temperature == 1.0:
+            report = vital_signs(lab, policy, initial, rows, samples)
+        else:
+            flat = [group[0] for group in samples.values()]
+            report = {
+                "length": float(np.mean([len(c.token_ids) for c in flat])),
+                "truncated": float(np.mean([c.truncated for c in flat])),
+            }
+        texts = decode_batch(lab.tokenizer, [group[0].token_ids for group in samples.values()])
+        gold = ranks.on_main(lambda: _gold(work, gold_path, rows, list(samples), texts))
+        return {**report, **gold}
+
+    name = f"evaluation/{k}/t{temperature:g}"
+    stage = lab.stage(
+        name,
+        "evaluation",
+        {"gold": gold_path, "sampling": vars(sampling), "prompts": lab.recipe.evaluation.prompts},
+        {
+            "policy": policy.identity,
+            "initial": initial.key,
+            "data": data.checksums["evaluation"],
+        },
+        build,
+    )
+    record = {"policy": k, "temperature": temperature, "gold": gold_path, **stage.metrics}
+    lab.run.log(name, record)
+    return stage
 
 
 def _evaluate_at_entropy(
