@@ -98,7 +98,7 @@ def by_policy(metrics: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float
 
 
 def _send(tracker: GeneralTracker, values: dict[str, float], step: int) -> None:
-    if tracker.name == "trackio":  # by its own run: Accelerate's tracker drops the step up to 1.10
+    if tracker.name == "trackio":  # by its own run: Accelerate's tracker drops the step up to 1.13
         tracker.tracker.log(values, step=step)
     else:
         tracker.log(values, step=step)
