@@ -62,6 +62,8 @@ class Lab:
     tokenizer: PreTrainedTokenizerBase
     names: dict[str, str]
     """Identity of a policy -> its name in the roles of stages: start, policy-0, policy-1, ..."""
+    reward_from: Callable[[Reward], RewardFunction] | None = None
+    """Loads an explicit reward that may be no RewardModel of ours."""
 
     def __init__(self, recipe: Recipe, store: Store, run: Run, device: torch.device) -> None:
         self.recipe = recipe
@@ -204,6 +206,8 @@ class Lab:
     def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
         """The reward function of an artefact on the run's device, its adapter merged or apart."""
         if reward.kind == "explicit":
+            if self.reward_from is not None:
+                return self.reward_from(reward)
             return RewardModel.from_pretrained(reward.path, self.device, merge=merge)
         references = [(weight, self.load_policy(path)) for weight, path in reward.references]
         return ImplicitReward(self.load_policy(reward.path), references, reward.beta)

@@ -341,8 +341,8 @@ def _rewards_of_answers(
     drawn: Mapping[float, dict[str, list[Completion]]],
     data: Data,
 ) -> dict[float, list[dict[str, float]]]:
-    """Temperature -> {"reward": r} of each answer, in units of a demonstration's deviation; empty
-    without an explicit reward."""
+    """Temperature -> {"reward": r} of each answer, by an explicit reward (one fitted here has the
+    units of a demonstration's deviation); empty without."""
     if reward is None or reward.kind != "explicit":
         return {}
     prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))

@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from irl_align import ranks
-from irl_align.api import check_data
+from irl_align.api import check_data, check_trackers
 from irl_align.config import Recipe
 from irl_align.data import Prompt
 from irl_align.errors import UserError
 from irl_align.extra_prompts import PromptsByIds, with_prompts
 from irl_align.files import file_checksum, read_json
 from irl_align.lab import Lab, open_run
+from irl_align.loop_trackers import LoopTrackers
 from irl_align.measure import evaluate_policy
 from irl_align.models import pick_device
 from irl_align.policy import Policy, Reward
-from irl_align.policy.ppo.update import PPO
 from irl_align.policy_options import PPOOptions
 from irl_align.policy_step import make_update, policy_prompts
 from irl_align.prepare import Data, prepare
@@ -66,11 +66,13 @@ def ppo_recipe(policy: str, card: str, output: str, options: Sequence[str]) -> R
 def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improved:
     """Train the recipe's model on a reward; the same call goes on after a kill.
 
-    Before and after, the model answers the evaluation's prompts, as in the loop.
+    Before and after, the model answers the evaluation's prompts, as in the loop; the reward of
+    the answers after is kept beside them.
     reward: a run with an explicit reward, or any one-label AutoModelForSequenceClassification;
     template: its prompts' (text with {prompt}, or chat), where its tokenizer is not the policy's.
     Raises UserError for what the user can mend.
     """
+    check_trackers(recipe)
     check_data(recipe)
     output = Path(recipe.output_dir)
     device, began = ranks.own_device(pick_device(recipe.device)), time.time()
@@ -81,10 +83,13 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
     with ranks.joined(device), open_run(recipe) as run:
         run.log("environment", {**environment(), "device": recipe.device, "seed": recipe.seed})
         lab = Lab(recipe, Store(output / "store"), run, device)
+        trackers = LoopTrackers(recipe, run)
         try:
             improved = _improve(lab, artefact, where, template)
+            trackers.tell(run.metrics)
         finally:
             lab.close()
+            trackers.finish()
         record = improved.path.parent / RECORD
         metrics = read_json(record, "the record of a finished stage", "run the command again")
         run.finish(
@@ -110,13 +115,12 @@ def _improve(lab: Lab, reward: Reward, where: str | Path, template: str | None) 
     def load(artefact: Reward) -> RewardFunction:
         return load_reward(where, lab.tokenizer, lab.device, prompt_of.__getitem__, template)
 
+    lab.reward_from = load
     update = make_update(lab.recipe, data)
-    assert isinstance(update, PPO)
-    improve = replace(update, load=load)
     demonstrations = with_prompts(data.demonstrations("reward"), extra)
-    improved = improve(lab, 0, start, start, reward, demonstrations)
+    improved = update(lab, 0, start, start, reward, demonstrations)
     lab.names.setdefault(improved.identity, "policy-1")
-    evaluate_policy(lab, 1, improved, start, None, data)
+    evaluate_policy(lab, 1, improved, start, reward, data)
     return improved
 
 
@@ -138,9 +142,9 @@ class Prompts(dict[tuple[int, ...], Prompt]):
 
 
 def raw_prompts(data: Data, extra: PromptsByIds) -> Prompts:
-    """Of every row that PPO may roll out or look at, and of the prompts without demonstrations."""
+    """Of every row that a reward may be asked about, and of the prompts without demonstrations."""
     prompts = Prompts(extra)
-    for rows in (data.reward, data.held_out):
+    for rows in (data.reward, data.held_out, data.evaluation):
         for ids, text in zip(rows["prompt_ids"], rows["prompt"], strict=True):
             prompts[tuple(ids)] = text
     return prompts

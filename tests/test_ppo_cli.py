@@ -11,7 +11,7 @@ from conftest import SENTENCES
 from ppo_tools import options
 from pydantic import ValidationError
 from rows import save
-from tiny_runs import irl_align, metrics, stage_records, the_line, tiny_recipe
+from tiny_runs import irl_align, metrics, stage_folder, stage_records, the_line, tiny_recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,6 +29,7 @@ from irl_align.policy.ppo.critic import make_critic
 from irl_align.recipe import load_recipe
 from irl_align.resources import recipes_dir
 from irl_align.reward.model import ImplicitReward, RewardModel, RewardSettings
+from irl_align.samples import StoredSamples
 
 MakeModel = Callable[[str], PreTrainedModel]
 SMALL = (
@@ -140,6 +141,16 @@ def test_any_sequence_classifier_is_a_reward(
         assert row["reward"] == pytest.approx(score, abs=1e-5)
         assert sum(row["credit"]) == pytest.approx(score - empty, abs=1e-4)  # 6 digits a token
         assert len(row["tokens"]) == len(row["kl"]) == len(row["advantage"]) == len(row["credit"])
+
+    # So are the answers to the evaluation's prompts scored, those after the training.
+    answers = [json.loads(line) for line in (run / "samples/policy-1-t1.jsonl").open()]
+    asked = [tiny_tokenizer(answer["prompt"] + "\n")["input_ids"] for answer in answers]
+    drawn = StoredSamples(stage_folder(run, "samples/evaluation/policy-1/t1"), asked)
+    given = [group[0].token_ids for _, group in drawn.groups()]
+    assert [answer["reward"] for answer in answers] == pytest.approx(
+        known.score_ids(asked, given).tolist(), abs=1e-5
+    )
+    assert "reward" not in (run / "samples/policy-0-t1.jsonl").read_text()
 
     before, after = (metrics(run)[f"evaluation/{number}/t1"]["kl"] for number in (0, 1))
     assert abs(before) < 1e-4 < abs(after)
@@ -257,6 +268,31 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kl_horizon": 5}, "kl_horizon is an option of kl_target"),
     ({"baseline_decay": 0.5}, "baseline_decay is an option of advantage reinforce"),
 ]
+
+
+def test_trackers_get_the_numbers_of_both_policies(
+    tmp_path: Path,
+    policy: Path,
+    card: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reward = save(classifier(tiny_tokenizer), tiny_tokenizer, tmp_path / "reward")
+    ended = command(capsys, tmp_path, policy, reward, card, "report_to=[tensorboard]")
+    assert ended.status == 0, ended.err
+    run = tmp_path / "runs/ppo-seed0"
+    found = events.EventAccumulator(str(run / "tensorboard/irl-align"))
+    found.Reload()
+    told = {event.step: event.value for event in found.Scalars("evaluation/t1/kl")}
+    known = [metrics(run)[f"evaluation/{number}/t1"]["kl"] for number in (0, 1)]
+    assert told == {0: pytest.approx(known[0]), 1: pytest.approx(known[1])}
+    # One that is not installed is told before the run.
+    monkeypatch.setattr("irl_align.api.find_spec", lambda name: None)
+    line = the_line(command(capsys, tmp_path, policy, reward, card, "report_to=[wandb]", "seed=9"))
+    assert "report_to: wandb is not installed" in line
+    assert not (tmp_path / "runs/ppo-seed9").exists()
 
 
 @pytest.mark.parametrize(("way", "told"), REFUSED, ids=[told for _, told in REFUSED])

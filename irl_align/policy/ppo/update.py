@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,13 @@ class PPO:
     """pi_{k+1} from PPO on the demonstrations' prompts, with one reward from start to end.
 
     held_out: demonstrations of other prompts, by which the best policy is chosen; judge: gold
-    metrics of the rollouts, which are reported and decide nothing; gold: their name; load: the
-    reward function of an artefact, where it is not the workshop's own.
+    metrics of the rollouts, which are reported and decide nothing; gold: their name.
     """
 
     options: PPOOptions
     held_out: Demonstrations
     judge: Judge | None = None
     gold: str | None = None
-    load: Callable[[Reward], RewardFunction] | None = None
 
     def __call__(
         self,
@@ -129,8 +126,6 @@ class PPO:
 
     def _reward(self, workshop: Workshop, reward: Reward) -> RewardFunction:
         """The reward; its adapter stays apart where a critic starts as it and trains it."""
-        if self.load is not None:
-            return self.load(reward)
         merge = self.options.advantage != "gae" or self.options.critic_init != "reward"
         return workshop.load_reward(reward, merge)
 
