@@ -57,8 +57,9 @@ test: vllm deepspeed  ## run the tests, those against vLLM and DeepSpeed too, tw
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # What runs on other versions than the pinned ones: every library is used, nothing takes long.
-SMOKE := $(addprefix tests/test_,cli.py credit.py data.py fit.py generate.py loop.py \
-	models.py ppo.py recipe.py recipe_args.py report.py resume.py samples.py stages.py supply.py)
+SMOKE := $(addprefix tests/test_,attention.py cli.py credit.py data.py fit.py generate.py \
+	grouped_attention.py loop.py models.py ppo.py recipe.py recipe_args.py report.py resume.py \
+	samples.py short_attention.py stages.py supply.py)
 
 test-lowest:  ## a share of the tests with the lowest versions that pyproject.toml claims
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

@@ -95,9 +95,10 @@ def test_rows_equal_eager(arch: str, side: str, tiny_model: MakeModel) -> None:
     model = own[arch]() if arch in own else tiny_model(arch)
     inputs, last = batch(side)
     places = torch.stack([last, last - 1], 1)
-    assert model.config._attn_implementation == "sdpa"
+    before = model.config._attn_implementation
+    assert before == "sdpa" or arch == "gemma2"  # which transformers loads as eager since 5.24
     rows = read_rows(model, inputs, places)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == before
     assert rows.dtype == torch.float32
     expected = eager_rows(model, inputs, places)
     torch.testing.assert_close(rows, expected, atol=1e-6, rtol=0)
@@ -139,9 +140,10 @@ def test_without_a_mask_attention_is_causal(tiny_model: MakeModel) -> None:
 def test_everything_is_restored_after_an_exception(tiny_model: MakeModel) -> None:
     for model in (tiny_model("llama"), gemma2()):
         hooks = sum(len(module._forward_hooks) for module in model.modules())
+        before = model.config._attn_implementation
         with pytest.raises(RuntimeError, match="stop"), attention_rows(model):
             raise RuntimeError("stop")
-        assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == before
         assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
         assert attention._READER.get() is None
 
