@@ -50,6 +50,9 @@ class Shop:
         self.loaded["reference"] = path
         return load_model(path, dtype=self.dtype)
 
+    def load_reward(self, reward: Reward, merge: bool = True) -> Scripted:
+        return REWARD
+
     def load_trainable(self, path: Path) -> PreTrainedModel:
         self.loaded["policy"] = path
         return load_model(path, dtype=self.dtype)
@@ -72,7 +75,7 @@ def called(
         return {"history": []}
 
     monkeypatch.setattr(update, "train_ppo", note)
-    ppo = update.PPO(chosen, DATA, load=lambda reward: REWARD)
+    ppo = update.PPO(chosen, DATA)
     reward = Reward("explicit", shop.folder / "reward", "r")
     ppo(shop, 1, now, first, reward, DATA)  # type: ignore[arg-type]
     return made[0]
