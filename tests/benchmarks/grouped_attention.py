@@ -50,7 +50,7 @@ def main() -> None:
         query = torch.randn(args.rows, args.heads, 1, args.head_size, dtype=dtype)
         shape = (args.rows, args.kv_heads, args.columns, args.head_size)
         key, value = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             name: functools.partial(attend, module, query, key, value, mask)
             for name, attend in (("theirs", theirs), ("ours", ours))
         }
