@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from irl_align.lora_options import LoraOptions, QuantizationOptions, lora_problem
-from irl_align.options import Above, AtLeast, Count, ImportPath, Options, Positive, Share
+from irl_align.options import (
+    Above,
+    AtLeast,
+    Count,
+    ImportPath,
+    Options,
+    PathText,
+    Positive,
+    Share,
+)
 from irl_align.policy_options import BestOfNOptions, PolicyPromptOptions, PolicyUpdateOptions
 
 PairSource = Literal[
@@ -37,9 +46,9 @@ ENGINE_OPTIONS_SET_HERE = {
 class DataOptions(Options):
     """Demonstrations: where they come from and how they are divided."""
 
-    card: str
+    card: PathText
     """Name of a card in data_cards/, or the path of a card of your own."""
-    path: str | None = None
+    path: PathText | None = None
     """Local file or folder in place of the card's source."""
     task: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the card's task when the card names a procedural task (size, noise)."""
@@ -113,7 +122,7 @@ class ScratchOptions(Options):
 class ModelOptions(Options):
     """The policy's start: an existing model, or a small one from scratch."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Hub id or folder of a causal language model with its tokenizer."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
@@ -264,11 +273,11 @@ class PairOptions(Options):
 class PreferenceOptions(Options):
     """Human preferences in the reward's loss. Off in everything called IRL."""
 
-    card: str
+    card: PathText
     """Card of a preference set."""
     split: str = "train"
     """Split of the card."""
-    path: str | None = None
+    path: PathText | None = None
     """Local file or folder in place of the card's source."""
     use: Literal["beside", "alone"] = "beside"
     """Beside the demonstration pairs, or alone: the reward of RLHF, to compare with."""
@@ -435,7 +444,7 @@ class Recipe(Options):
     """What the recipe is for and the numbers it is expected to reach."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of everything random."""
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     """Folder of the runs and of the store of stages that they share."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Above = Annotated[float, Field(gt=0.0)]
 AtLeast = Annotated[float, Field(ge=0.0)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or an id or name where one may stand; no shell expands the ~ of data.path=~/e2e."""
 ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
 
 

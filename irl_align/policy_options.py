@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from irl_align.options import Above, AtLeast, Count, ImportPath, Options, Positive, Share
+from irl_align.options import (
+    Above,
+    AtLeast,
+    Count,
+    ImportPath,
+    Options,
+    PathText,
+    Positive,
+    Share,
+)
 
 
 class PolicyPromptOptions(Options):
@@ -15,7 +24,7 @@ class PolicyPromptOptions(Options):
     edited_prompts: Count = 0
     """Every prompt brings one more without a demonstration, by so many of the card's edits in a
     row; 0: none. Those that any split of the data asks for are left out."""
-    prompts_from: str | None = None
+    prompts_from: PathText | None = None
     """File of prompts without demonstrations, in the card's prompt column: jsonl, json, csv,
     parquet or .gz."""
 

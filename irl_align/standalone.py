@@ -45,8 +45,13 @@ class Improved:
 
 def ppo_recipe(policy: str, card: str, output: str, options: Sequence[str]) -> Recipe:
     """The recipe of a PPO run by itself; options are key=value, those of PPO by their own name."""
-    own = set(PPOOptions.model_fields)
-    overrides = [f"policy_update.{o}" if o.split("=")[0].strip() in own else o for o in options]
+    own, groups = set(PPOOptions.model_fields), set(Recipe.model_fields)
+    overrides = []
+    for option in options:
+        key = option.split("=")[0].strip()
+        # A bare name that is no group's is taken for PPO's: the nearest of its names is told.
+        its = key in own or ("." not in key and key not in groups)
+        overrides.append(f"policy_update.{option}" if its else option)
     values = {
         "name": "ppo",
         "output_dir": output,

@@ -238,9 +238,38 @@ def test_bad_options_are_one_line_before_any_work(
     assert "policy_update.kl_coeff: unknown option; did you mean policy_update.kl_coef?" in line(
         "policy_update.kl_coeff=1.0"
     )
+    assert "policy_update.credti: unknown option; did you mean policy_update.credit?" in line(
+        "credti=red"
+    )
+    assert "dat: unknown option; did you mean data?" in line("dat.path=x")
     assert "command line: policy_update.clip=-1" in line("clip=-1")
     assert "credit red cancels under advantage rloo" in line("advantage=rloo", "n=2", "credit=red")
     assert "found best_of_n, expected ppo" in line("policy_update={kind: best_of_n}")
+
+
+def test_trackers_get_the_numbers_of_both_policies(
+    tmp_path: Path,
+    policy: Path,
+    card: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reward = save(classifier(tiny_tokenizer), tiny_tokenizer, tmp_path / "reward")
+    ended = command(capsys, tmp_path, policy, reward, card, "report_to=[tensorboard]")
+    assert ended.status == 0, ended.err
+    run = tmp_path / "runs/ppo-seed0"
+    found = events.EventAccumulator(str(run / "tensorboard/irl-align"))
+    found.Reload()
+    told = {event.step: event.value for event in found.Scalars("evaluation/t1/kl")}
+    known = [metrics(run)[f"evaluation/{number}/t1"]["kl"] for number in (0, 1)]
+    assert told == {0: pytest.approx(known[0]), 1: pytest.approx(known[1])}
+    # One that is not installed is told before the run.
+    monkeypatch.setattr("irl_align.api.find_spec", lambda name: None)
+    line = the_line(command(capsys, tmp_path, policy, reward, card, "report_to=[wandb]", "seed=9"))
+    assert "report_to: wandb is not installed" in line
+    assert not (tmp_path / "runs/ppo-seed9").exists()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -268,31 +297,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kl_horizon": 5}, "kl_horizon is an option of kl_target"),
     ({"baseline_decay": 0.5}, "baseline_decay is an option of advantage reinforce"),
 ]
-
-
-def test_trackers_get_the_numbers_of_both_policies(
-    tmp_path: Path,
-    policy: Path,
-    card: Path,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    reward = save(classifier(tiny_tokenizer), tiny_tokenizer, tmp_path / "reward")
-    ended = command(capsys, tmp_path, policy, reward, card, "report_to=[tensorboard]")
-    assert ended.status == 0, ended.err
-    run = tmp_path / "runs/ppo-seed0"
-    found = events.EventAccumulator(str(run / "tensorboard/irl-align"))
-    found.Reload()
-    told = {event.step: event.value for event in found.Scalars("evaluation/t1/kl")}
-    known = [metrics(run)[f"evaluation/{number}/t1"]["kl"] for number in (0, 1)]
-    assert told == {0: pytest.approx(known[0]), 1: pytest.approx(known[1])}
-    # One that is not installed is told before the run.
-    monkeypatch.setattr("irl_align.api.find_spec", lambda name: None)
-    line = the_line(command(capsys, tmp_path, policy, reward, card, "report_to=[wandb]", "seed=9"))
-    assert "report_to: wandb is not installed" in line
-    assert not (tmp_path / "runs/ppo-seed9").exists()
 
 
 @pytest.mark.parametrize(("way", "told"), REFUSED, ids=[told for _, told in REFUSED])

@@ -436,3 +436,17 @@ def test_a_recipe_of_plain_values_may_hold_lists() -> None:
     values["evaluation"] = {"temperatures": [1.0, "warm"]}
     with pytest.raises(UserError, match=r"here: evaluation\.temperatures\.1"):
         make_recipe(values, "here")
+
+
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No shell does it in data.path=~/e2e; the resolved recipe holds the whole path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rloo = recipes_dir() / "e2e/irl-rloo.yaml"
+    recipe = load_recipe(
+        rloo,
+        ["data.path=~/e2e", "output_dir=~/runs", "policy_update.prompts_from=~/more.jsonl"],
+    )
+    assert recipe.data.path == str(tmp_path / "e2e")
+    assert recipe.output_dir == str(tmp_path / "runs")
+    assert recipe.policy_update.prompts_from == str(tmp_path / "more.jsonl")  # type: ignore[union-attr]
+    assert load_recipe(rloo, ["data.path=a~/e2e"]).data.path == "a~/e2e"
