@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from irl_align.comparison import AT_ENTROPY, BEYOND_ENTROPY, EVALUATED
 from irl_align.cost_tables import costs, costs_by_iteration, memory_by_part, tokens_by_part
-from irl_align.grid import MISSING, Grid, escaped, grid_markdown, show_grid
+from irl_align.grid import MISSING, Grid, escaped, grid_markdown, show_grid, spelt
 
 Analysis = Mapping[str, Any]
 # Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
@@ -32,24 +32,19 @@ VITALS = {
 }
 MATCHED = {AT_ENTROPY: "first policy at its entropy", BEYOND_ENTROPY: "beyond that"}
 BEYOND = "beyond entropy"
+# What a table is about; the report has a section of each.
+RESULTS, GAINS, PPO, COST = "Results", "Gold against KL", "PPO", "Cost"
 
 
 def grids(analysis: Analysis) -> list[Grid]:
     """The tables of a comparison: results, vital signs, against the baseline, ranking, costs."""
-    found = [results(analysis), vital_signs(analysis)]
-    rest = (
-        against_baseline(analysis),
-        ranking(analysis),
-        evaluated(analysis),
-        frontier_fits(analysis),
-        same_kl(analysis),
-        learning_speed(analysis),
-        costs(analysis),
-        memory_by_part(analysis),
-        tokens_by_part(analysis),
-        costs_by_iteration(analysis),
-    )
-    return [*found, *(grid for grid in rest if grid.rows)]
+    return [grid for section in grids_by_section(analysis).values() for grid in section]
+
+
+def grids_by_section(analysis: Analysis) -> dict[str, list[Grid]]:
+    """The tables by what they are about, the results first; those without rows are left out."""
+    made = {name: [table(analysis) for table in tables] for name, tables in SECTIONS.items()}
+    return {name: [grid for grid in tables if grid.rows] for name, tables in made.items()}
 
 
 def results(analysis: Analysis) -> Grid:
@@ -205,7 +200,7 @@ def learning_speed(analysis: Analysis) -> Grid:
     grid = Grid("how soon rollouts reach a level of gold", columns, [])
     for speed in analysis.get("speeds", []):
         metric, reached = speed["metric"], [n for n in speed["updates"].values() if n is not None]
-        level = f"{metric.replace('_', ' ')} {number(speed['level'], metric)}"
+        level = f"{spelt(metric)} {number(speed['level'], metric)}"
         cells = [f"{speed['method']}, {speed['role']}", level + ("" if metric in PLAIN else "%")]
         cells.append(f"{len(reached)} of {len(speed['updates'])}")
         for unit in ("updates", "samples"):
@@ -213,6 +208,14 @@ def learning_speed(analysis: Analysis) -> Grid:
             cells.append(f"{sum(counts) / len(counts):,.0f}" if counts else MISSING)
         grid.rows.append(cells)
     return grid
+
+
+SECTIONS: Mapping[str, Sequence[Callable[[Analysis], Grid]]] = {
+    RESULTS: (results, vital_signs, against_baseline, ranking, evaluated),
+    GAINS: (frontier_fits, same_kl),
+    PPO: (learning_speed,),
+    COST: (costs, memory_by_part, tokens_by_part, costs_by_iteration),
+}
 
 
 def notes(analysis: Analysis) -> list[str]:
@@ -355,7 +358,7 @@ def column_name(measure: str) -> str:
     unit = "" if metric in PLAIN else " %"
     if metric.startswith(EVALUATED):
         metric = ", ".join(metric.split("/"))
-    return f"{metric.replace('_', ' ')}{unit} {at}".strip()
+    return f"{spelt(metric)}{unit} {at}".strip()
 
 
 def _p(value: float | None) -> str:

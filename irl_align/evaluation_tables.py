@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from irl_align.files import read_json
-from irl_align.grid import Grid
+from irl_align.grid import Grid, spelt
 from irl_align.leaderboard import LEADERBOARD
 from irl_align.preference_report import half, preference_grids, preference_notes
 from irl_align.stages import RunView
@@ -155,7 +155,7 @@ def curve_grid(report: Mapping[str, Any]) -> Grid:
     names = list(report["gold"])
     grid = Grid(
         "best of n by the reward: means over prompts",
-        ["n", "KL at most", "reward", *(name.replace("_", " ") for name in names)],
+        ["n", "KL at most", "reward", *(spelt(name) for name in names)],
         [],
     )
     for at, (n, kl) in enumerate(zip(report["n"], report["kl"], strict=True)):
@@ -168,12 +168,10 @@ def curve_notes(report: Mapping[str, Any]) -> list[str]:
     """One line for every gold field that the reward is overoptimised on, and one for those of which
     it is not known whether high or low is better."""
     unknown = [
-        name.replace("_", " ")
-        for name, found in report["gold"].items()
-        if found["lower_is_better"] is None
+        spelt(name) for name, found in report["gold"].items() if found["lower_is_better"] is None
     ]
     over = [
-        f"overoptimised: {name.replace('_', ' ')} is best at n = {found['peak_n']} and worse at "
+        f"overoptimised: {spelt(name)} is best at n = {found['peak_n']} and worse at "
         f"n = {report['n'][-1]}, while the reward still rises"
         for name, found in report["gold"].items()
         if found["overoptimised"]

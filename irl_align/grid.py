@@ -14,8 +14,14 @@ from rich.text import Text
 MISSING = "-"
 LABEL_WIDTH = 30  # of columns of text, which may wrap
 GAP = 2  # between columns
+SPELT = {"bleu": "BLEU", "chrf": "chrF"}
 # Columns that are no numbers.
 TEXTS = ("policy", "metric", "gold", "rank", "scorer", "group", "baseline", "against", "task")
+
+
+def spelt(metric: str) -> str:
+    """A metric as people write it: `slot_error_rate` as `slot error rate`, `bleu` as `BLEU`."""
+    return SPELT.get(metric, metric.replace("_", " "))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from irl_align.grid import spelt
 from irl_align.reward_health import audited_accuracy
 from irl_align.stages import RunView, records_told
 
@@ -26,7 +27,7 @@ def results_table(views: Sequence[RunView]) -> Table:
     metrics = [headline, "fully_right", "bleu"] if headline else ["length", "bleu"]
     metrics = [m for m in metrics if any(_value(r, m) is not None for r in records)]
     at = ["greedy" if t == 0 else f"T={t:g}" for t in temperatures]
-    columns = [f"{metric.replace('_', ' ')} {t}" for metric in metrics for t in at]
+    columns = [f"{spelt(metric)} {t}" for metric in metrics for t in at]
     table = _table("results", "policy", columns)
     for row in rows:
         table.add_row(

@@ -129,7 +129,7 @@ def test_a_runs_curve_is_kept_and_reported(run: Result, capsys: pytest.CaptureFi
     titles = page.xpath("//figure//*[local-name()='title']/text()")
     assert "best of n: reward" in titles
     assert any(title.startswith(f"{run.folder.name}: ") and "n = 4" in title for title in titles)
-    headings = page.xpath("//h2/text()")
+    headings = [text.strip() for text in page.xpath("//section[@id='evaluations']//summary/text()")]
     assert "irl-seed0: best of n by the reward: means over prompts" in headings
 
     # An evaluation of what the run no longer has is not shown.

@@ -89,12 +89,15 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("much-longer-name-of-a-method", [0.3, 0.28]),
         ):
             texts = [f"{name} says {i} of {HOSTILE}" for i in range(30)]
+            by_policy = {f"policy-{k}-t1": rows(texts, k) for k in range(len(errors))}
+            for row in (row for said in by_policy.values() for row in said):
+                row["demonstrations"] = [f"reference {i} {HOSTILE}" for i in range(5)]
             synthetic_run(
                 root,
                 name,
                 seed,
                 [(e + seed / 100, e / 2) for e in errors],
-                samples={f"policy-{k}-t1": rows(texts, k) for k in range(len(errors))},
+                samples=by_policy,
             )
     folders = [str(folder) for folder in sorted(root.iterdir())]
     return write_report(compare(folders, Options((1, 2, 3), output=root / "all")).folder)
@@ -185,6 +188,21 @@ def test_a_tokens_values_are_told_on_hover_and_by_the_keyboard(opened: Opened) -
     assert len(set(shades)) == 3
 
 
+def test_columns_can_be_left_out(opened: Opened) -> None:
+    page, heads = opened.page, opened.page.locator("#sample-table thead th")
+    assert heads.all_inner_texts() == ["prompt", "demonstrations", "SFT", "m 1"]
+    page.click("#columns summary")
+    page.uncheck("#columns label:has-text('SFT') input")
+    page.uncheck("#columns label:has-text('demonstrations') input")
+    assert heads.all_inner_texts() == ["prompt", "m 1"]
+    page.select_option("#order", label="slot errors, m 1")
+    page.check("#reverse")
+    assert "slot errors 2" in opened.column(page.locator("#sample-table"), 2)[0]
+    page.check("#columns label:has-text('SFT') input")
+    assert heads.all_inner_texts() == ["prompt", "SFT", "m 1"]
+    assert opened.complaints == []
+
+
 def test_marks_of_a_figure_tell_their_values(opened: Opened) -> None:
     told = opened.page.locator("svg.figure use title").all_text_contents()
     assert any(text.startswith("m: 30 at 0") for text in told)
@@ -233,6 +251,12 @@ def test_a_comparison_shows_more_samples_on_demand(chromium: Any, comparison: Pa
     assert lines.count() == 20
     opened.page.click("#more")
     assert lines.count() == 30 and not opened.page.locator("#more").is_visible()
-    assert opened.overflow() == 0 and opened.complaints == []
+    widths = [cell.bounding_box()["width"] for cell in lines.first.locator("th, td").all()]
+    assert min(widths) > 100  # neither the prompt nor a sample is a column of letters
     opened.picture("comparison")
+    cell = lines.first.locator("td").first
+    assert cell.locator("p").count() == 2
+    cell.locator("button").click()
+    assert cell.locator("p").count() == 5 and "<script>" in cell.inner_text()
+    assert opened.overflow() == 0 and opened.complaints == []
     opened.context.close()

@@ -147,6 +147,10 @@ def test_a_policys_table_has_intervals_and_baselines(folder: Callable[[str], Pat
         *["| pi_1"] * 2,
     ]
     run = best_of_n()
+    (head,) = (line for line in evaluation.splitlines() if line.startswith("| | temperature"))
+    assert head.split(" | ")[2:] == ["slot error rate", "BLEU", "chrF", "KL to pi_0", "tokens |"]
+    texts = metrics(run.folder)["evaluation/1/t1"]["metrics"]
+    assert f"| {texts['bleu']:.1f} | {texts['chrf']:.1f} |" in rows[3]
     samples = (run.folder / "samples" / "policy-1-t1.jsonl").read_text().splitlines()
     errors = [json.loads(line) for line in samples]
     rate = sum(row["slot_errors"] for row in errors) / sum(row["slots"] for row in errors)
@@ -161,7 +165,8 @@ def test_numbers_that_were_not_finite_are_left_out() -> None:
     facts = Facts.of(best_of_n().folder)
     for key, record in facts.metrics.items():
         if key.startswith("evaluation/"):
-            facts.metrics[key] = {**record, "kl": None, "metrics": {"slot_error_rate": None}}
+            nothing = dict.fromkeys(("slot_error_rate", "bleu"))
+            facts.metrics[key] = {**record, "kl": None, "metrics": nothing}
     table, results = gold_table(facts, facts.policy())
     assert (
         results == [] and "| pi_1 | 1 |  |  |  |" in table and "| demonstrations | | - |" in table

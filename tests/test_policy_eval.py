@@ -60,7 +60,7 @@ def test_wins_are_the_judges(
         assert found["samples"] == len(own) == 12
     irl_align(capsys, "report", run.folder)
     page = html.document_fromstring((run.folder / "report.html").read_text(encoding="utf-8"))
-    assert any("judged by judge-seed3" in text for text in page.xpath("//h2/text()"))
+    assert any("judged by judge-seed3" in text for text in page.xpath("//summary/text()"))
 
 
 def test_the_policys_own_reward_is_no_judge(

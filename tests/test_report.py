@@ -18,7 +18,7 @@ from tiny_runs import irl_align, the_line
 from irl_align.files import to_lines
 from irl_align.report import write_report
 from irl_align.report.browser import _within, sample_browser, token_texts
-from irl_align.report.figures import Bars, Plot, Point, Series
+from irl_align.report.figures import Bars, Dots, Drawable, Plot, Point, Series
 from irl_align.report.images import png, svg
 from irl_align.report.templates import script_json
 from irl_align.stages import Run
@@ -266,18 +266,44 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ended = irl_align(capsys, "report", folder, "--output", output, "--figures", figures)
     assert (ended.status, ended.out) == (0, f"report: {output}\n")
     page = html.document_fromstring(output.read_text(encoding="utf-8"))
+    tables = {
+        section.get("id"): [d.get("aria-label") for d in section.xpath(".//div[@role='region']")]
+        for section in page.xpath("//section[@id]")
+    }
+    assert tables["results"][:2] == ["results", "vital signs, at temperature 1"]
+    assert tables["cost"][0].startswith("seconds") and len(tables["reward-health"]) == 1
     assert "20.0±0.0" in page.xpath("//section[@id='results']//table")[0].text_content()
     marks = page.xpath("//figure//*[local-name()='use']/*[local-name()='title']/text()")
     assert "a: 20 at 1 (20 to 20); mean of 2 seeds" in marks
+    assert {"SFT, greedy: 20 (20 to 20)", "b, T=1: 20 (20 to 20)"} <= set(marks)
     stored = json.loads(page.xpath("//script[@id='sample-data']/text()")[0])
     assert stored["methods"] == ["SFT", "a 1", "b 1"] and stored["seed"] == 1
     names = {path.name for path in figures.iterdir()}
-    assert {"curve-slot_error_rate-t1.svg", "frontier.svg", "costs.svg", "costs.png"} <= names
+    assert {
+        "standing-slot_error_rate.svg",
+        "curve-slot_error_rate-t1.svg",
+        "frontier.svg",
+        "costs.svg",
+        "costs.png",
+    } <= names
     for path in figures.glob("*.svg"):
         drawn = path.read_bytes()
         assert etree.fromstring(drawn).tag == f"{SVG}svg" and b"var(" not in drawn
         with Image.open(path.with_suffix(".png")) as image:
             assert image.format == "PNG" and image.width == 1222  # 440 points at 200 dpi
+
+
+def test_long_tables_are_closed_at_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [a_run(tmp_path, f"m{i}", seed) for seed in (1, 2) for i in range(7)]
+    assert irl_align(capsys, "compare", *runs).status == 0
+    page = page_of(tmp_path / "comparison")
+    for table in page.xpath("//details//table"):
+        is_open = next(table.iterancestors("details")).get("open") is not None
+        assert is_open == (len(table.xpath("./tbody/tr")) <= 12)
+    (rewards,) = page.xpath("//section[@id='reward-health']//details")
+    assert "14 rows" in rewards.find("summary").text_content() and rewards.get("open") is None
 
 
 def test_a_run_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,7 +331,7 @@ def test_two_builds_are_the_same(tmp_path: Path) -> None:
     assert write_report(run, tmp_path / "2.html").read_bytes() == one
 
 
-def drawn(figure: Plot | Bars, alone: bool = True) -> Any:
+def drawn(figure: Drawable, alone: bool = True) -> Any:
     """The figure's SVG, read; no warning while it is drawn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -395,16 +421,38 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert {"a: 4,000 seconds", "b: 2,000 seconds", "2,000", "seconds", "x", "y"} <= set(said)
 
 
+def test_dots_lie_in_the_rows_of_their_names() -> None:
+    """The value goes to the right, names go down, and no mark lies on another series' interval."""
+    greedy = Series("greedy", [Point(0.0, 10.0, 8.0, 14.0), Point(1.0, 20.0)])
+    sampled = Series("T=1", [Point(0.0, 10.0), Point(2.0, 40.0)])
+    root = drawn(Dots("k", "t", "%", ["SFT", "IRL", "a third"], [greedy, sampled]))
+    marks = told(root, "use")
+    assert [mark[0].text for mark in marks] == [
+        "SFT, greedy: 10 (8 to 14)", "IRL, greedy: 20", "SFT, T=1: 10", "a third, T=1: 40",
+    ]  # fmt: skip
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = [(float(m.get("x")), float(m.get("y"))) for m in marks]
+    assert x2 == x0 and x3 - x1 == pytest.approx(2 * (x1 - x0), abs=0.01) and x1 > x0
+    assert y0 < y2 < y1 < y3 and y3 - y2 == pytest.approx(2 * (y1 - y0), abs=0.01)
+    (line,) = [p for p in map(corners, root.iter(f"{SVG}path"))
+               if len(p) == 2 and p[0][1] == p[1][1] == pytest.approx(y0, abs=0.01)]  # fmt: skip
+    low, high = sorted(x for x, _ in line)
+    assert (high - x0) / (x0 - low) == pytest.approx(2.0, abs=0.01)
+    assert high - low == pytest.approx(0.6 * (x1 - x0), abs=0.02)
+    assert {"SFT", "IRL", "a third", "%", "greedy", "T=1"} <= set(texts(root))
+
+
 @pytest.mark.parametrize(
     "figure",
     [
         Plot("k", "t", "x", "y", []),
         Plot("k", "t", "x", "y", [Series("s", [Point(0.0, float("inf"))])]),
+        Dots("k", "t", "%", [], []),
+        Dots("k", "t", "%", ["a"], [Series("s", []), Series("u", [Point(0.0, float("nan"))])]),
         Bars("k", "t", "seconds", []),
         Bars("k", "t", "seconds", [("a", {"x": 0.0})]),
     ],
 )
-def test_figures_of_nothing_are_drawn(figure: Plot | Bars) -> None:
+def test_figures_of_nothing_are_drawn(figure: Drawable) -> None:
     assert "t" in texts(drawn(figure))
 
 

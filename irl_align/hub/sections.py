@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from irl_align import __version__
+from irl_align.grid import SPELT, spelt
 from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
 from irl_align.hub.licences import Licence
 from irl_align.hub.snippets import Snippet
@@ -204,6 +205,7 @@ def gold_table(facts: Facts, found: Artefact) -> tuple[str, list[EvalResult]]:
         for key, record in facts.metrics.items()
         if key.startswith("evaluation/") and "policy" in record and record["policy"] <= k
     ]
+    texts = [name for name in SPELT if any(name in r.get("metrics", {}) for r in records)]
     samples = facts.view.samples()
     split = str(facts.view.recipe["evaluation"]["split"])
     rows, results = [], list[EvalResult]()
@@ -211,23 +213,24 @@ def gold_table(facts: Facts, found: Artefact) -> tuple[str, list[EvalResult]]:
     headline = str(demonstrations.get("headline", ""))
     if headline:
         value = _share(demonstrations["metrics"].get(headline))
-        rows.append(f"| demonstrations | | {value} | | | {demonstrations['length']:.1f} |")
+        blank = " |" * len(texts)
+        rows.append(f"| demonstrations | | {value} |{blank} | {demonstrations['length']:.1f} |")
     for record in sorted(records, key=lambda r: (r["policy"], -r["temperature"])):
         number, temperature = record["policy"], record["temperature"]
-        texts = samples.get(f"policy-{number}-t{temperature:g}", [])
-        gold = _interval(headline, texts, record)
+        said = samples.get(f"policy-{number}-t{temperature:g}", [])
+        gold = _interval(headline, said, record)
         if gold is not None and number == found.weights:
             name = f"{headline}, T={temperature:g}"
             results.append(result(facts, "text-generation", headline, name, gold.value, split))
         label = "pi_0 (SFT)" if number == 0 else f"pi_{number}"
-        rows.append(
-            _gold_row(f"{label}, selected" if selects and number == k else label, record, gold)
-        )
-    title = headline.replace("_", " ") or "gold"
+        label = f"{label}, selected" if selects and number == k else label
+        rows.append(_gold_row(label, record, gold, texts))
+    title = spelt(headline) or "gold"
     better = "lower" if demonstrations.get("lower_is_better") else "higher"
     table = (
-        f"| | temperature | {title} | BLEU | KL to pi_0 | tokens |\n"
-        "| --- | --- | ---: | ---: | ---: | ---: |\n" + "\n".join(rows)
+        f"| | temperature | {title} |{''.join(f' {spelt(name)} |' for name in texts)} KL to pi_0 "
+        f"| tokens |\n| --- | --- | ---: |{' ---: |' * len(texts)} ---: | ---: |\n"
+        + "\n".join(rows)
     )
     intro = f"Split `{split}`, one sample per prompt. Intervals are 95% over prompts, one seed."
     if headline:
@@ -235,15 +238,18 @@ def gold_table(facts: Facts, found: Artefact) -> tuple[str, list[EvalResult]]:
     return f"{intro}\n\n{table}", results
 
 
-def _gold_row(label: str, record: Mapping[str, Any], gold: Interval | None) -> str:
+def _gold_row(
+    label: str, record: Mapping[str, Any], gold: Interval | None, texts: Sequence[str]
+) -> str:
+    """texts: the metrics of the samples' texts, a column each."""
     shown = "" if gold is None else _percent(gold)
-    bleu = record.get("metrics", {}).get("bleu")
-    texts = "" if bleu is None else f"{bleu:.1f}"
+    found = [record.get("metrics", {}).get(name) for name in texts]
+    columns = "".join("  |" if value is None else f" {value:.1f} |" for value in found)
     kl = ""
     if record.get("kl") is not None:  # adding 0 makes of -0.0 a 0
         kl = f"{round(record['kl'], 2) + 0.0:.2f} ± {1.96 * record['kl_se']:.2f}"
     length = f"{record['length']:.1f}"
-    return f"| {label} | {record['temperature']:g} | {shown} | {texts} | {kl} | {length} |"
+    return f"| {label} | {record['temperature']:g} | {shown} |{columns} {kl} | {length} |"
 
 
 def _interval(

@@ -171,7 +171,8 @@ def _credited(row: Mapping[str, Any]) -> dict[str, Any]:
         }
         for i, text in enumerate(token_texts(row["tokens"]))
     ]
-    shown = {name: row.get(name) for name in ("update", "reward", "return", "truncated")}
+    shown = {name: row.get(name) for name in ("update", "truncated")}
+    shown["reward"] = round(float(row["reward"]), 4) if row.get("reward") is not None else "unknown"
     return {"prompt": prompt_text(row["prompt"]), "names": names, "tokens": tokens, **shown}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ from irl_align.comparison import policy_measures
 from irl_align.comparison_tables import PLAIN, column_name, headline_measures
 from irl_align.costs import method_costs
 from irl_align.evaluation_tables import read_evaluation
-from irl_align.grid import MISSING, Grid
-from irl_align.report.figures import Bars, Plot, Point, Series
+from irl_align.grid import MISSING, Grid, spelt
+from irl_align.report.figures import Bars, Dots, Plot, Point, Series
 from irl_align.stages import RunView
 from irl_align.statistics import estimate
 from irl_align.tables import is_evaluation
@@ -41,6 +42,31 @@ def by_method(views: Sequence[RunView]) -> dict[str, list[RunView]]:
     """The runs of each method, in the order of the runs."""
     names = dict.fromkeys(view.recipe["name"] for view in views)
     return {name: [v for v in views if v.recipe["name"] == name] for name in names}
+
+
+def standings(analysis: Mapping[str, Any]) -> list[Dots]:
+    """Each metric of the results for every row, a mark with its interval for each temperature."""
+    rows, by_metric = analysis["rows"], defaultdict(list)
+    for measure in headline_measures(analysis):
+        by_metric[measure.partition("@")[0]].append(measure)
+    figures = []
+    for metric, measures in by_metric.items():
+        shown = [row for row in rows if any(m in row["estimates"] for m in measures)]
+        scale = _scale(metric)
+        series = []
+        for measure in measures:
+            name = column_name(measure).removeprefix(column_name(metric)).strip()
+            found = [(at, row["estimates"].get(measure)) for at, row in enumerate(shown)]
+            series.append(Series(name, [_scaled(at, e, scale) for at, e in found if e]))
+        if len(shown) > 1:
+            label, names = column_name(metric), [row["label"] for row in shown]
+            figures.append(Dots(f"standing-{metric}", label, label, names, series))
+    return figures
+
+
+def _scaled(x: float, found: Mapping[str, Any], scale: float) -> Point:
+    low, high = (None if found[end] is None else scale * found[end] for end in ("low", "high"))
+    return Point(x, scale * found["mean"], low, high)
 
 
 def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot]:
@@ -188,7 +214,7 @@ def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
                 for n, kl, e in zip(curve["n"], curve["kl"], estimates or [], strict=False)
             ]
             series.append(Series(run, points))
-        label = name.replace("_", " ")
+        label = spelt(name)
         title = f"best of n: {label}"
         figures.append(Plot(f"best-of-{name}", title, "KL at most, nats", label, series))
     return figures

@@ -11,10 +11,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from irl_align.errors import UserError
-from irl_align.report.figures import Bars, Plot, Point, Series
+from irl_align.report.figures import Bars, Dots, Drawable, Plot, Point, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 INCH = 72.0
 WIDTH = 440.0
 PLOT_HEIGHT = 296.0  # with title, ticks and label, without the legend
-BAR, AROUND_BARS = 40.0, 76.0
+BAR, DOTS, AROUND_BARS = 40.0, 44.0, 76.0  # a row of bars, of dots, and what is around all
 LINE = 17.0  # of a legend, or a further one of a title
 TITLE_WIDTH, LEGEND_WIDTH, NAME_WIDTH = 48, 60, 44  # characters of a line, of a bar's name
 MOST_MARKS = 60  # points of a line; of more the line alone is drawn
+BELOW_NAME = 0.16  # share of a row by which dots lie below its middle
 DODGE = 0.013  # share of the x axis between series at the same iteration
 
 TEXT, QUIET, RULE, PAGE = "#1c1c1c", "#5c5c5c", "#dedede", "#ffffff"
+EDGE: dict[str, Any] = {"markeredgecolor": PAGE, "markeredgewidth": 0.6}
+"""Tells marks apart that lie on each other."""
 # Okabe and Ito's colours, which the colour-blind can tell apart too (black and yellow, which are
 # lost on a dark or a light page, replaced). Marks and dashes differ as well.
 COLOURS = (
@@ -98,9 +101,11 @@ def style(key: str) -> Iterator[None]:
         yield
 
 
-def draw(figure: Plot | Bars) -> Drawing:
+def draw(figure: Drawable) -> Drawing:
     """The figure, drawn; within `style`."""
-    return _plot(figure) if isinstance(figure, Plot) else _bars(figure)
+    if isinstance(figure, Plot):
+        return _plot(figure)
+    return _dots(figure) if isinstance(figure, Dots) else _bars(figure)
 
 
 def _plot(plot: Plot) -> Drawing:
@@ -136,7 +141,7 @@ def _draw_series(
     points = sorted(one.points, key=lambda p: p.x)
     marked = not joined or len(points) <= MOST_MARKS
     aside = aside if marked else 0.0
-    bounds = [(p.x, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+    bounds = _bounds(points)
     gid = f"series-{at}"
     axes.plot(
         [p.x + aside for p in points],
@@ -145,8 +150,7 @@ def _draw_series(
         linestyle=DASHES[number // len(COLOURS) % len(DASHES)] if joined else "none",
         linewidth=2.0 if marked else 1.2,
         marker=MARKS[number % len(MARKS)] if marked else "none",
-        markeredgecolor=PAGE,  # tells marks apart that lie on each other
-        markeredgewidth=0.6,
+        **EDGE,
         gid=gid,
         zorder=3,
     )
@@ -161,7 +165,51 @@ def _draw_series(
             zorder=2,
         )
     if marked:
-        drawing.told[gid] = [_told(one.name, p) for p in points]
+        drawing.told[gid] = [_told(one.name, p, f" at {p.x:.4g}") for p in points]
+
+
+def _dots(dots: Dots) -> Drawing:
+    series = [_finite(one) for one in dots.series]
+    names = [_lines(one.name, LEGEND_WIDTH) for one in series]
+    drawing, axes = _empty(dots.title, AROUND_BARS + DOTS * max(1, len(dots.names)), names)
+    for at, one in enumerate(series):
+        colour, gid = COLOURS[at % len(COLOURS)], f"series-{at}"
+        aside = 0.13 * (at - (len(series) - 1) / 2)  # or intervals would hide each other
+        places = [replace(p, x=p.x + BELOW_NAME + aside) for p in one.points]
+        axes.plot(
+            [p.y for p in places],
+            [p.x for p in places],
+            color=colour,
+            linestyle="none",
+            marker=MARKS[at % len(MARKS)],
+            **EDGE,
+            gid=gid,
+            zorder=3,
+        )
+        for row, low, high in _bounds(places):
+            axes.hlines(row, low, high, color=colour, linewidth=1.3, zorder=2)
+        drawing.told[gid] = [
+            _told(f"{dots.names[int(p.x)]}, {one.name}", p, at="") for p in one.points
+        ]
+    for row, name in enumerate(dots.names):
+        axes.axhline(row + 0.5, color=RULE, linewidth=0.8, zorder=0)
+        _name_row(axes, row - 0.16, name)
+    axes.set_ylim(max(1, len(dots.names)) - 0.5, -0.6)  # the first name on top
+    axes.grid(visible=False, axis="y")
+    axes.set_yticks([])
+    axes.margins(x=0.04)
+    axes.xaxis.set_major_locator(_round_numbers())
+    axes.set_xlabel(_lines(dots.unit, TITLE_WIDTH))
+    if names:
+        drawing.figure.legend(axes.lines[: len(names)], names, loc="outside lower left")
+    return drawing
+
+
+def _name_row(axes: Axes, row: float, name: str, more: str = "") -> None:
+    """The name of a row of bars or dots, and more of it, above it from the left edge on."""
+    text = clean((name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…") + more)
+    left = axes.get_yaxis_transform()
+    axes.text(0.0, row, text, transform=left, verticalalignment="bottom", in_layout=False)
 
 
 def _bars(bars: Bars) -> Drawing:
@@ -179,9 +227,7 @@ def _bars(bars: Bars) -> Drawing:
             axes.barh(row, value, height=0.4, left=began, color=colour, gid=gid)
             drawing.told[gid] = [f"{name}, {part}: {value:,.4g} {bars.unit}"]
             began += value
-        short = name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
-        total = clean(f"{short}: {began:,.0f} {bars.unit}")
-        axes.text(0.0, row - 0.28, total, verticalalignment="bottom", in_layout=False)
+        _name_row(axes, row - 0.28, name, f": {began:,.0f} {bars.unit}")
     axes.set_ylim(len(bars.bars) - 0.6, -0.8)  # the first bar on top, room for its name
     axes.set_xlim(0.0, 1.02 * max((sum(bar.values()) for _, bar in bars.bars), default=0.0) or 1.0)
     axes.set_yticks([])
@@ -224,8 +270,13 @@ def _finite(series: Series) -> Series:
     return replace(series, points=kept)
 
 
-def _told(name: str, point: Point) -> str:
-    text = f"{name}: {point.y:.4g} at {point.x:.4g}"
+def _bounds(points: Sequence[Point]) -> list[tuple[float, float, float]]:
+    """(x, low, high) of the points that have an interval."""
+    return [(p.x, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+
+
+def _told(name: str, point: Point, at: str) -> str:
+    text = f"{name}: {point.y:.4g}{at}"
     if point.low is not None and point.high is not None:
         text += f" ({point.low:.4g} to {point.high:.4g})"
     return f"{text}; {point.note}" if point.note else text

@@ -45,6 +45,18 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Dots:
+    """A row of marks for each name: in every series a point's x is its name's place, its y the
+    value, which is drawn from left to right."""
+
+    key: str
+    title: str
+    unit: str
+    names: Sequence[str]
+    series: Sequence[Series]
+
+
+@dataclass(frozen=True)
 class Bars:
     """Stacked horizontal bars: (name, {part: value}) each, in one unit."""
 
@@ -52,3 +64,6 @@ class Bars:
     title: str
     unit: str
     bars: Sequence[tuple[str, dict[str, float]]]
+
+
+Drawable = Plot | Dots | Bars

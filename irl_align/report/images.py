@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from xml.etree import ElementTree
 
 from irl_align.report.drawing import PAGE, QUIET, RULE, TEXT, Drawing, clean, draw, style
-from irl_align.report.figures import Bars, Plot
+from irl_align.report.figures import Drawable
 
 # In a page a figure takes the page's colours, light or dark; page.css sets them.
 VARIABLES = {TEXT: "text", QUIET: "quiet", RULE: "rule", PAGE: "page"}
@@ -19,7 +19,7 @@ NAMESPACE = "http://www.w3.org/2000/svg"
 PNG_DPI = 200
 
 
-def svg(figure: Plot | Bars, alone: bool = False) -> str:
+def svg(figure: Drawable, alone: bool = False) -> str:
     """The figure as an SVG element of a page, whose colours it follows; `alone` as a file."""
     with _drawn(figure) as drawing:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -44,7 +44,7 @@ def svg(figure: Plot | Bars, alone: bool = False) -> str:
     return ElementTree.tostring(root, "unicode")
 
 
-def png(figure: Plot | Bars) -> bytes:
+def png(figure: Drawable) -> bytes:
     """The figure as a PNG file, light."""
     with _drawn(figure) as drawing:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -56,7 +56,7 @@ def png(figure: Plot | Bars) -> bytes:
 
 
 @contextmanager
-def _drawn(figure: Plot | Bars) -> Iterator[Drawing]:
+def _drawn(figure: Drawable) -> Iterator[Drawing]:
     with style(figure.key), warnings.catch_warnings():
         # Its font has no Chinese, say; a reader of the SVG has a font that does.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)

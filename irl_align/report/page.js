@@ -57,16 +57,18 @@ function browseSamples() {
   const source = byId("sample-data");
   if (!source) return;
   const data = JSON.parse(source.textContent);
-  const table = byId("sample-table"), order = byId("order"), PAGE = 20;
+  const table = byId("sample-table"), order = byId("order"), PAGE = 20, DEMONSTRATIONS = 2;
   let limit = PAGE;
 
-  const head = element("tr");
-  for (const name of ["prompt", "demonstrations", ...data.methods]) {
-    const cell = element("th", name);
-    cell.scope = "col";
-    head.append(cell);
-  }
-  table.tHead.append(head);
+  const boxes = ["demonstrations", ...data.methods].map((name) => {
+    const label = element("label"), box = element("input");
+    Object.assign(box, { type: "checkbox", checked: true });
+    label.append(box, ` ${name}`);
+    byId("columns").append(label);
+    return box;
+  });
+  const chosen = (cells) => cells.filter((_, at) => boxes[at].checked);
+  const heading = (name, scope) => Object.assign(element("th", name), { scope });
   const choose = (value, text) => {
     const option = element("option", text);
     option.value = value;
@@ -100,6 +102,18 @@ function browseSamples() {
     });
   }
 
+  function demonstrationCell(texts) {
+    const made = element("td"), paragraph = (text) => element("p", text);
+    made.append(...texts.slice(0, DEMONSTRATIONS).map(paragraph));
+    const rest = texts.slice(DEMONSTRATIONS);
+    if (rest.length) {
+      const more = Object.assign(element("button", `${rest.length} more`), { type: "button" });
+      more.addEventListener("click", () => more.replaceWith(...rest.map(paragraph)));
+      made.append(more);
+    }
+    return made;
+  }
+
   function sampleCell(cell) {
     const made = element("td", cell ? cell[0] : "–");
     if (!cell) return made;
@@ -112,11 +126,14 @@ function browseSamples() {
   function show() {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const found = sorted(data.rows.filter((row) => matches(row, words)));
+    const head = element("tr");
+    const names = ["demonstrations", ...data.methods].map((name) => heading(name, "col"));
+    head.append(heading("prompt", "col"), ...chosen(names));
+    table.tHead.replaceChildren(head);
     table.tBodies[0].replaceChildren(...found.slice(0, limit).map((row) => {
       const line = element("tr");
-      const prompt = element("th", row.p);
-      prompt.scope = "row";
-      line.append(prompt, element("td", row.d.join("\n\n")), ...said(row).map(sampleCell));
+      const cells = [demonstrationCell(row.d), ...said(row).map(sampleCell)];
+      line.append(heading(row.p, "row"), ...chosen(cells));
       return line;
     }));
     byId("found").textContent = `${found.length} found, ${Math.min(limit, found.length)} shown`;

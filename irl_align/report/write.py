@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from irl_align import __version__
 from irl_align.comparison import FILE, analyse, compare_runs, read_comparison
-from irl_align.comparison_tables import grids, notes
+from irl_align.comparison_tables import COST, GAINS, PPO, RESULTS, grids_by_section, notes
 from irl_align.errors import UserError
 from irl_align.evaluation_tables import evaluation_grids, evaluation_notes, read_evaluation
 from irl_align.files import atomic_write
@@ -25,15 +25,29 @@ from irl_align.report.curves import (
     ppo_curves,
     reward_health,
     reward_table,
+    standings,
 )
-from irl_align.report.figures import Bars, Plot
+from irl_align.report.figures import Drawable
 from irl_align.report.gains import gain_figures
 from irl_align.report.images import png, svg
 from irl_align.report.templates import render
 from irl_align.stages import Run, RunView, is_run, records_told
 from irl_align.tables import signs
 
+LONG = 12  # rows; longer tables are closed at first
 MOST = 4_900_000  # bytes of a page, which is to stay below 5 MB
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its figures, then its tables, long ones closed, then notes on them."""
+
+    name: str
+    figures: Sequence[Drawable]
+    grids: Sequence[Grid] = ()
+    notes: Sequence[str] = ()
+    first: Grid | None = None
+    """A table before the figures."""
 
 
 def write_report(source: Path, output: Path | None = None, figures: Path | None = None) -> Path:
@@ -48,37 +62,22 @@ def write_report(source: Path, output: Path | None = None, figures: Path | None 
 
 def _write(source: Path, output: Path | None, figures: Path | None) -> Path:
     views, analysis, title = _read(source)
-    sections = _figures(views, analysis)
-    rewards = reward_table(views)
-    evaluated = [(view, found) for view in views if (found := read_evaluation(view))]
+    sections = _sections(views, analysis)
     values = {
         "title": title,
         "version": __version__,
         "texts": TEXTS,
-        "grids": [
-            *grids(analysis),
-            *([rewards] if rewards.rows else []),
-            *(_of(view, grid) for view, found in evaluated for grid in evaluation_grids(found)),
-        ],
-        "notes": [
-            *notes(analysis),
-            *(
-                f"{v.folder.name}: {line}"
-                for v, found in evaluated
-                for line in evaluation_notes(found)
-            ),
-        ],
-        "sections": [(name, [svg(one) for one in found]) for name, found in sections if found],
+        "sections": [(one, [svg(figure) for figure in one.figures]) for one in sections],
+        "long": LONG,
         "health": [grid for grid in [_ended(views), _told(views)] if grid["rows"]],
     }
     output = output or source / "report.html"
     atomic_write(output, _page(values, views))
     if figures is not None:
-        for _, drawn in sections:
-            for figure in drawn:
-                name = re.sub(r"[^\w.-]", "-", figure.key)  # a gold field may have any name
-                atomic_write(figures / f"{name}.svg", svg(figure, alone=True))
-                atomic_write(figures / f"{name}.png", png(figure))
+        for figure in (figure for one in sections for figure in one.figures):
+            name = re.sub(r"[^\w.-]", "-", figure.key)  # a gold field may have any name
+            atomic_write(figures / f"{name}.svg", svg(figure, alone=True))
+            atomic_write(figures / f"{name}.png", png(figure))
     return output
 
 
@@ -109,7 +108,7 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
     analysis = read_comparison(source)
     try:
         paths = [source / str(run["path"]) for run in analysis["runs"]]
-        grids(analysis)
+        grids_by_section(analysis)
     except (KeyError, TypeError) as error:
         mend = "run irl-align compare again"
         raise UserError(f"{source / FILE}: found no {error} in it; {mend}") from error
@@ -121,18 +120,27 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
     return [v for v in views if v.summary is not None], analysis, "comparison"
 
 
-def _figures(
-    views: Sequence[RunView], analysis: dict[str, Any]
-) -> list[tuple[str, Sequence[Plot | Bars]]]:
-    gains = analysis.get("frontiers", [])
-    return [
-        ("Learning curves", learning_curves(views, analysis)),
-        ("Gold against KL", [*frontier(views, analysis), *gain_figures(gains)]),
-        ("Reward health", reward_health(views)),
-        ("Best of n", best_of_curves(views)),
-        ("PPO", ppo_curves(views)),
-        ("Cost", cost_bars(views)),
+def _sections(views: Sequence[RunView], analysis: dict[str, Any]) -> list[Section]:
+    """What is there to see, figures before tables; of the results the table of gold comes first."""
+    tables = grids_by_section(analysis)
+    gold, *results = tables[RESULTS]
+    gains = [*frontier(views, analysis), *gain_figures(analysis.get("frontiers", []))]
+    evaluated = [(view, found) for view in views if (found := read_evaluation(view))]
+    evaluations = [_of(view, grid) for view, found in evaluated for grid in evaluation_grids(found)]
+    told = [
+        f"{v.folder.name}: {line}" for v, found in evaluated for line in evaluation_notes(found)
     ]
+    rewards = reward_table(views)
+    sections = [
+        Section(RESULTS, standings(analysis), results, notes(analysis), gold),
+        Section("Learning curves", learning_curves(views, analysis)),
+        Section(GAINS, gains, tables[GAINS]),
+        Section("Reward health", reward_health(views), [rewards] if rewards.rows else []),
+        Section("Evaluations", best_of_curves(views), evaluations, told),
+        Section(PPO, ppo_curves(views), tables[PPO]),
+        Section(COST, cost_bars(views), tables[COST]),
+    ]
+    return [one for one in sections if one.first or one.figures or one.grids]
 
 
 def _of(view: RunView, grid: Grid) -> Grid:
