@@ -18,6 +18,7 @@ from tiny_runs import irl_align, the_line
 from irl_align.files import to_lines
 from irl_align.report import write_report
 from irl_align.report.browser import _within, sample_browser, token_texts
+from irl_align.report.curves import ppo_curves
 from irl_align.report.figures import Bars, Dots, Drawable, Plot, Point, Series
 from irl_align.report.images import png, svg
 from irl_align.report.templates import script_json
@@ -293,6 +294,26 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             assert image.format == "PNG" and image.width == 1222  # 440 points at 200 dpi
 
 
+def test_ppos_curves_are_means_over_seeds(tmp_path: Path) -> None:
+    views = []
+    for seed, golds in ((1, (0.3, 0.2)), (2, (0.5, 0.3, 0.1))):
+        run = with_ppo(a_run(tmp_path / str(seed), "m", seed))
+        records = [{"reward": 1.0, "kl": 0.1, "gold_slot_error_rate": gold} for gold in golds]
+        (run.parent / "store/ppo-1/metrics.jsonl").write_text(to_lines(records))
+        views.append(Run.load(run))
+    figures = {figure.key: figure for figure in ppo_curves(views, "slot_error_rate")}
+    assert set(figures) == {"ppo-reward", "ppo-kl", "ppo-gold_slot_error_rate"}
+    gold = figures["ppo-gold_slot_error_rate"]
+    assert gold.title == "PPO: rollouts' slot error rate %"
+    (line,) = gold.series
+    assert line.name == "m, policy-1"
+    assert [(p.x, round(p.y, 6), p.note) for p in line.points] == [
+        (1.0, 40.0, "mean of 2 seeds"), (2.0, 25.0, "mean of 2 seeds"), (3.0, 10.0, "one seed"),
+    ]  # fmt: skip
+    low = line.points[0].low
+    assert low is not None and low < 0 and line.points[2].low is None
+
+
 def test_long_tables_are_closed_at_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +403,18 @@ def test_intervals_at_an_iteration_lie_side_by_side() -> None:
     assert len({m.get("x") for m in told(drawn(measured), "use")}) == 2
     x = [float(m.get("x")) for m in told(drawn(counted), "use")]
     assert x[0] < x[2] < x[4] < x[1] and x[2] - x[0] == pytest.approx(x[4] - x[2], abs=0.01)
+
+
+@pytest.mark.parametrize(("count", "areas"), [(12, 0), (13, 2)])
+def test_many_intervals_of_a_line_are_an_area(count: int, areas: int) -> None:
+    points = [Point(float(i), 2.0, 1.0, 3.0) for i in range(count)]
+    root = drawn(Plot("k", "t", "x", "y", [Series(n, points) for n in "ab"], whole_x=True))
+    shaded = [e for e in root.iter() if "opacity: 0.15" in (e.get("style") or "")]
+    assert len(shaded) == areas
+    marks = told(root, "use")
+    assert len(marks) == 2 * count and marks[0][0].text == "a: 2 at 0 (1 to 3)"
+    moved_aside = len({mark.get("x") for mark in marks}) == 2 * count
+    assert moved_aside == (areas == 0)
 
 
 @pytest.mark.parametrize(

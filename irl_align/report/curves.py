@@ -220,19 +220,23 @@ def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
     return figures
 
 
-def ppo_curves(views: Sequence[RunView]) -> list[Plot]:
-    """Reward, KL and length over PPO's updates, one line per run and iteration."""
-    runs = [
-        (f"{view.recipe['name']}, seed {view.recipe['seed']}, {role}", records)
-        for view in views
-        for role, records in view.ppo_records().items()
-    ]
+def ppo_curves(views: Sequence[RunView], headline: str) -> list[Plot]:
+    """Reward, gold of the rollouts, KL and length over PPO's updates, mean over the seeds of a
+    method's iteration."""
+    trainings: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
+    for view in views:
+        for role, records in view.ppo_records().items():
+            trainings.setdefault(f"{view.recipe['name']}, {role}", []).append(records)
+    gold = f"gold_{headline}"
     figures = []
-    for measure, label in UPDATES.items():
+    for measure, label in {**UPDATES, gold: f"rollouts' {column_name(headline)}"}.items():
+        scale = _scale(headline) if measure == gold else 1.0
         series = [
-            Series(name, [Point(float(i), float(r[measure])) for i, r in enumerate(records, 1)
-                          if isinstance(r.get(measure), int | float)])
-            for name, records in runs
+            Series(name, _over_seeds(
+                (i, scale * float(r[measure])) for records in own for i, r in enumerate(records, 1)
+                if isinstance(r.get(measure), int | float)
+            ))
+            for name, own in trainings.items()
         ]  # fmt: skip
         series = [one for one in series if one.points]
         if series:

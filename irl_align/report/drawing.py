@@ -28,6 +28,7 @@ PLOT_HEIGHT = 296.0  # with title, ticks and label, without the legend
 BAR, DOTS, AROUND_BARS = 40.0, 44.0, 76.0  # a row of bars, of dots, and what is around all
 LINE = 17.0  # of a legend, or a further one of a title
 TITLE_WIDTH, LEGEND_WIDTH, NAME_WIDTH = 48, 60, 44  # characters of a line, of a bar's name
+MOST_INTERVALS = 12  # of a line; more are drawn as an area, and nothing is moved aside
 MOST_MARKS = 60  # points of a line; of more the line alone is drawn
 BELOW_NAME = 0.16  # share of a row by which dots lie below its middle
 DODGE = 0.013  # share of the x axis between series at the same iteration
@@ -140,7 +141,7 @@ def _draw_series(
     colour = COLOURS[number % len(COLOURS)]
     points = sorted(one.points, key=lambda p: p.x)
     marked = not joined or len(points) <= MOST_MARKS
-    aside = aside if marked else 0.0
+    aside = 0.0 if _is_band(one, joined) else aside
     bounds = _bounds(points)
     gid = f"series-{at}"
     axes.plot(
@@ -155,17 +156,19 @@ def _draw_series(
         zorder=3,
     )
     if bounds:
-        axes.vlines(
-            [x + aside for x, _, _ in bounds],
-            [low for _, low, _ in bounds],
-            [high for _, _, high in bounds],
-            color=colour,
-            linewidth=1.3,
-            gid=f"intervals-{at}",
-            zorder=2,
-        )
+        xs, lows, highs = ([*column] for column in zip(*bounds, strict=True))
+        if _is_band(one, joined):
+            axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0.0, zorder=1)
+        else:
+            beside = [x + aside for x in xs]
+            axes.vlines(beside, lows, highs, color=colour, linewidth=1.3, zorder=2)
     if marked:
         drawing.told[gid] = [_told(one.name, p, f" at {p.x:.4g}") for p in points]
+
+
+def _is_band(one: Series, joined: bool) -> bool:
+    """Whether a line's intervals are so many that they are drawn as one area."""
+    return joined and len(one.points) > MOST_INTERVALS
 
 
 def _dots(dots: Dots) -> Drawing:

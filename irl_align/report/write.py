@@ -137,7 +137,7 @@ def _sections(views: Sequence[RunView], analysis: dict[str, Any]) -> list[Sectio
         Section(GAINS, gains, tables[GAINS]),
         Section("Reward health", reward_health(views), [rewards] if rewards.rows else []),
         Section("Evaluations", best_of_curves(views), evaluations, told),
-        Section(PPO, ppo_curves(views), tables[PPO]),
+        Section(PPO, ppo_curves(views, analysis["headline"]), tables[PPO]),
         Section(COST, cost_bars(views), tables[COST]),
     ]
     return [one for one in sections if one.first or one.figures or one.grids]
