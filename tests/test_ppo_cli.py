@@ -366,11 +366,20 @@ def test_ppo_in_the_loop_reports_gold_of_its_rollouts(tmp_path: Path) -> None:
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("task", ["e2e", "restaurant"])
-def test_recipes_with_ppo_are_of_ppo(task: str) -> None:
-    recipe = load_recipe(recipes_dir() / task / "irl-ppo.yaml")
+@pytest.mark.parametrize(
+    ("name", "credit"),
+    [
+        ("e2e/irl-ppo", "sparse"),
+        ("e2e/irl-ppo-red", "red"),
+        ("e2e/irl-ppo-abc", "abc"),
+        ("restaurant/irl-ppo", "red"),
+    ],
+)
+def test_recipes_with_ppo_are_of_ppo(name: str, credit: str) -> None:
+    recipe = load_recipe(recipes_dir() / f"{name}.yaml")
     update = recipe.policy_update
     assert update.kind == "ppo" and recipe.reward.kind == "explicit"
+    assert update.credit == credit
 
 
 @pytest.mark.parametrize(
