@@ -49,6 +49,8 @@ DIFFERENCES = {
         {"reward.preferences", "reward.args", "loop.signs"},
     ),
     "sfx/irl-preferences.yaml": ("sfx/irl-best-of-n.yaml", {"reward.preferences"}),
+    "sfx/irl-best-of-n.yaml": ("sfx/irl-select.yaml", {"policy_update"}),
+    "sfx/irl-select-contrast.yaml": ("sfx/irl-select.yaml", {"pairs.sources", "reward.lm_coef"}),
 }
 # One of each kind of code path; every ablation can be tried by `train RECIPE --smoke`.
 SMOKED = {
@@ -87,7 +89,7 @@ def test_every_ablation_is_here_and_in_the_catalogue() -> None:
         for folder in ("e2e/ablations", "sfx")
         for path in (recipes_dir() / folder).glob("*.yaml")
     }
-    assert names - set(DIFFERENCES) <= {"sfx/base.yaml", "sfx/irl-best-of-n.yaml"}
+    assert names - set(DIFFERENCES) <= {"sfx/base.yaml", "sfx/irl-select.yaml", "sfx/spin.yaml"}
     assert all(f"`{name}`" in listed for name in {*names, *DIFFERENCES})
 
 
