@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from irl_align.backends import resolve_backend, sampling_of
 from irl_align.cards import import_object, load_card
+from irl_align.columns import column
 from irl_align.config import GenerationOptions, Recipe
 from irl_align.data import choose_prompts
 from irl_align.errors import UserError
@@ -196,11 +197,11 @@ def _build(
     rows = Dataset.from_parquet(
         str(view.folder / view.stages["data"]["path"] / "evaluation.parquet"), keep_in_memory=True
     )
-    keys = choose_prompts(rows["prompt_key"], prompts, view.recipe["seed"])
+    keys = choose_prompts(column(rows, "prompt_key"), prompts, view.recipe["seed"])
     by_key = {
         key: (list(ids), text)
         for key, ids, text in zip(
-            rows["prompt_key"], rows["prompt_ids"], rows["prompt"], strict=True
+            *(column(rows, name) for name in ("prompt_key", "prompt_ids", "prompt")), strict=True
         )
         if key in keys
     }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from irl_align.cards import Card, import_object
+from irl_align.columns import column
 from irl_align.data import Demonstration, Prompt, load_prompts, prompt_key
 from irl_align.errors import UserError
 from irl_align.lab import checksum
@@ -78,7 +79,7 @@ def encoded_prompts(
     known = {
         tuple(ids)
         for part in (data.sft, data.reward, data.held_out, data.evaluation)
-        for ids in part["prompt_ids"]
+        for ids in column(part, "prompt_ids")
     }
     known |= set(map(tuple, encode_prompts(data.unread_prompts, tokenizer, data.card)))
     encoded = encode_prompts(data.extra_prompts, tokenizer, data.card)

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from irl_align import ranks
 from irl_align.cards import import_object
+from irl_align.columns import column
 from irl_align.data import choose_prompts
 from irl_align.evaluate import temperature_of_entropy, vitals
 from irl_align.files import atomic_write, read_lines, to_lines
@@ -115,7 +116,7 @@ def measure_policy(
     """Vital signs of pi_k on held-out prompts: samples at temperature 1, the demonstrations'
     log-prob, and how well the last reward tells demonstrations from these fresh samples."""
     keys = choose_prompts(
-        data.held_out["prompt_key"], lab.recipe.evaluation.held_out_prompts, lab.recipe.seed
+        column(data.held_out, "prompt_key"), lab.recipe.evaluation.held_out_prompts, lab.recipe.seed
     )
     rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
     sampling = lab.sampling(lab.recipe.generation.samples_per_prompt, 1.0)
@@ -123,7 +124,7 @@ def measure_policy(
 
     def build(work: Path) -> dict[str, Any]:
         report = vital_signs(lab, policy, initial, rows, samples)
-        logps = lab.logprobs(policy, rows["prompt_ids"], rows["completion_ids"])
+        logps = lab.logprobs(policy, column(rows, "prompt_ids"), column(rows, "completion_ids"))
         if policy.ranking is None:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
         # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
@@ -151,7 +152,7 @@ def vital_signs(
     samples: dict[str, list[Completion]],
 ) -> dict[str, Any]:
     """evaluate.vitals of samples by prompt key; for a selecting policy KL is its upper bound."""
-    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+    prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
     sample_set = SampleSet([list(prompts[key]) for key in samples], list(samples.values()))
     if policy.ranking is not None:
         # The log-prob of a selected sample is not known; KL(best-of-n || pi) has a bound.
@@ -186,7 +187,7 @@ def mean_score(
     lab: Lab, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
 ) -> float:
     """Mean reward of samples by prompt key."""
-    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+    prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
     flat = [(list(prompts[key]), c.token_ids) for key, group in samples.items() for c in group]
     found = spread(lab.load_reward(reward)).score_ids(
         [p for p, _ in flat], [ids for _, ids in flat]
@@ -345,7 +346,7 @@ def _rewards_of_answers(
     units of a demonstration's deviation); empty without."""
     if reward is None or reward.kind != "explicit":
         return {}
-    prompts = dict(zip(rows["prompt_key"], rows["prompt_ids"], strict=True))
+    prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
 
     def build(work: Path) -> dict[str, Any]:
         flat = [(list(prompts[key]), group[0]) for d in drawn.values() for key, group in d.items()]
@@ -381,8 +382,8 @@ def _evaluate_demonstrations(lab: Lab, rows: Dataset, gold_path: str | None, dat
     """The demonstrations of the evaluation split judged by the same gold, as a row to compare."""
 
     def build(work: Path) -> dict[str, Any]:
-        texts, keys = list(rows["completion"]), list(rows["prompt_key"])
-        length = float(np.mean([len(ids) for ids in rows["completion_ids"]]))
+        texts, keys = column(rows, "completion"), column(rows, "prompt_key")
+        length = float(np.mean([len(ids) for ids in column(rows, "completion_ids")]))
         # A demonstration is its own reference: BLEU against itself says nothing.
         report = _gold(work, gold_path, rows, keys, texts, references=False)
         return {"length": length, "truncated": 0.0, **report}
@@ -409,8 +410,9 @@ def _gold(
     """Gold metrics of completions (one text per prompt key), BLEU and chrF, the demonstrations
     being the references; the texts are written to work/samples.jsonl."""
     by_key: dict[str, list[str]] = {}
-    prompts = dict(zip(rows["prompt_key"], rows["prompt"], strict=True))
-    for key, completion in zip(rows["prompt_key"], rows["completion"], strict=True):
+    of = column(rows, "prompt_key")
+    prompts = dict(zip(of, column(rows, "prompt"), strict=True))
+    for key, completion in zip(of, column(rows, "completion"), strict=True):
         by_key.setdefault(key, []).append(completion)
     lines: list[dict[str, Any]] = [
         {"prompt": prompts[key], "completion": text, "demonstrations": by_key[key]}

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from irl_align.columns import column
 from irl_align.config import PairSource
 from irl_align.errors import UserError
 from irl_align.files import atomic_write
@@ -152,13 +153,15 @@ def window(by_iteration: Sequence[Dataset], name: str) -> Dataset:
 def stats(pairs: Dataset, dropped: Mapping[str, int]) -> dict[str, float]:
     """Numbers of pairs, in all and by source, of what was dropped, and mean lengths in tokens."""
     found: dict[str, float] = {"pairs": len(pairs)}
-    for source, count in sorted(Counter(pairs["source"]).items()):
+    for source, count in sorted(Counter(column(pairs, "source")).items()):
         found[f"pairs/{source}"] = count
     for reason, count in sorted(dropped.items()):
         found[f"dropped/{reason}"] = count
     for side in ("chosen", "rejected"):
-        found[f"mean_{side}_tokens"] = float(np.mean([len(ids) for ids in pairs[f"{side}_ids"]]))
-    found["rejected_truncated"] = sum(pairs["rejected_truncated"])
+        found[f"mean_{side}_tokens"] = float(
+            np.mean([len(ids) for ids in column(pairs, f"{side}_ids")])
+        )
+    found["rejected_truncated"] = sum(column(pairs, "rejected_truncated"))
     return found
 
 

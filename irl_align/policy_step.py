@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datasets import Dataset
 
 from irl_align.cards import import_object
+from irl_align.columns import column
 from irl_align.config import Recipe
 from irl_align.data import choose_prompts
 from irl_align.errors import UserError
@@ -71,10 +72,10 @@ def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
 
 def some_held_out(data: Data, prompts: int, seed: int) -> Demonstrations:
     """Demonstrations of at most so many held-out prompts, chosen by hash."""
-    keys = choose_prompts(data.held_out["prompt_key"], prompts, seed)
+    keys = choose_prompts(column(data.held_out, "prompt_key"), prompts, seed)
     rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
     checksum = f"{data.checksums['held_out']}/{prompts}/{seed}"
-    return Demonstrations(list(rows["prompt_ids"]), list(rows["completion_ids"]), checksum)
+    return Demonstrations(column(rows, "prompt_ids"), column(rows, "completion_ids"), checksum)
 
 
 def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]]:
@@ -86,7 +87,7 @@ def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]
     texts: dict[tuple[int, ...], str] = {}
     references: dict[tuple[int, ...], list[str]] = {}
     for ids, prompt, completion in zip(
-        rows["prompt_ids"], rows["prompt"], rows["completion"], strict=True
+        *(column(rows, name) for name in ("prompt_ids", "prompt", "completion")), strict=True
     ):
         texts.setdefault(tuple(ids), prompt)
         references.setdefault(tuple(ids), []).append(completion)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from irl_align import adapters
+from irl_align.columns import column
 from irl_align.config import Recipe
 from irl_align.data import data_checksum
 from irl_align.errors import UserError
@@ -57,7 +58,7 @@ def preference_reward(view: RunView | None, pairs: PreferenceSet, device: torch.
         reward = _unfitted(recipe, policy, settings, device)
         training = Training(work, _seed(recipe) % 2**31, device, label="preference reward")
         metrics = fit_reward(reward, pair_columns(rows), options.loss, args, training)
-        reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["chosen_ids"]))
+        reward.fit_normaliser(column(rows, "prompt_ids"), column(rows, "chosen_ids"))
         reward.save_pretrained(work / "model")
         return metrics
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from irl_align.batches import context_length
 from irl_align.cards import Card, load_card
+from irl_align.columns import column
 from irl_align.config import DataOptions
 from irl_align.data import (
     Demonstration,
@@ -67,7 +68,7 @@ class Data:
         """Token ids of one part."""
         rows = getattr(self, part)
         return Demonstrations(
-            list(rows["prompt_ids"]), list(rows["completion_ids"]), self.checksums[part]
+            column(rows, "prompt_ids"), column(rows, "completion_ids"), self.checksums[part]
         )
 
 
@@ -130,9 +131,12 @@ def _encoded(
             encoded = encode_demonstrations(some, lab.tokenizer, card, options, context)
             encoded.rows.to_parquet(str(work / f"{part}.parquet"))
             found[f"{part}_overlong"] = encoded.dropped
-            found[f"{part}_tokens"] = sum(map(len, encoded.rows["completion_ids"]))
-            columns = zip(encoded.rows["prompt_ids"], encoded.rows["completion_ids"], strict=True)
-            found["token_checksums"][part] = checksum([ids for pair in columns for ids in pair])
+            prompts, completions = (
+                column(encoded.rows, name) for name in ("prompt_ids", "completion_ids")
+            )
+            found[f"{part}_tokens"] = sum(map(len, completions))
+            pairs = zip(prompts, completions, strict=True)
+            found["token_checksums"][part] = checksum([ids for pair in pairs for ids in pair])
         return found
 
     limits = ("max_prompt_tokens", "max_completion_tokens", "overlong")
@@ -215,7 +219,7 @@ def supervise(lab: Lab, start: Policy, data: Data) -> Policy:
 
     def build(work: Path) -> dict[str, Any]:
         model = lab.load_policy(start.path) if options.full else lab.load_trainable(start.path)
-        columns = sft_columns(data.sft["prompt_ids"], data.sft["completion_ids"])
+        columns = sft_columns(column(data.sft, "prompt_ids"), column(data.sft, "completion_ids"))
         metrics = fit_sft(model, lab.tokenizer, columns, options.args, lab.training(work, "SFT"))
         save_model(model, lab.tokenizer, work / "model")
         return metrics

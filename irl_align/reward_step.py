@@ -16,6 +16,7 @@ from trl import DPOConfig
 from irl_align import ranks
 from irl_align.batches import context_length
 from irl_align.cards import load_card
+from irl_align.columns import column
 from irl_align.data import data_checksum, load_preferences
 from irl_align.files import is_sealed, seal
 from irl_align.lab import Lab, derive_seed
@@ -111,7 +112,7 @@ def _log_prob(lab: Lab, k: int, initial: Policy, data: Data) -> Reward:
 def _normalise_and_save(reward: RewardModel, data: Data, work: Path) -> dict[str, Any]:
     """Give the demonstrations mean 0 and variance 1, and write the reward into work/model."""
     rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
-    reward.fit_normaliser(list(rows["prompt_ids"]), list(rows["completion_ids"]))
+    reward.fit_normaliser(column(rows, "prompt_ids"), column(rows, "completion_ids"))
     if ranks.is_main():
         reward.save_pretrained(work / "model")
     return {"normaliser": [reward.settings.mean, reward.settings.std]}
@@ -227,7 +228,7 @@ def _preferences(lab: Lab, initial: Policy) -> Preferences | None:
     rows = load_preferences(card, options.split, options.path)
     context = context_length(lab.load_policy(initial.path))
     encoded = encode_preferences(rows, lab.tokenizer, card, lab.recipe.data, context).rows
-    pairs = encoded.add_column("rejected_prompt_ids", list(encoded["prompt_ids"]))
+    pairs = encoded.add_column("rejected_prompt_ids", column(encoded, "prompt_ids"))
     alone = options.use == "alone"
     how = "alone" if alone else options.weight
     return Preferences(pair_columns(pairs, options.weight), f"{data_checksum(rows)}*{how}", alone)

@@ -11,6 +11,7 @@ from typing import Any
 
 from irl_align import ranks
 from irl_align.api import check_data, check_trackers
+from irl_align.columns import column
 from irl_align.config import Recipe
 from irl_align.data import Prompt
 from irl_align.errors import UserError
@@ -150,6 +151,6 @@ def raw_prompts(data: Data, extra: PromptsByIds) -> Prompts:
     """Of every row that a reward may be asked about, and of the prompts without demonstrations."""
     prompts = Prompts(extra)
     for rows in (data.reward, data.held_out, data.evaluation):
-        for ids, text in zip(rows["prompt_ids"], rows["prompt"], strict=True):
+        for ids, text in zip(column(rows, "prompt_ids"), column(rows, "prompt"), strict=True):
             prompts[tuple(ids)] = text
     return prompts

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from irl_align import adapters, ranks
 from irl_align.batch_shares import SHARE, Collated, Division, Pieces, PiecesLoader, Rows, divide
+from irl_align.columns import column
 from irl_align.errors import UserError
 from irl_align.files import is_sealed, seal
 from irl_align.machine import use_bf16
@@ -176,10 +177,10 @@ class Guarded(Adapted):
         whole: Division | None = args.division
         return LengthGroups(
             whole.batch if whole else args.train_batch_size * args.gradient_accumulation_steps,
-            list(rows[args.length_column_name]),
+            column(rows, args.length_column_name),
             args.data_seed,
             lambda: int(trainer.state.epoch or 0),
-            list(rows["unit"]) if "unit" in rows.column_names else None,
+            column(rows, "unit") if "unit" in rows.column_names else None,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -91,7 +91,8 @@ def test_imports_of_resolves_every_form() -> None:
 LAYERS = (
     "hygiene watch",
     "errors maths memory options resources rewardbench sdpa statistics",
-    "batch_shares batches chat_endpoint leaderboard lora_options policy_options ranks sweep",
+    "batch_shares batches chat_endpoint columns leaderboard lora_options ranks sweep",
+    "policy_options",
     "grid short_attention terminal",
     "config files machine neighbours recipe_yaml tasks tokenizer",
     "adapters plan_hardware",

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 from irl_align.adapters import base_of, is_adapter
+from irl_align.columns import column
 from irl_align.errors import UserError
 from irl_align.files import atomic_folder, atomic_write, file_checksum, files_of, full_disk_told
 from irl_align.hub.adapter import base_name, rename_base, require_whole
@@ -125,7 +126,7 @@ def _save_folded(source: Path, folder: Path, rows: Dataset, adapter: bool) -> to
     reward = RewardModel.from_pretrained(source, pick_device("auto"), merge=not adapter)
     if not adapter:
         require_whole(reward.model, source)
-    ours = reward.score_ids(list(rows["prompt_ids"]), list(rows["completion_ids"]), None)
+    ours = reward.score_ids(column(rows, "prompt_ids"), column(rows, "completion_ids"), None)
     fold_normaliser(reward)
     template = chat_template(reward.settings, reward.tokenizer, reward.settings.echo)
     if template is not None:
@@ -148,8 +149,9 @@ def _measure(
 ) -> Measured:
     """The exported reward against the run's own on demonstrations, and on held-out pairs."""
     settings = reward.settings
-    read = reward.as_read(rows["prompt_ids"], rows["completion_ids"])
-    ids = [[*p, *c] for p, c in zip(rows["prompt_ids"], read, strict=True)]
+    prompts = column(rows, "prompt_ids")
+    read = reward.as_read(prompts, column(rows, "completion_ids"))
+    ids = [[*p, *c] for p, c in zip(prompts, read, strict=True)]
     difference = None
     as_chat = not (settings.echo and settings.template == "chat")  # the model's own has no echo
     if not settings.lm_coef and settings.bound is None and as_chat:
@@ -161,7 +163,7 @@ def _measure(
             )
     same = None
     if settings.template != "chat":
-        chats = chat_ids(reward.tokenizer, list(rows["prompt"]), list(rows["completion"]))
+        chats = chat_ids(reward.tokenizer, column(rows, "prompt"), column(rows, "completion"))
         same = sum(a == b for a, b in zip(chats, ids, strict=True))
     pairs = read_pairs(facts.pairs()[found.iteration] / "held_out.parquet")
     return Measured(
@@ -176,13 +178,14 @@ def _measure(
 
 def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
     """Pair source -> accuracy with its interval, pairs of one prompt counted as one group."""
-    chosen = reward.score_ids(list(pairs["prompt_ids"]), list(pairs["chosen_ids"]), None)
+    chosen = reward.score_ids(column(pairs, "prompt_ids"), column(pairs, "chosen_ids"), None)
     rejected = reward.score_ids(
-        list(pairs["rejected_prompt_ids"]), list(pairs["rejected_ids"]), None
+        column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids"), None
     )
     right = ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).tolist()
     groups: dict[str, dict[str, list[float]]] = {}
-    for source, key, value in zip(pairs["source"], pairs["prompt_key"], right, strict=True):
+    sources, keys = column(pairs, "source"), column(pairs, "prompt_key")
+    for source, key, value in zip(sources, keys, right, strict=True):
         groups.setdefault(source, {}).setdefault(key, []).append(value)
     return {
         source: ratio_interval([sum(v) for v in by.values()], [len(v) for v in by.values()])

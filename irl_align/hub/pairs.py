@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from irl_align.columns import column
 from irl_align.errors import UserError
 from irl_align.files import atomic_write
 from irl_align.hub.card import pairs_card
@@ -70,11 +71,11 @@ def _columns(
     kept = ("source", "iteration", "sample_index", "rejected_truncated", "temperature")
     return {
         "prompt": prompt_texts("prompt_ids"),
-        "chosen": decode_batch(tokenizer, list(rows["chosen_ids"])),
-        "rejected": decode_batch(tokenizer, list(rows["rejected_ids"])),
+        "chosen": decode_batch(tokenizer, column(rows, "chosen_ids")),
+        "rejected": decode_batch(tokenizer, column(rows, "rejected_ids")),
         "rejected_prompt": prompt_texts("rejected_prompt_ids"),
         **{name: list(rows[name]) for name in kept},
-        "prompt_key": list(rows["prompt_key"]),
+        "prompt_key": column(rows, "prompt_key"),
     }
 
 

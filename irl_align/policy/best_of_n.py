@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from irl_align import ranks
+from irl_align.columns import column
 from irl_align.errors import UserError
 from irl_align.generate import Completion
 from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
@@ -102,7 +103,9 @@ class BestOfN:
             return fit_sft(model, tokenizer, columns, options.args, training)
         pairs = best_against_worst(candidates, scores, options.keep)
         if own:  # the reference is the sampler, which has told its log-probs already
-            logps = np.array([pairs["chosen_logp"], pairs["rejected_logp"]], np.float32)
+            logps = np.array(
+                [column(pairs, f"{side}_logp") for side in ("chosen", "rejected")], np.float32
+            )
         else:
             logps = reference_logps([(1.0, model)], pairs)
         return fit_implicit(model, tokenizer, pairs, logps, options.args, training, True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from irl_align.columns import column
 from irl_align.maths.losses import pair_metrics
 
 CLOSE = 0.05  # a shortcut this near to the reward's accuracy, and above chance, is warned of
@@ -26,13 +27,11 @@ def shortcut_audit(
 
     chosen_logps, rejected_logps: per-token log-probs under the SFT model, one array a row.
     """
-    length = np.array(
-        [
-            len(chosen) - len(rejected)
-            for chosen, rejected in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
-        ]
+    chosen, rejected = (
+        [len(ids) for ids in column(pairs, f"{s}_ids")] for s in ("chosen", "rejected")
     )
-    truncated = np.asarray(pairs["rejected_truncated"], dtype=float)
+    length = np.array(chosen) - np.array(rejected)
+    truncated = np.asarray(column(pairs, "rejected_truncated"), dtype=float)
     both = list(zip(chosen_logps, rejected_logps, strict=True))
     return {
         "length": _accuracy(length),

@@ -16,6 +16,7 @@ from trl import RewardConfig, RewardTrainer
 
 from irl_align import ranks
 from irl_align.batches import PackedRows, can_pack, pack_rows, row_lengths, share_prompts
+from irl_align.columns import column
 from irl_align.maths.losses import PAIR_LOSSES, calibration_error, pair_metrics
 from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, whole_rewards
 from irl_align.sharded import take_back, to_train
@@ -165,8 +166,8 @@ def fit_reward(
 
 def margins(reward: RewardFunction, pairs: Dataset, scale: float = 1.0) -> Tensor:
     """scale * (r(preferred) - r(rejected)) for each pair: (B,)."""
-    chosen = reward.score_ids(pairs["prompt_ids"], pairs["chosen_ids"])
-    rejected = reward.score_ids(pairs["rejected_prompt_ids"], pairs["rejected_ids"])
+    chosen = reward.score_ids(column(pairs, "prompt_ids"), column(pairs, "chosen_ids"))
+    rejected = reward.score_ids(column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids"))
     return scale * (chosen - rejected)
 
 

@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from irl_align import ranks
 from irl_align.batches import pad_right
+from irl_align.columns import column
 from irl_align.errors import UserError
 from irl_align.maths.losses import mixture_logp
 from irl_align.models import completion_logprobs
@@ -48,11 +49,14 @@ def reference_logps(
     reference, whose own samples have brought their log-probs along and are not scored again.
     """
     rows = [
-        key for side in SIDES for key in zip(*(map(tuple, pairs[c]) for c in side), strict=True)
+        key
+        for side in SIDES
+        for key in zip(*(map(tuple, column(pairs, name)) for name in side), strict=True)
     ]
     known = {}
     if generator and "rejected_logp" in pairs.column_names:
-        of = zip(rows[len(pairs) :], pairs["generator"], pairs["rejected_logp"], strict=True)
+        by = column(pairs, "generator")
+        of = zip(rows[len(pairs) :], by, column(pairs, "rejected_logp"), strict=True)
         known = {key: logp for key, by, logp in of if by == generator and logp is not None}
     missing = [key for key in dict.fromkeys(rows) if key not in known]
     prompts, completions = [prompt for prompt, _ in missing], [ids for _, ids in missing]
