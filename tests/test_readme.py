@@ -47,3 +47,25 @@ def test_file_map_names_every_file_and_no_other() -> None:
     }
     listed = set(file_map((ROOT / "README.md").read_text(encoding="utf-8")))
     assert listed == modules | tracked_top_level()
+
+
+PAGES = ("README.md", "CHANGELOG.md", "dependencies.md", "recipes/README.md", "recipes/tutorial.md")
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    own = ROOT / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", own.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        to = own.parent / path if path else own
+        assert to.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(to), f"{page}: {link}"
