@@ -303,6 +303,8 @@ def test_ppos_curves_are_means_over_seeds(tmp_path: Path) -> None:
         views.append(Run.load(run))
     figures = {figure.key: figure for figure in ppo_curves(views, "slot_error_rate")}
     assert set(figures) == {"ppo-reward", "ppo-kl", "ppo-gold_slot_error_rate"}
+    without = {figure.key for figure in ppo_curves(views, None)}  # data without gold
+    assert without == {"ppo-reward", "ppo-kl"}
     gold = figures["ppo-gold_slot_error_rate"]
     assert gold.title == "PPO: rollouts' slot error rate %"
     (line,) = gold.series

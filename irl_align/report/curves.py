@@ -220,24 +220,25 @@ def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
     return figures
 
 
-def ppo_curves(views: Sequence[RunView], headline: str) -> list[Plot]:
-    """Reward, gold of the rollouts, KL and length over PPO's updates, mean over the seeds of a
-    method's iteration."""
+def ppo_curves(views: Sequence[RunView], headline: str | None) -> list[Plot]:
+    """Reward, KL, length and, where there is a gold headline, gold of the rollouts over PPO's
+    updates, mean over the seeds of a method's iteration."""
     trainings: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
     for view in views:
         for role, records in view.ppo_records().items():
             trainings.setdefault(f"{view.recipe['name']}, {role}", []).append(records)
-    gold = f"gold_{headline}"
+    scales = dict.fromkeys(UPDATES, 1.0)
+    labels = dict(UPDATES)
+    if headline is not None:
+        scales[f"gold_{headline}"] = _scale(headline)
+        labels[f"gold_{headline}"] = f"rollouts' {column_name(headline)}"
     figures = []
-    for measure, label in {**UPDATES, gold: f"rollouts' {column_name(headline)}"}.items():
-        scale = _scale(headline) if measure == gold else 1.0
-        series = [
-            Series(name, _over_seeds(
-                (i, scale * float(r[measure])) for records in own for i, r in enumerate(records, 1)
-                if isinstance(r.get(measure), int | float)
-            ))
-            for name, own in trainings.items()
-        ]  # fmt: skip
+    for measure, label in labels.items():
+        series = []
+        for name, own in trainings.items():
+            numbered = [(i, r.get(measure)) for records in own for i, r in enumerate(records, 1)]
+            known = [(i, float(v)) for i, v in numbered if isinstance(v, int | float)]
+            series.append(Series(name, _over_seeds((i, scales[measure] * v) for i, v in known)))
         series = [one for one in series if one.points]
         if series:
             title = f"PPO: {label}"
