@@ -123,7 +123,7 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
 def _sections(views: Sequence[RunView], analysis: dict[str, Any]) -> list[Section]:
     """What is there to see, figures before tables; of the results the table of gold comes first."""
     tables = grids_by_section(analysis)
-    gold, *results = tables[RESULTS]
+    gold, *results = tables[RESULTS] or [Grid("results", ["policy"], [])]
     gains = [*frontier(views, analysis), *gain_figures(analysis.get("frontiers", []))]
     evaluated = [(view, found) for view in views if (found := read_evaluation(view))]
     evaluations = [_of(view, grid) for view, found in evaluated for grid in evaluation_grids(found)]
