@@ -1,4 +1,4 @@
-"""A column of a dataset as a list."""
+"""Columns of a dataset as lists, and by prompt."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def column(rows: Dataset, name: str) -> list[Any]:
     times for token ids.
     """
     return list(rows[name][:])
+
+
+def by_prompt_key(rows: Dataset, name: str) -> dict[str, Any]:
+    """Prompt key -> the value of a column, which the rows of a prompt share."""
+    return dict(zip(column(rows, "prompt_key"), column(rows, name), strict=True))

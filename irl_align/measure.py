@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from irl_align import ranks
 from irl_align.cards import import_object
-from irl_align.columns import column
+from irl_align.columns import by_prompt_key, column
 from irl_align.data import choose_prompts
 from irl_align.evaluate import temperature_of_entropy, vitals
 from irl_align.files import atomic_write, read_lines, to_lines
@@ -152,7 +152,7 @@ def vital_signs(
     samples: dict[str, list[Completion]],
 ) -> dict[str, Any]:
     """evaluate.vitals of samples by prompt key; for a selecting policy KL is its upper bound."""
-    prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
+    prompts = by_prompt_key(rows, "prompt_ids")
     sample_set = SampleSet([list(prompts[key]) for key in samples], list(samples.values()))
     if policy.ranking is not None:
         # The log-prob of a selected sample is not known; KL(best-of-n || pi) has a bound.
@@ -187,7 +187,7 @@ def mean_score(
     lab: Lab, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
 ) -> float:
     """Mean reward of samples by prompt key."""
-    prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
+    prompts = by_prompt_key(rows, "prompt_ids")
     flat = [(list(prompts[key]), c.token_ids) for key, group in samples.items() for c in group]
     found = spread(lab.load_reward(reward)).score_ids(
         [p for p, _ in flat], [ids for _, ids in flat]
@@ -346,7 +346,7 @@ def _rewards_of_answers(
     units of a demonstration's deviation); empty without."""
     if reward is None or reward.kind != "explicit":
         return {}
-    prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
+    prompts = by_prompt_key(rows, "prompt_ids")
 
     def build(work: Path) -> dict[str, Any]:
         flat = [(list(prompts[key]), group[0]) for d in drawn.values() for key, group in d.items()]
@@ -410,9 +410,8 @@ def _gold(
     """Gold metrics of completions (one text per prompt key), BLEU and chrF, the demonstrations
     being the references; the texts are written to work/samples.jsonl."""
     by_key: dict[str, list[str]] = {}
-    of = column(rows, "prompt_key")
-    prompts = dict(zip(of, column(rows, "prompt"), strict=True))
-    for key, completion in zip(of, column(rows, "completion"), strict=True):
+    prompts = by_prompt_key(rows, "prompt")
+    for key, completion in zip(column(rows, "prompt_key"), column(rows, "completion"), strict=True):
         by_key.setdefault(key, []).append(completion)
     lines: list[dict[str, Any]] = [
         {"prompt": prompts[key], "completion": text, "demonstrations": by_key[key]}

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from irl_align.cards import import_object
-from irl_align.columns import column
+from irl_align.columns import by_prompt_key
 from irl_align.config import PairSource
 from irl_align.contrast import contrast_pairs
 from irl_align.generate import Completion, Sampling
@@ -134,7 +134,7 @@ class _Making:
         if chosen == "demonstration":
             limit = options.demonstrations_per_prompt
             return policy_pairs(rows, samples, demonstrations_per_prompt=limit, **common)
-        prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
+        prompts = by_prompt_key(rows, "prompt_ids")
         return sample_pairs(prompts, self.drawn[chosen], samples, **common)
 
     def _contrast(self, rows: Dataset) -> MadePairs:
@@ -170,6 +170,6 @@ def samples_by_key(
     lab: Lab, policy: Policy, rows: Dataset, sampling: Sampling, role: str
 ) -> dict[str, list[Completion]]:
     """Samples of every distinct prompt of these rows, by prompt key."""
-    prompts = dict(zip(column(rows, "prompt_key"), column(rows, "prompt_ids"), strict=True))
+    prompts = by_prompt_key(rows, "prompt_ids")
     samples = lab.sample(policy, list(prompts.values()), sampling, role)
     return dict(zip(prompts, samples.completions, strict=True))

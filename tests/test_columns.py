@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from irl_align.columns import column
+from irl_align.columns import by_prompt_key, column
 
 
 def test_a_column_is_its_values_in_the_rows_order() -> None:
@@ -12,3 +12,8 @@ def test_a_column_is_its_values_in_the_rows_order() -> None:
     chosen = rows.select([2, 0]).filter(lambda key: key != "a", input_columns="key")
     assert column(chosen, "ids") == [[3]] and type(column(chosen, "ids")[0]) is list
     assert column(rows.select([]), "key") == []
+
+
+def test_a_column_by_prompt() -> None:
+    rows = Dataset.from_dict({"prompt_key": ["x", "y", "x"], "prompt": ["ask", "tell", "ask"]})
+    assert by_prompt_key(rows, "prompt") == {"x": "ask", "y": "tell"}

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from irl_align import __version__
-from irl_align.grid import SPELT, spelt
+from irl_align.grid import spelt
 from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
 from irl_align.hub.licences import Licence
 from irl_align.hub.snippets import Snippet
@@ -32,6 +32,7 @@ UPDATES = {
     "iqlearn": "offline IQLearn on the demonstrations (arXiv:2409.01369)",
 }
 # Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
+TEXT_METRICS = ("bleu", "chrf")  # of completions against references, where there are any
 RATIOS = {"slot_error_rate": ("slot_errors", "slots")}
 
 
@@ -205,7 +206,7 @@ def gold_table(facts: Facts, found: Artefact) -> tuple[str, list[EvalResult]]:
         for key, record in facts.metrics.items()
         if key.startswith("evaluation/") and "policy" in record and record["policy"] <= k
     ]
-    texts = [name for name in SPELT if any(name in r.get("metrics", {}) for r in records)]
+    texts = [name for name in TEXT_METRICS if any(name in r.get("metrics", {}) for r in records)]
     samples = facts.view.samples()
     split = str(facts.view.recipe["evaluation"]["split"])
     rows, results = [], list[EvalResult]()
