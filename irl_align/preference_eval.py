@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from irl_align.columns import column
 from irl_align.data import prompt_key
 from irl_align.errors import UserError
 from irl_align.maths.losses import calibration_error
@@ -222,11 +223,8 @@ def _score(what: Subject, rows: Rows, device: torch.device) -> Scored:
     scored = Scored({}, {})
     for name, path in what.rewards.items():
         reward = RewardModel.from_pretrained(path, device)
-        own = rows[path, True]
-        chosen, rejected = (
-            reward.score_ids(own["prompt_ids"], own[column])
-            for column in ("chosen_ids", "rejected_ids")
-        )
+        prompts, completions, at = _distinct(rows[path, True])
+        chosen, rejected = reward.score_ids(prompts, completions)[at]
         margin = (chosen - rejected).double()
         scored.margins[name] = margin.numpy()
         # The normaliser divided by std: its logits are what Bradley-Terry was fitted with.
@@ -264,8 +262,23 @@ def _sums(sides: list[list[np.ndarray]]) -> np.ndarray:
 
 def _logprobs(path: Path, rows: Dataset, device: torch.device) -> list[list[np.ndarray]]:
     """Per-token log-probs of both sides' completions, preferred first."""
-    model = load_model(path, device)
-    return [
-        completion_logprobs(model, rows["prompt_ids"], rows[column], progress="log-probs")
-        for column in ("chosen_ids", "rejected_ids")
+    prompts, completions, at = _distinct(rows)
+    found = completion_logprobs(
+        load_model(path, device), prompts, completions, progress="log-probs"
+    )
+    return [[found[number] for number in side] for side in at]
+
+
+def _distinct(rows: Dataset) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
+    """Prompts and completions of the M texts that pairs are made of, each once, and of every pair
+    the numbers of its two, preferred first: (2, B). A text of several pairs is read once."""
+    texts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    prompts = [tuple(ids) for ids in column(rows, "prompt_ids")]
+    at = [
+        [
+            texts.setdefault((p, tuple(ids)), len(texts))
+            for p, ids in zip(prompts, side, strict=True)
+        ]
+        for side in (column(rows, "chosen_ids"), column(rows, "rejected_ids"))
     ]
+    return [list(p) for p, _ in texts], [list(ids) for _, ids in texts], np.array(at)

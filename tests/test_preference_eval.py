@@ -20,6 +20,7 @@ from irl_align.preference_report import (
     preference_grids,
     preference_report,
 )
+from irl_align.reward.model import RewardModel
 from irl_align.serve import score_rows
 
 pytestmark = pytest.mark.timeout(240)
@@ -135,6 +136,32 @@ def test_a_reward_trained_on_preferences(
     assert len(stages) == 1
     assert evaluated(capsys, *arguments) == report
     assert list((run.folder.parent / "store").glob("preference-reward-*")) == stages
+
+
+def test_a_text_of_several_pairs_is_read_once(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    score_ids = RewardModel.score_ids
+
+    def counting(self: RewardModel, prompts: Any, completions: Any, *rest: Any) -> torch.Tensor:
+        read.append(len(completions))
+        return score_ids(self, prompts, completions, *rest)
+
+    monkeypatch.setattr(RewardModel, "score_ids", counting)
+    once = evaluated(capsys, run.folder, "--card", folder / "toy.md")
+    texts = {(p, text) for p, chosen, rejected, *_ in PAIRS for text in (chosen, rejected)}
+    assert read == [len(texts)]
+    # Every pair once more with the other side preferred: the same texts, as many wins as losses.
+    other = [(p, rejected, chosen, s, m) for p, chosen, rejected, s, m in PAIRS]
+    both = folder / "both"
+    both.mkdir()
+    write_pairs(both / "pairs.jsonl", [*PAIRS, *other])
+    twice = evaluated(capsys, run.folder, "--card", f"{folder / 'toy.md'}={both}")
+    assert read == [len(texts)] * 2
+    for name, found in twice["scorers"].items():
+        assert found["overall"]["mean"] == 0.5, name
+        assert found["overall"]["n"] == 2 * once["scorers"][name]["overall"]["n"]
 
 
 def test_mistakes_are_told(

@@ -1,0 +1,94 @@
+"""A preference set judged by a task's gold metric: pairs of a policy's samples for one prompt.
+
+    python tests/benchmarks/gold_preferences.py runs/e2e-irl-best-of-n-seed1 gold1
+    irl-align evaluate runs/e2e-irl-best-of-n-seed1 --card gold1/gold.md --train-set gold1/gold.md
+
+The first policy's samples of the run's train and held-out prompts, which share no prompt, are split
+`train` and `test`; of two samples the one with fewer slot errors is preferred, and the kind of
+error in which they differ most is the pair's subset. So a reward trained on preferences that are
+exact, and as many as one likes, is what a reward from demonstrations is held to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from reward_gold import KINDS, gold_pairs
+
+from irl_align.cards import import_object, load_card
+from irl_align.models import load_tokenizer
+from irl_align.stages import Run, RunView
+
+PARTS = {"train": ("train", "reward"), "test": ("held_out", "held_out")}
+"""Split -> file of the run's pairs, and of its demonstrations."""
+CARD = """---
+irl_align:
+  kind: preferences
+  splits: {train: {files: train.jsonl}, test: {files: test.jsonl}}
+  columns: {prompt: prompt, chosen: chosen, rejected: rejected, subset: kind, margin: margin}
+---
+"""
+
+
+def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
+    """All pairs of one split that gold tells apart, by prompt."""
+    stage = {role: view.folder / where["path"] for role, where in view.stages.items()}
+    pairs, demonstrations = (
+        stage[role] / f"{name}.parquet"
+        for role, name in zip(("pairs/0", "data"), PARTS[split], strict=True)
+    )
+    data = pq.read_table(demonstrations, columns=["prompt_key", "prompt"])
+    texts = dict(zip(*(data[name].to_pylist() for name in data.column_names), strict=True))
+    tokenizer = load_tokenizer(stage["sft"] / "model")
+    rows = pq.read_table(pairs, columns=["prompt_key", "rejected_ids", "source"]).to_pylist()
+    samples = {
+        (row["prompt_key"], tokenizer.decode(row["rejected_ids"], skip_special_tokens=True))
+        for row in rows
+        if row["source"] == "demonstration/policy"
+    }
+    keys, sampled = zip(*sorted(samples), strict=True)
+    gold = import_object(load_card(view.recipe["data"]["card"]).gold or "", "gold")
+    found = gold([texts[key] for key in keys], sampled, [[] for _ in keys]).rows
+    count = {k: np.array([row[k] for row in found]) for k in (*KINDS, "slots", "slot_errors")}
+    rates = count["slot_errors"] / count["slots"]
+    numbers = np.unique(keys, return_inverse=True)[1]
+    for better, worse in zip(*gold_pairs(rates, numbers), strict=True):
+        yield {
+            "prompt": texts[keys[better]],
+            "chosen": sampled[better],
+            "rejected": sampled[worse],
+            "kind": max(KINDS, key=lambda k: count[k][worse] - count[k][better]),
+            "margin": int(count["slot_errors"][worse] - count["slot_errors"][better]),
+        }
+
+
+def main(run: Path, output: Path, number: int) -> None:
+    """Write card and splits: of train `number` pairs drawn at random, of test all."""
+    view = Run.load(run)
+    output.mkdir(parents=True, exist_ok=True)
+    for split in PARTS:
+        rows = list(preferences(view, split))
+        if split == "train" and len(rows) > number:
+            rows = random.Random(view.recipe["seed"]).sample(rows, number)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (output / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        prompts = len({row["prompt"] for row in rows})
+        print(f"{output / split}.jsonl: {len(rows)} pairs of {prompts} prompts")
+    (output / "gold.md").write_text(CARD, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--pairs", type=int, default=8000, help="pairs of train")
+    asked = parser.parse_args()
+    main(asked.run, asked.output, asked.pairs)
