@@ -263,22 +263,18 @@ def _sums(sides: list[list[np.ndarray]]) -> np.ndarray:
 def _logprobs(path: Path, rows: Dataset, device: torch.device) -> list[list[np.ndarray]]:
     """Per-token log-probs of both sides' completions, preferred first."""
     prompts, completions, at = _distinct(rows)
-    found = completion_logprobs(
-        load_model(path, device), prompts, completions, progress="log-probs"
-    )
+    model = load_model(path, device)
+    found = completion_logprobs(model, prompts, completions, progress="log-probs")
     return [[found[number] for number in side] for side in at]
 
 
 def _distinct(rows: Dataset) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
     """Prompts and completions of the M texts that pairs are made of, each once, and of every pair
     the numbers of its two, preferred first: (2, B). A text of several pairs is read once."""
-    texts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     prompts = [tuple(ids) for ids in column(rows, "prompt_ids")]
-    at = [
-        [
-            texts.setdefault((p, tuple(ids)), len(texts))
-            for p, ids in zip(prompts, side, strict=True)
-        ]
-        for side in (column(rows, "chosen_ids"), column(rows, "rejected_ids"))
-    ]
-    return [list(p) for p, _ in texts], [list(ids) for _, ids in texts], np.array(at)
+    at = []
+    for name in ("chosen_ids", "rejected_ids"):
+        texts = zip(prompts, map(tuple, column(rows, name)), strict=True)
+        at.append([numbers.setdefault(text, len(numbers)) for text in texts])
+    return [list(p) for p, _ in numbers], [list(c) for _, c in numbers], np.array(at)

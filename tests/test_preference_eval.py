@@ -12,6 +12,7 @@ from preference_rows import CARD, PAIRS, write_pairs
 from tiny_runs import irl_align, stage_folder, the_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from irl_align import preference_eval
 from irl_align.api import Result
 from irl_align.evaluate_run import NAMES, merged
 from irl_align.preference_report import (
@@ -142,26 +143,31 @@ def test_a_text_of_several_pairs_is_read_once(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    score_ids = RewardModel.score_ids
+    score_ids, completion_logprobs = RewardModel.score_ids, preference_eval.completion_logprobs
 
-    def counting(self: RewardModel, prompts: Any, completions: Any, *rest: Any) -> torch.Tensor:
+    def scoring(self: RewardModel, prompts: Any, completions: Any, *rest: Any) -> torch.Tensor:
         read.append(len(completions))
         return score_ids(self, prompts, completions, *rest)
 
-    monkeypatch.setattr(RewardModel, "score_ids", counting)
+    def logprobs(model: Any, prompts: Any, completions: Any, **rest: Any) -> Any:
+        read.append(len(completions))
+        return completion_logprobs(model, prompts, completions, **rest)
+
+    monkeypatch.setattr(RewardModel, "score_ids", scoring)
+    monkeypatch.setattr(preference_eval, "completion_logprobs", logprobs)
     once = evaluated(capsys, run.folder, "--card", folder / "toy.md")
     texts = {(p, text) for p, chosen, rejected, *_ in PAIRS for text in (chosen, rejected)}
-    assert read == [len(texts)]
-    # Every pair once more with the other side preferred: the same texts, as many wins as losses.
-    other = [(p, rejected, chosen, s, m) for p, chosen, rejected, s, m in PAIRS]
-    both = folder / "both"
-    both.mkdir()
-    write_pairs(both / "pairs.jsonl", [*PAIRS, *other])
-    twice = evaluated(capsys, run.folder, "--card", f"{folder / 'toy.md'}={both}")
     assert read == [len(texts)] * 2
-    for name, found in twice["scorers"].items():
-        assert found["overall"]["mean"] == 0.5, name
-        assert found["overall"]["n"] == 2 * once["scorers"][name]["overall"]["n"]
+    # Every pair again, and once with the other side preferred: of three, two are won as before.
+    other = [(p, rejected, chosen, s, m) for p, chosen, rejected, s, m in PAIRS]
+    again = folder / "again"
+    again.mkdir()
+    write_pairs(again / "pairs.jsonl", [*PAIRS, *other, *reversed(PAIRS)])
+    more = evaluated(capsys, run.folder, "--card", f"{folder / 'toy.md'}={again}")
+    assert read == [len(texts)] * 4
+    for name, found in more["scorers"].items():
+        won = once["scorers"][name]["overall"]["mean"]
+        assert found["overall"]["mean"] == pytest.approx((2 * won + (1 - won)) / 3), name
 
 
 def test_mistakes_are_told(

@@ -31,8 +31,8 @@ UPDATES = {
     "sft": "more supervised fine-tuning",
     "iqlearn": "offline IQLearn on the demonstrations (arXiv:2409.01369)",
 }
-# Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
 TEXT_METRICS = ("bleu", "chrf")  # of completions against references, where there are any
+# Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
 RATIOS = {"slot_error_rate": ("slot_errors", "slots")}
 
 

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from reward_gold import KINDS, gold_pairs
+from reward_gold import KINDS, gold_pairs, gold_rows, prompt_texts
 
-from irl_align.cards import import_object, load_card
 from irl_align.models import load_tokenizer
 from irl_align.stages import Run, RunView
 
@@ -39,22 +38,19 @@ irl_align:
 def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
     """All pairs of one split that gold tells apart, by prompt."""
     stage = {role: view.folder / where["path"] for role, where in view.stages.items()}
-    pairs, demonstrations = (
-        stage[role] / f"{name}.parquet"
-        for role, name in zip(("pairs/0", "data"), PARTS[split], strict=True)
-    )
-    data = pq.read_table(demonstrations, columns=["prompt_key", "prompt"])
-    texts = dict(zip(*(data[name].to_pylist() for name in data.column_names), strict=True))
+    of_pairs, of_data = PARTS[split]
+    texts = prompt_texts(stage["data"] / f"{of_data}.parquet")
     tokenizer = load_tokenizer(stage["sft"] / "model")
-    rows = pq.read_table(pairs, columns=["prompt_key", "rejected_ids", "source"]).to_pylist()
+    pairs = pq.read_table(
+        stage["pairs/0"] / f"{of_pairs}.parquet", columns=["prompt_key", "rejected_ids", "source"]
+    )
     samples = {
         (row["prompt_key"], tokenizer.decode(row["rejected_ids"], skip_special_tokens=True))
-        for row in rows
+        for row in pairs.to_pylist()
         if row["source"] == "demonstration/policy"
     }
     keys, sampled = zip(*sorted(samples), strict=True)
-    gold = import_object(load_card(view.recipe["data"]["card"]).gold or "", "gold")
-    found = gold([texts[key] for key in keys], sampled, [[] for _ in keys]).rows
+    found = gold_rows(view, [texts[key] for key in keys], list(sampled))
     count = {k: np.array([row[k] for row in found]) for k in (*KINDS, "slots", "slot_errors")}
     rates = count["slot_errors"] / count["slots"]
     numbers = np.unique(keys, return_inverse=True)[1]
@@ -79,7 +75,8 @@ def main(run: Path, output: Path, number: int) -> None:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (output / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         prompts = len({row["prompt"] for row in rows})
-        print(f"{output / split}.jsonl: {len(rows)} pairs of {prompts} prompts")
+        texts = len({(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")})
+        print(f"{output / split}.jsonl: {len(rows)} pairs of {texts} texts of {prompts} prompts")
     (output / "gold.md").write_text(CARD, encoding="utf-8")
 
 

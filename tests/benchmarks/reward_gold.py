@@ -22,7 +22,8 @@ from irl_align.cards import import_object, load_card
 from irl_align.models import load_model, load_tokenizer
 from irl_align.pairs import load_pairs
 from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
-from irl_align.stages import Run
+from irl_align.stages import Run, RunView
+from irl_align.tokenizer import decode_batch
 
 KINDS = ("missing", "wrong", "hallucinated")
 
@@ -49,6 +50,19 @@ def accuracy(scores: np.ndarray, better: np.ndarray, worse: np.ndarray) -> float
     return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
 
 
+def prompt_texts(file: Path) -> dict[str, str]:
+    """Prompt key -> prompt, of a file of the data stage."""
+    data = pq.read_table(file, columns=["prompt_key", "prompt"])
+    return {row["prompt_key"]: row["prompt"] for row in data.to_pylist()}
+
+
+def gold_rows(view: RunView, prompts: list[str], texts: list[str]) -> list[dict[str, float]]:
+    """What gold says of each text: errors of every kind, and slots asked for."""
+    gold = import_object(load_card(view.recipe["data"]["card"]).gold or "", "gold")
+    rows: list[dict[str, float]] = gold(prompts, texts, [[] for _ in prompts]).rows
+    return rows
+
+
 def first_reward(stage: dict[str, Path]) -> RewardFunction:
     """The explicit reward of a run's first iteration, or SPIN's log-ratio (of beta 1)."""
     if stage["reward/0"].name.startswith("implicit"):
@@ -63,17 +77,15 @@ def main(folder: Path) -> None:
     stage = {role: folder / where["path"] for role, where in view.stages.items()}
     pairs = load_pairs(stage["pairs/0"] / "held_out.parquet").to_list()
     pairs = [pair for pair in pairs if pair["source"] == "demonstration/policy"]
-    data = pq.read_table(stage["data"] / "held_out.parquet", columns=["prompt_key", "prompt"])
-    texts = {row["prompt_key"]: row["prompt"] for row in data.to_pylist()}
+    texts = prompt_texts(stage["data"] / "held_out.parquet")
     samples = {(p["prompt_key"], tuple(p["rejected_ids"])): p["prompt_ids"] for p in pairs}
     logp = {(p["prompt_key"], tuple(p["rejected_ids"])): p["rejected_logp"] for p in pairs}
     keys = [key for key, _ in samples]
     ids = [list(completion) for _, completion in samples]
     scores = first_reward(stage).score_ids(list(samples.values()), ids).double().numpy()
-    gold = import_object(load_card(view.recipe["data"]["card"]).gold or "", "gold")
     tokenizer = load_tokenizer(stage["sft"] / "model")
-    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    rows = gold([texts[key] for key in keys], decoded, [[] for _ in keys]).rows
+    decoded = decode_batch(tokenizer, ids)
+    rows = gold_rows(view, [texts[key] for key in keys], decoded)
     prompts = np.unique(keys, return_inverse=True)[1]
     measures = {kind: np.array([row[kind] for row in rows]) for kind in KINDS}
     measures["length"] = np.array([float(len(row)) for row in ids])
