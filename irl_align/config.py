@@ -328,8 +328,6 @@ class RewardOptions(Options):
     def _consistent(self) -> RewardOptions:
         if self.loss == "linear" and self.bound is None:
             raise ValueError("loss linear is unbounded: give bound, the largest |r|")
-        if self.echo and self.lm_coef:
-            raise ValueError("echo reads past the completion: expected lm_coef 0 with it")
         if self.kind != "explicit":
             for name in ("loss", "bound", "echo", "init", "lm_coef", "preferences", "lora"):
                 if getattr(self, name) != type(self).model_fields[name].get_default():

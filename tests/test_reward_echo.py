@@ -1,5 +1,6 @@
 """A reward that reads the prompt again after the completion."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from rows import random_ids, save
+from rows import plain_logps, random_ids, save
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from irl_align.batches import pack_rows
 from irl_align.errors import UserError
 from irl_align.hub.weights import chat_ids, chat_template
 from irl_align.recipe import load_recipe
 from irl_align.reward.fit import fit_reward, margins, pair_columns
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings, score_head, whole_rewards
 from irl_align.reward.scoring import score_tokens
 from irl_align.tokens import encode_completions, encode_prompts
 from irl_align.trainers import Training
@@ -40,19 +42,54 @@ def reward(
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lm_coef": 0.7}, {"lm_coef": 0.7, "bound": 1.5, "mean": 0.25, "std": 0.5}]
+)
 @torch.no_grad()
 def test_the_reward_is_read_after_the_second_prompt(
-    arch: str, reward: Callable[..., RewardModel], tmp_path: Path
+    arch: str,
+    settings: dict[str, float],
+    reward: Callable[..., RewardModel],
+    tiny_model: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
 ) -> None:
-    ours = reward(arch)
+    """The head at the end of x y x EOS, and the log-prob of y alone, where x comes first."""
+    ours, policy = reward(arch, **settings), tiny_model(arch)
     eos = ours.tokenizer.eos_token_id
-    rows = [[*x, *y, *x, eos] for x, y in zip(PROMPTS, COMPLETIONS, strict=True)]
-    expected = torch.stack([ours.model(torch.tensor([row])).logits[0, 0] for row in rows])
-    torch.testing.assert_close(ours.score_ids(PROMPTS, COMPLETIONS), expected, atol=1e-5, rtol=0)
+    expected = []
+    for x, y in zip(PROMPTS, COMPLETIONS, strict=True):
+        value = float(ours.model(torch.tensor([[*x, *y, *x, eos]])).logits[0, 0])
+        if y and "lm_coef" in settings:
+            value += settings["lm_coef"] * float(plain_logps(policy, x, y).mean())
+        if "bound" in settings:
+            value = settings["bound"] * math.tanh(value / settings["bound"])
+            value = (value - settings["mean"]) / settings["std"]
+        expected.append(value)
+    scores = ours.score_ids(PROMPTS, COMPLETIONS)
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    empty = ours.score_ids(PROMPTS[:1], [[]])
+    torch.testing.assert_close(empty, ours.score_ids(PROMPTS, [[]] * 5)[:1], atol=1e-5, rtol=0)
     ours.save_pretrained(tmp_path / "reward")
     again = RewardModel.from_pretrained(tmp_path / "reward")
     assert again.settings.echo
-    assert again.score_ids(PROMPTS, COMPLETIONS).equal(ours.score_ids(PROMPTS, COMPLETIONS))
+    assert again.score_ids(PROMPTS, COMPLETIONS).equal(scores)
+
+
+def test_the_log_prob_trains_what_it_is_read_from(reward: Callable[..., RewardModel]) -> None:
+    """With a head of zeros the loss is that of the log-probs of y, and no token of x counts."""
+    ours = reward(lm_coef=1.0)
+    score_head(ours.model).weight.data.zero_()
+    rows = [[number] for number in range(len(PROMPTS))]
+    read = ours.as_read(PROMPTS, COMPLETIONS)
+    rewards = whole_rewards(ours.model, ours.settings, pack_rows(PROMPTS, read, rows, 0))
+    plain = whole_rewards(
+        ours.model, RewardSettings(lm_coef=1.0), pack_rows(PROMPTS, COMPLETIONS, rows, 0)
+    )
+    torch.testing.assert_close(rewards, plain, atol=1e-5, rtol=0)
+    embeddings = ours.model.get_input_embeddings().weight
+    mine, theirs = (torch.autograd.grad(r.sum(), embeddings)[0] for r in (rewards, plain))
+    assert theirs.abs().max() > 1e-3
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_tokens_of_the_completion_have_no_rewards(reward: Callable[..., RewardModel]) -> None:
@@ -119,7 +156,6 @@ def test_a_chat_template_writes_the_second_prompt(
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["reward.lm_coef=0.5"], "expected lm_coef 0"),
         (["reward.kind=implicit", "policy_update.kind=identity"], "echo is an option of kind"),
         (
             ["policy_update.kind=ppo", "policy_update.credit=red"],

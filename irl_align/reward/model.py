@@ -107,28 +107,41 @@ def prefix_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pac
     One pass of a causal backbone. Values after a completion's end mean nothing. Differentiable.
     """
     hidden = hidden_states(model, packed)
-    places, rows = packed.places(), packed.row[:, None]
-    reward = score_head(model)(hidden[rows, places]).squeeze(-1).float()
+    reward = score_head(model)(hidden[packed.row[:, None], packed.places()]).squeeze(-1).float()
     if settings.lm_coef:
-        count = torch.arange(places.shape[1], device=places.device)
-        real = count[1:] <= packed.length[:, None]  # (B, T)
-        targets = packed.input_ids[rows, places[:, 1:]][real]
-        logps = torch.zeros(real.shape, device=real.device)
-        logps[real] = head_logprobs(
-            last_layer_head(model), hidden[rows, places[:, :-1]][real], targets
-        )
-        mean = torch.nn.functional.pad(logps.cumsum(1), (1, 0)) / count.clamp(min=1)
-        reward = reward + settings.lm_coef * mean
+        reward = reward + settings.lm_coef * _mean_logps(model, hidden, packed, packed.length)
     return settled(reward, settings)
 
 
 def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:
-    """Reward of each whole completion: (B,). Differentiable."""
+    """Reward of each whole completion: (B,). Differentiable.
+
+    With echo a completion of `packed` is y, x and EOS; the log-prob is that of y alone.
+    """
+    hidden = hidden_states(model, packed)
+    reward = score_head(model)(hidden[packed.row, packed.ends()]).squeeze(-1).float()
     if settings.lm_coef:
-        prefixes = prefix_rewards(model, settings, packed)
-        return prefixes.gather(1, packed.length[:, None]).squeeze(1)
-    last = hidden_states(model, packed)[packed.row, packed.ends()]
-    return settled(score_head(model)(last).squeeze(-1).float(), settings)
+        after = packed.before + 2 if settings.echo else 0  # tokens of x, which starts at 0, and EOS
+        length = packed.length - after
+        means = _mean_logps(model, hidden, packed, length)
+        reward = reward + settings.lm_coef * means.gather(1, length[:, None]).squeeze(1)
+    return settled(reward, settings)
+
+
+def _mean_logps(
+    model: PreTrainedModel, hidden: Tensor, packed: PackedRows, length: Tensor
+) -> Tensor:
+    """Mean log-prob of the tokens of every prefix of a completion: (B, T + 1), 0 of the empty one.
+
+    hidden: last hidden states (R, L, H). length: (B,) tokens that count, T the most of any.
+    """
+    count = torch.arange(int(length.max()) + 1, device=length.device)
+    places, rows = packed.places()[:, : len(count)], packed.row[:, None]
+    real = count[1:] <= length[:, None]  # (B, T)
+    targets = packed.input_ids[rows, places[:, 1:]][real]
+    logps = torch.zeros(real.shape, device=real.device)
+    logps[real] = head_logprobs(last_layer_head(model), hidden[rows, places[:, :-1]][real], targets)
+    return torch.nn.functional.pad(logps.cumsum(1), (1, 0)) / count.clamp(min=1)
 
 
 def echoed(prompts: Ids, completions: Ids, eos: int) -> list[list[int]]:
