@@ -36,7 +36,7 @@ irl_align:
 
 
 def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
-    """All pairs of one split that gold tells apart, by prompt."""
+    """All pairs of one split that gold tells apart, by prompt, without empty texts."""
     stage = {role: view.folder / where["path"] for role, where in view.stages.items()}
     of_pairs, of_data = PARTS[split]
     texts = prompt_texts(stage["data"] / f"{of_data}.parquet")
@@ -49,7 +49,7 @@ def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
         for row in pairs.to_pylist()
         if row["source"] == "demonstration/policy"
     }
-    keys, sampled = zip(*sorted(samples), strict=True)
+    keys, sampled = zip(*sorted(s for s in samples if s[1].strip()), strict=True)
     found = gold_rows(view, [texts[key] for key in keys], list(sampled))
     count = {k: np.array([row[k] for row in found]) for k in (*KINDS, "slots", "slot_errors")}
     rates = count["slot_errors"] / count["slots"]

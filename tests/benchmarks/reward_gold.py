@@ -7,12 +7,14 @@ by: the correlation of reward and error count of each kind, and with length, aft
 prompt's mean; the slot errors of the sample that the reward likes best and least, beside the mean
 sample's; and gold pairs, two samples of a prompt of which one has fewer slot errors: the share that
 the reward tells apart, beside the SFT model's log-prob and length, ties counting half. "both" is
-the sum of the reward and the mean log-prob, each by its deviation within prompts.
+the sum of the reward and the mean log-prob, each by its deviation within prompts; "all" has the
+rewards of --beside in it as well.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,11 @@ def accuracy(scores: np.ndarray, better: np.ndarray, worse: np.ndarray) -> float
     return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
 
 
+def summed(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Sum of scores (N,), each by its deviation."""
+    return np.sum([values / values.std() for values in scores], axis=0)
+
+
 def prompt_texts(file: Path) -> dict[str, str]:
     """Prompt key -> prompt, of a file of the data stage."""
     data = pq.read_table(file, columns=["prompt_key", "prompt"])
@@ -71,8 +78,8 @@ def first_reward(stage: dict[str, Path]) -> RewardFunction:
     return RewardModel.from_pretrained(stage["reward/0"] / "model")
 
 
-def main(folder: Path) -> None:
-    """Print one run's line."""
+def main(folder: Path, beside: Sequence[Path] = ()) -> None:
+    """Print one run's line; beside: folders of further rewards of its prompts and samples."""
     view = Run.load(folder)
     stage = {role: folder / where["path"] for role, where in view.stages.items()}
     pairs = load_pairs(stage["pairs/0"] / "held_out.parquet").to_list()
@@ -82,7 +89,8 @@ def main(folder: Path) -> None:
     logp = {(p["prompt_key"], tuple(p["rejected_ids"])): p["rejected_logp"] for p in pairs}
     keys = [key for key, _ in samples]
     ids = [list(completion) for _, completion in samples]
-    scores = first_reward(stage).score_ids(list(samples.values()), ids).double().numpy()
+    asked = list(samples.values())
+    scores = first_reward(stage).score_ids(asked, ids).double().numpy()
     tokenizer = load_tokenizer(stage["sft"] / "model")
     decoded = decode_batch(tokenizer, ids)
     rows = gold_rows(view, [texts[key] for key in keys], decoded)
@@ -103,7 +111,11 @@ def main(folder: Path) -> None:
     lengths, sums = measures["length"], np.array(list(logp.values()), float)
     others = {"log-prob": sums, "mean log-prob": sums / lengths, "longer": lengths}
     scaled = [own, centred(others["mean log-prob"], prompts)]
-    others = {"both": sum(values / values.std() for values in scaled), **others}
+    others = {"both": summed(scaled), **others}
+    if beside:
+        rewards = map(RewardModel.from_pretrained, beside)
+        further = [centred(r.score_ids(asked, ids).double().numpy(), prompts) for r in rewards]
+        others = {"all": summed([*scaled, *further]), **others}
     told = {name: accuracy(values, *pair) for name, values in {"reward": scores, **others}.items()}
     print(
         f"{folder.name}: correlation with "
@@ -120,5 +132,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
-    for run in parser.parse_args().runs:
-        main(run)
+    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="REWARD")
+    given = parser.parse_args()
+    for run in given.runs:
+        main(run, given.beside)
