@@ -45,7 +45,7 @@ def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
         stage["pairs/0"] / f"{of_pairs}.parquet", columns=["prompt_key", "rejected_ids", "source"]
     )
     samples = {
-        (row["prompt_key"], tokenizer.decode(row["rejected_ids"], skip_special_tokens=True))
+        (row["prompt_key"], str(tokenizer.decode(row["rejected_ids"], skip_special_tokens=True)))
         for row in pairs.to_pylist()
         if row["source"] == "demonstration/policy"
     }
