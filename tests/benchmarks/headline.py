@@ -60,7 +60,7 @@ DIFFERENCES = {
     "T=1, at SFT's entropy": BEYOND,
     "BLEU greedy": "bleu@0",
 }
-SHORT = ("bleu@1", "bleu@0", "kl", "length")
+WITHOUT_INTERVAL = ("bleu@1", "bleu@0", "kl", "length")
 """Measures whose intervals are left to comparison.csv."""
 
 
@@ -70,9 +70,14 @@ def comparison(folder: Path = RECORDED) -> Comparison:
     return compare_runs([Run.load(run) for run in sorted(folder.iterdir())], iterations=True)
 
 
+def short(label: str) -> str:
+    """A comparison's label without what the policy was made by: `e2e-spin 2`."""
+    return re.sub(r" \(.*\)$", "", label)
+
+
 def rows_by_label(analysis: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The rows of an analysis by the labels of POLICIES."""
-    found = {re.sub(r" \(.*\)$", "", row["label"]): row for row in analysis["rows"]}
+    found = {short(row["label"]): row for row in analysis["rows"]}
     return {label: found[label] for label in POLICIES if label in found}
 
 
@@ -100,7 +105,7 @@ def _cell(row: Mapping[str, Any], measure: str, analysis: Mapping[str, Any]) -> 
     if measure not in row["estimates"] or (measure == BEYOND and row["label"] == "SFT"):
         return ""
     signed = measure == BEYOND
-    method = None if measure in SHORT or row["policy"] is None else analysis["interval"]
+    method = None if measure in WITHOUT_INTERVAL or row["policy"] is None else analysis["interval"]
     text = interval(row["estimates"][measure], measure, method, signed)
     against = row["against_baseline"].get(measure)
     return f"**{text}**" if against and is_ahead(against, measure, analysis) else text
@@ -109,7 +114,8 @@ def _cell(row: Mapping[str, Any], measure: str, analysis: Mapping[str, Any]) -> 
 def differences_table(found: Comparison, label: str) -> Iterator[str]:
     """Rows of the second table: the policy of `label` less others, by seed."""
     for other in AGAINST:
-        analysis = analyse(found, None, _label(found, other))
+        base = next(row.label for row in found.rows if short(row.label) == other)
+        analysis = analyse(found, None, base)
         against = rows_by_label(analysis)[label]["against_baseline"]
         cells = []
         for measure in DIFFERENCES.values():
@@ -119,13 +125,8 @@ def differences_table(found: Comparison, label: str) -> Iterator[str]:
         yield _line([POLICIES[other], *cells])
 
 
-def _label(found: Comparison, label: str) -> str:
-    """The label that a comparison gives the row."""
-    return next(r.label for r in found.rows if re.sub(r" \(.*\)$", "", r.label) == label)
-
-
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+    return f"| {' | '.join(cells)} |"
 
 
 def tables(folder: Path = RECORDED, label: str = "e2e-irl-best-of-n 2") -> Iterator[str]:
