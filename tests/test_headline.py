@@ -16,6 +16,8 @@ def test_the_readme_has_the_tables_of_the_recorded_runs() -> None:
     assert first.count("\n") == len(headline.POLICIES) + 1
     assert second.count("\n") == len(headline.AGAINST) + 1
     assert f"\n\n{first}\n\n" in told and f"\n\n{second}\n\n" in told
+    for table in (first, second):  # and no other beside it
+        assert told.count(table[: table.index("\n")]) == 1
 
 
 def test_every_policy_has_every_seed() -> None:
