@@ -43,6 +43,17 @@ DIFFERENCES = {
     "e2e/dpo-fixed-ref-contrast.yaml": ("e2e/dpo-fixed-ref.yaml", {"pairs.sources"}),
     "e2e/spin-contrast.yaml": (SPIN, {"pairs.sources"}),
     "e2e/irl-best-of-n-contrast.yaml": (IRL, {"pairs.sources"}),
+    "e2e/irl-select-edits.yaml": (
+        "e2e/irl-select.yaml",
+        {
+            "pairs.sources",
+            "pairs.contrast",
+            "pairs.contrast_edits",
+            "reward.echo",
+            "reward.max_pairs",
+            "loop.iterations",
+        },
+    ),
     "e2e/sft.yaml": ("e2e/base.yaml", set()),
     "sfx/preference-rlhf.yaml": (
         "sfx/irl-best-of-n.yaml",
@@ -59,6 +70,7 @@ SMOKED = {
     "e2e/ablations/afd-sft-init.yaml": (),
     "e2e/ablations/iqlearn-from-start.yaml": (),
     "e2e/dpo-fixed-ref.yaml": (),
+    "e2e/irl-select-edits.yaml": (),
     "sfx/preference-rlhf.yaml": (),
 }
 

@@ -7,14 +7,15 @@ by: the correlation of reward and error count of each kind, and with length, aft
 prompt's mean; the slot errors of the sample that the reward likes best and least, beside the mean
 sample's; and gold pairs, two samples of a prompt of which one has fewer slot errors: the share that
 the reward tells apart, beside the SFT model's log-prob and length, ties counting half. "both" is
-the sum of the reward and the mean log-prob, each by its deviation within prompts; "all" has the
-rewards of --beside in it as well.
+the sum of the reward and the mean log-prob, each by its deviation within prompts. --beside, a run
+or a reward's folder: further rewards of the same samples, each alone and with the mean log-prob;
+"beside" is the sum of these and the mean log-prob, "all" has the run's own reward in it as well.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,34 @@ def first_reward(stage: dict[str, Path]) -> RewardFunction:
     return RewardModel.from_pretrained(stage["reward/0"] / "model")
 
 
+def stages_of(view: RunView) -> dict[str, Path]:
+    """Role -> folder of a run's stages."""
+    return {role: view.folder / where["path"] for role, where in view.stages.items()}
+
+
+def load_reward(folder: Path) -> RewardFunction:
+    """The first reward of a run, or that of a reward's own folder."""
+    if (folder / "stages.json").exists():
+        return first_reward(stages_of(Run.load(folder)))
+    return RewardModel.from_pretrained(folder)
+
+
+def further_scores(
+    further: Mapping[str, np.ndarray], own: np.ndarray, mean_logp: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What a line has of further rewards (N,), centred like own and mean_logp."""
+    rewards = list(further.values())
+    told = dict(further)
+    told |= {f"{name} and mean log-prob": summed([v, mean_logp]) for name, v in further.items()}
+    if len(rewards) > 1:
+        told["beside"] = summed([mean_logp, *rewards])
+    return told | ({"all": summed([own, mean_logp, *rewards])} if rewards else {})
+
+
 def main(folder: Path, beside: Sequence[Path] = ()) -> None:
     """Print one run's line; beside: folders of further rewards of its prompts and samples."""
     view = Run.load(folder)
-    stage = {role: folder / where["path"] for role, where in view.stages.items()}
+    stage = stages_of(view)
     pairs = load_pairs(stage["pairs/0"] / "held_out.parquet").to_list()
     pairs = [pair for pair in pairs if pair["source"] == "demonstration/policy"]
     texts = prompt_texts(stage["data"] / "held_out.parquet")
@@ -110,12 +135,13 @@ def main(folder: Path, beside: Sequence[Path] = ()) -> None:
     pair = gold_pairs(errors / slots, prompts)
     lengths, sums = measures["length"], np.array(list(logp.values()), float)
     others = {"log-prob": sums, "mean log-prob": sums / lengths, "longer": lengths}
-    scaled = [own, centred(others["mean log-prob"], prompts)]
-    others = {"both": summed(scaled), **others}
-    if beside:
-        rewards = map(RewardModel.from_pretrained, beside)
-        further = [centred(r.score_ids(asked, ids).double().numpy(), prompts) for r in rewards]
-        others = {"all": summed([*scaled, *further]), **others}
+    mean_logp = centred(others["mean log-prob"], prompts)
+    others = {"both": summed([own, mean_logp]), **others}
+    further = {
+        path.name: centred(load_reward(path).score_ids(asked, ids).double().numpy(), prompts)
+        for path in beside
+    }
+    others |= further_scores(further, own, mean_logp)
     told = {name: accuracy(values, *pair) for name, values in {"reward": scores, **others}.items()}
     print(
         f"{folder.name}: correlation with "
@@ -132,7 +158,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="REWARD")
+    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN|REWARD")
     given = parser.parse_args()
     for run in given.runs:
         main(run, given.beside)
