@@ -22,6 +22,7 @@ def test_the_readme_has_the_tables_of_the_recorded_runs() -> None:
 
 def test_every_policy_has_every_seed() -> None:
     found = headline.comparison()
+    assert found.seeds == [1, 2, 3, 4, 5]  # "five seeds" in the README
     assert set(headline.POLICIES) <= {headline.short(row.label) for row in found.rows}
     for row in found.rows:
         assert sorted(row.values[f"{headline.ERRORS}@1"]) == found.seeds, row.label

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from reward_gold import KINDS, gold_pairs, gold_rows, prompt_texts
+from reward_gold import KINDS, gold_pairs, gold_rows, prompt_texts, stages_of
 
 from irl_align.models import load_tokenizer
 from irl_align.stages import Run, RunView
@@ -37,7 +37,7 @@ irl_align:
 
 def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
     """All pairs of one split that gold tells apart, by prompt, without empty texts."""
-    stage = {role: view.folder / where["path"] for role, where in view.stages.items()}
+    stage = stages_of(view)
     of_pairs, of_data = PARTS[split]
     texts = prompt_texts(stage["data"] / f"{of_data}.parquet")
     tokenizer = load_tokenizer(stage["sft"] / "model")
