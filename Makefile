@@ -57,14 +57,29 @@ test: vllm deepspeed  ## run the tests, those against vLLM and DeepSpeed too, tw
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # What runs on other versions than the pinned ones: every library is used, nothing takes long.
-SMOKE := $(addprefix tests/test_,attention.py cli.py credit.py data.py fit.py generate.py \
-	grouped_attention.py loop.py models.py ppo.py recipe.py recipe_args.py report.py resume.py \
-	samples.py short_attention.py stages.py supply.py)
+SMOKE := $(addprefix tests/,reward/test_attention.py \
+	cli/test_main.py \
+	reward/test_credit.py \
+	data/test_loading.py \
+	reward/test_fit.py \
+	models/generation/test_transformers_backend.py \
+	models/generation/test_grouped_attention.py \
+	training/test_loop.py \
+	models/test_loading.py \
+	policy/ppo/test_trainer.py \
+	config/test_recipe.py \
+	config/test_trl_args.py \
+	evaluation/report/test_write.py \
+	integration/test_resume.py \
+	models/generation/test_samples.py \
+	models/test_attention.py \
+	training/test_store.py \
+	test_supply.py)
 
 test-lowest:  ## a share of the tests with the lowest versions that pyproject.toml claims
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q packaging
-	.venv-lowest/bin/python tests/versions.py lowest > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python tests/support/versions.py lowest > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --progress-bar off -c .venv-lowest/constraints.txt -e '.[dev]'
 	IRL_ALIGN_OTHER_VERSIONS=1 .venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile $(wildcard $(SMOKE))
 
@@ -81,7 +96,7 @@ fuzz: venv  ## 20,000 hostile recipes, rows, cards and run folders
 	PYTHONPATH=tests .venv/bin/python -m faults.fuzz --report runs/fuzz
 
 licences: venv  ## write dependencies.md
-	.venv/bin/python tests/versions.py licences
+	.venv/bin/python tests/support/versions.py licences
 
 lint: venv  ## ruff and mypy
 	.venv/bin/ruff check .

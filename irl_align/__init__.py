@@ -2,18 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from irl_align.utils.version import __version__
+
 __all__ = ["RewardModel", "__version__", "load_recipe", "train"]
 
 if TYPE_CHECKING:
-    from irl_align.api import train
-    from irl_align.recipe import load_recipe
+    from irl_align.config.recipe import load_recipe
     from irl_align.reward.model import RewardModel
+    from irl_align.training.train import train
 
 _HOMES = {
     "RewardModel": "irl_align.reward.model",
-    "load_recipe": "irl_align.recipe",
-    "train": "irl_align.api",
+    "load_recipe": "irl_align.config.recipe",
+    "train": "irl_align.training.train",
 }
 
 

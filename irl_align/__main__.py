@@ -1,5 +1,5 @@
 """`python -m irl_align`, the same as the command `irl-align`."""
 
-from irl_align.cli import main
+from irl_align.cli.main import main
 
 main()

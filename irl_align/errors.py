@@ -1,6 +1,6 @@
 """What a user can mend, and what may mend itself."""
 
-from irl_align.hygiene import printable
+from irl_align.utils.sanitize import printable
 
 
 class UserError(Exception):

@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from versions import ROOT, TESTED, closure, licences, lower_bound, lowest, requirements
+from support.versions import ROOT, TESTED, closure, licences, lower_bound, lowest, requirements
 
 COPYLEFT = re.compile(r"\b[AL]?GPL|GNU|MPL|Mozilla|SSPL|EUPL|CDDL|copyleft|not declared", re.I)
 PER_FILE = {"certifi", "tqdm"}  # MPL-2.0: a duty for changes to their own files alone

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from irl_align.adapters import base_of, is_adapter
-from irl_align.columns import column
+from irl_align.data.columns import column
+from irl_align.data.encoding import Templated
 from irl_align.errors import UserError
-from irl_align.files import atomic_folder, atomic_write, file_checksum, files_of, full_disk_told
+from irl_align.evaluation.inference import PromptFormat
 from irl_align.hub.adapter import base_name, rename_base, require_whole
 from irl_align.hub.card import policy_card, reward_card
 from irl_align.hub.facts import KINDS, Artefact, Facts, ratio_interval
@@ -24,10 +24,16 @@ from irl_align.hub.licences import UNKNOWN, Licence, derive
 from irl_align.hub.pairs import read_pairs, write_pairs
 from irl_align.hub.sections import Measured
 from irl_align.hub.weights import chat_ids, chat_template, fold_normaliser, plain_scores
-from irl_align.models import load_model, load_tokenizer, pick_device
+from irl_align.models.loading import load_model, load_tokenizer, pick_device
+from irl_align.models.lora import base_of, is_adapter
 from irl_align.reward.model import RewardModel
-from irl_align.serve import PromptFormat
-from irl_align.tokens import Templated
+from irl_align.utils.files import (
+    atomic_folder,
+    atomic_write,
+    file_checksum,
+    files_of,
+    full_disk_told,
+)
 
 logger = logging.getLogger(__name__)
 CHECKED = 256  # held-out demonstrations on which an exported reward is compared with ours

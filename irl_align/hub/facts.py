@@ -16,11 +16,11 @@ import numpy as np
 import yaml
 from huggingface_hub import DatasetCard
 
-from irl_align.cards import Card, load_card
+from irl_align.config.resources import data_cards_dir
+from irl_align.data.cards import Card, load_card
 from irl_align.errors import UserError
-from irl_align.files import read_json
-from irl_align.resources import data_cards_dir
-from irl_align.stages import RERUN, Run, RunView
+from irl_align.training.run_folder import RERUN, Run, RunView
+from irl_align.utils.files import read_json
 
 KINDS = ("reward", "policy", "pairs")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

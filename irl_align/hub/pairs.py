@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from irl_align.columns import column
+from irl_align.data.columns import column
+from irl_align.data.encoding import decode_batch
 from irl_align.errors import UserError
-from irl_align.files import atomic_write
 from irl_align.hub.card import pairs_card
 from irl_align.hub.facts import Facts
 from irl_align.hub.licences import Licence
-from irl_align.models import load_tokenizer
-from irl_align.tokens import decode_batch
+from irl_align.models.loading import load_tokenizer
+from irl_align.utils.files import atomic_write
 
 # Part of the pairs -> split of the dataset.
 PARTS = {"train": "train", "held_out": "validation"}

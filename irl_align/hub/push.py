@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from irl_align.errors import UserError
-from irl_align.files import locked
 from irl_align.hub.licences import UNKNOWN
+from irl_align.utils.files import locked
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

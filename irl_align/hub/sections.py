@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from irl_align import __version__
-from irl_align.grid import spelt
 from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
 from irl_align.hub.licences import Licence
 from irl_align.hub.snippets import Snippet
 from irl_align.reward.model import RewardSettings
+from irl_align.utils.text_table import spelt
+from irl_align.utils.version import __version__
 
 LOSSES = {
     "bradley_terry": "Bradley-Terry, -log sigmoid(r(x, y_E) - r(x, y)): arXiv:2503.13538, eq. 11",

@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from irl_align.generate import Generator, Sampling
+    from irl_align.models.generation import Generator, Sampling
+    from irl_align.models.generation.samples import Samples
+    from irl_align.models.trl import Training
     from irl_align.reward.model import RewardFunction
-    from irl_align.samples import Samples
-    from irl_align.stages import Stage
-    from irl_align.trainers import Training
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,23 @@ class Policy:
         return f"{self.key}+{r.reward.key}+{r.n}+{r.score}+{r.temperature}"
 
 
-class Workshop(Protocol):
+class Stage(Protocol):
+    """A committed stage, as a policy update sees it."""
+
+    @property
+    def key(self) -> str:
+        """Hash of its settings and inputs."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of its artefacts."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What its build measured."""
+
+
+class UpdateContext(Protocol):
     """What a policy update may use: stages, sampling, models on disk. Given by the loop."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -138,11 +153,11 @@ class PolicyUpdate(Protocol):
 
     def __call__(
         self,
-        workshop: Workshop,
+        context: UpdateContext,
         iteration: int,
         policy: Policy,
         initial: Policy,
         reward: Reward | None,
         demonstrations: Demonstrations,
     ) -> Policy:
-        """Return the improved policy; its work is done in the workshop's stages."""
+        """Return the improved policy; its work is done in the context's stages."""

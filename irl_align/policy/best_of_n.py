@@ -17,16 +17,16 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from irl_align import ranks
-from irl_align.columns import column
+from irl_align.config.policy_update import PROMPT_OPTIONS, BestOfNOptions
+from irl_align.data.columns import column
 from irl_align.errors import UserError
-from irl_align.generate import Completion
-from irl_align.policy import Demonstrations, Policy, Ranking, Reward, Workshop
-from irl_align.policy_options import PROMPT_OPTIONS, BestOfNOptions
-from irl_align.ranking import rank_samples, sample_rewards
+from irl_align.models.generation import Completion
+from irl_align.models.generation.samples import Samples
+from irl_align.models.trl import Training, fit_sft, save_model, sft_columns
+from irl_align.policy import Demonstrations, Policy, Ranking, Reward, UpdateContext
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.samples import Samples
-from irl_align.trainers import Training, fit_sft, save_model, sft_columns
+from irl_align.reward.ranking import rank_samples, sample_rewards
+from irl_align.utils import distributed
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BestOfN:
 
     def __call__(
         self,
-        workshop: Workshop,
+        context: UpdateContext,
         iteration: int,
         policy: Policy,
         initial: Policy,
@@ -53,34 +53,34 @@ class BestOfN:
             ranking = Ranking(reward, options.n, options.score, options.temperature)
             return Policy(policy.path, policy.key, ranking)
         prompts = choose_prompts(demonstrations.distinct_prompts(), options.prompts)
-        sampling = workshop.sampling(options.n, options.temperature)
-        candidates = workshop.sample(base, prompts, sampling, "candidates")
+        sampling = context.sampling(options.n, options.temperature)
+        candidates = context.sample(base, prompts, sampling, "candidates")
         start = policy if options.start == "current" else initial
 
         inputs = {"policy": policy.key, "demonstrations": demonstrations.checksum}
         rewards = None
         if options.score != "logprob":
             settings = {"sampling": vars(sampling), "prompts": options.prompts}
-            rewards = score_candidates(workshop, iteration, candidates, reward, settings, inputs)
+            rewards = score_candidates(context, iteration, candidates, reward, settings, inputs)
             inputs["reward"] = reward.key
         scores = rank_samples(candidates, rewards, options.score)
 
         def build(work: Path) -> dict[str, Any]:
-            model = workshop.load_trainable(start.path)
-            training = workshop.training(work, f"best of {options.n} ({options.use}) {iteration}")
+            model = context.load_trainable(start.path)
+            training = context.training(work, f"best of {options.n} ({options.use}) {iteration}")
             own = start == policy and sampling.plain
-            metrics = self._fit(model, workshop, candidates, scores, training, own)
-            save_model(model, workshop.tokenizer, work / "model")
+            metrics = self._fit(model, context, candidates, scores, training, own)
+            save_model(model, context.tokenizer, work / "model")
             return {**score_report(scores), **metrics}
 
-        stage = workshop.stage(
+        stage = context.stage(
             f"policy-{iteration + 1}",
             f"best-of-n-{options.use}",
             {
                 "sampling": vars(sampling),
                 "options": options.model_dump(exclude=PROMPT_OPTIONS),
                 "iteration": iteration,
-                **workshop.adapted,
+                **context.adapted,
             },
             {**inputs, "start": start.key},
             build,
@@ -90,14 +90,14 @@ class BestOfN:
     def _fit(
         self,
         model: PreTrainedModel,
-        workshop: Workshop,
+        context: UpdateContext,
         candidates: Samples,
         scores: np.ndarray,
         training: Training,
         own: bool,
     ) -> dict[str, Any]:
         """Train the model in place; own: it is the sampler itself, not changed by top-p or such."""
-        options, tokenizer = self.options, workshop.tokenizer
+        options, tokenizer = self.options, context.tokenizer
         if options.use == "sft":
             columns = best_columns(candidates, scores, options.keep)
             return fit_sft(model, tokenizer, columns, options.args, training)
@@ -112,7 +112,7 @@ class BestOfN:
 
 
 def score_candidates(
-    workshop: Workshop,
+    context: UpdateContext,
     iteration: int,
     candidates: Samples,
     reward: Reward,
@@ -122,12 +122,12 @@ def score_candidates(
     """Rewards (M * N,) of candidates, as a stage: every use of the same candidates shares it."""
 
     def build(work: Path) -> dict[str, Any]:
-        rewards = sample_rewards(candidates, workshop.load_reward(reward))
-        if ranks.is_main():
+        rewards = sample_rewards(candidates, context.load_reward(reward))
+        if distributed.is_main():
             np.save(work / "rewards.npy", rewards)
         return {"samples": len(rewards)}
 
-    stage = workshop.stage(
+    stage = context.stage(
         f"candidate-rewards/{iteration}",
         "candidate-rewards",
         settings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from irl_align.errors import UserError
-from irl_align.policy import Demonstrations, Policy, Reward, Workshop
+from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Identity:
 
     def __call__(
         self,
-        workshop: Workshop,
+        context: UpdateContext,
         iteration: int,
         policy: Policy,
         initial: Policy,

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irl_align import ranks
-from irl_align.maths.losses import iq_learn
-from irl_align.policy import Demonstrations, Policy, Reward, Workshop
-from irl_align.policy_options import IQLearnOptions
-from irl_align.trainers import GuardedSFTTrainer, fit_sft, save_model, sft_columns
+from irl_align.config.policy_update import IQLearnOptions
+from irl_align.models.trl import GuardedSFTTrainer, fit_sft, save_model, sft_columns
+from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
+from irl_align.reward.losses import iq_learn
+from irl_align.utils import distributed
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class IQLearn:
 
     def __call__(
         self,
-        workshop: Workshop,
+        context: UpdateContext,
         iteration: int,
         policy: Policy,
         initial: Policy,
@@ -36,22 +36,22 @@ class IQLearn:
         options = self.options
 
         def build(work: Path) -> dict[str, Any]:
-            model = workshop.load_trainable(policy.path)
+            model = context.load_trainable(policy.path)
             metrics = fit_sft(
                 model,
-                workshop.tokenizer,
+                context.tokenizer,
                 sft_columns(demonstrations.prompts, demonstrations.completions),
                 options.args,
-                workshop.training(work, f"IQLearn {iteration}"),
+                context.training(work, f"IQLearn {iteration}"),
                 partial(IQLearnTrainer, coef=options.coef, gamma=options.gamma),
             )
-            save_model(model, workshop.tokenizer, work / "model")
+            save_model(model, context.tokenizer, work / "model")
             return metrics
 
-        stage = workshop.stage(
+        stage = context.stage(
             f"policy-{iteration + 1}",
             "iqlearn",
-            {**options.model_dump(exclude={"kind"}), "iteration": iteration, **workshop.adapted},
+            {**options.model_dump(exclude={"kind"}), "iteration": iteration, **context.adapted},
             {"policy": policy.key, "demonstrations": demonstrations.checksum},
             build,
         )
@@ -86,4 +86,4 @@ class IQLearnTrainer(GuardedSFTTrainer):
         for name, number in metrics.items():
             self._metrics["train"][name].append(number.item())
         # Tokens are counted over all processes, whose gradients are averaged.
-        return loss * ranks.count()
+        return loss * distributed.count()

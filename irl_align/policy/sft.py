@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irl_align.policy import Demonstrations, Policy, Reward, Workshop
-from irl_align.trainers import fit_sft, save_model, sft_columns
+from irl_align.models.trl import fit_sft, save_model, sft_columns
+from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MoreSFT:
 
     def __call__(
         self,
-        workshop: Workshop,
+        context: UpdateContext,
         iteration: int,
         policy: Policy,
         initial: Policy,
@@ -29,17 +29,17 @@ class MoreSFT:
         """Train on; the reward, if there is one, is not looked at."""
 
         def build(work: Path) -> dict[str, Any]:
-            model = workshop.load_trainable(policy.path)
+            model = context.load_trainable(policy.path)
             columns = sft_columns(demonstrations.prompts, demonstrations.completions)
-            training = workshop.training(work, f"more SFT {iteration}")
-            metrics = fit_sft(model, workshop.tokenizer, columns, self.args, training)
-            save_model(model, workshop.tokenizer, work / "model")
+            training = context.training(work, f"more SFT {iteration}")
+            metrics = fit_sft(model, context.tokenizer, columns, self.args, training)
+            save_model(model, context.tokenizer, work / "model")
             return metrics
 
-        stage = workshop.stage(
+        stage = context.stage(
             f"policy-{iteration + 1}",
             "more-sft",
-            {"args": dict(self.args), "iteration": iteration, **workshop.adapted},
+            {"args": dict(self.args), "iteration": iteration, **context.adapted},
             {"policy": policy.key, "demonstrations": demonstrations.checksum},
             build,
         )

@@ -32,18 +32,18 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from irl_align.batches import (
+from irl_align.data.encoding import decode_batch, encode_prompts, prompt_text
+from irl_align.data.loading import Prompt
+from irl_align.errors import UserError
+from irl_align.models.loading import load_model, load_tokenizer
+from irl_align.models.packing import (
     TOKENS_PER_BATCH,
     batches_by_tokens,
     context_length,
     require_context,
 )
-from irl_align.data import Prompt
-from irl_align.errors import UserError
-from irl_align.models import load_model, load_tokenizer
 from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings
 from irl_align.reward.scoring import TokenScores, score_tokens
-from irl_align.tokens import decode_batch, encode_prompts, prompt_text
 
 Ids = Sequence[Sequence[int]]
 RawPrompt = Callable[[Sequence[int]], Prompt]

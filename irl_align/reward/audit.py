@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from irl_align.columns import column
-from irl_align.maths.losses import pair_metrics
+from irl_align.data.columns import column
+from irl_align.reward.losses import pair_metrics
 
 CLOSE = 0.05  # a shortcut this near to the reward's accuracy, and above chance, is warned of
 LEANING = 0.2  # a correlation with length within prompts that is warned of

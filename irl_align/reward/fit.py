@@ -14,13 +14,10 @@ from datasets import Dataset
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
-from irl_align import ranks
-from irl_align.batches import PackedRows, can_pack, pack_rows, row_lengths, share_prompts
-from irl_align.columns import column
-from irl_align.maths.losses import PAIR_LOSSES, calibration_error, pair_metrics
-from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, whole_rewards
-from irl_align.sharded import take_back, to_train
-from irl_align.trainers import (
+from irl_align.data.columns import column
+from irl_align.models.packing import PackedRows, can_pack, pack_rows, row_lengths, share_prompts
+from irl_align.models.sharding import copy_back, to_train
+from irl_align.models.trl import (
     LENGTH_GROUPS,
     Guarded,
     Training,
@@ -29,6 +26,9 @@ from irl_align.trainers import (
     run_trainer,
     training_args,
 )
+from irl_align.reward.losses import PAIR_LOSSES, calibration_error, pair_metrics
+from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, whole_rewards
+from irl_align.utils import distributed
 
 SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
 
@@ -127,7 +127,7 @@ class PairRewardTrainer(Guarded, RewardTrainer):
         if args.center_rewards_coefficient is not None:
             loss = loss + args.center_rewards_coefficient * (preferred + rejected).pow(2).mean()
         for name in ("accuracy", "margin"):
-            mean = ranks.total(metrics[name] / ranks.count())
+            mean = distributed.total(metrics[name] / distributed.count())
             self._metrics["train"][name].append(mean.item())
         return loss
 
@@ -159,7 +159,7 @@ def fit_reward(
         loss=loss,
     )
     metrics = run_trainer(trainer, training)
-    take_back(trained, reward.model)
+    copy_back(trained, reward.model)
     reward.model.eval()
     return metrics
 

@@ -19,15 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from irl_align import ranks
-from irl_align.batches import pad_right
-from irl_align.columns import column
+from irl_align.data.columns import column
 from irl_align.errors import UserError
-from irl_align.maths.losses import mixture_logp
-from irl_align.models import completion_logprobs
-from irl_align.reward.fit import SIDES
-from irl_align.sharded import take_back, to_train
-from irl_align.trainers import (
+from irl_align.models.loading import completion_logprobs
+from irl_align.models.packing import pad_right
+from irl_align.models.sharding import copy_back, to_train
+from irl_align.models.trl import (
     LENGTH_GROUPS,
     Guarded,
     Training,
@@ -35,6 +32,9 @@ from irl_align.trainers import (
     run_trainer,
     training_args,
 )
+from irl_align.reward.fit import SIDES
+from irl_align.reward.losses import mixture_logp
+from irl_align.utils import distributed
 
 LN2 = math.log(2.0)
 
@@ -64,7 +64,9 @@ def reference_logps(
         torch.tensor(
             [
                 float(logps.sum(dtype=np.float64))
-                for logps in ranks.over_sequences(partial(_logprobs, model), prompts, completions)
+                for logps in distributed.over_sequences(
+                    partial(_logprobs, model), prompts, completions
+                )
             ],
             dtype=torch.float64,
         )
@@ -84,7 +86,7 @@ def reference_logps(
 def _logprobs(
     model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
 ) -> list[np.ndarray]:
-    progress = "reference log-probs" if ranks.is_main() else None
+    progress = "reference log-probs" if distributed.is_main() else None
     return completion_logprobs(model, prompts, completions, progress=progress)
 
 
@@ -113,7 +115,7 @@ class ImplicitCollator:
 
 def gather_rows(values: Tensor) -> Tensor:
     """Values (N, ...) of all processes in a row, N of each its own; numbers () as (processes,)."""
-    parts = ranks.gather(values.detach().cpu())
+    parts = distributed.gather(values.detach().cpu())
     return torch.cat([torch.atleast_1d(part) for part in parts]).to(values.device)
 
 
@@ -123,7 +125,9 @@ class PairDPOTrainer(Guarded, DPOTrainer):
     def __init__(self, *args: Any, expect_ln2: bool, **kwargs: Any) -> None:
         self.expect_ln2 = expect_ln2
         super().__init__(*args, **kwargs)
-        if ranks.count() > 1:  # TRL's monitors gather a piece's rows, and pieces differ in them
+        if (
+            distributed.count() > 1
+        ):  # TRL's monitors gather a piece's rows, and pieces differ in them
             self.accelerator.gather = gather_rows
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
@@ -194,6 +198,6 @@ def fit_implicit(
     if first := [r["first_loss"] for r in metrics["history"] if "first_loss" in r]:
         metrics["first_loss"] = first[0]
         metrics["history"] = [r for r in metrics["history"] if "first_loss" not in r]
-    take_back(trained, model)
+    copy_back(trained, model)
     model.eval()
     return metrics

@@ -23,19 +23,11 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from irl_align import adapters
-from irl_align.batches import (
-    TOKENS_PER_BATCH,
-    PackedRows,
-    context_length,
-    hidden_states,
-    over_packed,
-)
+from irl_align.config.lora import LoraOptions
+from irl_align.data.encoding import Templated, encode_completions, encode_prompts
 from irl_align.errors import UserError
-from irl_align.files import read_json
-from irl_align.lora_options import LoraOptions
-from irl_align.maths.losses import bound, implicit_reward, mixture_logp
-from irl_align.models import (
+from irl_align.models import lora as adapters
+from irl_align.models.loading import (
     completion_logprobs,
     has_plain_logits,
     head_logprobs,
@@ -43,7 +35,15 @@ from irl_align.models import (
     load_tokenizer,
     seeded,
 )
-from irl_align.tokens import Templated, encode_completions, encode_prompts
+from irl_align.models.packing import (
+    TOKENS_PER_BATCH,
+    PackedRows,
+    context_length,
+    hidden_states,
+    over_packed,
+)
+from irl_align.reward.losses import bound, implicit_reward, mixture_logp
+from irl_align.utils.files import read_json
 
 Ids = Sequence[Sequence[int]]
 _CONFIG_KEY = "irl_reward"
@@ -247,7 +247,7 @@ class RewardModel(OfTexts):
     ) -> RewardModel:
         """Load a reward: ours, or any one-label AutoModelForSequenceClassification.
 
-        options: of :func:`irl_align.models.load_model`, such as merge=False for an adapter apart.
+        options: those of ``load_model``, such as merge=False for an adapter apart.
         """
         tokenizer = load_tokenizer(path)
         # Of an adapter the head lies beside it; without it elsewhere a model is no reward.

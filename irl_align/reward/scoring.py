@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from irl_align.batches import (
+from irl_align.errors import UserError
+from irl_align.models.loading import head_logprobs
+from irl_align.models.packing import (
     TOKENS_PER_BATCH,
     PackedRows,
     can_pack,
     hidden_states,
     over_packed,
 )
-from irl_align.errors import UserError
-from irl_align.models import head_logprobs
 from irl_align.reward.attention import attention_rows, require_causal
 from irl_align.reward.model import (
     RewardFunction,

@@ -42,7 +42,7 @@ def reference_metrics(
 ) -> dict[str, float]:
     """`bleu` and `chrf` in percent, lowercased, but for those that are known already.
 
-    Apart from a task's gold, since chrF takes seconds, too long for every update of PPO.
+    LogProbGap from a task's gold, since chrF takes seconds, too long for every update of PPO.
     """
     metrics = {"bleu": corpus_bleu, "chrf": corpus_chrf}
     return {n: score(completions, references) for n, score in metrics.items() if n not in known}

@@ -14,9 +14,9 @@ import logging
 import time
 from pathlib import Path
 
-from irl_align.compare import Options, compare
-from irl_align.report import write_report
-from irl_align.resources import recipes_dir
+from irl_align.config.resources import recipes_dir
+from irl_align.evaluation.compare.runner import CompareOptions, compare
+from irl_align.evaluation.report import write_report
 
 SMALL = (
     "device=cpu",
@@ -65,7 +65,7 @@ def main() -> None:
     recipes = write_recipes(asked.folder)
     everything = [*recipes, *SMALL, f"output_dir={asked.folder / 'runs'}"]
     began = time.monotonic()
-    compared = compare(everything, Options(tuple(range(1, asked.seeds + 1))))
+    compared = compare(everything, CompareOptions(tuple(range(1, asked.seeds + 1))))
     took = time.monotonic() - began
     seconds = compared.analysis["seconds"]
     print(f"comparison: {took:.0f} s; failed: {compared.failed or 'none'}")
@@ -84,7 +84,7 @@ def alone(folder: Path, recipes: list[str]) -> None:
     for path in recipes:
         began = time.monotonic()
         output = folder / "alone" / Path(path).stem
-        compare([path, *SMALL, f"output_dir={output}"], Options((1,)))
+        compare([path, *SMALL, f"output_dir={output}"], CompareOptions((1,)))
         total += time.monotonic() - began
     print(f"six methods of seed 1, each by itself: {total:.0f} s")
 

@@ -24,10 +24,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from irl_align.batches import PackedRows, over_packed
+from irl_align.data.tokenizer import train_tokenizer
+from irl_align.models.packing import PackedRows, over_packed
 from irl_align.reward.model import RewardModel
 from irl_align.reward.scoring import policy_attention, score_tokens
-from irl_align.tokenizer import train_tokenizer
 
 Ids = list[list[int]]
 Kind = Callable[[RewardModel, Ids, Ids], object]

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from slot_gold import SEEN, UNSEEN, count_errors, share, summary, venues
 
-from irl_align.cards import load_card
-from irl_align.config import GenerationOptions
-from irl_align.data import load_demonstrations
-from irl_align.generate import Sampling, generate
-from irl_align.models import load_tokenizer
-from irl_align.saved_sampler import saved_sampler
-from irl_align.stages import Run
+from irl_align.config.schema import GenerationOptions
+from irl_align.data.cards import load_card
+from irl_align.data.encoding import encode_prompts
+from irl_align.data.loading import load_demonstrations
+from irl_align.models.generation import Sampling, generate
+from irl_align.models.generation.offline import saved_sampler
+from irl_align.models.loading import load_tokenizer
 from irl_align.tasks import e2e
-from irl_align.tokens import encode_prompts
+from irl_align.training.run_folder import Run
 
 SEED = 0
 

@@ -36,9 +36,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from irl_align.generate import Sampling, TransformersGenerator, generate
-from irl_align.generate.vllm_common import vllm_importable
-from irl_align.models import completion_logprobs
+from irl_align.models.generation import Sampling, TransformersGenerator, generate
+from irl_align.models.generation.vllm_common import vllm_importable
+from irl_align.models.loading import completion_logprobs
 
 Prompts = list[list[int]]
 PAD, EOS = 0, 1
@@ -210,9 +210,9 @@ class ByVLLM:
     """vLLM in this process."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
-        from irl_align.generate.vllm_backend import VLLMGenerator
-        from irl_align.generate.vllm_common import EngineSettings
-        from irl_align.generate.vllm_engine import VLLMEngine
+        from irl_align.models.generation.vllm_backend import VLLMGenerator
+        from irl_align.models.generation.vllm_common import EngineSettings
+        from irl_align.models.generation.vllm_engine import VLLMEngine
 
         begin = time.perf_counter()
         setting.model.save_pretrained(folder / "policy")

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from reward_gold import KINDS, gold_pairs, gold_rows, prompt_texts, stages_of
 
-from irl_align.models import load_tokenizer
-from irl_align.stages import Run, RunView
+from irl_align.models.loading import load_tokenizer
+from irl_align.training.run_folder import Run, RunView
 
 PARTS = {"train": ("train", "reward"), "test": ("held_out", "held_out")}
 """Split -> file of the run's pairs, and of its demonstrations."""

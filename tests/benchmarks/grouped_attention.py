@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from irl_align.generate.grouped_attention import grouped_attention
+from irl_align.models.generation.grouped_attention import grouped_attention
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], steps: int) -> dict[str, float]:

@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from irl_align.comparison import BEYOND_ENTROPY, Comparison, analyse, compare_runs
-from irl_align.comparison_tables import interval
-from irl_align.stages import Run
+from irl_align.evaluation.compare.aggregate import BEYOND_ENTROPY, Comparison, analyse, compare_runs
+from irl_align.evaluation.compare.tables import interval
+from irl_align.training.run_folder import Run
 
 RECORDED = Path(__file__).parent / "recorded" / "e2e"
 FILES = ("recipe.yaml", "metrics.jsonl", "stages.json", "summary.json")

@@ -27,19 +27,19 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from irl_align import adapters
-from irl_align.generate import Sampling, TransformersGenerator
-from irl_align.lora_options import LoraOptions
-from irl_align.machine import peak_memory
-from irl_align.models import load_model, pick_device, seeded
+from irl_align.config.lora import LoraOptions
+from irl_align.config.policy_update import PPOOptions
+from irl_align.models import lora as adapters
+from irl_align.models.generation import Sampling, TransformersGenerator
+from irl_align.models.loading import load_model, pick_device, seeded
+from irl_align.models.trl import Training, save_model
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo import update
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import share_backbone
 from irl_align.policy.ppo.network import Critic
-from irl_align.policy_options import PPOOptions
 from irl_align.reward.model import RewardModel, RewardSettings
-from irl_align.trainers import Training, save_model
+from irl_align.utils.hardware import peak_memory
 
 VOCABULARY = 8192
 LORA = LoraOptions(r=16)

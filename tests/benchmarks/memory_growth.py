@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import psutil
 import torch
-from conftest import _tokenizer
-from ppo_tools import EOS, Scripted, actors, options, small_llama, training
-from rows import random_ids
 from scipy import stats
+from support.ppo_tools import EOS, Scripted, actors, options, small_llama, training
+from support.rows import random_ids
+from support.tiny_models import cached_tokenizer
 
 from irl_align.policy.ppo import trainer as module
 from irl_align.policy.ppo.update import train_ppo
@@ -69,7 +69,7 @@ def main() -> None:
     )
     reward = Scripted(lambda prompt, completion: float(EOS in completion))
     prompts = random_ids(16, 2, 5, 0, vocabulary=12)
-    cast = actors(small_llama(12), reward, _tokenizer(), prompts, chosen)
+    cast = actors(small_llama(12), reward, cached_tokenizer(), prompts, chosen)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(cast, chosen, training(Path(folder)))
     found = slope(np.asarray(readings[given.warm_up :]))

@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
-from irl_align.lab import Lab
-from irl_align.pair_step import make_pairs
+from irl_align.config.recipe import load_recipe
+from irl_align.data.encoding import decode_batch
 from irl_align.policy import Policy
-from irl_align.policy_step import improve_policy
-from irl_align.prepare import Data, prepare, supervise
-from irl_align.recipe import load_recipe
-from irl_align.reward_step import fit_reward_level
-from irl_align.stages import Run, Store
-from irl_align.tokens import decode_batch
+from irl_align.training.context import RunContext
+from irl_align.training.pair_step import make_pairs
+from irl_align.training.policy_step import improve_policy
+from irl_align.training.prepare import Data, prepare, supervise
+from irl_align.training.reward_step import fit_reward_level
+from irl_align.training.run_folder import Run
+from irl_align.training.store import Store
 
 HERE = Path(__file__).parent
 RECIPE = """\
@@ -47,32 +48,32 @@ policy_update:
 """
 
 
-def open_lab(folder: Path, options: argparse.Namespace) -> tuple[Lab, Data, Policy]:
+def open_lab(folder: Path, options: argparse.Namespace) -> tuple[RunContext, Data, Policy]:
     """The recipe's run, with data encoded and the policy in the store."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(**vars(options)))
     loaded = load_recipe(recipe, [f"output_dir={folder}"])
-    lab = Lab(loaded, Store(folder / "store"), Run(folder), torch.device("cpu"))
-    data, start = prepare(lab)
-    return lab, data, supervise(lab, start, data)
+    context = RunContext(loaded, Store(folder / "store"), Run(folder), torch.device("cpu"))
+    data, start = prepare(context)
+    return context, data, supervise(context, start, data)
 
 
 def ours(folder: Path, options: argparse.Namespace) -> None:
     """One iteration, as bilevel() runs it; then a few samples of the new policy, for its sync."""
-    lab, data, policy = open_lab(folder, options)
+    context, data, policy = open_lab(folder, options)
     begin = time.perf_counter()
-    pairs = make_pairs(lab, 0, policy, policy, policy, data)
-    reward = fit_reward_level(lab, 0, policy, policy, None, [pairs], data)
-    improved = improve_policy(lab, 0, policy, policy, reward, data)
+    pairs = make_pairs(context, 0, policy, policy, policy, data)
+    reward = fit_reward_level(context, 0, policy, policy, None, [pairs], data)
+    improved = improve_policy(context, 0, policy, policy, reward, data)
     took = time.perf_counter() - begin
-    if lab.vllm is not None and lab.vllm.generator is not None:
+    if context.vllm is not None and context.vllm.generator is not None:
         prompts = data.demonstrations("reward").distinct_prompts()[:4]
-        lab.sample(improved, prompts, lab.sampling(1, 1.0), "sync")
-        start, *syncs = lab.vllm.generator.seconds
+        context.sample(improved, prompts, context.sampling(1, 1.0), "sync")
+        start, *syncs = context.vllm.generator.seconds
         print(f"    {'engine, first weights':36}{start:8.1f} s, once per run")
         print(f"    {'sync of the new policy':36}{syncs[-1]:8.2f} s, {syncs[-1] / took:.1%}")
-    lab.close()
+    context.close()
     stages = json.loads((folder / "stages.json").read_text())
     for role, stage in stages.items():
         record = json.loads((folder / stage["path"] / "stage.json").read_text())
@@ -135,9 +136,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        lab, data, _ = open_lab(folder / "ours", options)
-        lab.close()
-        columns = [decode_batch(lab.tokenizer, data.reward[f"{c}_ids"]) for c in SIDES]
+        context, data, _ = open_lab(folder / "ours", options)
+        context.close()
+        columns = [decode_batch(context.tokenizer, data.reward[f"{c}_ids"]) for c in SIDES]
         rows = [dict(zip(SIDES, pair, strict=True)) for pair in zip(*columns, strict=True)]
         file = folder / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from irl_align.files import read_json
-from irl_align.stages import Run
+from irl_align.training.run_folder import Run
+from irl_align.utils.files import read_json
 
 
 def main(folder: Path) -> None:

@@ -108,9 +108,9 @@ def peaks(folder: Path, width: int, layers: int, vocabulary: int) -> dict[str, t
 
 def plan(recipe: Path, role: str) -> float:
     """Peak bytes of a stage by the plan."""
-    from irl_align.plan import Assumptions, make_plan
-    from irl_align.plan_hardware import device_named
-    from irl_align.recipe import load_recipe
+    from irl_align.config.recipe import load_recipe
+    from irl_align.training.plan.devices import device_named
+    from irl_align.training.plan.plan import Assumptions, make_plan
 
     made = make_plan(load_recipe(recipe), Assumptions(device_named("cpu"), 0.35, 0.5))
     return next(step.cost.use.peak for step in made.steps if step.role == role)
@@ -132,7 +132,7 @@ def build(recipe: Path) -> None:
     import trl.trainer.reward_trainer
     import trl.trainer.sft_trainer  # noqa: F401
 
-    from irl_align.api import train
+    from irl_align.training.train import train
 
     before = status("VmRSS")
     train(recipe)

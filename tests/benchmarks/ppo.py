@@ -36,27 +36,27 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from irl_align.generate import Sampling, TransformersGenerator
+from irl_align.config.policy_update import PPOOptions
+from irl_align.data.encoding import encode_prompts
+from irl_align.evaluation.inference import PromptFormat
+from irl_align.models.generation import Sampling, TransformersGenerator
+from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import Journal
 from irl_align.policy.ppo.critic import make_critic
 from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
 from irl_align.policy.ppo.network import Network
-from irl_align.policy.ppo.rollout import Samples, draw
+from irl_align.policy.ppo.rollout import RolloutBatch, draw
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.policy_options import PPOOptions
 from irl_align.reward.model import RewardModel, RewardSettings
-from irl_align.serve import PromptFormat
-from irl_align.tokens import encode_prompts
-from irl_align.trainers import Training
 
 CPU = torch.device("cpu")
 
 
 def rollout(
     model: PreTrainedModel, prompts: Prompts, eos: int, count: int, longest: int
-) -> Samples:
+) -> RolloutBatch:
     generator = TransformersGenerator(model, [eos], PAD)
     return draw(generator, prompts, Sampling(max_new_tokens=longest), 0, 0, count)
 
@@ -64,7 +64,9 @@ def rollout(
 # --- the learner ----------------------------------------------------------------------------------
 
 
-def our_update(model: PreTrainedModel, samples: Samples, options: PPOOptions) -> Callable[[], None]:
+def our_update(
+    model: PreTrainedModel, samples: RolloutBatch, options: PPOOptions
+) -> Callable[[], None]:
     """Updates on one rollout; each call packs and trains it anew."""
     policy = copy.deepcopy(model)
     network = Network(policy, make_critic(options, policy, None, None), 1.0)  # type: ignore[arg-type]
@@ -82,7 +84,7 @@ def our_update(model: PreTrainedModel, samples: Samples, options: PPOOptions) ->
 
 
 def bare_update(
-    model: PreTrainedModel, samples: Samples, options: PPOOptions, critic: bool
+    model: PreTrainedModel, samples: RolloutBatch, options: PPOOptions, critic: bool
 ) -> Callable[[], None]:
     """The same tokens in rows of one length: forward, loss on completion places, backward, step."""
     tokens = sum(map(len, samples.prompts)) + int(samples.mask.sum())

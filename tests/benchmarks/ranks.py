@@ -98,12 +98,12 @@ def work(options: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from irl_align import ranks
-    from irl_align.generate import Sampling, TransformersGenerator
+    from irl_align.config.policy_update import PPOOptions
+    from irl_align.models.generation import Sampling, TransformersGenerator
     from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
     from irl_align.policy.ppo.network import Network
     from irl_align.policy.ppo.rollout import collate, sample
-    from irl_align.policy_options import PPOOptions
+    from irl_align.utils import distributed
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -130,12 +130,12 @@ def work(options: Any) -> None:
         kind="ppo", advantage="rloo", n=2, batch_size=options.samples,
         episodes=options.samples * 8, epochs=1, max_batch_tokens=2048,
     )  # fmt: skip
-    with ranks.joined(cpu):
+    with distributed.joined(cpu):
         generator = TransformersGenerator(policy, [1], 0)
         accelerator = make_accelerator(cpu, bf16=False)
         learner = Learner(Network(policy, None, 1.0), settings, cpu, 0, 0, accelerator)
         sample(generator, prompts[:4], sampling)  # the first call is slower
-        ranks.barrier()
+        distributed.barrier()
         meet(Path(options.worker), "generation")
         began = time.perf_counter()
         samples = collate(prompts, sample(generator, prompts, sampling))

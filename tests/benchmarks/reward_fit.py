@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from trl import RewardConfig
 
-from irl_align.pairs import load_pairs
-from irl_align.recipe import load_recipe
+from irl_align.config.recipe import load_recipe
+from irl_align.data.pairs import load_pairs
+from irl_align.models.attention import short_attention
+from irl_align.models.trl import Training, training_args
 from irl_align.reward.fit import SIDES, fit_reward, pair_columns
 from irl_align.reward.model import RewardModel, RewardSettings
-from irl_align.reward_step import scheduled
-from irl_align.short_attention import short_attention
-from irl_align.stages import Run
-from irl_align.trainers import Training, training_args
+from irl_align.training.reward_step import scheduled
+from irl_align.training.run_folder import Run
 
 
 def floor(reward: RewardModel, tokens: int, length: int, rows: int, bf16: bool) -> float:

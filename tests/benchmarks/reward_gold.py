@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from irl_align.cards import import_object, load_card
-from irl_align.models import load_model, load_tokenizer
-from irl_align.pairs import load_pairs
+from irl_align.data.cards import import_object, load_card
+from irl_align.data.pairs import load_pairs
+from irl_align.data.tokenizer import decode_batch
+from irl_align.models.loading import load_model, load_tokenizer
 from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
-from irl_align.stages import Run, RunView
-from irl_align.tokenizer import decode_batch
+from irl_align.training.run_folder import Run, RunView
 
 KINDS = ("missing", "wrong", "hallucinated")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from irl_align.short_attention import short_attention
+from irl_align.models.attention import short_attention
 
 TOKENS = 4096
 

@@ -15,9 +15,9 @@ import argparse
 import random
 from collections.abc import Callable
 
-from irl_align.cards import load_card
-from irl_align.contrast import contrast_pairs
-from irl_align.data import load_demonstrations, prompt_key
+from irl_align.data.cards import load_card
+from irl_align.data.contrast import contrast_pairs
+from irl_align.data.loading import load_demonstrations, prompt_key
 from irl_align.reward.model import RewardModel
 from irl_align.tasks import e2e
 from irl_align.tasks import e2e_patterns as patterns

@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from irl_align.cards import load_card
-from irl_align.data import load_demonstrations
-from irl_align.stages import Run
+from irl_align.data.cards import load_card
+from irl_align.data.loading import load_demonstrations
 from irl_align.tasks import e2e
+from irl_align.training.run_folder import Run
 
 SEEN, UNSEEN = "near, seen so", "near, never seen so"
 KINDS = ("right", "missing", "wrong")

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from generation import EOS, SIZES, random_llama
 
-from irl_align.generate.vllm_backend import VLLMGenerator
-from irl_align.generate.vllm_common import EngineSettings, PolicyFolder
-from irl_align.generate.vllm_engine import VLLMEngine
-from irl_align.models import completion_logprobs
+from irl_align.models.generation.vllm_backend import VLLMGenerator
+from irl_align.models.generation.vllm_common import EngineSettings, PolicyFolder
+from irl_align.models.generation.vllm_engine import VLLMEngine
+from irl_align.models.loading import completion_logprobs
 
 
 def main() -> None:

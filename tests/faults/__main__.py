@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, to look at again")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    import irl_align.api  # noqa: F401 - every forked process has it then
+    import irl_align.training.train  # noqa: F401 - every forked process has it then
 
     kinds = available(options.kinds)
     for kind in set(options.kinds) - set(kinds):

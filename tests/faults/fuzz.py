@@ -19,10 +19,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 import hypothesis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from tiny_runs import write_recipe
+from support.tiny_runs import write_recipe
 
-from irl_align.files import atomic_write, to_json
-from irl_align.recipe import load_recipe
+from irl_align.config.recipe import load_recipe
+from irl_align.utils.files import atomic_write, to_json
 
 from .guard import Watch
 from .targets import TARGETS, clean, whole_run

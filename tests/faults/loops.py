@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tiny_runs import BEST, RECIPE, SPIN
+from support.tiny_runs import BEST, RECIPE, SPIN
 
 from irl_align.errors import UserError
-from irl_align.files import files_of
-from irl_align.stages import Run, verify_stage
+from irl_align.training.run_folder import Run
+from irl_align.training.store import verify_stage
+from irl_align.utils.files import files_of
 
 NAME = "tiny-seed0"
 TIMEOUT = 900.0  # seconds; a command that takes longer hangs
@@ -128,7 +129,7 @@ def _be_the_command(arguments: list[str], log: Path, arm: Callable[[], None] | N
         sys.argv = ["irl-align", "train", *arguments]
         if arm is not None:
             arm()
-        from irl_align.cli import main
+        from irl_align.cli.main import main
 
         main()
         status = 0

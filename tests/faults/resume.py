@@ -24,8 +24,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 
 import torch
 
-import irl_align.api  # noqa: F401 - every forked process has it then
-from irl_align.files import is_sealed
+import irl_align.training.train  # noqa: F401 - every forked process has it then
+from irl_align.utils.files import is_sealed
 
 from .loops import NAME, Attempt, start
 
@@ -72,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sft = f"{{num_train_epochs: {given.epochs}, per_device_train_batch_size: 16, save_steps: 0.05}}"
     loop = (*LOOP, f"sft.args={sft}")
-    code = "import resource, irl_align.api; print(sum(resource.getrusage(0)[:2]))"
+    code = "import resource, irl_align.training.train; print(sum(resource.getrusage(0)[:2]))"
     imports = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -1,8 +1,8 @@
 """A server that speaks what vllm-server needs of vLLM's HTTP interface, and can misbehave.
 
 It samples with transformers, one request at a time, so that its samples are a function of the
-request alone. Written against the client and vLLM's own answers; tests/test_vllm_server.py has the
-real one.
+request alone. Written against the client and vLLM's own answers.
+tests/models/generation/test_vllm_server.py has the real one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from irl_align.generate import Sampling, TransformersGenerator, generate
-from irl_align.models import load_model
+from irl_align.models.generation import Sampling, TransformersGenerator, generate
+from irl_align.models.loading import load_model
 
 CONTEXT = 192
 TIMEOUT = 40.0  # seconds that the client waits for an answer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from irl_align.files import atomic_write, to_json
+from irl_align.utils.files import atomic_write, to_json
 
 from .harness import Outcome
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from irl_align.generate import Generator, Sampling
+from irl_align.models.generation import Generator, Sampling
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo.backbone import Backbone
 from irl_align.policy.ppo.monitors import Judge

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from irl_align import adapters
-from irl_align.adapters import Switch
+from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models import load_tokenizer
+from irl_align.models import lora
+from irl_align.models.loading import load_tokenizer
+from irl_align.models.lora import Switch
 from irl_align.policy.ppo.critic import reward_for_critic, reward_head, zero_head
 from irl_align.policy.ppo.network import CRITIC, Critic
-from irl_align.policy_options import PPOOptions
 from irl_align.reward.model import Ids, RewardModel, read_settings
 from irl_align.reward.scoring import TokenScores, score_tokens
 
@@ -91,23 +91,23 @@ def share_backbone(policy: PreTrainedModel, start: Path, reference: Path, reward
     policy: of the folder `start`, with its own adapter in it, which alone is trained. Raises
     UserError where the reward is no adapter, or the three are not of one base.
     """
-    if not adapters.is_adapter(reward):
+    if not lora.is_adapter(reward):
         raise UserError(
             f"PPO: backbone shared: found a whole reward model in {reward}, expected an adapter on "
             "the policy's base: fit it with reward.lora, or use backbone separate"
         )
-    base = adapters.base_of(start)
+    base = lora.base_of(start)
     for role, folder in (("reference", reference), ("reward", reward)):
-        if (found := adapters.base_of(folder)) != base:
+        if (found := lora.base_of(folder)) != base:
             raise UserError(
                 f"PPO: backbone shared: the {role}'s base is {found}, expected the policy's, {base}"
             )
     name = None
-    if adapters.is_adapter(reference):
-        adapters.load_adapter(policy, reference, REFERENCE)
+    if lora.is_adapter(reference):
+        lora.load_adapter(policy, reference, REFERENCE)
         name = REFERENCE
-    head = adapters.load_adapter(policy, reward, REWARD)
-    adapters.train_only(policy, adapters.OWN)
+    head = lora.load_adapter(policy, reward, REWARD)
+    lora.train_only(policy, lora.OWN)
     switch = Switch(policy)
     model = RewardModel(_scorer(policy, head), load_tokenizer(reward), read_settings(reward))
     return Backbone(switch, name, AdapterReward(model, switch))
@@ -145,8 +145,8 @@ def adapter_critic(
         model, settings = reward_for_critic(reward, reward.tokenizer)
         head, (mean, std) = reward_head(model, policy.device), (settings.mean, settings.std)
         critic = Critic(None, head, settings.bound, mean, std, backbone.switch)
-    source = adapters.OWN if options.critic_init == "zero" else REWARD
-    adapters.copy_adapter(policy, source, CRITIC)
-    adapters.train_only(policy, adapters.OWN, CRITIC)
+    source = lora.OWN if options.critic_init == "zero" else REWARD
+    lora.copy_adapter(policy, source, CRITIC)
+    lora.train_only(policy, lora.OWN, CRITIC)
     backbone.switch.reset()
     return critic

@@ -11,10 +11,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from irl_align import ranks
 from irl_align.errors import TryAgain
-from irl_align.files import atomic_write, is_sealed, read_lines, seal, to_lines
-from irl_align.policy.ppo.together import shared_folder
+from irl_align.policy.ppo.distributed import shared_folder
+from irl_align.utils import distributed
+from irl_align.utils.files import atomic_write, is_sealed, read_lines, seal, to_lines
 
 
 @dataclass
@@ -46,17 +46,17 @@ def save_checkpoint(
     It holds the journals so far, too.
     """
     final = scratch / f"checkpoint-{progress.updates}"
-    if ranks.on_main(final.exists):  # of an earlier try that was killed after it
+    if distributed.on_main(final.exists):  # of an earlier try that was killed after it
         return
     with shared_folder(final) as folder:
         accelerator.save_state(str(folder), safe_serialization=True)
-        ranks.barrier()
-        if ranks.is_main():
+        distributed.barrier()
+        if distributed.is_main():
             (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             for journal in journals:
                 shutil.copy(journal.path, folder)
             seal(folder)
-    if ranks.is_main():
+    if distributed.is_main():
         for old in checkpoints(scratch)[:-2]:
             shutil.rmtree(old)
 
@@ -112,7 +112,7 @@ def once_more(scratch: Path, fault: str) -> None:
         atomic_write(mark, fault)
         return True
 
-    if ranks.on_main(first):
+    if distributed.on_main(first):
         raise TryAgain(fault)
 
 
@@ -122,17 +122,17 @@ class Journal:
     def __init__(self, path: Path, checkpoint: Path | None) -> None:
         """Go on from a checkpoint's copy; what was written after it is dropped."""
         self.path = path
-        if not ranks.is_main():
+        if not distributed.is_main():
             return
         atomic_write(path, b"" if checkpoint is None else (checkpoint / path.name).read_bytes())
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, each with its field update, counted from 1."""
-        if not ranks.is_main():
+        if not distributed.is_main():
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_lines(rows))
 
     def read(self) -> list[dict[str, Any]]:
         """All rows so far; None stands for a number that was not finite."""
-        return ranks.on_main(lambda: read_lines(self.path, "run the recipe again"))
+        return distributed.on_main(lambda: read_lines(self.path, "run the recipe again"))

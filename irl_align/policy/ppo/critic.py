@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from irl_align import adapters
+from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
+from irl_align.models import lora
 from irl_align.policy.ppo.network import Critic
-from irl_align.policy_options import PPOOptions
 from irl_align.reward.alignment import same_tokenizer
 from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, score_head
 
@@ -36,8 +36,8 @@ def make_critic(
         return Critic(copy.deepcopy(policy.base_model), zero_head(policy))
     model, settings = reward_for_critic(reward, tokenizer)
     own = copy.deepcopy(model)
-    if adapters.has_adapter(own):
-        adapters.train_only(own, adapters.OWN)
+    if lora.has_adapter(own):
+        lora.train_only(own, lora.OWN)
     else:
         own = own.float().requires_grad_(True)
     trunk = own.base_model.to(policy.device)

@@ -20,11 +20,19 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from irl_align import ranks
-from irl_align.adapters import has_adapter, load_trained, save_trained
-from irl_align.batches import can_pack, row_lengths, share_prompts
+from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.maths import ppo_losses
+from irl_align.models.lora import has_adapter, load_trained, save_trained
+from irl_align.models.packing import can_pack, row_lengths, share_prompts
+from irl_align.models.sharding import copy_back
+from irl_align.policy.ppo import losses
+from irl_align.policy.ppo.distributed import (
+    is_sharded,
+    prepare,
+    sum_gradients,
+    to_shard,
+    whole_number,
+)
 from irl_align.policy.ppo.network import (
     CRITIC,
     Entropy,
@@ -34,16 +42,8 @@ from irl_align.policy.ppo.network import (
     micro_batch,
     tokens_of,
 )
-from irl_align.policy.ppo.rollout import Samples
-from irl_align.policy.ppo.together import (
-    is_sharded,
-    prepare,
-    sum_gradients,
-    to_shard,
-    whole_number,
-)
-from irl_align.policy_options import PPOOptions
-from irl_align.sharded import take_back
+from irl_align.policy.ppo.rollout import RolloutBatch
+from irl_align.utils import distributed
 
 _PADDING = 0.03  # most padding of a micro-batch, as a share of its slots
 _FEW = 512  # slots below which another row is cheaper than another forward pass
@@ -55,7 +55,7 @@ class Diverged(Exception):
     """Training cannot go on; the message is one line for the user."""
 
 
-class Apart(NamedTuple):
+class LogProbGap(NamedTuple):
     """|log pi - log pi'| over the tokens of a rollout or a minibatch, in nats."""
 
     mean: float
@@ -72,14 +72,14 @@ class Apart(NamedTuple):
 
 
 # By bf16: there a logit of 16 is rounded to 0.125 already, and rare tokens' are the worst.
-_SAME = {False: Apart(1e-3, 5e-2), True: Apart(5e-2, 1.0)}
+_SAME = {False: LogProbGap(1e-3, 5e-2), True: LogProbGap(5e-2, 1.0)}
 
 
 @dataclass(frozen=True)
 class Batch:
     """What an update reads of a rollout: samples, and (B, T) float32 arrays on the CPU."""
 
-    samples: Samples
+    samples: RolloutBatch
     old_logps: Tensor
     advantages: Tensor
     reference_logps: Tensor | None
@@ -97,7 +97,7 @@ class Micro:
     """A rollout's samples as micro-batches: packed once, and cut anew for every minibatch."""
 
     def __init__(
-        self, samples: Samples, share: bool, pad: int, device: torch.device, even: bool = False
+        self, samples: RolloutBatch, share: bool, pad: int, device: torch.device, even: bool = False
     ) -> None:
         self.prompts, self.completions = samples.prompts, samples.completions
         self.rows = share_prompts(self.prompts, self.completions, share)
@@ -111,11 +111,11 @@ class Micro:
         Where they must be as many in each (even), the last ones of some do not count.
         """
         cuts = []
-        for share in ranks.shares([self.lengths[r] for r in rows], ranks.count()):
+        for share in distributed.shares([self.lengths[r] for r in rows], distributed.count()):
             mine = [rows[i] for i in share]
             lengths = [self.lengths[r] for r in mine]
             cuts.append([[mine[i] for i in cut] for cut in padded_batches(lengths, max_tokens)])
-        own = cuts[ranks.rank() % len(cuts)]
+        own = cuts[distributed.rank() % len(cuts)]
         found = [self._packed(cut) for cut in own]
         if idle := max(map(len, cuts)) - len(own) if self.even else 0:
             filler = replace(self._packed(own[-1] if own else cuts[0][0]), counted=False)
@@ -194,7 +194,7 @@ class Learner:
         if network.critic is not None and network.critic.trunk is not None:
             self.trunks.append(network.critic.trunk)
 
-    def micro(self, samples: Samples) -> Micro:
+    def micro(self, samples: RolloutBatch) -> Micro:
         """Samples ready to be cut into micro-batches; a prompt's completions share its tokens."""
         rows = zip(samples.prompts, samples.completions, strict=True)
         longest = max(len(prompt) + len(completion) for prompt, completion in rows)
@@ -216,7 +216,7 @@ class Learner:
             for array, part in zip(out, (found.logps, found.values), strict=True):
                 if array is not None and part is not None and batch.counted:
                     array[batch.index.cpu()] = part.float().cpu()
-        first, second = (None if a is None else ranks.total(a).view(micro.shape) for a in out)
+        first, second = (None if a is None else distributed.total(a).view(micro.shape) for a in out)
         return first, second
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class Learner:
             assert logps is not None
             if batch.counted:
                 out[batch.index.cpu()] = logps.float().cpu()
-        return ranks.total(out).view(micro.shape)
+        return distributed.total(out).view(micro.shape)
 
     def update(
         self, number: int, batch: Batch, micro: Micro, whole: Sequence[MicroBatch]
@@ -252,7 +252,7 @@ class Learner:
                 means = dict(zip(_SUMS, (sums / count).tolist(), strict=True))
                 self._check(number, means)
                 if epoch == 0 and step == 0:
-                    apart = Apart(means["log_ratio"], max(ranks.gather(float(largest))))
+                    apart = LogProbGap(means["log_ratio"], max(distributed.gather(float(largest))))
                     self._check_start(number, apart)
                     report["first_log_ratio"], report["first_log_ratio_max"] = apart
                 if options.epoch_kl is not None and means["update_kl"] > options.epoch_kl:
@@ -268,7 +268,7 @@ class Learner:
     def publish(self) -> None:
         """Have the policy that is sampled and saved be the one that is trained, where it is not."""
         if self.sharded:
-            take_back(self.network.policy, self.whole_policy)
+            copy_back(self.network.policy, self.whole_policy)
 
     def _accumulate(
         self, minibatch: Sequence[MicroBatch], arrays: dict[str, Tensor], kl_coef: float, epoch: int
@@ -279,8 +279,10 @@ class Learner:
         """
         options = self.options
         own_tokens = sum(len(micro.index) for micro in minibatch if micro.counted)
-        count = int(ranks.total(torch.tensor(own_tokens, device=self.device)))
-        averaged = ranks.count() if self.sharded else 1  # what gradients are divided by after this
+        count = int(distributed.total(torch.tensor(own_tokens, device=self.device)))
+        averaged = (
+            distributed.count() if self.sharded else 1
+        )  # what gradients are divided by after this
         sums = torch.zeros(len(_SUMS), device=self.device)
         largest = torch.zeros((), device=self.device)
         entropy: Entropy = "none"
@@ -299,7 +301,7 @@ class Learner:
                 largest = torch.maximum(largest, moved * micro.counted)
         if not self.sharded:
             sum_gradients(w for group in self.optimizer.param_groups for w in group["params"])
-        return ranks.total(sums), count, largest
+        return distributed.total(sums), count, largest
 
     def _turn(self, policy: bool) -> contextlib.AbstractContextManager[None]:
         """A block in which the policy, or a critic that is an adapter on its trunk, is active."""
@@ -315,24 +317,24 @@ class Learner:
         loss, sums = torch.zeros_like(old), torch.zeros(len(_SUMS), device=self.device)
         largest = torch.zeros((), device=self.device)
         if out.logps is not None:
-            policy = ppo_losses.policy_loss(out.logps, old, own["advantages"], options.clip)
+            policy = losses.policy_loss(out.logps, old, own["advantages"], options.clip)
             if "weights" in own:
                 policy = own["weights"] * policy
             loss = loss + policy
             if kl_coef:
-                loss = loss + kl_coef * ppo_losses.k3(out.logps, own["reference_logps"])
+                loss = loss + kl_coef * losses.k3(out.logps, own["reference_logps"])
             if options.entropy_coef and out.entropy is not None:
                 loss = loss - options.entropy_coef * out.entropy
             with torch.no_grad():
                 logps = out.logps.detach()
                 spread = policy.new_zeros(1) if out.entropy is None else out.entropy
-                clipped = ppo_losses.clipped_share(logps, old, options.clip) * len(logps)
-                kl = ppo_losses.k3(old, logps).sum()  # KL(pi_old || pi), on samples of pi_old
+                clipped = losses.clipped_share(logps, old, options.clip) * len(logps)
+                kl = losses.k3(old, logps).sum()  # KL(pi_old || pi), on samples of pi_old
                 moved = (logps - old).abs()
                 largest, zero = moved.max(), torch.zeros_like(kl)
                 sums += torch.stack([policy.sum(), zero, spread.sum(), kl, clipped, moved.sum()])
         if out.values is not None:
-            value = ppo_losses.value_loss(
+            value = losses.value_loss(
                 out.values, own["old_values"], own["targets"], options.value_clip
             )
             loss = loss + options.vf_coef * value
@@ -360,7 +362,7 @@ class Learner:
                 "max_grad_norm"
             )
 
-    def _check_start(self, number: int, apart: Apart) -> None:
+    def _check_start(self, number: int, apart: LogProbGap) -> None:
         """Ratio 1 at every token before the first step, but for rounding."""
         if told := apart.beyond_rounding(self.bf16):
             raise UserError(

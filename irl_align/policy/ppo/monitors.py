@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from irl_align.maths.logprobs import k1
-from irl_align.maths.ppo_losses import k3
-from irl_align.policy.ppo.rollout import Samples, Scored
-from irl_align.policy_options import PPOOptions
+from irl_align.config.policy_update import PPOOptions
+from irl_align.models.logprobs import k1
+from irl_align.policy.ppo.losses import k3
+from irl_align.policy.ppo.rollout import RolloutBatch, Scored
 
 Judge = Callable[[Sequence[Sequence[int]], Sequence[str]], Mapping[str, float]]
 """Gold metrics of samples: prompts as token ids, completions as text. For reporting alone."""
@@ -23,7 +23,7 @@ EOS_CREDIT = 1.0  # deviations of the reward that red may put on EOS
 
 
 def rollout_report(
-    samples: Samples, scored: Scored, logps: Tensor, reference: Tensor, values: Tensor | None
+    samples: RolloutBatch, scored: Scored, logps: Tensor, reference: Tensor, values: Tensor | None
 ) -> dict[str, float]:
     """Rewards, KL to the reference, lengths and endings of a rollout.
 
@@ -54,7 +54,7 @@ def rollout_report(
 
 
 def sampler_report(
-    samples: Samples, logps: Tensor, weights: Tensor | None, cap: float
+    samples: RolloutBatch, logps: Tensor, weights: Tensor | None, cap: float
 ) -> dict[str, float]:
     """How far the sampler is from the learner: |log pi_learner - log pi_sampler| over tokens.
 
@@ -71,7 +71,7 @@ def sampler_report(
 
 
 def gold_report(
-    judge: Judge | None, samples: Samples, tokenizer: PreTrainedTokenizerBase
+    judge: Judge | None, samples: RolloutBatch, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
     """Gold metrics of a rollout's samples, under names that start with gold_."""
     if judge is None:
@@ -83,7 +83,7 @@ def gold_report(
 
 def sample_rows(
     update: int,
-    samples: Samples,
+    samples: RolloutBatch,
     scored: Scored,
     token_kl: Tensor,
     advantages: Tensor,

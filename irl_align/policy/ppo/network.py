@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from irl_align.adapters import Switch, adapter_parameters
-from irl_align.batches import PackedRows, model_inputs, pack_rows
-from irl_align.maths.losses import bound
-from irl_align.maths.ppo_losses import entropy as entropy_of
-from irl_align.models import LOGITS_AT_ONCE, has_plain_logits, lm_head_logits
+from irl_align.models.loading import LOGITS_AT_ONCE, has_plain_logits, lm_head_logits
+from irl_align.models.lora import Switch, adapter_parameters
+from irl_align.models.packing import PackedRows, model_inputs, pack_rows
+from irl_align.policy.ppo.losses import entropy as entropy_of
+from irl_align.reward.losses import bound
 
 Ids = Sequence[Sequence[int]]
 Entropy = Literal["none", "monitor", "loss"]

@@ -19,24 +19,24 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from irl_align import ranks
+from irl_align.config.policy_update import DENSE, PPOOptions
 from irl_align.errors import UserError
-from irl_align.generate import (
+from irl_align.models.generation import (
     Completion,
     Generator,
     Sampling,
     TransformersGenerator,
     generate,
 )
-from irl_align.policy_options import DENSE, PPOOptions
 from irl_align.reward import credit
+from irl_align.reward.distributed import spread
 from irl_align.reward.model import RewardFunction
 from irl_align.reward.scoring import policy_attention, score_tokens
-from irl_align.reward.spread import spread
+from irl_align.utils import distributed
 
 
 @dataclass(frozen=True)
-class Samples:
+class RolloutBatch:
     """B samples of a policy, the N of a prompt in a row."""
 
     prompts: list[list[int]]
@@ -86,7 +86,7 @@ def draw(
     seed: int,
     update: int,
     count: int,
-) -> Samples:
+) -> RolloutBatch:
     """The samples of one update: `count` of them, sampling.n for each prompt."""
     rows: list[list[int]] = []
     drawn: list[Completion] = []
@@ -107,16 +107,16 @@ def sample(
     Each process samples some of them; another engine than transformers spreads the work itself.
     """
     if not isinstance(generator, TransformersGenerator):
-        groups = ranks.on_main(lambda: generate(generator, prompts, sampling))
+        groups = distributed.on_main(lambda: generate(generator, prompts, sampling))
     else:
-        groups = ranks.over_rows(
+        groups = distributed.over_rows(
             lambda numbers: generate(generator, [prompts[i] for i in numbers], sampling),
             [len(prompt) for prompt in prompts],
         )
     return [c for group in groups for c in group]
 
 
-def collate(prompts: list[list[int]], completions: Sequence[Completion]) -> Samples:
+def collate(prompts: list[list[int]], completions: Sequence[Completion]) -> RolloutBatch:
     """Samples as padded arrays. Raises UserError where one has no token."""
     lengths = torch.tensor([len(c.token_ids) for c in completions])
     if not len(lengths) or int(lengths.min()) == 0:
@@ -126,11 +126,11 @@ def collate(prompts: list[list[int]], completions: Sequence[Completion]) -> Samp
     logps = torch.zeros_like(mask)
     logps[mask.bool()] = torch.from_numpy(np.concatenate([c.logprobs for c in completions])).float()
     truncated = torch.tensor([c.truncated for c in completions])
-    return Samples(prompts, [c.token_ids for c in completions], logps, mask, truncated)
+    return RolloutBatch(prompts, [c.token_ids for c in completions], logps, mask, truncated)
 
 
 def score(
-    samples: Samples,
+    samples: RolloutBatch,
     reward: RewardFunction,
     policy: PreTrainedModel,
     options: PPOOptions,
@@ -164,7 +164,7 @@ def score(
     if options.clip_reward is not None:
         clipped = rewards.clamp(-options.clip_reward, options.clip_reward)
     if options.credit == "abc_policy":
-        rows = ranks.over_sequences(
+        rows = distributed.over_sequences(
             lambda p, c: [row.clone() for row in policy_attention(policy, p, c)],
             samples.prompts,
             samples.completions,

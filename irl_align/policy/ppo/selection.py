@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from irl_align import ranks
-from irl_align.adapters import has_adapter
+from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.files import SEAL, atomic_folder, seal
-from irl_align.models import completion_logprobs
+from irl_align.models.loading import completion_logprobs
+from irl_align.models.lora import has_adapter
+from irl_align.models.trl import Training, save_model
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import Progress, checkpoints, load_checkpoint, updates_of
 from irl_align.policy.ppo.learner import Diverged, Learner
 from irl_align.policy.ppo.rollout import at_missing_eos, collate, sample
-from irl_align.policy_options import PPOOptions
+from irl_align.reward.distributed import spread
 from irl_align.reward.scoring import score_tokens
-from irl_align.reward.spread import spread
-from irl_align.trainers import Training, save_model
+from irl_align.utils import distributed
+from irl_align.utils.files import SEAL, atomic_folder, seal
 
 logger = logging.getLogger("irl_align.policy.ppo")
 
@@ -57,7 +57,7 @@ class Selection:
         samples = collate(prompts, sample(actors.generator, prompts, sampling))
         rewards = self._rewards(samples.prompts, samples.completions)
         returns = at_missing_eos(rewards, samples.truncated, self.options)
-        logps = ranks.over_sequences(
+        logps = distributed.over_sequences(
             lambda p, c: completion_logprobs(actors.policy, p, c),
             held_out.prompts,
             held_out.completions,
@@ -88,7 +88,7 @@ class Selection:
                 self.training.label,
                 self.options.keep,
             )
-        if ranks.is_main():
+        if distributed.is_main():
             shutil.rmtree(self.model, ignore_errors=True)
             unsealed = shutil.ignore_patterns(SEAL)
             shutil.copytree(self.scratch / f"best-{best}", self.model, ignore=unsealed)
@@ -106,7 +106,7 @@ class Selection:
                 raise UserError(f"PPO: {fault}; no update before it was sound, nothing was trained")
             kept = self.finish(progress)
         else:
-            found = ranks.on_main(lambda: checkpoints(self.scratch))
+            found = distributed.on_main(lambda: checkpoints(self.scratch))
             sound = [c for c in found if updates_of(c) < progress.updates]
             if not sound:
                 raise UserError(f"PPO: {fault}; no earlier policy was kept to go on with")
@@ -119,7 +119,7 @@ class Selection:
 
     def forget_older(self, progress: Progress) -> None:
         """Delete best policies that the checkpoint just written does not name."""
-        if not ranks.is_main():
+        if not distributed.is_main():
             return
         for folder in self.scratch.glob("best-*"):
             if folder.name != f"best-{progress.best_update}":
@@ -132,7 +132,7 @@ class Selection:
         result = -abs(report["held_out_gap"]) if by_gap else report["held_out_log_prob"]
         if progress.best is None or result > progress.best:
             progress.best, progress.best_update = result, progress.updates
-            if not ranks.is_main():
+            if not distributed.is_main():
                 return
             folder = self.scratch / f"best-{progress.best_update}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -147,7 +147,7 @@ class Selection:
         return scores.rewards.float()
 
     def _replace_model(self) -> None:
-        if ranks.is_main():
+        if distributed.is_main():
             shutil.rmtree(self.model, ignore_errors=True)
             self._save(self.model)
 

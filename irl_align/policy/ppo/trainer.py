@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from irl_align import ranks
+from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.generate import TransformersGenerator
-from irl_align.maths import advantages as adv
-from irl_align.maths.logprobs import k1
-from irl_align.maths.ppo_losses import adapted_kl_coef, explained_variance, truncated_weights
+from irl_align.models.generation import TransformersGenerator
+from irl_align.models.logprobs import k1
+from irl_align.models.trl import Training
+from irl_align.policy.ppo import advantages as adv
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import (
     Journal,
@@ -31,7 +31,8 @@ from irl_align.policy.ppo.checkpoint import (
     once_more,
     save_checkpoint,
 )
-from irl_align.policy.ppo.learner import Apart, Batch, Diverged, Learner, Micro
+from irl_align.policy.ppo.learner import Batch, Diverged, Learner, LogProbGap, Micro
+from irl_align.policy.ppo.losses import adapted_kl_coef, explained_variance, truncated_weights
 from irl_align.policy.ppo.monitors import (
     WINDOW,
     find_alarms,
@@ -41,10 +42,9 @@ from irl_align.policy.ppo.monitors import (
     sampler_report,
 )
 from irl_align.policy.ppo.network import MicroBatch
-from irl_align.policy.ppo.rollout import Samples, Scored, draw, score
+from irl_align.policy.ppo.rollout import RolloutBatch, Scored, draw, score
 from irl_align.policy.ppo.selection import Selection
-from irl_align.policy_options import PPOOptions
-from irl_align.trainers import Training
+from irl_align.utils import distributed
 
 logger = logging.getLogger("irl_align.policy.ppo")
 
@@ -53,7 +53,7 @@ logger = logging.getLogger("irl_align.policy.ppo")
 class Rollout:
     """Samples with all that is known of them before an update."""
 
-    samples: Samples
+    samples: RolloutBatch
     scored: Scored
     micro: Micro
     whole: list[MicroBatch]
@@ -91,7 +91,7 @@ class PPOTrainer:
         was kept; TryAgain where it diverged for the first time since the last checkpoint.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
-        found = ranks.on_main(lambda: last_checkpoint(self.scratch))
+        found = distributed.on_main(lambda: last_checkpoint(self.scratch))
         if found is not None:
             self.progress = load_checkpoint(found, self.learner.accelerator)
             self.learner.publish()
@@ -182,11 +182,13 @@ class PPOTrainer:
         self.samples.write(sample_rows(number + 1, *rows, self.options.samples_kept))
         names = ("seconds_generate", "seconds_score", "seconds_update")
         spent = {n: end - begin for n, begin, end in zip(names, clock, clock[1:], strict=False)}
-        gold = ranks.on_main(lambda: gold_report(self.actors.judge, samples, self.actors.tokenizer))
+        gold = distributed.on_main(
+            lambda: gold_report(self.actors.judge, samples, self.actors.tokenizer)
+        )
         done = (number + 1) * self.options.batch_size
         return {"update": number + 1, "episodes_done": done, **report, **gold, **spent}
 
-    def _judge(self, number: int, samples: Samples) -> Rollout:
+    def _judge(self, number: int, samples: RolloutBatch) -> Rollout:
         """Reward, reference, critic and (where the sampler's do not do) policy: one pass each."""
         draws = torch.Generator().manual_seed(self.training.seed + number)
         scored = score(samples, self.actors.reward, self.actors.policy, self.options, draws)
@@ -207,7 +209,7 @@ class PPOTrainer:
 
     def _report(self, rollout: Rollout) -> dict[str, float]:
         samples = rollout.samples
-        slots = sum(ranks.gather(sum(batch.slots for batch in rollout.whole)))
+        slots = sum(distributed.gather(sum(batch.slots for batch in rollout.whole)))
         return {
             **rollout_report(
                 samples, rollout.scored, rollout.logps, rollout.reference, rollout.values
@@ -232,7 +234,7 @@ class PPOTrainer:
             )
         if number == 0 and self.actors.starts_at_reference:
             gaps = (rollout.logps - rollout.reference).abs() * rollout.samples.mask
-            apart = Apart(_mean(gaps, rollout.samples.mask), float(gaps.max()))
+            apart = LogProbGap(_mean(gaps, rollout.samples.mask), float(gaps.max()))
             if told := apart.beyond_rounding(self.learner.bf16):
                 raise UserError(
                     "PPO: the policy and its reference are the same model, but their log-probs "

@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from irl_align.config.policy_update import PROMPT_OPTIONS, PPOOptions
 from irl_align.errors import UserError
-from irl_align.generate import Sampling
-from irl_align.machine import use_bf16
-from irl_align.policy import Demonstrations, Policy, Reward, Workshop
+from irl_align.models.generation import Sampling
+from irl_align.models.trl import Training
+from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import adapter_critic, share_backbone
 from irl_align.policy.ppo.critic import make_critic
@@ -20,9 +21,8 @@ from irl_align.policy.ppo.learner import Learner, make_accelerator
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.policy_options import PROMPT_OPTIONS, PPOOptions
 from irl_align.reward.model import RewardFunction
-from irl_align.trainers import Training
+from irl_align.utils.hardware import use_bf16
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PPO:
 
     def __call__(
         self,
-        workshop: Workshop,
+        context: UpdateContext,
         iteration: int,
         policy: Policy,
         initial: Policy,
@@ -57,14 +57,14 @@ class PPO:
             raise UserError("PPO: there are no held-out demonstrations; raise data.held_out")
         start = policy if options.start == "current" else initial
         reference = policy if options.reference == "current" else initial
-        sampling = workshop.sampling(options.n, options.temperature)
+        sampling = context.sampling(options.n, options.temperature)
         alike = PROMPT_OPTIONS | ({"backbone"} if options.backbone == "separate" else set())
 
         def build(work: Path) -> dict[str, Any]:
-            actors = self._actors(workshop, start, reference, reward, demonstrations, sampling)
-            return train_ppo(actors, options, workshop.training(work, f"PPO {iteration}"))
+            actors = self._actors(context, start, reference, reward, demonstrations, sampling)
+            return train_ppo(actors, options, context.training(work, f"PPO {iteration}"))
 
-        stage = workshop.stage(
+        stage = context.stage(
             f"policy-{iteration + 1}",
             "ppo",
             {
@@ -72,7 +72,7 @@ class PPO:
                 "options": options.model_dump(exclude=alike),
                 "iteration": iteration,
                 "gold": self.gold,
-                **workshop.adapted,
+                **context.adapted,
             },
             {
                 "start": start.key,
@@ -85,12 +85,12 @@ class PPO:
         )
         history = stage.metrics["history"]
         summary = {name: value for name, value in stage.metrics.items() if name != "history"}
-        workshop.log(f"ppo/{iteration}", {**summary, "last": history[-1] if history else None})
+        context.log(f"ppo/{iteration}", {**summary, "last": history[-1] if history else None})
         return Policy(stage.path / "model", stage.key)
 
     def _actors(
         self,
-        workshop: Workshop,
+        context: UpdateContext,
         start: Policy,
         reference: Policy,
         reward: Reward,
@@ -99,7 +99,7 @@ class PPO:
     ) -> Actors:
         """The models, loaded; policy and reference become float32, but for weights of 4 bits."""
         options = self.options
-        model = workshop.load_trainable(start.path)
+        model = context.load_trainable(start.path)
         stored = model.dtype
         model = _float32(model)
         backbone = None
@@ -107,10 +107,10 @@ class PPO:
             backbone = share_backbone(model, start.path, reference.path, reward.path)
         return Actors(
             policy=model,
-            reference=model if backbone else self._reference(workshop, reference),
-            reward=backbone.reward if backbone else self._reward(workshop, reward),
-            generator=workshop.generator(model),
-            tokenizer=workshop.tokenizer,
+            reference=model if backbone else self._reference(context, reference),
+            reward=backbone.reward if backbone else self._reward(context, reward),
+            generator=context.generator(model),
+            tokenizer=context.tokenizer,
             prompts=demonstrations.distinct_prompts(),
             held_out=self.held_out,
             sampling=sampling,
@@ -120,14 +120,14 @@ class PPO:
             dtype=stored,
         )
 
-    def _reference(self, workshop: Workshop, reference: Policy) -> PreTrainedModel:
+    def _reference(self, context: UpdateContext, reference: Policy) -> PreTrainedModel:
         """The reference in the policy's precision: in another it would be another function."""
-        return _float32(workshop.load_policy(reference.path)).requires_grad_(False)
+        return _float32(context.load_policy(reference.path)).requires_grad_(False)
 
-    def _reward(self, workshop: Workshop, reward: Reward) -> RewardFunction:
+    def _reward(self, context: UpdateContext, reward: Reward) -> RewardFunction:
         """The reward; its adapter stays apart where a critic starts as it and trains it."""
         merge = self.options.advantage != "gae" or self.options.critic_init != "reward"
-        return workshop.load_reward(reward, merge)
+        return context.load_reward(reward, merge)
 
 
 def _float32(model: PreTrainedModel) -> PreTrainedModel:

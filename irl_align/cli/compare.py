@@ -1,0 +1,347 @@
+"""The commands compare, report and evaluate."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from irl_align.cli.terminal import Debug, console, set_up
+from irl_align.errors import UserError
+from irl_align.evaluation.chat_client import Endpoint
+
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE... [KEY=VALUE...]",
+        help="Recipes, options to change in all of them (key=value) or in one "
+        "(NAME:key=value); or folders of runs, compared as they are.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 1 on.")]
+SeedList = Annotated[
+    list[int] | None,
+    typer.Option(min=0, help="A seed, instead; give it several times.", show_default=False),
+]
+ComparisonFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the tables; default: comparison, beside the runs."),
+]
+Jobs = Annotated[
+    int,
+    typer.Option(min=1, help="Runs at a time, while memory lasts; each has its threads."),
+]
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        help="[NAME:]KEY=VALUE,VALUE,...: a run for every value, which is a policy of its own in "
+        "the tables and a point of a frontier of gold and reward against KL. Several times: all "
+        "combinations, and a frontier over the last one for each of the others.",
+        show_default=False,
+    ),
+]
+GoldLevel = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="How soon PPO's rollouts reach this gold, in the headline's units (0.2 is 20%): "
+        "updates and samples. Several times.",
+        show_default=False,
+    ),
+]
+AtKl = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Gold and reward of PPO's rollouts at this KL to the reference, which trainings "
+        "reach at different times. Several times.",
+        show_default=False,
+    ),
+]
+OnlyFinished = Annotated[
+    bool, typer.Option("--only-finished", help="Run nothing; compare what is there.")
+]
+Iterations = Annotated[
+    bool, typer.Option("--iterations", help="Show every iteration's policy, not the last only.")
+]
+Baseline = Annotated[
+    str | None, typer.Option(help="Policy to compare with; default: the first, SFT.")
+]
+By = Annotated[
+    str | None,
+    typer.Option(help="Metric to rank by, as bleu@0.7; default: the headline at T=1."),
+]
+Interval = Annotated[
+    Literal["t", "bootstrap"], typer.Option(help="95% intervals of the means over seeds.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Compare even where data or evaluation differ.")
+]
+RunOrComparison = Annotated[
+    Path, typer.Argument(help="Folder of a run, or of a comparison that compare wrote.")
+]
+HtmlFile = Annotated[
+    Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")
+]
+Figures = Annotated[
+    Path | None, typer.Option(help="Folder for each figure as an SVG and as a PNG file.")
+]
+RunOrModel = Annotated[
+    Path, typer.Argument(help="Folder of a run, of a reward, or of a policy (with --sft).")
+]
+Card = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Card of a preference set, or CARD=PATH of its files; several times.",
+        show_default=False,
+    ),
+]
+Subset = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Subset of the cards' pairs to restrict them to; several times. Where columns make "
+        "the subset together (SFRES/quality), one column's value will do (quality).",
+        show_default=False,
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(help="Split of the cards; default: test.", show_default=False)
+]
+TrainSet = Annotated[
+    str | None,
+    typer.Option(
+        help="Card of preferences, or CARD=PATH, to train a reward on, from the run's SFT model by "
+        "the run's settings: what others gain over chance is told as a share of what it gains.",
+        show_default=False,
+    ),
+]
+TrainSplit = Annotated[
+    str | None,
+    typer.Option(
+        help="Its split, default: train. Without --train-set, a split of the card itself.",
+        show_default=False,
+    ),
+]
+Beside = Annotated[
+    list[Path] | None,
+    typer.Option(help="Another run (IRL, SPIN, DPO) or reward to score the same pairs."),
+]
+Sft = Annotated[
+    Path | None, typer.Option(help="Model of the log-prob baselines; of a run its SFT model.")
+]
+BestOf = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Draw so many samples per evaluation prompt, and tell what best-of-n by the run's "
+        "reward gains in gold, n = 1, 2, 4, ....",
+        show_default=False,
+    ),
+]
+Backend = Annotated[
+    Literal["transformers", "vllm", "vllm-server", "auto"] | None,
+    typer.Option(
+        help="With --best-of: what samples; default: the run's generation.backend.",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="With --best-of or a judge's address: number of prompts; default: all.",
+        show_default=False,
+    ),
+]
+Judge = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another run's reward, a reward's folder, or the address of an OpenAI-compatible "
+        "endpoint (https://HOST/v1, with --judge-model): how often the run's samples beat those "
+        "it started from and the demonstrations. The endpoint's key is read from JUDGE_API_KEY.",
+        show_default=False,
+    ),
+]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="Chat model behind the judge's address.", show_default=False)
+]
+JudgeTimeout = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="Seconds for one reply of the judge at an address; default: 120.",
+        show_default=False,
+    ),
+]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks of lm-eval, TASK[@SHOTS],...; open-llm-leaderboard stands for ARC@25, "
+        "HellaSwag@10, MMLU@5, TruthfulQA@0, Winogrande@5 and GSM8K@5.",
+        show_default=False,
+    ),
+]
+LmEvalTasks = Annotated[
+    Path | None,
+    typer.Option(help="Folder of lm-eval task files of your own.", show_default=False),
+]
+LmEvalLimit = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --lm-eval: rows per task, to try it out.", show_default=False),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON file of all numbers; of a run by default evaluation.json in its folder, "
+        "where report finds it.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(
+        epilog="Example: irl-align compare recipes/e2e/spin.yaml recipes/e2e/irl-best-of-n.yaml "
+        "data.path=../data/e2e --seeds 3"
+    )(compare)
+    app.command(epilog="Example: irl-align report runs/comparison --output report.html")(report)
+    app.command(
+        epilog="Example: irl-align evaluate runs/sfx-irl-seed1 --card "
+        "sfx_human_pairs=../data/sfx --best-of 64"
+    )(evaluate)
+
+
+def compare(
+    arguments: Arguments,
+    seeds: Seeds = 3,
+    seed: SeedList = None,
+    output: ComparisonFolder = None,
+    jobs: Jobs = 1,
+    only_finished: OnlyFinished = False,
+    iterations: Iterations = False,
+    baseline: Baseline = None,
+    by: By = None,
+    interval: Interval = "t",
+    force: Force = False,
+    sweep: SweepOption = None,
+    gold_level: GoldLevel = None,
+    at_kl: AtKl = None,
+    debug: Debug = False,
+) -> None:
+    """Run recipes with several seeds and compare them, with intervals and tests.
+
+    Stages that are the same are shared; the same command goes on after a stop.
+    """
+    set_up(debug)
+    from irl_align.evaluation.compare.runner import CompareOptions
+    from irl_align.evaluation.compare.runner import compare as compare_recipes
+    from irl_align.evaluation.compare.tables import show_comparison
+
+    chosen = tuple(dict.fromkeys(seed)) if seed else tuple(range(1, seeds + 1))
+    options = CompareOptions(
+        chosen,
+        output,
+        jobs,
+        only_finished,
+        iterations,
+        baseline,
+        by,
+        interval,
+        force,
+        tuple(sweep or ()),
+        tuple(dict.fromkeys(gold_level or ())),
+        tuple(dict.fromkeys(at_kl or ())),
+    )
+    compared = compare_recipes(arguments, options)
+    show_comparison(compared.analysis, console())
+    typer.echo(f"comparison: {compared.folder}")
+    if compared.failed:
+        raise UserError("\n".join(compared.failed))
+
+
+def report(
+    source: RunOrComparison,
+    output: HtmlFile = None,
+    figures: Figures = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML file of a run or a comparison, which opens anywhere without a network."""
+    set_up(debug)
+    from irl_align.evaluation.report import write_report
+
+    typer.echo(f"report: {write_report(source, output, figures)}")
+
+
+def evaluate(
+    source: RunOrModel,
+    card: Card = None,
+    subset: Subset = None,
+    split: Split = None,
+    train_set: TrainSet = None,
+    train_split: TrainSplit = None,
+    beside: Beside = None,
+    sft: Sft = None,
+    best_of: BestOf = None,
+    backend: Backend = None,
+    prompts: Prompts = None,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    judge_timeout: JudgeTimeout = None,
+    lm_eval: LmEval = None,
+    lm_eval_tasks: LmEvalTasks = None,
+    lm_eval_limit: LmEvalLimit = None,
+    output: JsonFile = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure rewards on preference sets and in best-of-n; policies by judges and benchmarks."""
+    set_up(debug)
+    from irl_align.evaluation.evaluate import Evaluation, evaluate_source
+    from irl_align.evaluation.tables import evaluation_grids, evaluation_notes
+    from irl_align.utils.text_table import show_grid
+
+    asked = Evaluation(
+        cards=card or [],
+        subsets=subset or [],
+        split=split,
+        train_set=train_set,
+        train_split=train_split,
+        beside=beside or [],
+        sft=sft,
+        best_of=best_of,
+        backend=backend,
+        prompts=prompts,
+        judges=[Path(one) for one in judge or [] if not _is_address(one)],
+        endpoints=_endpoints(judge or [], judge_model, judge_timeout),
+        benchmarks=lm_eval,
+        tasks_folder=lm_eval_tasks,
+        limit=lm_eval_limit,
+    )
+    found = evaluate_source(source, asked, device, output)
+    for grid in evaluation_grids(found):
+        show_grid(grid, console())
+    for line in evaluation_notes(found):
+        typer.echo(line)
+
+
+def _is_address(judge: str) -> bool:
+    return judge.startswith(("http://", "https://"))
+
+
+def _endpoints(judges: list[str], model: str | None, timeout: float | None) -> list[Endpoint]:
+    """The judges that are endpoints; the key comes from the environment alone."""
+    addresses = [judge for judge in judges if _is_address(judge)]
+    if bool(addresses) != (model is not None):
+        what = "an address without --judge-model" if addresses else "--judge-model alone"
+        raise UserError(f"--judge: found {what}, expected both (--judge https://HOST/v1)")
+    if timeout is not None and not addresses:
+        raise UserError(
+            "--judge-timeout: found no judge's address, which alone reads it; expected both"
+        )
+    key = os.environ.get("JUDGE_API_KEY", "")
+    made = [Endpoint(url, model or "", key) for url in addresses]
+    return made if timeout is None else [replace(one, timeout=timeout) for one in made]

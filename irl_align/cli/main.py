@@ -1,0 +1,309 @@
+"""The command line. Errors that a user can mend are one line; tracebacks are for --debug."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.padding import Padding
+
+from irl_align.cli import compare, hub, plan, prune, vllm_serve
+from irl_align.cli.terminal import Debug
+from irl_align.cli.terminal import console as _console
+from irl_align.cli.terminal import set_up as _set_up
+from irl_align.errors import UserError
+from irl_align.utils import distributed
+from irl_align.utils.sanitize import fit_to_show
+from irl_align.utils.version import __version__
+
+app = typer.Typer(
+    name="irl-align",
+    help="Align language models from demonstrations alone, by inverse reinforcement learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(help="Folder of a model, or of a run (its last one is taken).")
+]
+
+
+@app.command(
+    epilog="Example: irl-align train recipes/e2e/spin.yaml data.path=../data/e2e seed=1",
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Options to change, as key=value.")
+    ] = None,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke", help="Try the recipe out in seconds: a tiny model on made-up data."
+        ),
+    ] = False,
+    any_disk: Annotated[
+        bool, typer.Option("--any-disk", help="Run although the disk looks too small for it.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe. After a stop or a kill the same command goes on from where it was."""
+    _set_up(debug)
+    from irl_align.config.recipe import load_recipe
+    from irl_align.evaluation.compare.run_tables import show_policies, show_runs
+
+    options = load_recipe(recipe, overrides or [])
+    if smoke:
+        from irl_align.training.smoke import NOTICE, run_smoke
+
+        typer.echo(NOTICE)
+        result = run_smoke(options)
+    else:
+        from irl_align.training.plan.disk import announce_disk
+        from irl_align.training.train import train as run_recipe
+
+        if not any_disk:
+            announce_disk(options)
+        result = run_recipe(options, lambda run: show_policies([run], _console()))
+    show_runs([result.view()], _console())
+    typer.echo(f"policy: {result.policy}")
+    if result.reward is not None:
+        typer.echo(f"reward: {result.reward}")
+    if smoke:
+        typer.echo(NOTICE)
+
+
+@app.command(
+    epilog="Example: irl-align ppo runs/e2e-sft-seed1 --reward runs/e2e-irl-select-seed1 "
+    "--data e2e_nlg --set data.path=../data/e2e --set credit=red",
+)
+def ppo(
+    policy: Annotated[str, typer.Argument(help="Model: a folder, a run or a Hub id.")],
+    reward: Annotated[
+        str, typer.Option(help="Sequence classifier with one label: a folder, a run or a Hub id.")
+    ],
+    data: Annotated[str, typer.Option(help="Data card, by name or path.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="key=value: an option of PPO (kl_coef=0.1), or any of a recipe (data.path=...).",
+        ),
+    ] = None,
+    output: Annotated[str, typer.Option(help="Folder of the run.")] = "runs",
+    reward_template: Annotated[
+        str | None,
+        typer.Option(help="The reward's prompts: text with {prompt}, or chat.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Improve a policy on a reward model by PPO. The same command goes on after a kill."""
+    _set_up(debug)
+    from irl_align.evaluation.compare.run_tables import show_runs
+    from irl_align.training.ppo_only import ppo_recipe, run_ppo, summary_line
+    from irl_align.training.run_folder import Run
+
+    recipe = ppo_recipe(policy, data, output, options or [])
+    improved = run_ppo(recipe, reward, reward_template)
+    show_runs([Run.load(improved.folder)], _console())
+    typer.echo(summary_line(improved))
+    typer.echo(f"policy: {improved.policy}")
+
+
+@app.command(epilog="Example: irl-align recipes --options | less")
+def recipes(
+    options: Annotated[
+        bool, typer.Option("--options", help="List every option with its default.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes that come with irl-align, or every option that a recipe can set."""
+    _set_up(debug)
+    from irl_align.config.recipe import list_recipes, options_table
+
+    console = _console()
+    if options:
+        for key, kind, default, doc in options_table():
+            line = f"[bold]{key}[/bold]  {_plain(kind)} = {_plain(default)}"
+            console.print(line, soft_wrap=True, markup=True)
+            console.print(_indented(doc))
+        return
+    for path, _, description in list_recipes():
+        name = _plain(os.path.relpath(path))
+        console.print(f"[bold]{name}[/bold]", soft_wrap=True, markup=True)
+        console.print(_indented(description))
+
+
+@app.command(epilog="Example: irl-align show runs/e2e-spin-seed1 runs/e2e-irl-best-of-n-seed1")
+def show(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")], debug: Debug = False
+) -> None:
+    """Show the results, rewards, costs and warning signs of runs side by side."""
+    _set_up(debug)
+    from irl_align.evaluation.compare.run_tables import show_runs
+    from irl_align.training.run_folder import Run
+
+    show_runs([Run.load(run) for run in runs], _console())
+
+
+@app.command(
+    epilog="Example: irl-align score runs/e2e-irl-best-of-n-seed1 --input pairs.jsonl",
+)
+def score(
+    model: ModelArgument,
+    input: Annotated[
+        Path, typer.Option("--input", help="JSON lines: prompt and completion, or chosen/rejected.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="JSON lines; standard output if left out.")
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Score texts with a reward model, or a run's reward (SPIN's is its policy's log-ratio to SFT).
+
+    Of rows with chosen and rejected, accuracy is told too.
+    """
+    _set_up(debug)
+    from irl_align.evaluation.inference import read_rows, score_rows
+
+    _check_output(output)
+    rows = read_rows(input, [("prompt", "completion"), ("prompt", "chosen", "rejected")])
+    scored, accuracy = score_rows(model, rows, device)
+    _write(scored, output)
+    if accuracy is not None:
+        typer.echo(f"accuracy {accuracy:.1%} of {len(rows)} pairs", err=True)
+
+
+@app.command(
+    epilog="Example: irl-align generate runs/e2e-spin-seed1 --input prompts.jsonl --n 4",
+)
+def generate(
+    model: ModelArgument,
+    input: Annotated[Path, typer.Option("--input", help="JSON lines with a field prompt.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="JSON lines; standard output if left out.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 is greedy. Left out: 1, or that of a selecting run.", show_default=False
+        ),
+    ] = None,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest sample in tokens.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    backend: Annotated[
+        Literal["transformers", "vllm", "vllm-server", "auto"],
+        typer.Option(help="What samples; vllm-server without --server starts one."),
+    ] = "transformers",
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a vLLM server; several times. Key: VLLM_API_KEY."),
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Sample a policy. A run whose policy is best-of-N by selection is sampled so."""
+    _set_up(debug)
+    from irl_align.evaluation.inference import (
+        generate_rows,
+        read_rows,
+        resolve_policy,
+        sampling_backend,
+    )
+    from irl_align.models.generation import Sampling
+
+    _check_output(output)
+    rows, policy = read_rows(input, [("prompt",)]), resolve_policy(model)
+    sampling = Sampling(
+        n=n,
+        temperature=policy.temperature if temperature is None else temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    options = sampling_backend(backend, server or [])
+    _write(generate_rows(policy, rows, sampling, device, options), output)
+
+
+compare.register(app)
+hub.register(app)
+prune.register(app)
+plan.register(app)
+vllm_serve.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: runs a command and turns what went wrong into one line and an exit status.
+
+    0 done, 1 a fault of ours or of the machine, 2 something that the user can mend, 130 Ctrl-C.
+    """
+    try:
+        app()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            _fail(traceback.format_exc().rstrip(), 2 if isinstance(error, UserError) else 1)
+        if isinstance(error, UserError):
+            _fail(str(error), 2)
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        _fail(f"unexpected fault: {cause} (run with --debug for the traceback)", 1)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's, for Ctrl-C
+            _fail("stopped; the same command goes on from the last checkpoint", 130)
+        raise
+
+
+def _fail(message: str, status: int) -> None:
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()  # so that the message has a line of its own
+    if distributed.reports_errors():
+        typer.echo(f"irl-align: {fit_to_show(message)}", err=True)
+    raise SystemExit(status)
+
+
+def _indented(text: str) -> Padding:
+    return Padding(" ".join(text.split()), (0, 0, 0, 4))
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+def _check_output(output: Path | None) -> None:
+    from irl_align.utils.files import require_writable
+
+    if output is not None:
+        require_writable(output, "--output")
+
+
+def _write(rows: list[dict[str, Any]], output: Path | None) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is None:
+        # JSON escapes the older control characters itself.
+        sys.stdout.write(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
+    else:
+        from irl_align.utils.files import atomic_write
+
+        atomic_write(output, text)

@@ -1,0 +1,64 @@
+"""The command prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from irl_align.cli.terminal import Debug, console, set_up
+from irl_align.errors import UserError
+from irl_align.training.prune import Findings, delete, find_waste, holding, runs_folder
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(epilog="Example: irl-align prune runs --yes")(prune)
+
+
+def prune(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs, or its store.")] = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List it only, as without --yes.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """List, and delete, what no run needs: stages without a run, damaged and unfinished ones.
+
+    What a run links is kept with all that it was made from, and what an unfinished run would go on
+    from. To give up a run, delete its folder first.
+    """
+    set_up(debug)
+    if yes and dry_run:
+        raise UserError("prune: found --yes and --dry-run, expected one of them")
+    runs = runs_folder(folder)
+    if not yes:
+        _show(find_waste(runs), runs)
+        typer.echo("nothing was deleted; --yes deletes it")
+        return
+    with holding(runs):
+        found = find_waste(runs)
+        _show(found, runs)
+        delete(found)
+    typer.echo(f"deleted: {_megabytes(found.bytes)}")
+
+
+def _show(found: Findings, runs: Path) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name, side in (("MB", "right"), ("what", "left"), ("why", "left")):
+        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
+    for waste in found.waste:
+        name = str(waste.path.relative_to(runs))
+        table.add_row(f"{waste.bytes / 1e6:,.1f}", Text(name), Text(waste.why))
+    if found.waste:
+        console().print(table)
+    typer.echo(f"runs: {', '.join(found.runs) or 'none'}")
+    typer.echo(f"needed: {_megabytes(found.kept)}; not needed: {_megabytes(found.bytes)}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

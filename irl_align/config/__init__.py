@@ -1,0 +1,1 @@
+"""The recipe: its options, YAML, overrides."""

@@ -1,0 +1,1 @@
+"""Demonstrations: cards, sources, splits, token ids, pairs."""

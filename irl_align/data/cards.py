@@ -1,0 +1,328 @@
+"""Data cards: a Hub dataset card (Markdown) whose front matter also says how to load the data.
+
+A card of your own needs only this, in the folder of ``demos.jsonl``::
+
+    ---
+    irl_align:
+      kind: demonstrations
+      splits: {train: {files: demos.jsonl}, validation: {from: train, share: 0.1}}
+      columns: {prompt: question, completion: answer}
+      template: "{prompt}\\n"
+    ---
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import string
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from irl_align.config.resources import data_cards_dir
+from irl_align.config.types import ImportPath, Options
+from irl_align.config.yaml import load_plain, one_line, show
+from irl_align.errors import UserError
+
+Columns = dict[str, str]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+PLAIN, MESSAGES = frozenset({"prompt", "completion"}), frozenset({"messages"})
+TEXT = frozenset({"text"})
+PAIRS = frozenset({"prompt", "chosen", "rejected"})
+TRANSCRIPTS = frozenset({"chosen_transcript", "rejected_transcript"})
+LABELLED = frozenset({"prompt", "first", "second", "label"})
+FORMATS = {"demonstrations": (PLAIN, MESSAGES, TEXT), "preferences": (PAIRS, TRANSCRIPTS, LABELLED)}
+"""What a row holds, by the fields that its columns are mapped to."""
+ALSO = {"demonstrations": frozenset[str](), "preferences": frozenset({"subset", "margin"})}
+"""Fields that any format of the kind may have besides."""
+_MAX_BYTES = 1 << 24
+TASK_SPLITS = ("train", "validation", "test")
+
+
+class Source(Options):
+    """Where rows come from when the recipe gives no local path."""
+
+    hub: str | None = None
+    """Hub dataset, org/name."""
+    config: str | None = None
+    """Its configuration."""
+    data_dir: str | None = None
+    """Its folder."""
+    revision: str | None = None
+    """Its branch, tag or commit."""
+    columns: Columns = Field(default_factory=dict)
+    """Column names on the Hub, where they are not those of the local files."""
+    task: ImportPath | None = None
+    """module:callable that makes demonstrations, called with split, seed and the recipe's
+    data.task."""
+    url: str | None = None
+    """Page where people find the files: the recipe must then give a local path."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Source:
+        if sum(value is not None for value in (self.hub, self.task, self.url)) != 1:
+            raise ValueError("give exactly one of hub, task and url")
+        extras = [name for name in ("config", "data_dir", "revision") if getattr(self, name)]
+        if self.hub is None and (extras or self.columns):
+            raise ValueError(f"{(extras or ['columns'])[0]} goes with hub only")
+        return self
+
+
+class Split(Options):
+    """One split: files and a Hub split of its own, or a part carved out of another split."""
+
+    hub: str | None = None
+    """Name of the split on the Hub."""
+    files: str | list[str] | None = None
+    """File name(s) or glob(s) inside the local folder."""
+    carved_from: Annotated[str | None, Field(alias="from")] = None
+    """Split of which this one takes a share of the prompts; they then leave that split."""
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """With from: the share, chosen by a hash of the prompt."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Split:
+        if (self.carved_from is None) != (self.share is None):
+            raise ValueError("from and share go together")
+        for pattern in self.patterns:
+            if not pattern or pattern[0] in "/\\~" or ".." in pattern or "\0" in pattern:
+                raise ValueError(f"files: {pattern!r} is not a name or glob inside the folder")
+        if (self.carved_from is None) == (self.hub is None and self.files is None):
+            raise ValueError("give hub and/or files, or else from and share")
+        return self
+
+    @property
+    def patterns(self) -> list[str]:
+        """Globs of the local files."""
+        return [self.files] if isinstance(self.files, str) else list(self.files or [])
+
+
+class CardOptions(Options):
+    """The key ``irl_align`` of a card's front matter."""
+
+    kind: Literal["demonstrations", "preferences"]
+    """What a row is."""
+    source: Source | None = None
+    """Where the data is; without it the files lie in the card's folder."""
+    splits: dict[str, Split] = Field(default_factory=dict)
+    """Splits by name: train, validation, test or others. A task has just these three."""
+    columns: Columns = Field(default_factory=dict)
+    """Field -> column; a.0.b is key b of item 0 of column a. Demonstrations: prompt and
+    completion, or messages, or text that starts with its prompt. Preferences: prompt,
+    chosen, rejected; or chosen_transcript, rejected_transcript; or prompt, first, second, label
+    (1 or 2, the better); each with margin and subset where there are such columns. Several
+    columns joined by + may make the subset; without it, a subset is a file of the split."""
+    template: str = "{prompt}\n"
+    """Text with one {prompt}, or chat: the tokenizer's chat template."""
+    lowercase: bool = False
+    """Prompts and completions are lowercased when they are encoded."""
+    prompt_words: Annotated[int, Field(gt=0)] | None = None
+    """With text: the prompt is so many words, the completion what follows them."""
+    labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(default=[1, 2])
+    """Values of label by which the first and by which the second text is the better one."""
+    turn: Literal["first", "last"] = "last"
+    """With messages: the assistant turn that is the demonstration; what follows it is left out."""
+    where: dict[str, bool | int | str] = Field(default_factory=dict)
+    """Column -> value: other rows are left out."""
+    faulty: Literal["error", "drop"] = "error"
+    """Rows known to be faulty (empty, chosen equal to rejected): stop, or drop and log how many."""
+    rows: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Split -> expected number of rows; another number is warned of."""
+    about: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Split -> about how many rows, where they cannot be counted here: for plans, never checked."""
+    sha256: dict[str, Sha256] = Field(default_factory=dict)
+    """Split -> SHA-256 of its local files, decompressed; another one is warned of."""
+    gold: ImportPath | None = None
+    """module:object, the task's gold metric."""
+    edit: ImportPath | None = None
+    """module:callable, an edit of a prompt after which it asks for something else."""
+
+    @field_validator("template")
+    @classmethod
+    def _one_prompt(cls, template: str) -> str:
+        if template == "chat":
+            return template
+        try:
+            fields = [
+                name + (f":{spec}" if spec else "") + (f"!{how}" if how else "")
+                for _, name, spec, how in string.Formatter().parse(template)
+                if name is not None
+            ]
+        except ValueError as error:
+            raise ValueError(f"{error}; write a literal brace twice") from error
+        if fields != ["prompt"]:
+            raise ValueError("give text with {prompt} exactly once and no other field, or chat")
+        return template
+
+    @model_validator(mode="after")
+    def _task_or_splits(self) -> CardOptions:
+        if self.source is not None and self.source.task is not None:
+            if self.kind != "demonstrations" or self.splits or self.columns or self.where:
+                raise ValueError("a task gives demonstrations: leave splits, columns, where out")
+            return self
+        if not self.splits:
+            raise ValueError("splits: give at least one")
+        hub = self.source is not None and self.source.hub is not None
+        with_files = {name for name, split in self.splits.items() if split.carved_from is None}
+        for name, split in self.splits.items():
+            if split.carved_from is not None and split.carved_from not in with_files:
+                raise ValueError(f"splits.{name}.from: {split.carved_from} is no split with files")
+            if split.hub is not None and not hub:
+                raise ValueError(f"splits.{name}.hub: the source is not on the Hub")
+            if hub and split.hub is None and split.carved_from is None:
+                raise ValueError(f"splits.{name}: the source is on the Hub, so give hub")
+            if sum(part.share or 0.0 for part in self.carved(name).values()) >= 1.0:
+                raise ValueError(f"splits.{name}: the shares carved out of it leave nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> CardOptions:
+        if self.is_task:
+            return self
+        row = self.format(self.columns)
+        on_hub = self.source.columns if self.source is not None else {}
+        if on_hub and self.format(on_hub) != row:
+            raise ValueError("source.columns: not the same fields as columns")
+        if row in (MESSAGES, TRANSCRIPTS) and self.template != "chat":
+            raise ValueError("template: conversations need template chat")
+        if self.turn == "first" and row != MESSAGES:
+            raise ValueError("turn: goes with columns.messages only")
+        if (self.prompt_words is None) == (row == TEXT):
+            raise ValueError("prompt_words: goes with columns.text, which needs it")
+        if self.labels != [1, 2] and row != LABELLED:
+            raise ValueError("labels: goes with columns.label only")
+        return self
+
+    @model_validator(mode="after")
+    def _known_splits(self) -> CardOptions:
+        for field, names in (("rows", self.rows), ("about", self.about), ("sha256", self.sha256)):
+            unknown = sorted(set(names) - set(self.split_names))
+            if unknown:
+                raise ValueError(f"{field}: {unknown[0]} is not a split of this card")
+        return self
+
+    @property
+    def is_task(self) -> bool:
+        """Whether a procedural task makes the demonstrations."""
+        return self.source is not None and self.source.task is not None
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the splits that can be loaded."""
+        return list(TASK_SPLITS) if self.is_task else list(self.splits)
+
+    def carved(self, base: str) -> dict[str, Split]:
+        """Splits that take their prompts out of `base`, in the card's order."""
+        return {name: split for name, split in self.splits.items() if split.carved_from == base}
+
+    def format(self, columns: Columns) -> frozenset[str]:
+        """Which of FORMATS the columns give; ValueError where none fits."""
+        fields, formats = set(columns), FORMATS[self.kind]
+        for row in formats:
+            if row <= fields <= row | ALSO[self.kind]:
+                return row
+        choices = "; or ".join(", ".join(sorted(row)) for row in formats)
+        found = ", ".join(sorted(fields)) or "nothing"
+        raise ValueError(f"columns: found {found}, expected for {self.kind}: {choices}")
+
+
+class Card(CardOptions):
+    """A data card as it was read."""
+
+    name: str
+    """Stem of the card's file."""
+    folder: Path
+    """Folder of the card's file."""
+    license: str
+    """The Hub field license, for reports and model cards; empty where the card has none."""
+
+
+def load_card(name_or_path: str | Path) -> Card:
+    """Read a card by its name in data_cards/ or by path; UserError names its file and key."""
+    path = _card_path(name_or_path)
+    front = _front_matter(path)
+    options = front.get("irl_align")
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: irl_align: found {show(options)}, expected the loader's options")
+    own = {"name": path.stem, "folder": path.parent, "license": _license(front.get("license"))}
+    reserved = sorted(set(options) & set(own))
+    if reserved:
+        raise UserError(f"{path}: irl_align.{reserved[0]}: no such key")
+    try:
+        return Card.model_validate({**options, **own})
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_error(error)}") from error
+
+
+def import_object(import_path: str, field: str) -> Any:
+    """The object at ``module:attribute``; `field` says in the UserError who named it."""
+    module_name, _, attributes = import_path.partition(":")
+    if not module_name or not attributes:
+        raise UserError(f"{field}: found {import_path!r}, expected module:attribute")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{field}: cannot import {import_path}: {error}") from error
+    return found
+
+
+def _card_path(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith(".md") or "/" in text:
+        if not Path(text).is_file():
+            raise UserError(f"data.card: found {text}, expected an existing data card (.md)")
+        return Path(text)
+    path = data_cards_dir() / f"{text}.md"
+    if not path.is_file():
+        names = sorted(card.stem for card in data_cards_dir().glob("*.md"))
+        close = difflib.get_close_matches(text, names, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"data.card: found {text!r}, expected one of {', '.join(names)}, or a path{hint}"
+        )
+    return path
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        text = raw.decode("utf-8")
+        if len(raw) > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes, which no card is")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    lines = text.splitlines()
+    if not lines or lines[0].rstrip() != "---" or "---" not in (x.rstrip() for x in lines[1:]):
+        raise UserError(f"{path}: line 1: expected YAML front matter between two lines ---")
+    end = next(i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---")
+    try:
+        # The blank line in place of --- keeps YAML's line numbers those of the file.
+        front = load_plain("\n".join(["", *lines[1:end]]))
+    except ValueError as error:
+        raise UserError(f"{path}: front matter: {error}") from error
+    if not isinstance(front, dict):
+        raise UserError(f"{path}: front matter: found {show(front)}, expected keys and values")
+    return front
+
+
+def _license(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(["irl_align", *map(str, first["loc"])])
+    if first["type"] == "extra_forbidden":
+        return f"{key}: no such key"
+    if first["type"] == "missing":
+        return f"{key}: missing"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    found = "" if isinstance(given, dict) else f", found {show(given)}"
+    return one_line(f"{key}: {message}{found}")

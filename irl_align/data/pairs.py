@@ -1,0 +1,285 @@
+"""Pairs (x, preferred) over (x, rejected) that need no preference label.
+
+Demonstrations are preferred to samples, and to the same text under another prompt. What comes out
+depends on the content and the seed, not on the order of rows or of dicts.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from irl_align.config.schema import PairSource
+from irl_align.data.columns import column
+from irl_align.errors import UserError
+from irl_align.utils.files import atomic_write
+
+_IDS = List(Value("int32"))
+FEATURES = Features(
+    {
+        "prompt_ids": _IDS,
+        "chosen_ids": _IDS,
+        "rejected_prompt_ids": _IDS,  # those of prompt_ids but for contrast pairs
+        "rejected_ids": _IDS,
+        "source": Value("string"),
+        "iteration": Value("int32"),
+        "sample_index": Value("int32"),  # which sample, or which contrast prompt, of its prompt
+        "rejected_truncated": Value("bool"),
+        "generator": Value("string"),  # key of the stage that sampled; empty for contrast
+        "temperature": Value("float32"),  # null for contrast
+        "rejected_logp": Value("float64"),  # under its generator; null where that is not known
+        "prompt_key": Value("string"),
+    }
+)
+"""Columns of a set of pairs."""
+
+
+class Sample(Protocol):
+    """What pairs need of a generate.Completion."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """T ids."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it lacks an EOS."""
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """(T,) log-probs under the distribution that was sampled from."""
+
+
+class Sampled(Protocol):
+    """What pairs need of a generate.Sampling."""
+
+    @property
+    def temperature(self) -> float:
+        """Sampling temperature."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether that distribution is the model's own."""
+
+
+class Pairs(NamedTuple):
+    """Pairs with FEATURES as columns, and what was left out: reason -> count."""
+
+    rows: Dataset
+    dropped: dict[str, int]
+
+
+Row = dict[str, Any]
+Truncated = Literal["drop", "keep"]
+
+
+def policy_pairs(
+    demonstrations: Iterable[Mapping[str, Any]],
+    samples: Mapping[str, Sequence[Sample]],
+    *,
+    iteration: int,
+    generator: str,
+    sampling: Sampled,
+    truncated: Truncated = "drop",
+    demonstrations_per_prompt: int | None = None,
+    seed: int = 0,
+    source: PairSource = "demonstration/policy",
+) -> Pairs:
+    """Demonstrations over samples of the same prompt.
+
+    demonstrations: rows of tokens.encode_demonstrations. samples: prompt key -> its samples; a
+    prompt without any makes no pair. Of a prompt with D demonstrations and N samples come
+    max(D, N) pairs: each demonstration and each sample is used, as evenly as can be. Truncated
+    samples are left out before that, or kept as they are, without EOS. Pairs of equal ids are
+    dropped. Raises UserError when no pair is left.
+    """
+    rows: list[Row] = []
+    dropped = Counter({"identical": 0, "truncated": 0})
+    for key, group in by_prompt(demonstrations).items():
+        rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
+        rng.shuffle(group)
+        chosen = [list(row["completion_ids"]) for row in group[:demonstrations_per_prompt]]
+        rejected = _usable(samples.get(key, ()), truncated, dropped)
+        rows += _matched(key, list(group[0]["prompt_ids"]), chosen, rejected, rng, dropped)
+    return finish_pairs(rows, dropped, source, iteration, generator, sampling)
+
+
+def sample_pairs(
+    prompts: Mapping[str, Sequence[int]],
+    chosen: Mapping[str, Sequence[Sample]],
+    rejected: Mapping[str, Sequence[Sample]],
+    *,
+    iteration: int,
+    generator: str,
+    sampling: Sampled,
+    truncated: Truncated = "drop",
+    seed: int = 0,
+    source: PairSource = "sft/init",
+) -> Pairs:
+    """One model's samples over another's (generator and sampling are the rejected one's).
+
+    prompts: prompt key -> prompt ids. Truncated samples are never preferred; otherwise as in
+    policy_pairs.
+    """
+    rows: list[Row] = []
+    dropped = Counter({"identical": 0, "truncated": 0})
+    for key in sorted(prompts):
+        rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
+        better = [list(s.token_ids) for _, s in _usable(chosen.get(key, ()), "drop", dropped)]
+        rng.shuffle(better)
+        worse = _usable(rejected.get(key, ()), truncated, dropped)
+        rows += _matched(key, list(prompts[key]), better, worse, rng, dropped)
+    return finish_pairs(rows, dropped, source, iteration, generator, sampling)
+
+
+def window(by_iteration: Sequence[Dataset], name: str) -> Dataset:
+    """Pairs of the latest iteration, of the last k ("last-k") or of all, oldest first."""
+    if not by_iteration:
+        raise ValueError("no iteration has pairs")
+    if name == "all":
+        last = len(by_iteration)
+    else:
+        last = 1 if name == "latest" else int(name.removeprefix("last-"))
+    return concatenate_datasets(list(by_iteration[-last:]))
+
+
+def stats(pairs: Dataset, dropped: Mapping[str, int]) -> dict[str, float]:
+    """Numbers of pairs, in all and by source, of what was dropped, and mean lengths in tokens."""
+    found: dict[str, float] = {"pairs": len(pairs)}
+    for source, count in sorted(Counter(column(pairs, "source")).items()):
+        found[f"pairs/{source}"] = count
+    for reason, count in sorted(dropped.items()):
+        found[f"dropped/{reason}"] = count
+    for side in ("chosen", "rejected"):
+        found[f"mean_{side}_tokens"] = float(
+            np.mean([len(ids) for ids in column(pairs, f"{side}_ids")])
+        )
+    found["rejected_truncated"] = sum(column(pairs, "rejected_truncated"))
+    return found
+
+
+def save_pairs(pairs: Dataset, path: str | Path) -> None:
+    """Write a parquet file, whole or not at all."""
+    import pyarrow.parquet
+
+    table = pairs.with_format("arrow")[:]
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    atomic_write(Path(path), content.getvalue())
+
+
+def load_pairs(path: str | Path) -> Dataset:
+    """Read what save_pairs wrote; UserError when it is missing, cut off or something else."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+        return Dataset(table.select(list(FEATURES)).cast(FEATURES.arrow_schema))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: found no file, expected pairs in parquet") from error
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a whole parquet file of pairs: {cause}") from error
+
+
+def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by prompt key, both in the order of their content."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows.to_list() if isinstance(rows, Dataset) else rows:
+        groups.setdefault(row["prompt_key"], []).append(row)
+    return {
+        key: sorted(groups[key], key=lambda row: list(row["completion_ids"]))
+        for key in sorted(groups)
+    }
+
+
+def _usable(
+    samples: Sequence[Sample], truncated: Truncated, dropped: Counter[str]
+) -> list[tuple[int, Sample]]:
+    """Samples that make pairs, each with its index."""
+    usable = [
+        (index, sample)
+        for index, sample in enumerate(samples)
+        if truncated == "keep" or not sample.truncated
+    ]
+    dropped["truncated"] += len(samples) - len(usable)
+    return usable
+
+
+def _matched(
+    key: str,
+    prompt_ids: list[int],
+    chosen: list[list[int]],
+    rejected: list[tuple[int, Sample]],
+    rng: random.Random,
+    dropped: Counter[str],
+) -> list[Row]:
+    """max(D, N) pairs that use each of the D chosen and N rejected as evenly as can be."""
+    if not chosen or not rejected:
+        return []
+    rng.shuffle(rejected)
+    rows = []
+    for j in range(max(len(chosen), len(rejected))):
+        better = chosen[j % len(chosen)]
+        index, sample = rejected[j % len(rejected)]
+        if better == list(sample.token_ids):
+            dropped["identical"] += 1
+            continue
+        rows.append(pair_row(key, prompt_ids, better, prompt_ids, list(sample.token_ids), index))
+        rows[-1]["rejected_truncated"] = bool(sample.truncated)
+        rows[-1]["rejected_logp"] = float(sample.logprobs.sum(dtype=np.float64))
+    return rows
+
+
+def pair_row(
+    key: str,
+    prompt_ids: list[int],
+    chosen_ids: list[int],
+    rejected_prompt_ids: list[int],
+    rejected_ids: list[int],
+    index: int,
+) -> Row:
+    return {
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_prompt_ids": rejected_prompt_ids,
+        "rejected_ids": rejected_ids,
+        "sample_index": index,
+        "rejected_truncated": False,
+        "rejected_logp": None,
+        "prompt_key": key,
+    }
+
+
+def finish_pairs(
+    rows: list[Row],
+    dropped: Counter[str],
+    source: PairSource,
+    iteration: int,
+    generator: str,
+    sampling: Sampled | None,
+) -> Pairs:
+    if not rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        raise UserError(f"pairs.sources: {source} gives no pair (left out: {why})")
+    constant = {
+        "source": source,
+        "iteration": iteration,
+        "generator": generator,
+        "temperature": None if sampling is None else sampling.temperature,
+    }
+    if sampling is not None and not sampling.plain:  # the log-probs are of another distribution
+        constant["rejected_logp"] = None
+    columns = {
+        name: [constant[name]] * len(rows) if name in constant else [row[name] for row in rows]
+        for name in FEATURES
+    }
+    return Pairs(Dataset.from_dict(columns, features=FEATURES), dict(dropped))

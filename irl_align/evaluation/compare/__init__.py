@@ -1,0 +1,1 @@
+"""Methods side by side over seeds. Imports no torch."""

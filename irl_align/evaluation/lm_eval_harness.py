@@ -1,0 +1,120 @@
+"""Benchmarks by lm-eval (EleutherAI's harness) on a run's policy or a model's folder.
+
+Every task's result is kept on its own, so that a rerun goes on with the tasks that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from irl_align.errors import UserError
+from irl_align.evaluation.lm_eval_tasks import Benchmark
+from irl_align.models.loading import load_model, load_tokenizer, pick_device
+from irl_align.models.packing import context_length
+from irl_align.utils.files import atomic_write, file_checksum, read_json, to_json
+
+MEND = "delete it and run irl-align evaluate again"
+
+
+def run_benchmarks(
+    policy: Path,
+    asked: Sequence[Benchmark],
+    kept: Path,
+    device: str = "auto",
+    tasks_folder: Path | None = None,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Results of a language model's folder on tasks, one after another.
+
+    kept: folder of finished results. tasks_folder: task files of your own. limit: rows per task,
+    to try things out. Raises UserError: no lm-eval, no such task, or data that cannot be had.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("--lm-eval: lm-eval is not installed; install irl-align[eval]")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks_folder) if tasks_folder else None)
+    for benchmark in asked:
+        if benchmark.task not in manager.all_tasks:
+            raise UserError(
+                f"--lm-eval: found {benchmark.task!r}, which lm-eval {version('lm_eval')} has not; "
+                "expected one of its tasks (`lm-eval ls tasks`)"
+            )
+    harness = {"lm_eval": version("lm_eval"), "limit": limit}
+    identity = {**harness, "model": file_checksum(policy)}
+    if tasks_folder is not None:
+        identity["tasks"] = file_checksum(tasks_folder)
+    model: Any = None
+    results = []
+    for benchmark in asked:
+        key = hashlib.sha256(json.dumps([identity, benchmark.name]).encode()).hexdigest()[:16]
+        path = kept / f"{benchmark.task.replace('/', '-')}-{key}.json"
+        if not path.is_file():
+            model = model or _harness_model(policy, device)
+            found = _result(benchmark, model, manager, limit)
+            atomic_write(path, to_json(found, indent=2) + "\n")
+        results.append({**read_json(path, "a result of lm-eval", MEND), **harness})
+    return results
+
+
+def _harness_model(policy: Path, device: str) -> Any:
+    """The policy as the harness takes it."""
+    from lm_eval.models.huggingface import HFLM
+
+    where = pick_device(device)
+    model, tokenizer = load_model(policy, where), load_tokenizer(policy)
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        max_length=context_length(model),
+        device=str(where),
+        batch_size="auto" if where.type == "cuda" else 8,
+    )
+
+
+def _result(benchmark: Benchmark, model: Any, manager: Any, limit: int | None) -> dict[str, Any]:
+    """Metrics of one task, as plain data."""
+    from lm_eval import simple_evaluate
+
+    try:
+        output = simple_evaluate(
+            model=model,
+            tasks=[benchmark.task],
+            num_fewshot=benchmark.shots,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    except Exception as error:  # datasets, the Hub and every task raise kinds of their own
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"--lm-eval: {benchmark.task} failed: {cause} (finished tasks are kept; the same "
+            "command goes on)"
+        ) from error
+    assert output is not None
+    scores = output["results"][benchmark.task]
+    shots = output["n-shot"].get(benchmark.task, benchmark.shots)
+    return {
+        "task": benchmark.task,
+        "shots": shots,
+        "version": output["versions"].get(benchmark.task),
+        "metrics": {
+            name: {"value": float(value), "stderr": _stderr(scores, name)}
+            for name, value in scores.items()
+            if "," in name and "_stderr" not in name and isinstance(value, int | float)
+        },
+    }
+
+
+def _stderr(scores: Mapping[str, Any], name: str) -> float | None:
+    """Standard error of a metric `acc,none`, which the harness calls `acc_stderr,none`."""
+    metric, _, kind = name.partition(",")
+    found = scores.get(f"{metric}_stderr,{kind}")
+    return float(found) if isinstance(found, int | float) else None

@@ -1,0 +1,189 @@
+"""Samples for the report's browser, and PPO samples whose tokens carry credit."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from irl_align.evaluation.compare.run_tables import policy_label
+from irl_align.evaluation.report.curves import by_method
+from irl_align.evaluation.report.templates import render, script_json
+from irl_align.training.run_folder import RERUN, RunView
+from irl_align.utils.files import read_lines
+
+BUDGET = 2_500_000  # bytes of samples, as they are written, in a page that stays below 5 MB
+CREDITED = 8  # samples of the first update that kept some, and as many of the last
+CREDIT_BUDGET = 1_000_000  # bytes of all methods' samples with credit
+FIELDS = ("prompt", "completion", "demonstrations")
+PER_TOKEN = ("credit", "advantage", "kl")
+Item = TypeVar("Item")
+
+
+def sample_browser(views: Sequence[RunView], budget: int = BUDGET) -> dict[str, Any] | None:
+    """Prompts with their demonstrations and what each method says at each temperature.
+
+    Of one seed only, the first that most methods have, and evenly chosen prompts where all would
+    take more than `budget` bytes. None where there are no samples. `rows[i]["s"][t][m]` is
+    [text, scores...] of method m at temperature t, or null; `without` are the methods without a run
+    of the seed.
+    """
+    if not views:
+        return None
+    # Runs come by seed, and of equally common ones the first counts.
+    seed = Counter(view.recipe["seed"] for view in views).most_common(1)[0][0]
+    own = [view for view in views if view.recipe["seed"] == seed]
+    columns = _columns(own)
+    files = {
+        (label, temperature): {_key(row): row for row in rows}
+        for label, by_temperature in columns.items()
+        for temperature, rows in by_temperature.items()
+    }
+    if not files:
+        return None
+    temperatures = sorted({t for _, t in files}, key=float, reverse=True)
+    first = next(iter(files.values()))
+    scores = sorted({k for rows in files.values() for row in list(rows.values())[:1] for k in row}
+                    - set(FIELDS))  # fmt: skip
+    rows = [
+        {
+            "p": prompt_text(row["prompt"]),
+            "d": [str(text) for text in row.get("demonstrations", [])][:8],
+            "s": [
+                [_cell(files.get((label, t), {}).get(key), scores) for label in columns]
+                for t in temperatures
+            ],
+        }
+        for key, row in first.items()
+    ]
+    return {
+        "seed": seed,
+        "without": [name for name in by_method(views) if name not in by_method(own)],
+        "methods": list(columns),
+        "temperatures": temperatures,
+        "scores": scores,
+        "prompts": len(rows),
+        "rows": _within(rows, budget, lambda row: script_json(row) + ","),
+    }
+
+
+def _columns(views: Sequence[RunView]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Label -> temperature -> rows: the policy that the runs start from, then their last ones."""
+    columns: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for number in (0, None):
+        for view in views:
+            assert view.summary is not None
+            last = int(view.summary["policy_number"])
+            shown = last if number is None else number
+            label = policy_label(view, shown)
+            if label in columns:
+                continue
+            prefix = f"policy-{shown}-t"
+            files = sorted((view.folder / "samples").glob(f"{prefix}*.jsonl"))
+            found = {f.stem.removeprefix(prefix): read_lines(f, RERUN) for f in files}
+            if found:
+                columns[label] = found
+    return columns
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for people: text, or one line per turn of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
+
+
+def _cell(row: Mapping[str, Any] | None, scores: Sequence[str]) -> list[Any] | None:
+    if row is None:
+        return None
+    values = [row.get(name) for name in scores]
+    return [row["completion"], *(v if isinstance(v, int | float) else None for v in values)]
+
+
+def _within(items: list[Item], budget: int, written: Callable[[Item], str] = str) -> list[Item]:
+    """Items that take at most `budget` bytes as they are written: all, or every so many."""
+    sizes = [len(written(item).encode()) for item in items]
+    keep = len(items)
+    while keep:
+        chosen = [i * len(items) // keep for i in range(keep)]
+        size = sum(sizes[at] for at in chosen)
+        if size <= budget:
+            return [items[at] for at in chosen]
+        keep = min(keep - 1, int(keep * budget / size))
+    return []
+
+
+def credited_samples(views: Sequence[RunView], budget: int = CREDIT_BUDGET) -> list[dict[str, Any]]:
+    """Samples of PPO stages with their tokens' credit, advantage and KL: of the first and the last
+    update that kept some, of each method's first seed, as HTML.
+
+    Each training may take the same part of `budget` bytes, and of what shorter ones leave.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, own in by_method(views).items():
+        seed = own[0].recipe["seed"]
+        for role, rows in own[0].ppo_records("samples.jsonl").items():
+            chosen = _ends([row for row in rows if _has_credit(row)])
+            articles = [render("credited.html.j2", sample=_credited(row)) for row in chosen]
+            if articles:
+                title = f"{name}, seed {seed}, {role}"
+                groups.append({"title": title, "samples": articles, "of": len(articles)})
+    left = budget
+    by_size = sorted(groups, key=lambda group: sum(map(len, group["samples"])))
+    for number, group in enumerate(by_size):
+        group["samples"] = _within(group["samples"], left // (len(groups) - number))
+        left -= sum(len(article.encode()) for article in group["samples"])
+    return groups
+
+
+def _has_credit(row: Mapping[str, Any]) -> bool:
+    tokens, credit = row.get("tokens"), row.get("credit")
+    same = isinstance(tokens, list) and isinstance(credit, list) and len(tokens) == len(credit)
+    return same and bool(tokens)
+
+
+def _ends(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first rows of the first and of the last update."""
+    if not rows:
+        return []
+    updates = sorted({row.get("update", 0) for row in rows})
+    chosen = []
+    for update in dict.fromkeys((updates[0], updates[-1])):
+        chosen += [row for row in rows if row.get("update", 0) == update][:CREDITED]
+    return chosen
+
+
+def _credited(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One sample: its prompt, reward, and per token its text, values and shade."""
+    names = [n for n in PER_TOKEN if len(row.get(n) or ()) == len(row["tokens"])]
+    largest = {n: max((abs(v) for v in row[n] if v is not None), default=0.0) or 1.0 for n in names}
+    tokens = [
+        {
+            "text": text,
+            "values": [{"name": n, "value": row[n][i]} for n in names],
+            # Share of the sample's largest value, for the shade of the token.
+            "shades": {n: round((row[n][i] or 0.0) / largest[n], 3) for n in names},
+        }
+        for i, text in enumerate(token_texts(row["tokens"]))
+    ]
+    shown = {name: row.get(name) for name in ("update", "truncated")}
+    shown["reward"] = round(float(row["reward"]), 4) if row.get("reward") is not None else "unknown"
+    return {"prompt": prompt_text(row["prompt"]), "names": names, "tokens": tokens, **shown}
+
+
+def token_texts(tokens: Iterable[str]) -> list[str]:
+    """Tokens of a vocabulary as people read them: byte-level and SentencePiece marks undone."""
+    from tokenizers import decoders
+
+    listed = [str(token) for token in tokens]
+    if any("▁" in token for token in listed):  # SentencePiece's space
+        return [token.replace("▁", " ") for token in listed]
+    if any("Ġ" in token or "Ċ" in token for token in listed):  # a byte-level space, a line's end
+        byte_level = decoders.ByteLevel()
+        return [byte_level.decode([token]) for token in listed]
+    return listed

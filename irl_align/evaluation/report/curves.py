@@ -1,0 +1,263 @@
+"""A report's figures: learning curves, gold against KL, reward health, costs, PPO's updates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from irl_align.evaluation.compare.aggregate import policy_measures
+from irl_align.evaluation.compare.costs import method_costs
+from irl_align.evaluation.compare.tables import PLAIN, column_name, headline_measures
+from irl_align.evaluation.report.figures import Bars, Dots, Plot, Point, Series
+from irl_align.evaluation.tables import read_evaluation
+from irl_align.training.roles import is_evaluation
+from irl_align.training.run_folder import RunView
+from irl_align.utils.statistics import estimate
+from irl_align.utils.text_table import MISSING, Grid, spelt
+
+SIGNS = {
+    "kl": "KL to SFT, nats",
+    "entropy": "entropy per token, nats",
+    "length": "length, tokens",
+}
+HEALTH: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "held-out pairs": lambda report: report["held_out"]["accuracy"],
+    "fresh samples": lambda report: report["fresh"],
+    "oldest pairs": lambda report: report["older"].get("0", {}).get("accuracy"),
+    "length alone": lambda report: report["audit"]["length"],
+    "SFT log-prob": lambda report: max(
+        (v for v in (report["audit"]["logprob_sum"], report["audit"]["logprob_mean"]) if v),
+        default=None,
+    ),
+}
+UPDATES = {
+    "reward": "reward per completion",
+    "kl": "KL to the reference, nats",
+    "length": "length, tokens",
+}
+
+
+def by_method(views: Sequence[RunView]) -> dict[str, list[RunView]]:
+    """The runs of each method, in the order of the runs."""
+    names = dict.fromkeys(view.recipe["name"] for view in views)
+    return {name: [v for v in views if v.recipe["name"] == name] for name in names}
+
+
+def standings(analysis: Mapping[str, Any]) -> list[Dots]:
+    """Each metric of the results for every row, a mark with its interval for each temperature."""
+    rows, by_metric = analysis["rows"], defaultdict(list)
+    for measure in headline_measures(analysis):
+        by_metric[measure.partition("@")[0]].append(measure)
+    figures = []
+    for metric, measures in by_metric.items():
+        shown = [row for row in rows if any(m in row["estimates"] for m in measures)]
+        scale = _scale(metric)
+        series = []
+        for measure in measures:
+            name = column_name(measure).removeprefix(column_name(metric)).strip()
+            found = [(at, row["estimates"].get(measure)) for at, row in enumerate(shown)]
+            series.append(Series(name, [_scaled(at, e, scale) for at, e in found if e]))
+        if len(shown) > 1:
+            label, names = column_name(metric), [row["label"] for row in shown]
+            figures.append(Dots(f"standing-{metric}", label, label, names, series))
+    return figures
+
+
+def _scaled(x: float, found: Mapping[str, Any], scale: float) -> Point:
+    low, high = (None if found[end] is None else scale * found[end] for end in ("low", "high"))
+    return Point(x, scale * found["mean"], low, high)
+
+
+def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot]:
+    """Gold at every temperature and the vital signs, over the iterations."""
+    measured = {
+        name: [
+            (number, policy_measures(view, number))
+            for view in own
+            for number in sorted({r["policy"] for r in view.metrics if is_evaluation(r)})
+        ]
+        for name, own in by_method(views).items()
+    }
+    figures = []
+    for measure in [*headline_measures(analysis), *SIGNS]:
+        scale = _scale(measure)
+        series = [
+            Series(name, _over_seeds((k, scale * m[measure]) for k, m in found if measure in m), at)
+            for at, (name, found) in enumerate(measured.items())
+        ]
+        series = [one for one in series if one.points]
+        if series and max(p.x for one in series for p in one.points) > 0:
+            label = SIGNS.get(measure, column_name(measure))
+            key = f"curve-{measure.replace('@', '-t')}"
+            figures.append(Plot(key, label, "iteration", label, series, whole_x=True))
+    return figures
+
+
+def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot]:
+    """The headline at temperature 1 against KL to SFT: one point per policy and seed; the values of
+    a swept option are points of one series."""
+    measure = f"{analysis['headline']}@1"
+    swept = analysis.get("sweeps", {})
+    families: dict[str, list[RunView]] = {}
+    for name, own in by_method(views).items():
+        families.setdefault(swept.get(name, {}).get("family", name), []).extend(own)
+    series = []
+    for at, (name, own) in enumerate(families.items()):
+        points = []
+        for view in own:
+            for number in sorted({r["policy"] for r in view.metrics if is_evaluation(r)}):
+                found = policy_measures(view, number)
+                kl = found.get("kl", found.get("kl_bound"))
+                if kl is not None and measure in found:
+                    bound = "" if "kl" in found else ", KL is an upper bound"
+                    value = swept.get(view.recipe["name"], {}).get("value")
+                    note = f"seed {view.recipe['seed']}, iteration {number}{bound}"
+                    note = note if value is None else f"{value}, {note}"
+                    points.append(Point(kl, _scale(measure) * found[measure], note=note))
+        series.append(Series(name, points, at))
+    series = [one for one in series if one.points]
+    if not series:
+        return []
+    label = column_name(measure)
+    return [Plot("frontier", f"{label} against KL", SIGNS["kl"], label, series, joined=False)]
+
+
+def reward_health(views: Sequence[RunView]) -> list[Plot]:
+    """Per method: accuracy of each iteration's reward, beside what shortcuts reach."""
+    figures = []
+    for name, own in by_method(views).items():
+        reports = [report for view in own for report in reward_reports(view)]
+        series = []
+        for at, (what, value) in enumerate(HEALTH.items()):
+            found = [(k, value(report)) for k, report in reports]
+            points = _over_seeds((k, 100.0 * v) for k, v in found if v is not None)
+            series.append(Series(what, points, at))
+        series = [one for one in series if one.points]
+        if series:
+            title = f"reward of {name}"
+            label = "accuracy %"
+            figures.append(Plot(f"reward-{name}", title, "iteration", label, series, whole_x=True))
+    return figures
+
+
+def reward_reports(view: RunView) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(iteration, its reward's report, with `fresh`: accuracy on the next policy's samples)."""
+    by_key = {record["key"]: record for record in view.metrics}
+    for key, record in by_key.items():
+        if key.startswith("reward/"):
+            k = int(key.removeprefix("reward/"))
+            yield k, {**record, "fresh": by_key.get(f"vitals/{k + 1}", {}).get("fresh_accuracy")}
+
+
+def cost_bars(views: Sequence[RunView]) -> list[Bars]:
+    """Seconds by part, as if a run had shared no stage, mean over its seeds."""
+    bars = [(cost.method, cost.parts) for cost in method_costs(views) if cost.parts]
+    return [Bars("costs", "time by part, mean over seeds", "seconds", bars)] if bars else []
+
+
+def reward_table(views: Sequence[RunView]) -> Grid:
+    """Every run's rewards on held-out demonstrations, and where the demonstrations' scores are
+    before they are normalised, whose drift over iterations shows."""
+    columns = ["run", "iteration", "accuracy %", "loss", "margin", "calibration error %"]
+    columns += ["fresh samples %", "older pairs %", "agreement with older", "length alone %"]
+    columns += ["correlation with length", "score mean", "score std"]
+    grid = Grid("rewards, on held-out demonstrations", columns, [])
+    for view in views:
+        by_key = {record["key"]: record for record in view.metrics}
+        for k, report in reward_reports(view):
+            held = report["held_out"]
+            older = ", ".join(_percent(r["accuracy"]) for r in report["older"].values())
+            scores = by_key.get(f"reward-fit/{k}", {}).get("normaliser", (None, None))
+            grid.rows.append(
+                [
+                    view.folder.name,
+                    str(k),
+                    _percent(held["accuracy"]),
+                    *(_decimal(held[name]) for name in ("loss", "margin")),
+                    _percent(held["calibration_error"]),
+                    _percent(report["fresh"]),
+                    older or MISSING,
+                    ", ".join(map(_decimal, report.get("agreement", {}).values())) or MISSING,
+                    _percent(report["audit"]["length"]),
+                    _decimal(report["audit"].get("length_correlation")),
+                    *map(_decimal, scores),
+                ]
+            )
+    return grid
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.1f}"
+
+
+def _decimal(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"
+
+
+def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
+    """Reward and every gold field of best-of-n over its KL, of runs that were evaluated so."""
+    curves = [
+        (view.folder.name, found["best_of"])
+        for view in views
+        if (found := read_evaluation(view)) and found["best_of"]
+    ]
+    names = list(dict.fromkeys(name for _, curve in curves for name in curve["gold"]))
+    figures = []
+    for name in [*(["reward"] if curves else []), *names]:
+        series = []
+        for run, curve in curves:
+            gold = curve["gold"].get(name, {}).get("estimates")
+            estimates = curve["reward"] if name == "reward" else gold
+            points = [
+                Point(kl, e["mean"], e["low"], e["high"], f"n = {n}")
+                for n, kl, e in zip(curve["n"], curve["kl"], estimates or [], strict=False)
+            ]
+            series.append(Series(run, points))
+        label = spelt(name)
+        title = f"best of n: {label}"
+        figures.append(Plot(f"best-of-{name}", title, "KL at most, nats", label, series))
+    return figures
+
+
+def ppo_curves(views: Sequence[RunView], headline: str | None) -> list[Plot]:
+    """Reward, KL, length and, where there is a gold headline, gold of the rollouts over PPO's
+    updates, mean over the seeds of a method's iteration."""
+    trainings: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
+    for view in views:
+        for role, records in view.ppo_records().items():
+            trainings.setdefault(f"{view.recipe['name']}, {role}", []).append(records)
+    scales = dict.fromkeys(UPDATES, 1.0)
+    labels = dict(UPDATES)
+    if headline is not None:
+        scales[f"gold_{headline}"] = _scale(headline)
+        labels[f"gold_{headline}"] = f"rollouts' {column_name(headline)}"
+    figures = []
+    for measure, label in labels.items():
+        series = []
+        for name, own in trainings.items():
+            numbered = [(i, r.get(measure)) for records in own for i, r in enumerate(records, 1)]
+            known = [(i, float(v)) for i, v in numbered if isinstance(v, int | float)]
+            series.append(Series(name, _over_seeds((i, scales[measure] * v) for i, v in known)))
+        series = [one for one in series if one.points]
+        if series:
+            title = f"PPO: {label}"
+            figures.append(Plot(f"ppo-{measure}", title, "update", label, series, whole_x=True))
+    return figures
+
+
+def _over_seeds(pairs: Iterator[tuple[int, float]] | Any) -> list[Point]:
+    """One point per iteration: the mean over seeds and its t interval."""
+    values: dict[int, list[float]] = {}
+    for k, value in pairs:
+        values.setdefault(k, []).append(value)
+    points = []
+    for k in sorted(values):
+        found = estimate(values[k])
+        note = f"mean of {found.n} seeds" if found.n > 1 else "one seed"
+        points.append(Point(float(k), found.mean, found.low, found.high, note))
+    return points
+
+
+def _scale(measure: str) -> float:
+    return 1.0 if measure.partition("@")[0] in PLAIN else 100.0

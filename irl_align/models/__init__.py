@@ -1,0 +1,5 @@
+"""Language models: loading, LoRA, log-probabilities, packing, TRL's trainers.
+
+Legend of shapes, for the whole package: B rows, N samples per prompt, P prompt tokens,
+T completion tokens, L = P + T, V vocabulary, H hidden width.
+"""

@@ -1,0 +1,64 @@
+"""What samples a policy on disk outside a run, by any backend."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from irl_align.config.schema import GenerationOptions
+from irl_align.errors import UserError
+from irl_align.models.generation import Generator, TransformersGenerator
+from irl_align.models.generation.backends import VLLMSampler, VLLMSettings
+from irl_align.models.loading import eos_ids, folder_eos_ids, load_model
+from irl_align.models.packing import context_length
+
+
+def with_backend(options: GenerationOptions, backend: str | None) -> GenerationOptions:
+    """The options with another backend, without what only the one before reads; None keeps it."""
+    if backend is None or backend == options.backend:
+        return options
+    unread = {"server", "engine"}
+    return GenerationOptions.model_validate(
+        {**options.model_dump(exclude=unread), "backend": backend}
+    )
+
+
+@contextmanager
+def saved_sampler(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    backend: str,
+    device: torch.device,
+) -> Iterator[Generator]:
+    """What samples the policy in a folder; a vLLM that it starts ends with the block.
+
+    prompts: those that it will be asked for, as token ids; backend: of the options, resolved.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so samples never end")
+    if backend == "transformers":
+        model, pad = load_model(path, device), tokenizer.pad_token_id
+        yield TransformersGenerator(
+            model,
+            eos_token_ids=eos_ids(model, tokenizer),
+            pad_token_id=int(tokenizer.eos_token_id if pad is None else pad),
+            context_length=context_length(model),
+        )
+        return
+    longest = max((len(prompt) for prompt in prompts), default=1) + options.max_new_tokens
+    with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
+        log = Path(folder) / "server.log"
+        vllm = VLLMSampler(VLLMSettings(options, longest), backend, device, log)
+        try:
+            yield vllm.synced(
+                path, str(path), folder_eos_ids(path, tokenizer), lambda: load_model(path, device)
+            )
+        finally:
+            vllm.close()

@@ -1,0 +1,67 @@
+"""The samples being drawn, one per row: their numbers, kept on the host.
+
+Dimensions: B rows in a batch, P prompt tokens, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from irl_align.errors import UserError
+from irl_align.models.generation.protocol import Completion
+
+
+@dataclass
+class Rows:
+    """Samples being drawn."""
+
+    prompt: np.ndarray  # (B,) index of the prompt
+    sample: np.ndarray  # (B,) index of the sample
+    prompt_length: np.ndarray  # (B,) P
+    limit: np.ndarray  # (B,) most completion tokens
+    count: np.ndarray  # (B,) completion tokens so far
+    live: np.ndarray  # (B,) bool
+    uniforms: np.ndarray  # (B, T) float64
+    tokens: np.ndarray  # (B, T) int64
+    logprobs: np.ndarray  # (B, T) float32
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def take(self, rows: np.ndarray) -> Rows:
+        return Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @staticmethod
+    def concatenate(parts: list[Rows]) -> Rows:
+        names = [field.name for field in fields(Rows)]
+        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    @property
+    def cached(self) -> np.ndarray:
+        """(B,) columns in the cache: the prompt and all but the newest token."""
+        return self.prompt_length + self.count - 1
+
+    def append(self, tokens: np.ndarray, logprobs: np.ndarray, eos: np.ndarray) -> np.ndarray:
+        """Add one token (B,) to each live row; return the rows that are done with it."""
+        live = np.flatnonzero(self.live)
+        tokens, logprobs = tokens[live], logprobs[live]
+        if not np.isfinite(logprobs).all():
+            worst = live[np.flatnonzero(~np.isfinite(logprobs))[0]]
+            raise UserError(
+                f"prompt {self.prompt[worst]}: the policy's logits are NaN or infinite at "
+                f"completion token {self.count[worst]}, expected finite ones; did training diverge?"
+            )
+        self.tokens[live, self.count[live]] = tokens
+        self.logprobs[live, self.count[live]] = logprobs
+        self.count[live] += 1
+        stopped = (tokens[:, None] == eos).any(axis=1)
+        done = live[stopped | (self.count[live] == self.limit[live])]
+        self.live[done] = False
+        return done
+
+    def completion(self, row: int, eos: np.ndarray) -> Completion:
+        count = self.count[row]
+        tokens = self.tokens[row, :count].tolist()
+        return Completion(tokens, self.logprobs[row, :count].copy(), tokens[-1] not in eos)

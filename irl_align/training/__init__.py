@@ -1,0 +1,1 @@
+"""The loop of inverse RL, its steps, and the run folder."""

@@ -1,0 +1,122 @@
+"""Prompts without demonstrations for the policy level: edits of the data's own, or a file of them.
+
+An explicit reward scores any prompt, so the policy may be improved where nobody demonstrated. The
+implicit reward has nothing to compare there, so SPIN cannot use them.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from irl_align.config.policy_update import PolicyPromptOptions
+from irl_align.data.cards import Card, import_object
+from irl_align.data.columns import column
+from irl_align.data.encoding import encode_prompts
+from irl_align.data.loading import Demonstration, Prompt, load_prompts, prompt_key
+from irl_align.errors import UserError
+from irl_align.policy import Demonstrations
+from irl_align.tasks.gold import PromptEdit
+from irl_align.training.context import checksum
+
+if TYPE_CHECKING:
+    from irl_align.training.prepare import Data
+
+logger = logging.getLogger(__name__)
+PromptsByIds = dict[tuple[int, ...], Prompt]
+"""Prompts by their token ids, in the order in which they are used."""
+
+
+def extra_prompts(options: object, card: Card, own: Iterable[Prompt], seed: int) -> list[Prompt]:
+    """What a policy update's options add to the data's own prompts; [] where they add nothing.
+
+    Raises UserError where the card has no edit, or the file no prompts.
+    """
+    if not isinstance(options, PolicyPromptOptions):
+        return []
+    prompts: list[Prompt] = []
+    if options.edited_prompts:
+        prompts += _edited(own, card, options.edited_prompts, seed)
+    if options.prompts_from is not None:
+        prompts += load_prompts(card, options.prompts_from)
+    return prompts
+
+
+def unread_prompts(
+    card: Card, read: Collection[str], load: Callable[[str], Iterable[Demonstration]]
+) -> list[Prompt]:
+    """Prompts of the card's other splits; one that cannot be loaded is told and passed over."""
+    prompts: list[Prompt] = []
+    for split in card.split_names:
+        if split in read:
+            continue
+        try:
+            prompts += [row["prompt"] for row in load(split)]
+        except UserError as error:  # nobody can evaluate on it either
+            logger.warning(
+                "policy_update.edited_prompts, prompts_from: prompts of split %s cannot be left "
+                "out: %s",
+                split,
+                error,
+            )
+    return prompts
+
+
+def encoded_prompts(
+    data: Data, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> PromptsByIds:
+    """The extra prompts of the data that leave room for a sample and are in none of its splits.
+
+    So neither held-out nor evaluated prompts are trained on.
+    """
+    if not data.extra_prompts:
+        return {}
+    known = {
+        tuple(ids)
+        for part in (data.sft, data.reward, data.held_out, data.evaluation)
+        for ids in column(part, "prompt_ids")
+    }
+    known |= set(map(tuple, encode_prompts(data.unread_prompts, tokenizer, data.card)))
+    encoded = encode_prompts(data.extra_prompts, tokenizer, data.card)
+    longest = data.context - max_new_tokens if data.context is not None else None
+    found: PromptsByIds = {}
+    for ids, prompt in zip(encoded, data.extra_prompts, strict=True):
+        if tuple(ids) not in known and (longest is None or len(ids) <= longest):
+            found.setdefault(tuple(ids), prompt)
+    if not found:
+        raise UserError(
+            "policy_update.edited_prompts, prompts_from: found no prompt that is new, expected one "
+            f"at least: all {len(encoded)} are in the data or too long"
+        )
+    return found
+
+
+def with_prompts(demonstrations: Demonstrations, extra: PromptsByIds) -> Demonstrations:
+    """The demonstrations, with these prompts for the policy level."""
+    if not extra:
+        return demonstrations
+    prompts = [list(ids) for ids in extra]
+    key = f"{demonstrations.checksum}/{checksum(prompts)}"
+    return replace(demonstrations, extra_prompts=prompts, checksum=key)
+
+
+def _edited(own: Iterable[Prompt], card: Card, edits: int, seed: int) -> list[Prompt]:
+    """Every distinct prompt after so many edits in a row."""
+    if card.edit is None:
+        raise UserError(
+            f"policy_update.edited_prompts: found {edits}, but card {card.name} names no edit"
+        )
+    edit: PromptEdit = import_object(card.edit, "edit")
+    prompts: list[Prompt] = []
+    for key, prompt in {prompt_key(prompt): prompt for prompt in own}.items():
+        rng = random.Random(f"{seed}/edited-prompt/{key}")
+        text = str(prompt)
+        for _ in range(edits):
+            text = edit(text, rng)
+        prompts.append(text)
+    return prompts

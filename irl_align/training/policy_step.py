@@ -1,0 +1,104 @@
+"""The loop's policy step: pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from datasets import Dataset
+
+from irl_align.config.policy_update import (
+    BestOfNOptions,
+    IdentityOptions,
+    IQLearnOptions,
+    MoreSFTOptions,
+    PPOOptions,
+)
+from irl_align.config.schema import Recipe
+from irl_align.data.cards import import_object
+from irl_align.data.columns import column
+from irl_align.data.loading import choose_prompts
+from irl_align.errors import UserError
+from irl_align.policy import Demonstrations, Policy, PolicyUpdate, Reward
+from irl_align.policy.best_of_n import BestOfN
+from irl_align.policy.identity import Identity
+from irl_align.policy.iqlearn import IQLearn
+from irl_align.policy.ppo.update import PPO
+from irl_align.policy.sft import MoreSFT
+from irl_align.tasks.gold import GoldMetric
+from irl_align.training.context import RunContext
+from irl_align.training.extra_prompts import PromptsByIds, encoded_prompts, with_prompts
+from irl_align.training.prepare import Data
+
+
+def improve_policy(
+    context: RunContext, k: int, policy: Policy, initial: Policy, reward: Reward | None, data: Data
+) -> Policy:
+    """pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
+    part = "sft" if reward is None else "reward"
+    update = make_update(context.recipe, data)
+    demonstrations = with_prompts(data.demonstrations(part), policy_prompts(context, data))
+    improved = update(context, k, policy, initial, reward, demonstrations)
+    context.names.setdefault(improved.identity, f"policy-{k + 1}")
+    return improved
+
+
+def policy_prompts(context: RunContext, data: Data) -> PromptsByIds:
+    """The prompts without demonstrations that the recipe's policy update is to use."""
+    return encoded_prompts(data, context.tokenizer, context.recipe.generation.max_new_tokens)
+
+
+def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
+    """The recipe's policy update: built in, or made by a factory given by import path."""
+    options = recipe.policy_update
+    if isinstance(options, BestOfNOptions):
+        return BestOfN(options)
+    if isinstance(options, PPOOptions):
+        gold = data.card.gold if recipe.evaluation.gold else None
+        judge = rollout_judge(gold, data.reward) if gold is not None else None
+        return PPO(options, some_held_out(data, options.held_out_prompts, recipe.seed), judge, gold)
+    if isinstance(options, MoreSFTOptions):
+        return MoreSFT(options.args)
+    if isinstance(options, IQLearnOptions):
+        return IQLearn(options)
+    if isinstance(options, IdentityOptions):
+        return Identity()
+    factory = import_object(options.kind, "policy_update.kind")
+    try:
+        update: PolicyUpdate = factory(**options.options)
+    except TypeError as error:
+        raise UserError(f"policy_update.options: {options.kind} refused them: {error}") from error
+    return update
+
+
+def some_held_out(data: Data, prompts: int, seed: int) -> Demonstrations:
+    """Demonstrations of at most so many held-out prompts, chosen by hash."""
+    keys = choose_prompts(column(data.held_out, "prompt_key"), prompts, seed)
+    rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
+    checksum = f"{data.checksums['held_out']}/{prompts}/{seed}"
+    return Demonstrations(column(rows, "prompt_ids"), column(rows, "completion_ids"), checksum)
+
+
+def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]]:
+    """The card's gold metric of samples, given as prompts' token ids, and texts.
+
+    Of prompts that are not among these rows nothing is judged: they have no references.
+    """
+    metric: GoldMetric = import_object(gold, "gold")
+    texts: dict[tuple[int, ...], str] = {}
+    references: dict[tuple[int, ...], list[str]] = {}
+    for ids, prompt, completion in zip(
+        *(column(rows, name) for name in ("prompt_ids", "prompt", "completion")), strict=True
+    ):
+        texts.setdefault(tuple(ids), prompt)
+        references.setdefault(tuple(ids), []).append(completion)
+
+    def judge(prompts: Sequence[Sequence[int]], completions: Sequence[str]) -> Mapping[str, float]:
+        keys = [tuple(ids) for ids in prompts]
+        judged = [i for i, key in enumerate(keys) if key in texts]
+        if not judged:
+            return {}
+        asked = [texts[keys[i]] for i in judged]
+        written = [completions[i] for i in judged]
+        return metric(asked, written, [references[keys[i]] for i in judged]).corpus
+
+    return judge

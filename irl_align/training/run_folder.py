@@ -1,0 +1,256 @@
+"""The run folder: what a run was told, what it measured, and links to its stages.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from irl_align.config.yaml import load_plain
+from irl_align.errors import UserError
+from irl_align.utils.files import (
+    atomic_write,
+    full_disk_told,
+    locked,
+    read_json,
+    read_lines,
+    to_json,
+    to_lines,
+)
+
+if TYPE_CHECKING:
+    from irl_align.training.store import Stage
+
+REBUILD = "delete this stage's folder and run the recipe again"
+RERUN = "delete this file and run the recipe again, which writes it anew from finished stages"
+
+
+class Run:
+    """A run folder that this process writes; made by ``Run.open``, read by ``Run.load``.
+
+    It holds ``recipe.yaml`` (resolved), ``recipe.source.yaml`` (as written), ``metrics.jsonl``,
+    ``samples/*.jsonl``, ``stages.json`` and, once finished, ``summary.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metrics = {record["key"]: record for record in _read_metrics(folder)}
+        self._stages = _read_stages(folder)
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, folder: Path, recipe_resolved: Mapping[str, Any], recipe_text: str
+    ) -> Iterator[Run]:
+        """Hold ``folder`` for this process and record the recipe there.
+
+        If the folder has another recipe, that one is kept as ``recipe.previous.yaml`` and its
+        results are dropped; its stages stay in the store, where this recipe finds what it shares.
+
+        Raises:
+            UserError: another process has the run, its files are damaged, or the disk is full.
+        """
+
+        def refuse(holder: str) -> None:
+            raise UserError(f"run {folder} is in use by {holder}: wait for it, or stop it")
+
+        with full_disk_told(f"run {folder.name}", folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                if path.is_symlink():
+                    raise UserError(f"{path}: found a link, expected what a run writes; delete it")
+            with locked(folder / ".lock", refuse):
+                recipe = yaml.safe_dump(dict(recipe_resolved), sort_keys=False, allow_unicode=True)
+                _replace_recipe(folder, recipe)
+                atomic_write(folder / "recipe.source.yaml", recipe_text)
+                yield cls(folder)
+
+    @staticmethod
+    def load(folder: Path) -> RunView:
+        """Read a run, finished or not.
+
+        Raises:
+            UserError: ``folder`` is not a run, or a file in it is damaged.
+        """
+        expected = "expected the folder of a run, which holds recipe.yaml"
+        if not folder.is_dir():
+            raise UserError(f"{folder}: found no such folder, {expected}")
+        path = folder / "recipe.yaml"
+        if not path.is_file():
+            raise UserError(f"{folder}: found no recipe.yaml, {expected}")
+        try:
+            recipe = load_plain(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # UnicodeDecodeError among them
+            raise UserError(f"{path}: found {error}, expected YAML; {RERUN}") from error
+        if not isinstance(recipe, dict):
+            raise UserError(f"{path}: found no mapping, expected a recipe; {RERUN}")
+        summary = folder / "summary.json"
+        return RunView(
+            folder,
+            _Resolved(path, recipe),
+            _read_metrics(folder),
+            read_json(summary, "a summary", RERUN) if summary.exists() else None,
+            _read_stages(folder),
+        )
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of ``metrics.jsonl`` so far."""
+        return list(self._metrics.values())
+
+    def log(self, key: str, record: Mapping[str, Any]) -> None:
+        """Set the line of ``key`` in ``metrics.jsonl``; a new key goes to the end.
+
+        NaN and infinity become null.
+        """
+        if "key" in record:
+            raise ValueError("'key' names the line itself: use another field")
+        self._metrics[key] = {"key": key, **record}
+        self._write("metrics.jsonl", to_lines(self._metrics.values()))
+
+    def save_samples(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``samples/<name>.jsonl``, one row a line."""
+        self._write(f"samples/{name}.jsonl", to_lines(rows))
+
+    def link(self, role: str, stage: Stage) -> None:
+        """Note in ``stages.json`` which stage has this role in the run."""
+        path = Path(os.path.relpath(stage.path, self.folder)).as_posix()
+        self._stages[role] = {"name": stage.name, "key": stage.key, "path": path}
+        self._write("stages.json", to_json(self._stages, indent=2) + "\n")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``: the run is complete."""
+        self._write("summary.json", to_json(summary, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        atomic_write(self.folder / name, text)
+
+
+class FollowedRun(Run):
+    """The run folder in a process that writes nothing: the main one does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metrics, self._stages = {}, {}
+
+    def _write(self, name: str, text: str) -> None:
+        pass
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, and no model's: an export holds the recipe that made it too."""
+    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What a run folder says; ``summary`` is None until the run has finished."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    stages: dict[str, dict[str, str]]
+
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """Rows of each ``samples/<name>.jsonl``, by name."""
+        paths = sorted((self.folder / "samples").glob("[!.]*.jsonl"))
+        return {path.stem: read_lines(path, RERUN) for path in paths}
+
+    def ppo_records(self, file: str = "metrics.jsonl") -> dict[str, list[dict[str, Any]]]:
+        """Lines that each PPO training wrote into a file of its stage, by role: of metrics.jsonl
+        one per update, of samples.jsonl one per sample kept."""
+        paths = {
+            role: self.folder / stage["path"] / file
+            for role, stage in self.stages.items()
+            if stage["name"] == "ppo"
+        }
+        return {role: read_lines(path, REBUILD) for role, path in paths.items() if path.is_file()}
+
+
+@contextmanager
+def records_told(what: str) -> Iterator[None]:
+    """Turn what a reader makes of records that no run wrote, by hand or worse, into a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{what}: found records that are not a run's ({cause}); run its recipe again, which "
+            "writes them anew"
+        ) from error
+
+
+def _replace_recipe(folder: Path, recipe: str) -> None:
+    path = folder / "recipe.yaml"
+    if path.exists() and path.read_bytes() != recipe.encode():
+        print(f"run {folder}: the recipe has changed; kept recipe.previous.yaml", file=sys.stderr)
+        atomic_write(folder / "recipe.previous.yaml", path.read_bytes())
+        for stale in ("metrics.jsonl", "stages.json", "summary.json"):
+            (folder / stale).unlink(missing_ok=True)
+        shutil.rmtree(folder / "samples", ignore_errors=True)
+    atomic_write(path, recipe)
+
+
+class _Resolved(dict[str, Any]):
+    """A run's recipe: a group that is missing is a damaged file, told where it is asked for."""
+
+    def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
+        super().__init__(recipe)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path}: found no {key}, expected a run's whole recipe; {RERUN}")
+
+
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    records = read_lines(path, RERUN) if path.exists() else []
+    for number, record in enumerate(records, 1):
+        if "key" not in record:
+            raise UserError(f"{path}:{number}: found no field key, expected one; {RERUN}")
+    return records
+
+
+def _read_stages(folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / "stages.json"
+    stages = read_json(path, "the stages of a run", RERUN) if path.exists() else {}
+    for role, stage in stages.items():
+        fields = isinstance(stage, dict) and {"name", "key", "path"} <= stage.keys()
+        if not fields or not all(isinstance(value, str) for value in stage.values()):
+            raise UserError(f"{path}: {role!r}: found no stage's name, key and path; {RERUN}")
+        # Beside the run by its name: the store itself may be a link to a larger disk.
+        place = os.path.normpath(Path("run") / stage["path"])  # an absolute path stays one
+        if Path(place).parts[0] in ("..", "/"):
+            raise UserError(f"{path}: {role!r}: found {stage['path']!r}, expected a path beside it")
+    return stages
+
+
+def artefact_folder(path: Path, what: str) -> Path:
+    """The folder of a run's final `policy` or last `reward`; a model's folder stays as it is."""
+    if not is_run(path):
+        return path
+    view = Run.load(path)
+    if view.summary is None:
+        raise UserError(f"{path}: this run is not finished; run its recipe again to go on")
+    if view.summary[what] is None:
+        raise UserError(
+            f"{path}: this run has no explicit {what}; expected one with reward.kind explicit"
+        )
+    folder = path.parent / str(view.summary[what])
+    if not folder.is_dir():
+        raise UserError(
+            f"{path}: its {what} lies in {folder}, which is not there; a run is copied with the "
+            "folder store beside it, or run its recipe again"
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""Files, hardware, processes, statistics, text tables."""

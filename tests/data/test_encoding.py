@@ -1,0 +1,384 @@
+"""Templates, token ids, length limits and tokenizers."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from irl_align.config.schema import DataOptions
+from irl_align.data.cards import Card
+from irl_align.data.encoding import (
+    check_tokenizer,
+    decode,
+    decode_batch,
+    encode_completions,
+    encode_demonstrations,
+    encode_preferences,
+    encode_prompts,
+    prepare_tokenizer,
+    train_tokenizer,
+    training_texts,
+)
+from irl_align.data.loading import prompt_key
+from irl_align.errors import UserError
+
+TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
+OPTIONS = DataOptions(card="own")
+ROWS = [
+    {"prompt": "name[The Mill]", "completion": "The Mill"},
+    {"prompt": "name[Cocum]", "completion": "Cocum."},
+    {"prompt": "name[The Mill]", "completion": "A Mill."},
+]
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}"
+)
+
+
+def card(template: str = "{prompt}\n", lowercase: bool = False) -> Card:
+    return Card(
+        kind="demonstrations",
+        splits={"train": {"files": "x"}},
+        columns={"prompt": "p", "completion": "c"},
+        template=template,
+        lowercase=lowercase,
+        name="own",
+        folder=Path(),
+        license="",
+    )
+
+
+@pytest.fixture(scope="module")
+def scratch() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, 300)
+
+
+def words(*vocabulary: str, bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per word, an independent stand-in whose ids can be counted by hand."""
+    names = ["<unk>", "<s>", "</s>", *vocabulary]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+# ---------------------------------------------------------------- plain templates
+
+
+def test_plain_ids_by_hand() -> None:
+    tokenizer = words("ask:", "say:", "a", "b", "c")  # ids 3 to 7
+    rows = [{"prompt": "a b", "completion": "c"}, {"prompt": "b", "completion": "a c"}]
+    encoded, dropped = encode_demonstrations(rows, tokenizer, card("ask: {prompt} say:"), OPTIONS)
+    assert dropped == 0
+    assert encoded["prompt_ids"][:] == [[3, 5, 6, 4], [3, 6, 4]]
+    assert encoded["completion_ids"][:] == [[7, 2], [5, 7, 2]]
+    assert encoded["prompt"][:] == ["a b", "b"] and encoded["completion"][:] == ["c", "a c"]
+    assert encoded["prompt_key"][:] == [prompt_key("a b"), prompt_key("b")]
+
+
+def test_bos_comes_once_and_only_where_the_tokenizer_adds_it() -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    for bos, template, expected in (
+        (True, "{prompt}", [1, 3]),
+        (True, "<s> {prompt}", [1, 3]),  # the template writes it itself
+        (False, "{prompt}", [3]),
+        (False, "<s> {prompt}", [1, 3]),
+    ):
+        encoded = encode_demonstrations(
+            rows, words("a", "b", bos=bos), card(template), OPTIONS
+        ).rows
+        assert encoded["prompt_ids"][0] == expected
+        assert encoded["completion_ids"][0] == [4, 2]
+
+
+def test_prompt_text_is_not_a_template() -> None:
+    """Braces in a prompt are text, and literal braces of the template are written twice."""
+    tokenizer = words("{prompt}", "{x}", "a")
+    encoded = encode_prompts(["{prompt}", "{x}"], tokenizer, card("{{x}} {prompt}"))
+    assert encoded == [[4, 3], [4, 4]]
+
+
+def test_lowercase_is_of_the_ids_and_the_completion(scratch: PreTrainedTokenizerFast) -> None:
+    encoded = encode_demonstrations(ROWS, scratch, card(lowercase=True), OPTIONS).rows
+    assert encoded["prompt"][0] == "name[The Mill]"  # as gold metrics and edits read it
+    assert encoded["completion"][0] == "the mill"
+    assert decode(scratch, encoded["prompt_ids"][0]) == "name[the mill]\n"
+    assert decode(scratch, encoded["completion_ids"][0]) == "the mill"
+
+
+@pytest.mark.parametrize("text", ["a </s> b", "</s>", "a <PAD> b"])
+def test_special_tokens_in_a_completion_are_refused(text: str) -> None:
+    tokenizer = words("a", "b")
+    tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    rows = [{"prompt": "a", "completion": "a"}, {"prompt": "a", "completion": text}]
+    with pytest.raises(UserError, match=r"data\.card own, row 1: completion holds '<"):
+        encode_demonstrations(rows, tokenizer, card(), OPTIONS)
+
+
+def test_preferences_by_hand() -> None:
+    tokenizer = words("a", "b", "c", bos=True)
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c b", "subset": "s", "margin": 2.0},
+        {"prompt": "a", "chosen": "c", "rejected": "b", "subset": "", "margin": None},
+    ]
+    encoded, dropped = encode_preferences(rows, tokenizer, card(), OPTIONS)
+    assert dropped == 0
+    assert encoded["prompt_ids"][:] == [[1, 3], [1, 3]]
+    assert encoded["chosen_ids"][:] == [[4, 2], [5, 2]]
+    assert encoded["rejected_ids"][:] == [[5, 4, 2], [4, 2]]
+    assert encoded["margin"][:] == [2.0, None] and encoded["subset"][:] == ["s", ""]
+
+
+# ---------------------------------------------------------------- limits
+
+LONG = [
+    {"prompt": "a", "completion": "b"},  # 1 and, with EOS, 2 tokens
+    {"prompt": "a a a", "completion": "b"},  # 3 and 2
+    {"prompt": "a", "completion": "b b b"},  # 1 and 4
+]
+
+
+@pytest.mark.parametrize(
+    ("limits", "context", "kept"),
+    [
+        ({}, None, [0, 1, 2]),
+        ({"max_prompt_tokens": 3, "max_completion_tokens": 4}, 5, [0, 1, 2]),
+        ({"max_prompt_tokens": 2}, None, [0, 2]),
+        ({"max_completion_tokens": 3}, None, [0, 1]),
+        ({}, 4, [0]),
+    ],
+)
+def test_limits(limits: dict[str, int], context: int | None, kept: list[int]) -> None:
+    tokenizer = words("a", "b")
+    drop = DataOptions(card="own", overlong="drop", **limits)
+    encoded, dropped = encode_demonstrations(LONG, tokenizer, card(), drop, context)
+    assert encoded["completion"][:] == [LONG[row]["completion"] for row in kept]
+    assert dropped == 3 - len(kept)
+    stop = DataOptions(card="own", **limits)
+    if dropped:
+        first = min({0, 1, 2} - set(kept))
+        with pytest.raises(UserError, match=f"data.card own, row {first}: prompt of .* tokens and"):
+            encode_demonstrations(LONG, tokenizer, card(), stop, context)
+    else:
+        assert len(encode_demonstrations(LONG, tokenizer, card(), stop, context).rows) == 3
+
+
+def test_dropping_every_row_is_an_error() -> None:
+    drop = DataOptions(card="own", overlong="drop", max_completion_tokens=1)
+    with pytest.raises(UserError, match=r"row 0: prompt of 1 tokens and completion of 2; expected"):
+        encode_demonstrations(LONG, words("a", "b"), card(), drop)
+
+
+# ---------------------------------------------------------------- chat templates
+
+
+@pytest.fixture
+def chat(scratch: PreTrainedTokenizerFast, tmp_path: Path) -> PreTrainedTokenizerFast:
+    scratch.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+]
+
+
+def test_chat_text_by_hand(chat: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": TALK, "completion": "Goodbye"}]
+    encoded = encode_demonstrations(rows, chat, card("chat"), OPTIONS).rows
+    texts = [
+        "<|user|>\nHi\n<|assistant|>\n",
+        "<|user|>\nHi\n<|assistant|>\nHello<|eos|>\n<|user|>\nBye\n<|assistant|>\n",
+    ]
+    # Without BOS: the template writes none. After the first EOS nothing follows.
+    assert [chat.decode(ids) for ids in encoded["prompt_ids"]] == texts
+    assert [chat.decode(ids) for ids in encoded["completion_ids"]] == [
+        "Hello<|eos|>",
+        "Goodbye<|eos|>",
+    ]
+    assert encoded["prompt"][:] == ["Hi", "user: Hi\nassistant: Hello\nuser: Bye"]
+
+
+def test_chat_ids_are_those_of_the_whole(chat: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": TALK, "completion": "The Mill is a pub."}
+    encoded = encode_demonstrations([row], chat, card("chat"), OPTIONS).rows[0]
+    turns = [*TALK, {"role": "assistant", "content": row["completion"]}]
+    whole = chat.apply_chat_template(turns, tokenize=True, return_dict=False)
+    newline = chat("\n", add_special_tokens=False).input_ids  # what follows the last EOS
+    assert encoded["prompt_ids"] + encoded["completion_ids"] + newline == whole
+
+
+def test_chat_template_with_bos_is_not_given_another(chat: PreTrainedTokenizerFast) -> None:
+    chat.chat_template = "{{ bos_token }}" + CHAT
+    (ids,) = encode_prompts(["Hi"], chat, card("chat"))
+    assert ids[0] == chat.bos_token_id and ids.count(chat.bos_token_id) == 1
+
+
+def test_chat_template_without_eos_gets_one(chat: PreTrainedTokenizerFast) -> None:
+    chat.chat_template = CHAT.replace("{{ eos_token }}", "")
+    encoded = encode_demonstrations(
+        [{"prompt": "Hi", "completion": "Hello"}], chat, card("chat"), OPTIONS
+    ).rows
+    assert chat.decode(encoded["completion_ids"][0]) == "Hello\n<|eos|>"
+
+
+def test_token_over_the_seam_is_split(chat: PreTrainedTokenizerFast) -> None:
+    """The policy is given the prompt's ids, so a token that joins prompt and answer cannot be."""
+    tokenizer = words("ask", "ask:b", "ask:", "b")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}ask:"
+        "{% else %}{{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    )
+    prepare_tokenizer(tokenizer)
+    assert tokenizer("ask:b").input_ids == [4]
+    encoded = encode_demonstrations(
+        [{"prompt": "x", "completion": "b"}], tokenizer, card("chat"), OPTIONS
+    ).rows
+    assert encoded["prompt_ids"][0] == [5] and encoded["completion_ids"][0] == [6, 2]
+
+
+def test_template_that_renders_the_prompt_otherwise(chat: PreTrainedTokenizerFast) -> None:
+    chat.chat_template = "{{ messages | length }}" + CHAT
+    with pytest.raises(
+        UserError, match=r"model\.chat_template: .* renders the prompt of row 0 oth"
+    ):
+        encode_demonstrations(ROWS, chat, card("chat"), OPTIONS)
+
+
+def test_template_that_refuses_a_role(chat: PreTrainedTokenizerFast) -> None:
+    refusal = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    )
+    chat.chat_template = refusal + CHAT
+    rows = [{"prompt": [{"role": "system", "content": "x"}, *TALK], "completion": "y"}]
+    with pytest.raises(UserError, match=r"roles system, user, assistant, user: no system turn"):
+        encode_demonstrations(rows, chat, card("chat"), OPTIONS)
+
+
+def test_missing_chat_template_is_named(scratch: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"model\.chat_template: .*expected a Jinja file"):
+        encode_demonstrations(ROWS, scratch, card("chat"), OPTIONS)
+    with pytest.raises(UserError, match=r"data\.card own: .*chat"):
+        encode_demonstrations([{"prompt": TALK, "completion": "x"}], scratch, card(), OPTIONS)
+
+
+@pytest.mark.parametrize("template", ["{prompt}\n", "chat"])
+def test_texts_encode_as_demonstrations(chat: PreTrainedTokenizerFast, template: str) -> None:
+    encoded = encode_demonstrations(ROWS, chat, card(template, lowercase=True), OPTIONS).rows
+    prompts, texts = [row["prompt"] for row in ROWS], [row["completion"] for row in ROWS]
+    ids = encode_prompts(prompts, chat, card(template, lowercase=True))
+    assert ids == encoded["prompt_ids"][:]
+    completions = encode_completions(prompts, texts, ids, chat, card(template, lowercase=True))
+    assert completions == encoded["completion_ids"][:]
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def test_scratch_tokenizer(scratch: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    assert (scratch.pad_token_id, scratch.bos_token_id, scratch.eos_token_id) == (0, 1, 2)
+    assert 259 <= len(scratch) <= 300
+    check_tokenizer(scratch, needs_chat=False)
+    ids = scratch("The Mill").input_ids
+    assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
+    scratch.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("The Mill").input_ids == ids
+    encoded = encode_demonstrations(ROWS, scratch, card(), OPTIONS).rows.to_dict()
+    assert encode_demonstrations(ROWS, again, card(), OPTIONS).rows.to_dict() == encoded
+    assert all(row[0] == 1 and row.count(1) == 1 for row in encoded["prompt_ids"])
+    assert all(row[-1] == 2 and row.count(2) == 1 for row in encoded["completion_ids"])
+
+
+def test_scratch_tokenizer_is_deterministic() -> None:
+    texts = [f"{word} {other}" for word in ["pub", "café", "cheap"] for other in ["near", "by"]]
+    one, other = train_tokenizer(texts, 290), train_tokenizer(texts[::-1], 290)
+    assert one.get_vocab() == other.get_vocab()
+    assert one("cheap café").input_ids == other("cheap café").input_ids
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_survives(text: str) -> None:
+    tokenizer = train_tokenizer(TEXTS, 270)
+    rows = [{"prompt": "x", "completion": text}]
+    try:
+        encoded = encode_demonstrations(rows, tokenizer, card(), DataOptions(card="own")).rows
+    except UserError:
+        assert "<|eos|>" in text or "<|pad|>" in text or len(text.encode()) > 511
+        return
+    assert decode_batch(tokenizer, encoded["completion_ids"]) == [text]
+
+
+def test_too_small_a_vocabulary() -> None:
+    with pytest.raises(UserError, match=r"vocab_size: found 258, expected at least 259"):
+        train_tokenizer(TEXTS, 258)
+    assert len(train_tokenizer(TEXTS, 259)) == 259
+
+
+def test_training_texts() -> None:
+    assert training_texts(ROWS, card("<{prompt}>", lowercase=True)) == [
+        "<name[the mill]>",
+        "the mill",
+        "<name[cocum]>",
+        "cocum.",
+        "a mill.",
+    ]
+    with pytest.raises(UserError, match="expected a card with a plain template"):
+        training_texts(ROWS, card("chat"))
+
+
+def test_pad_is_made_distinct_from_eos() -> None:
+    spare = words("a", "<|reserved_special_token_1|>", "<|reserved_special_token_0|>")
+    spare.pad_token = spare.eos_token
+    with pytest.raises(UserError, match=r"has pad token '</s>', expected one that is not EOS"):
+        check_tokenizer(spare, needs_chat=False)
+    size = len(spare)
+    assert prepare_tokenizer(spare) is False and len(spare) == size
+    assert spare.pad_token_id == 4  # the lower id of the two
+    check_tokenizer(spare, needs_chat=False)
+
+    full = words("a")
+    assert full.pad_token_id is None
+    assert prepare_tokenizer(full) is True and len(full) == 5
+    assert full.pad_token_id == 4 and full.pad_token not in (full.eos_token, None)
+    assert prepare_tokenizer(full) is False  # now it has one
+    check_tokenizer(full, needs_chat=False)
+
+
+def test_tokenizer_without_eos() -> None:
+    tokenizer = words("a")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="has no EOS token"):
+        check_tokenizer(tokenizer, needs_chat=False)
+
+
+def test_decode_leaves_special_tokens_out(scratch: PreTrainedTokenizerFast) -> None:
+    ids = [1, *scratch("Is it , a pub ?", add_special_tokens=False).input_ids, 2, 0, 0]
+    assert decode(scratch, ids) == "Is it , a pub ?"
+    assert decode_batch(scratch, [ids, []]) == ["Is it , a pub ?", ""]
+
+
+def test_nothing_is_logged_of_long_texts(
+    scratch: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    scratch.model_max_length = 4
+    with caplog.at_level(logging.WARNING):
+        (ids,) = encode_prompts(["The Mill is a pub."], scratch, card())
+    assert (
+        len(ids) > 4 and not caplog.records
+    )  # neither cut nor warned of: the recipe's limits rule

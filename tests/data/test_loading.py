@@ -1,0 +1,601 @@
+"""Data cards, loading with plain errors, and the division by prompt."""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import DatasetCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from irl_align.config.resources import data_cards_dir
+from irl_align.config.schema import DataOptions
+from irl_align.data.cards import Card, import_object, load_card
+from irl_align.data.loading import (
+    choose_prompts,
+    data_checksum,
+    divide,
+    load_demonstrations,
+    load_preferences,
+    prompt_key,
+)
+from irl_align.errors import UserError
+
+SHIPPED = sorted(data_cards_dir().glob("*.md"))
+DEMOS = """
+  kind: demonstrations
+  splits: {train: {files: demos.*}}
+  columns: {prompt: question, completion: answer}
+"""
+PREFERENCES = """
+  kind: preferences
+  splits: {test: {files: pairs.*}}
+"""
+ROWS = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "6"}]
+LOADED = [{"prompt": "2+2?", "completion": "4"}, {"prompt": "3+3?", "completion": "6"}]
+
+
+def write_card(folder: Path, options: str = DEMOS) -> Card:
+    path = folder / "own.md"
+    path.write_text(f"---\nlicense: mit\nirl_align:{options}---\n\n# Own\n", encoding="utf-8")
+    return load_card(path)
+
+
+def lines(rows: list[dict[str, object]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# ---------------------------------------------------------------- cards
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_card_is_a_hub_card_that_loads(path: Path) -> None:
+    card = load_card(path.stem)
+    hub = DatasetCard.load(path).data
+    assert card.license == hub.license and card.license
+    assert hub.language and hub.pretty_name and hub.size_categories and hub.task_categories
+    for import_path in (card.gold, card.edit):
+        assert import_path is None or callable(import_object(import_path, "card"))
+
+
+def test_shipped_cards_are_those_of_the_recipes() -> None:
+    names = {path.stem for path in SHIPPED}
+    assert {"e2e_nlg", "restaurant", "sfx", "gsm8k", "hh_rlhf", "llmbar"} <= names
+
+
+def test_unknown_card_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"found 'e2e_nlgg'.*did you mean e2e_nlg\?"):
+        load_card("e2e_nlgg")
+    with pytest.raises(UserError, match=r"nowhere\.md, expected an existing data card"):
+        load_card("nowhere.md")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("\n  colour: red" + DEMOS, r"own\.md: irl_align\.colour: no such key"),
+        ("\n  name: x" + DEMOS, r"irl_align\.name: no such key"),
+        (" 3\n", r"irl_align: found 3, expected the loader's options"),
+        ("\n  splits: {train: {files: a}}\n", r"irl_align\.kind: missing"),
+        (DEMOS.replace("demonstrations", "demos"), r"irl_align\.kind: .*found 'demos'"),
+        (DEMOS.replace("question", "3"), r"irl_align\.columns\.prompt: .*string, found 3"),
+        (DEMOS.replace("prompt:", "propmt:"), r"columns: found completion, propmt, expected for"),
+        (DEMOS + "  template: no field\n", r"irl_align\.template: give text with \{prompt\} exac"),
+        (DEMOS + '  template: "{prompt} {answer}"\n', r"exactly once"),
+        (DEMOS + '  template: "{prompt} {"\n', r"write a literal brace twice"),
+        (DEMOS + "  sha256: {train: abc}\n", r"irl_align\.sha256\.train: .*found 'abc'"),
+        (DEMOS + "  rows: {trian: 3}\n", r"rows: trian is not a split of this card"),
+        (DEMOS + "  gold: module.attribute\n", r"irl_align\.gold: .*found 'module\.attribute'"),
+        (DEMOS + "  turn: first\n", r"turn: goes with columns\.messages only"),
+        (DEMOS + "  source: {url: 'x', hub: 'a/b'}\n", r"exactly one of hub, task and url"),
+        (DEMOS + "  source: {hub: a/b}\n", r"splits\.train: the source is on the Hub, so give hub"),
+        (DEMOS + '  source: {task: "a:b"}\n', r"a task gives demonstrations: leave splits"),
+        (
+            DEMOS.replace("files: demos.*", "hub: train"),
+            r"train\.hub: the source is not on the Hub",
+        ),
+        (DEMOS.replace("files: demos.*", "from: train, share: 0.5"), r"train is no split with fi"),
+        (DEMOS.replace("files: demos.*", "share: 0.5"), r"from and share go together"),
+        (DEMOS.replace("prompt: question, completion: answer", "messages: m"), r"template chat"),
+        ("\n  kind: demonstrations\n", r"splits: give at least one"),
+    ],
+)
+def test_card_mistake_names_file_and_key(tmp_path: Path, options: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        write_card(tmp_path, options)
+    assert str(tmp_path / "own.md") in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# No front matter\n", r"line 1: expected YAML front matter"),
+        ("---\nirl_align: {\n---\n", r"front matter: .*line 2, column 13"),
+        ("---\n- a list\n---\n", r"found a list, expected keys and values"),
+        ("---\nlicense: mit\n---\n", r"irl_align: found null"),
+    ],
+)
+def test_broken_front_matter(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "own.md").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_card(tmp_path / "own.md")
+
+
+def test_import_object() -> None:
+    assert import_object("json:dumps", "gold") is json.dumps
+    assert import_object("pathlib:Path.cwd", "gold") == Path.cwd
+    for path in ("nowhere.at.all:x", "json:nothing", "json", ":x"):
+        with pytest.raises(UserError, match=r"^gold: .*"):
+            import_object(path, "gold")
+
+
+# ---------------------------------------------------------------- local files
+
+
+def test_local_formats_give_the_same_rows(tmp_path: Path) -> None:
+    card = write_card(tmp_path)
+    texts = {
+        "jsonl": lines(ROWS).encode(),
+        "json": json.dumps(ROWS, indent=1).encode(),
+        "csv": b"question,answer\r\n2+2?,4\r\n3+3?,6\r\n",
+    }
+    contents = texts | {f"{suffix}.gz": gzip.compress(text) for suffix, text in texts.items()}
+    contents["jsonl (BOM)"] = b"\xef\xbb\xbf" + texts["jsonl"]
+    for suffix, content in contents.items():
+        file = tmp_path / f"demos.{suffix.split()[0]}"
+        file.write_bytes(content)
+        assert load_demonstrations(card, "train") == LOADED, suffix
+        file.unlink()
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "demos.parquet")
+    assert load_demonstrations(card, "train") == LOADED
+
+
+def test_changed_file_is_read_anew(tmp_path: Path) -> None:
+    card, file = write_card(tmp_path), tmp_path / "demos.jsonl"
+    file.write_text(lines(ROWS))
+    assert load_demonstrations(card, "train") == LOADED
+    stamp = file.stat()
+    file.write_text(lines(ROWS).replace("4", "5"))  # same size
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # and same time
+    assert load_demonstrations(card, "train")[0]["completion"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("demos.jsonl", b"", r"demos\.jsonl: found no row, expected at least one"),
+        ("demos.json", b"[]", r"demos\.json: found no row"),
+        ("demos.csv", b"question,answer\n", r"demos\.csv: found no row"),
+        ("demos.jsonl", b'{"question": "a", "answer": "b"}\n{"quest', r"line 2: .*broken JSON"),
+        ("demos.json", b'[{"question": "a"', r"demos\.json: found broken JSON"),
+        ("demos.jsonl", b'{"question": "a", "answer": "\xff"}\n', r"line 1: byte 30: found 0xff"),
+        ("demos.csv", b"question,answer\n\xe9,b\n", r"line 2: found byte 0xe9, expected UTF-8"),
+        (
+            "demos.csv",
+            b"question,answer\na,b,c\n",
+            r"line 2: found more or fewer fields than the 2",
+        ),
+        ("demos.csv", b'question,answer\n"a,b\n', r"line 2: broken CSV"),
+        ("demos.jsonl", b"[1]\n", r"line 1: found list, expected a JSON object"),
+        ("demos.jsonl", b'{"question": "a", "text": "b"}\n', r"found columns question, text, exp"),
+        (
+            "demos.jsonl",
+            b'{"question": "a", "answer": 4}\n',
+            r"'answer': found a value of type int",
+        ),
+        (
+            "demos.jsonl",
+            b'{"question": "a", "answer": null}\n',
+            r"'answer': found null, expected t",
+        ),
+        (
+            "demos.jsonl",
+            b'\n{"question": "a", "answer": " "}\n',
+            r"line 2: .*'answer': found empty",
+        ),
+        ("demos.jsonl", b'{"question": "", "answer": "b"}\n', r"line 1: .*'question': found empty"),
+        ("demos.jsonl", b'{"question": ["a"], "answer": "b"}\n', r"conversation, which needs temp"),
+        ("demos.jsonl", b'{"question": "a", "answer": "\\ud800"}\n', r"half of a surrogate pair"),
+        ("demos.parquet", b"PAR1....", r"demos\.parquet: not a whole parquet file"),
+        ("demos.jsonl.gz", b"not gzip", r"truncated or damaged gzip"),
+        (
+            "demos.jsonl.gz",
+            gzip.compress(lines(ROWS).encode(), mtime=0)[:-9],
+            r"truncated or damaged gzip",
+        ),
+        ("demos.txt", b"a", r"found suffix '\.txt', expected \.jsonl"),
+    ],
+)
+def test_faulty_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    card = write_card(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        load_demonstrations(card, "train")
+    assert str(raised.value).startswith(str(tmp_path / name)) and "\n" not in str(raised.value)
+
+
+def test_path_that_does_not_fit_the_card(tmp_path: Path) -> None:
+    card = write_card(tmp_path)
+    with pytest.raises(UserError, match=r"holds own\.md; expected demos\.\* for split train"):
+        load_demonstrations(card, "train")
+    with pytest.raises(UserError, match=r"data\.path: found nothing at .*expected a file or a fol"):
+        load_demonstrations(card, "train", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"found no split 'test', expected one of train"):
+        load_demonstrations(card, "test")
+    with pytest.raises(UserError, match=r"found a card of demonstrations, expected preferences"):
+        load_preferences(card, "train")
+    with pytest.raises(UserError, match=r"data\.task: card own is not a procedural task"):
+        load_demonstrations(card, "train", task_args={"size": 3})
+
+
+def test_one_file_serves_one_split(tmp_path: Path) -> None:
+    """A file given for the training split must not be evaluated on in silence."""
+    options = DEMOS.replace(
+        "{train: {files: demos.*}}", "{train: {files: a.*}, test: {files: b.*}}"
+    )
+    card, file = write_card(tmp_path, options), tmp_path / "a.jsonl"
+    file.write_text(lines(ROWS))
+    assert load_demonstrations(card, "train", str(file)) == LOADED
+    with pytest.raises(UserError, match=r"is one file and not that of split test \(b\.\*\)"):
+        load_demonstrations(card, "test", str(file))
+
+
+def test_url_source_needs_a_path(tmp_path: Path) -> None:
+    card = write_card(tmp_path, DEMOS + "  source: {url: 'https://example.org/d'}\n")
+    (tmp_path / "demos.jsonl").write_text(lines(ROWS))
+    with pytest.raises(UserError, match=r"get the files from https://example\.org/d and give"):
+        load_demonstrations(card, "train")
+    assert load_demonstrations(card, "train", str(tmp_path)) == LOADED
+
+
+def test_hub_without_a_network_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"cannot load openai/gsm8k train from the Hub") as raised:
+        load_demonstrations(load_card("gsm8k"), "train")
+    assert "give its local copy as data.path" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_hub_columns_are_used_for_hub_rows_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    options = DEMOS.replace("files: demos.*", "hub: fit, files: demos.*") + (
+        "  source: {hub: a/b, config: c, revision: r, columns: {prompt: q, completion: a}}\n"
+    )
+    card, asked = write_card(tmp_path, options), []
+
+    def load(*args: object, **kwargs: object) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"q": "2+2?", "a": "4"}, {"q": "3+3?", "a": "6"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_demonstrations(card, "train") == LOADED
+    assert asked == [(("a/b", "c"), {"data_dir": None, "revision": "r", "split": "fit"})]
+    (tmp_path / "demos.jsonl").write_text(lines(ROWS))
+    assert load_demonstrations(card, "train", str(tmp_path)) == LOADED
+
+
+def test_checksum_and_row_count_are_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = hashlib.sha256(lines(ROWS).encode()).hexdigest()
+    (tmp_path / "demos.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
+    good = write_card(tmp_path, DEMOS + f"  sha256: {{train: {found}}}\n  rows: {{train: 2}}\n")
+    load_demonstrations(good, "train")
+    assert not caplog.records
+    other = write_card(tmp_path, DEMOS + f"  sha256: {{train: {'f' * 64}}}\n  rows: {{train: 9}}\n")
+    with caplog.at_level(logging.WARNING):
+        assert load_demonstrations(other, "train") == LOADED
+    assert found in caplog.text and "found 2 rows, the card says 9" in caplog.text
+
+
+def test_where_keeps_matching_rows(tmp_path: Path) -> None:
+    card = write_card(tmp_path, DEMOS + "  where: {ok: true}\n")
+    (tmp_path / "demos.jsonl").write_text(
+        lines([{**ROWS[0], "ok": True}, {**ROWS[1], "ok": False}])
+    )
+    assert load_demonstrations(card, "train") == LOADED[:1]
+
+
+def test_carved_splits_partition_the_prompts(tmp_path: Path) -> None:
+    options = DEMOS.replace(
+        "{train: {files: demos.*}}",
+        "{train: {files: demos.*}, validation: {from: train, share: 0.2}, "
+        "test: {from: train, share: 0.3}}",
+    )
+    rows = [{"question": f"q{i // 2}", "answer": f"a{i}"} for i in range(2000)]
+    (tmp_path / "demos.jsonl").write_text(lines(rows))
+    card = write_card(tmp_path, options)
+    parts = {name: load_demonstrations(card, name) for name in card.splits}
+    prompts = {name: {row["prompt"] for row in part} for name, part in parts.items()}
+    assert sum(map(len, prompts.values())) == len(set.union(*prompts.values())) == 1000
+    assert sum(map(len, parts.values())) == 2000
+    # Binomial with 1,000 draws: four standard deviations are at most 0.063.
+    assert abs(len(prompts["validation"]) / 1000 - 0.2) < 0.063
+    assert abs(len(prompts["test"]) / 1000 - 0.3) < 0.063
+
+
+# ---------------------------------------------------------------- conversations and preferences
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Goodbye"},
+]
+
+
+@pytest.mark.parametrize(
+    ("turn", "length", "answer"), [("last", 4, "Goodbye"), ("first", 2, "Hello")]
+)
+def test_messages(tmp_path: Path, turn: str, length: int, answer: str) -> None:
+    options = DEMOS.replace("prompt: question, completion: answer", "messages: talk")
+    card = write_card(tmp_path, options + f"  template: chat\n  turn: {turn}\n")
+    (tmp_path / "demos.jsonl").write_text(lines([{"talk": TALK}]))
+    (row,) = load_demonstrations(card, "train")
+    assert row == {"prompt": TALK[:length], "completion": answer}
+
+
+@pytest.mark.parametrize(
+    ("talk", "message"),
+    [
+        (TALK[:4], "no last turn of the assistant"),
+        (TALK[2:3], "an answer without a prompt"),
+        ([], "expected a list of messages"),
+        ("Hi", "expected a list of messages"),
+        ([{"role": "robot", "content": "x"}], "role 'robot' in a message, expected system, user"),
+        ([{"role": "user", "content": None}], "found null, expected text"),
+    ],
+)
+def test_faulty_messages(tmp_path: Path, talk: object, message: str) -> None:
+    options = DEMOS.replace("prompt: question, completion: answer", "messages: talk")
+    card = write_card(tmp_path, options + "  template: chat\n")
+    (tmp_path / "demos.jsonl").write_text(lines([{"talk": talk}]))
+    with pytest.raises(UserError, match=f"line 1: column 'talk': found .*{message}|{message}"):
+        load_demonstrations(card, "train")
+
+
+def test_preference_pairs(tmp_path: Path) -> None:
+    columns = "{prompt: p, chosen: c, rejected: r, margin: m, subset: set+axis}"
+    card = write_card(tmp_path, PREFERENCES + f"  columns: {columns}\n")
+    row = {"p": "x", "c": "good", "r": "bad", "m": "1.5", "set": "A", "axis": "quality"}
+    (tmp_path / "pairs.jsonl").write_text(lines([row]))
+    assert load_preferences(card, "test") == [
+        {"prompt": "x", "chosen": "good", "rejected": "bad", "subset": "A/quality", "margin": 1.5}
+    ]
+    (tmp_path / "pairs.jsonl").write_text(lines([{**row, "m": "much"}]))
+    with pytest.raises(UserError, match=r"column 'm': found 'much', expected a finite number"):
+        load_preferences(card, "test")
+
+
+def test_labelled_outputs_take_the_file_as_subset(tmp_path: Path) -> None:
+    columns = "{prompt: i, first: a, second: b, label: best}"
+    card = write_card(tmp_path, PREFERENCES + f"  columns: {columns}\n")
+    for name, best in (("hard", 2), ("easy", 1)):
+        row = {"i": "x", "a": "A", "b": "B", "best": best}
+        (tmp_path / f"pairs.{name}.json").write_text(json.dumps([row]))
+    (tmp_path / "pairs.easy.json").rename(tmp_path / "easy.json")
+    (tmp_path / "pairs.hard.json").rename(tmp_path / "hard.json")
+    card = write_card(
+        tmp_path, PREFERENCES.replace("pairs.*", "'*.json'") + f"  columns: {columns}\n"
+    )
+    rows = load_preferences(card, "test")
+    assert [(row["subset"], row["chosen"], row["rejected"]) for row in rows] == [
+        ("easy", "A", "B"),
+        ("hard", "B", "A"),
+    ]
+    (tmp_path / "hard.json").write_text('[{"i": "x", "a": "A", "b": "B", "best": 0}]')
+    with pytest.raises(
+        UserError, match=r"hard\.json, item 1: column 'best': found 0, expected 1 or"
+    ):
+        load_preferences(card, "test")
+
+
+HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Help me\n\nAssistant:"
+TRANSCRIPTS = (
+    "  columns: {chosen_transcript: chosen, rejected_transcript: rejected}\n  template: chat\n"
+)
+
+
+def test_transcripts(tmp_path: Path) -> None:
+    card = write_card(tmp_path, PREFERENCES + TRANSCRIPTS)
+    row = {"chosen": f"{HUMAN} Gladly.\n\nHow?", "rejected": f"{HUMAN} No"}
+    (tmp_path / "pairs.jsonl").write_text(lines([row]))
+    (pair,) = load_preferences(card, "test")
+    assert pair["prompt"] == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Help me"},
+    ]
+    assert (pair["chosen"], pair["rejected"]) == ("Gladly.\n\nHow?", "No")
+
+
+FAULTY = [
+    ({"chosen": f"{HUMAN} a", "rejected": f"{HUMAN} a"}, "the same text"),
+    ({"chosen": f"{HUMAN} a", "rejected": f"{HUMAN.replace('Hi', 'Ho')} b"}, "differs before"),
+    ({"chosen": f"{HUMAN} ", "rejected": f"{HUMAN} b"}, "no alternation of non-empty"),
+    ({"chosen": "\n\nHuman: x", "rejected": f"{HUMAN} b"}, "no alternation of non-empty"),
+    ({"chosen": "Hello", "rejected": f"{HUMAN} b"}, "no alternation of non-empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), FAULTY, ids=lambda value: str(value)[:20])
+def test_faulty_transcripts(tmp_path: Path, row: dict[str, object], message: str) -> None:
+    card = write_card(tmp_path, PREFERENCES + TRANSCRIPTS)
+    (tmp_path / "pairs.jsonl").write_text(lines([row]))
+    with pytest.raises(UserError, match=f"line 1.*{message}"):
+        load_preferences(card, "test")
+
+
+def test_known_faults_are_dropped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = write_card(tmp_path, PREFERENCES + TRANSCRIPTS + "  faulty: drop\n")
+    good = {"chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"}
+    (tmp_path / "pairs.jsonl").write_text(lines([*(row for row, _ in FAULTY), good]))
+    with caplog.at_level(logging.WARNING):
+        assert len(load_preferences(card, "test")) == 1
+    assert "5 faulty rows dropped" in caplog.text
+    (tmp_path / "pairs.jsonl").write_text(lines([{"chosen": f"{HUMAN} a"}]))
+    with pytest.raises(UserError, match="expected a column 'rejected'"):
+        load_preferences(card, "test")
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def test_builtin_task() -> None:
+    card = load_card("restaurant")
+    rows = load_demonstrations(card, "train", task_args={"size": 20}, seed=1)
+    assert len(rows) == 20 and all(row["prompt"] and row["completion"] for row in rows)
+    assert rows == load_demonstrations(card, "train", task_args={"size": 20}, seed=1)
+    assert rows != load_demonstrations(card, "train", task_args={"size": 20}, seed=2)
+    test = load_demonstrations(card, "test", task_args={"size": 20}, seed=1)
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in test}
+
+
+def test_task_arguments_are_checked() -> None:
+    card = load_card("restaurant")
+    with pytest.raises(UserError, match=r"data\.task: found nothing, expected .* at least size"):
+        load_demonstrations(card, "train")
+    with pytest.raises(UserError, match=r"data\.task: found size, nois, expected of size, noise"):
+        load_demonstrations(card, "train", task_args={"size": 3, "nois": 0.1})
+    with pytest.raises(UserError, match=r"data\.path: .*procedural task"):
+        load_demonstrations(card, "train", path="x")
+
+
+def half_a_task(split: str, seed: int) -> list[dict[str, str]]:
+    """A task of one's own that only has one split."""
+    return {"train": [{"prompt": "a", "completion": "b"}]}[split]
+
+
+def test_a_task_that_fails_is_one_line(tmp_path: Path) -> None:
+    source = f"\n  kind: demonstrations\n  source: {{task: '{__name__}:half_a_task'}}\n"
+    card = write_card(tmp_path, source)
+    assert load_demonstrations(card, "train") == [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(UserError, match=r"task gave no rows of split test: KeyError: 'test'"):
+        load_demonstrations(card, "test")
+
+
+# ---------------------------------------------------------------- division
+
+
+def demos(numbers: list[int]) -> list[dict[str, str]]:
+    return [{"prompt": f"p{n % 61}", "completion": f"c{n}"} for n in numbers]
+
+
+def options(**values: object) -> DataOptions:
+    return DataOptions(card="own", **{"held_out": 0.3, **values})
+
+
+def prompts_of(rows: list[dict[str, str]]) -> set[str]:
+    return {row["prompt"] for row in rows}
+
+
+NUMBERS = st.permutations(range(183))
+
+
+@settings(max_examples=20, deadline=None)
+@given(NUMBERS, st.integers(0, 99), st.sampled_from(["same", "disjoint"]))
+def test_division_is_disjoint_by_prompt_and_covers(
+    numbers: list[int], seed: int, reward_data: str
+) -> None:
+    rows = demos(numbers)
+    parts = divide(rows, options(reward_data=reward_data), seed)
+    held_out, sft, reward = map(prompts_of, (parts.held_out, parts.sft, parts.reward))
+    assert not held_out & sft and not held_out & reward
+    own = parts.sft + parts.held_out
+    if reward_data == "disjoint":
+        assert not sft & reward
+        own = own + parts.reward
+    else:
+        assert parts.reward == parts.sft
+    assert sorted(row["completion"] for row in own) == sorted(row["completion"] for row in rows)
+    # Each part keeps the order of the rows; which part a row is in does not depend on the order.
+    again = divide(
+        sorted(rows, key=lambda row: row["completion"]), options(reward_data=reward_data), seed
+    )
+    for part in ("sft", "reward", "held_out"):
+        assert sorted(getattr(parts, part), key=str) == sorted(getattr(again, part), key=str)
+    assert parts.sft == [row for row in rows if row["prompt"] in sft]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.5, 0.99), st.floats(0.5, 0.99))
+def test_smaller_shares_are_nested_part_by_part(seed: int, one: float, other: float) -> None:
+    rows = demos(list(range(183)))
+    settings_ = {"reward_data": "disjoint"}
+    small = divide(rows, options(share=min(one, other), **settings_), seed)
+    large = divide(rows, options(share=max(one, other), **settings_), seed)
+    whole = divide(rows, options(**settings_), seed)
+    for part in ("sft", "reward", "held_out"):
+        names = [prompts_of(getattr(division, part)) for division in (small, large, whole)]
+        assert names[0] <= names[1] <= names[2]
+
+
+def test_part_of_a_prompt_does_not_depend_on_other_prompts() -> None:
+    rows = demos(list(range(183)))
+    values = options(share=0.8, reward_data="disjoint")
+    whole, half = divide(rows, values, 0), divide(rows[:31], values, 0)
+    own = prompts_of(rows[:31])
+    for part in ("sft", "reward", "held_out"):
+        assert prompts_of(getattr(half, part)) == prompts_of(getattr(whole, part)) & own
+
+
+def test_division_sizes_and_seeds() -> None:
+    rows = [{"prompt": f"p{n}", "completion": "c"} for n in range(4000)]
+    parts = divide(
+        rows, options(share=0.5, held_out=0.1, reward_data="disjoint", reward_share=0.25), 0
+    )
+    # 2000, of which 200; of the other 1800 a quarter. Four standard deviations of each count.
+    counts = parts.counts()
+    assert abs(counts["held_out_prompts"] - 200) < 56
+    assert abs(counts["reward_prompts"] - 450) < 80
+    assert abs(counts["sft_prompts"] - 1350) < 120
+    assert counts["sft_rows"] == len(parts.sft)
+    assert prompts_of(parts.sft) != prompts_of(divide(rows, options(share=0.5), 1).sft)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 0.0001}, r"data\.share: of 9 demonstrations none is left for sft"),
+        ({"held_out": 0.0001}, r"data\.held_out: of 9 demonstrations none is left for held_out"),
+        (
+            {"reward_data": "disjoint", "reward_share": 0.0001},
+            r"data\.reward_share: of 9 demonstrations none is left for reward",
+        ),
+    ],
+)
+def test_empty_part_is_an_error(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        divide(demos(list(range(9))), options(**values), 0)
+
+
+def test_prompt_key_and_checksum_are_by_content() -> None:
+    talk = [{"role": "user", "content": "Hi"}]
+    assert prompt_key(talk) == prompt_key([{"content": "Hi", "role": "user"}]) != prompt_key("Hi")
+    # The definition, by hashlib itself.
+    assert prompt_key("Hé") == hashlib.sha256("Hé".encode()).hexdigest()[:16]
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    swapped = [{"completion": "b", "prompt": "a"}, {"completion": "d", "prompt": "c"}]
+    content = b'{"completion":"b","prompt":"a"}\n{"completion":"d","prompt":"c"}\n'
+    assert data_checksum(rows) == data_checksum(swapped) == hashlib.sha256(content).hexdigest()
+    assert data_checksum(rows[::-1]) != data_checksum(rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.text(max_size=4), min_size=1), st.integers(0, 9), st.integers(1, 20))
+def test_chosen_prompts_are_nested(keys: set[str], seed: int, count: int) -> None:
+    chosen = choose_prompts(sorted(keys), count, seed)
+    assert len(chosen) == min(count, len(keys)) and chosen <= keys
+    assert chosen <= choose_prompts(sorted(keys, reverse=True), count + 1, seed)
+    assert choose_prompts(keys, None, seed) == keys

@@ -1,0 +1,131 @@
+"""lm-eval on a task of files, through a run's own policy; shots, what is kept, and bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.evaluated_runs import evaluated_run
+from support.tiny_runs import irl_align, the_line
+
+from irl_align.errors import UserError
+from irl_align.evaluation.lm_eval_tasks import LEADERBOARD, benchmarks
+from irl_align.evaluation.tables import benchmark_grid
+from irl_align.models.loading import completion_logprobs, load_model, load_tokenizer
+
+pytestmark = pytest.mark.timeout(600)  # the harness reads all of its task files each time
+
+TASK = """\
+task: toy_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{[first, second]}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 2.0}
+"""
+ROWS = [
+    {"question": "name[the punter]", "first": "the punter", "second": "7 7 7", "answer": 0},
+    {"question": "food[thai]", "first": "serves", "second": "serves thai food .", "answer": 1},
+    {"question": "area[riverside]", "first": "x", "second": "the", "answer": 1},
+]
+
+
+def test_shots_are_the_leaderboards_unless_said() -> None:
+    asked = benchmarks("open-llm-leaderboard, arc_challenge@0,piqa,arc_challenge")
+    names = ["arc_challenge@25", "hellaswag@10", "mmlu@5", "truthfulqa_mc2@0", "winogrande@5"]
+    assert [b.name for b in asked] == [*names, "gsm8k@5", "arc_challenge@0", "piqa"]
+
+
+@pytest.mark.parametrize("wrong", ["", "arc@", "arc@many", "a,,b", "open-llm-leaderboard@3"])
+def test_bad_lists_are_refused(wrong: str) -> None:
+    with pytest.raises(UserError, match=r"^--lm-eval: found .*, expected TASK or TASK@SHOTS"):
+        benchmarks(wrong)
+
+
+def test_the_mean_is_told_of_the_whole_leaderboard_only() -> None:
+    results = [
+        {"task": task, "shots": shots, "limit": None, "lm_eval": "1"}
+        | {"metrics": {metric: {"value": 0.1 * i, "stderr": 0.01}, "other,none": {}}}
+        for i, (task, (shots, metric)) in enumerate(LEADERBOARD.items())
+    ]
+    rows = benchmark_grid(results).rows
+    assert rows[1][:4] == ["hellaswag", "acc_norm", "10", "10.0±2.0"] and len(rows) == 7
+    assert rows[-1][:4] == ["Open LLM Leaderboard", "mean", "-", "25.0"]
+    assert len(benchmark_grid(results[1:]).rows) == 5
+    results[0]["shots"] = 0
+    assert len(benchmark_grid(results).rows) == 6
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    (folder / "toy.yaml").write_text(TASK.replace("ROWS", str(rows)), encoding="utf-8")
+    return folder
+
+
+def test_a_runs_policy_on_a_local_task(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    run = evaluated_run("sft")
+    command = ("evaluate", run.folder, "--lm-eval-tasks", tasks, "--lm-eval")
+    ended = irl_align(capsys, *command, "toy_choice@0")
+    assert ended.status == 0, ended.err
+    assert "toy_choice" in ended.out and f"lm-eval {lm_eval.__version__}" in ended.out
+    (found,) = json.loads((run.folder / "evaluation.json").read_text())["benchmarks"]
+    assert (found["shots"], found["version"], found["limit"]) == (0, 2.0, None)
+    # The choice with the higher log-prob, by our own log-probs.
+    model, tokenizer = load_model(run.policy), load_tokenizer(run.policy)
+
+    def logp(row: dict[str, str], choice: str) -> float:
+        text = f"{row['question']} {row[choice]}"  # the harness puts a space between them
+        whole = tokenizer.encode(text)
+        start = len(tokenizer.encode(row["question"]))
+        (own,) = completion_logprobs(model, [whole[:start]], [whole[start:]])
+        return float(own.sum())
+
+    right = [
+        (logp(row, "second") > logp(row, "first")) == bool(row["answer"])  # type: ignore[arg-type]
+        for row in ROWS
+    ]
+    assert found["metrics"]["acc,none"]["value"] == pytest.approx(sum(right) / len(right))
+    # A finished task is not run again; another number of shots is another task.
+    (kept,) = (run.folder / "lm-eval").glob("*.json")
+    said = json.loads(kept.read_text())
+    said["metrics"]["acc,none"]["value"] = 0.123
+    kept.write_text(json.dumps(said), encoding="utf-8")
+    assert "12.3" in irl_align(capsys, *command, "toy_choice@0").out
+    part = irl_align(capsys, *command, "toy_choice@1", "--lm-eval-limit", "2")
+    assert "lm-eval: of a part of the rows: toy_choice (2 rows)" in part.out
+    assert len(json.loads((run.folder / "evaluation.json").read_text())["benchmarks"]) == 2
+
+
+def test_bad_input_is_one_line(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    run = evaluated_run("sft")
+    told = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "no_such_task"))
+    assert told.startswith("--lm-eval: found 'no_such_task', which lm-eval ")
+    (tasks / "rows.jsonl").unlink()
+    options = ("--lm-eval", "toy_choice", "--lm-eval-tasks", tasks)
+    told = the_line(irl_align(capsys, "evaluate", run.folder, *options))
+    assert told.startswith("--lm-eval: toy_choice failed: ") and "goes on" in told
+
+
+def test_without_the_harness_the_extra_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("irl_align.evaluation.lm_eval_harness.find_spec", lambda name: None)
+    run = evaluated_run("sft")
+    told = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "arc_challenge"))
+    assert told == "--lm-eval: lm-eval is not installed; install irl-align[eval]"
+
+
+def test_a_reward_is_no_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    reward = evaluated_run("irl").reward
+    told = the_line(irl_align(capsys, "evaluate", reward, "--lm-eval", "arc_challenge"))
+    assert told.endswith("found a reward, expected a run or a policy")

@@ -1,0 +1,107 @@
+"""What was evaluated of runs, over seeds, on run folders written by hand."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.synthetic_runs import synthetic_run
+
+from irl_align.evaluation.compare.aggregate import analyse, compare_runs
+from irl_align.evaluation.compare.tables import grids, notes, to_csv
+from irl_align.evaluation.measures import evaluated_runs, evaluation_measures
+from irl_align.training.run_folder import Run, RunView
+
+
+def share(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 50}
+
+
+def evaluation(accuracy: float, wins: float, **of: Any) -> dict[str, Any]:
+    """An evaluation.json of one set, one judge of each kind, and one benchmark."""
+    scorers = {
+        "reward": {"overall": share(accuracy), "excess_share": 0.8},
+        "longer wins": {"overall": share(0.55)},
+        "a run beside": {"overall": share(0.9)},
+    }
+    row = {"temperature": 1.0, "wins_against_start": share(wins)}
+    chat = {"temperature": 0.0, "against": "start", "win_rate": share(0.6)}
+    silent = {"temperature": 0.0, "against": "demonstrations", "win_rate": None}
+    return {
+        "of": {"policy": None, "reward": None, **of},
+        "best_of": None,
+        "sets": [{"card": "pairs", "split": "test", "scorers": scorers, "dropped": 0}],
+        "judged": [{"judge": "judge-seed1", "policy": "m", "rows": [row]}],
+        "judged_by_chat": [{"judge": "chat", "url": "u", "rows": [chat, silent]}],
+        "benchmarks": [
+            {
+                "task": "arc_challenge",
+                "shots": 25,
+                "limit": None,
+                "metrics": {"acc,none": {"value": 0.3}, "acc_norm,none": {"value": 0.4}},
+            },
+            {"task": "own", "shots": None, "limit": 9, "metrics": {"acc,none": {"value": 0.7}}},
+        ],
+    }
+
+
+def run_of(root: Path, name: str, seed: int, found: dict[str, Any] | None) -> RunView:
+    folder = synthetic_run(root, name, seed, [(0.3, 0.2), (0.2, 0.1)])
+    if found is not None:
+        (folder / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
+    return Run.load(folder)
+
+
+def test_measures_of_an_evaluation() -> None:
+    assert evaluation_measures(evaluation(0.7, 0.65), seed=1) == {
+        "preference/pairs/test/reward": 0.7,
+        "preference/pairs/test/longer wins": 0.55,
+        "preference/pairs/test/excess share": 0.8,
+        "wins/judge/against start@1": 0.65,
+        "wins/chat/against start@0": 0.6,
+        "lm_eval/arc_challenge/acc_norm/25 shots": 0.4,
+        "lm_eval/own/acc of 9 rows/its own shots": 0.7,
+    }
+    assert "wins/judge-seed1/against start@1" in evaluation_measures(evaluation(0.7, 0.6), seed=2)
+
+
+def test_evaluations_over_seeds(tmp_path: Path) -> None:
+    views = [
+        run_of(tmp_path, name, seed, evaluation(base + seed / 100, 0.6))
+        for name, base in (("a", 0.60), ("b", 0.70))
+        for seed in (1, 2, 3)
+    ]
+    comparison = compare_runs(views, evaluated=evaluated_runs(views))
+    analysis = analyse(comparison, "preference/pairs/test/reward", "a")
+    assert [r["label"] for r in analysis["ranking"]] == ["b", "a"]
+    (grid,) = [g for g in grids(analysis) if g.title.startswith("evaluations")]
+    lines = {tuple(line[:2]): line[2:] for line in grid.rows}
+    accuracy = "preference, pairs, test, reward %"
+    assert lines["a", accuracy] == ["62.0±2.5", "-", "-"]
+    assert lines["b", accuracy] == ["72.0±2.5", "+10.0±0.0", "-"]
+    assert lines["b", "wins, chat, against start % greedy"][0] == "60.0±0.0"
+    # Judged by a run of seed 1 in every seed: another judge than seed 1's own, so not in all.
+    assert not any("judge" in metric for _, metric in lines)
+    told = "b: not evaluated in all of its runs: wins/judge-seed1/against start@1, "
+    assert any(told in line for line in notes(analysis))
+    rows = list(csv.DictReader(io.StringIO(to_csv(analysis))))
+    (line,) = [
+        r for r in rows if (r["policy"], r["measure"]) == ("b", "preference/pairs/test/reward")
+    ]
+    assert float(line["mean"]) == pytest.approx(0.72) and line["seeds"] == "3"
+
+
+def test_what_some_runs_lack_or_was_of_another_policy_is_no_mean(tmp_path: Path) -> None:
+    views = [
+        run_of(tmp_path, "a", 1, evaluation(0.6, 0.6)),
+        run_of(tmp_path, "a", 2, evaluation(0.9, 0.6, policy="store/gone")),
+        run_of(tmp_path, "b", 1, None),
+    ]
+    found = evaluated_runs(views)
+    assert list(found) == [views[0].folder]
+    analysis = analyse(compare_runs(views, evaluated=found), None, None)
+    assert not [g for g in grids(analysis) if g.title.startswith("evaluations")]
+    (line,) = [line for line in notes(analysis) if "not evaluated in all" in line]
+    assert line.startswith("not compared: a: ") and "preference/pairs/test/reward" in line

@@ -1,0 +1,397 @@
+"""`irl-align evaluate`: accuracies on preference sets, beside baselines worked out by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.evaluated_runs import evaluated_run
+from support.preference_rows import CARD, PAIRS, write_pairs
+from support.tiny_runs import irl_align, stage_folder, the_line
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from irl_align.evaluation import preferences
+from irl_align.evaluation.evaluate import NAMES, merged
+from irl_align.evaluation.inference import score_rows
+from irl_align.evaluation.preference_tables import (
+    PairSet,
+    excess_share,
+    preference_grids,
+    preference_report,
+)
+from irl_align.reward.model import RewardModel
+from irl_align.training.train import Result
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "toy.md").write_text(CARD)
+    write_pairs(folder / "pairs.jsonl", PAIRS)
+    more = [(p.replace("the", "a"), c, r, s, m) for p, c, r, s, m in PAIRS]
+    write_pairs(folder / "train.jsonl", more)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run() -> Result:
+    return evaluated_run("irl")
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    output = Path(str(arguments[0])).parent / "evaluation.json"
+    ended = irl_align(capsys, "evaluate", *arguments, "--output", output)
+    assert ended.status == 0, ended.err
+    (report,) = json.loads(output.read_text())["sets"]
+    return report
+
+
+def test_a_run_beside_its_baselines(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluated(capsys, run.folder, "--card", folder / "toy.md")
+    accuracy = {name: s["overall"]["mean"] for name, s in report["scorers"].items()}
+    assert list(accuracy) == [
+        "reward",
+        "longer wins",
+        "shorter wins",
+        "SFT log-prob, sum",
+        "SFT log-prob, mean",
+    ]
+    # The chosen one is longer in pairs 1, 3 and 4.
+    assert (accuracy["longer wins"], accuracy["shorter wins"]) == (0.75, 0.25)
+    assert run.reward is not None
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=False)) for pair in PAIRS]
+    assert accuracy["reward"] == score_rows(run.reward, rows, "cpu")[1]
+    sums, means = by_hand(run)
+    assert accuracy["SFT log-prob, sum"] == sums
+    assert accuracy["SFT log-prob, mean"] == means
+    longer = report["scorers"]["longer wins"]
+    assert {k: v["mean"] for k, v in longer["subsets"].items()} == {"a/x": 0.5, "b": 1.0}
+    assert {k: (v["mean"], v["n"]) for k, v in longer["margins"].items()} == {
+        "margin 1": (1.0, 2),
+        "margin 2": (0.0, 1),
+        "margin 3": (1.0, 1),
+    }
+    assert (report["pairs"], report["prompts"], report["dropped"]) == (4, 2, 0)
+
+
+def by_hand(run: Result) -> tuple[float, float]:
+    """Accuracy of the SFT model's summed and mean log-probs, with transformers alone."""
+    stages = json.loads((run.folder / "stages.json").read_text())
+    path = run.folder / stages["sft"]["path"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    wins = np.zeros(2)
+    for prompt, chosen, rejected, *_ in PAIRS:
+        totals = []
+        for text in (chosen, rejected):
+            start = tokenizer(prompt + "\n", add_special_tokens=False)["input_ids"]
+            if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+                start = [tokenizer.bos_token_id, *start]
+            rest = tokenizer(text, add_special_tokens=False)["input_ids"]
+            rest = [*rest, tokenizer.eos_token_id]
+            ids = torch.tensor([[*start, *rest]])
+            with torch.no_grad():
+                logps = model(ids).logits[0, len(start) - 1 : -1].log_softmax(-1)
+            chosen_logps = logps[range(len(rest)), rest].double()
+            totals.append([float(chosen_logps.sum()), float(chosen_logps.mean())])
+        wins += np.greater(totals[0], totals[1])
+    return float(wins[0] / 4), float(wins[1] / 4)
+
+
+def test_an_implicit_reward_and_another_beside_it(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spin = evaluated_run("spin")
+    report = evaluated(
+        capsys, spin.folder, "--card", folder / "toy.md", "--beside", run.folder, "--beside",
+        run.reward,
+    )  # fmt: skip
+    names = list(report["scorers"])
+    assert names[:3] == ["irl-seed0", "model", "implicit reward"]
+    assert report["scorers"]["irl-seed0"] == report["scorers"]["model"]
+    assert "calibration_error" not in report["scorers"]["implicit reward"]
+    # The same by folders of models: SPIN's policy against the SFT model that it started from.
+    stages = json.loads((spin.folder / "stages.json").read_text())
+    sft = spin.folder / stages["sft"]["path"] / "model"
+    alone = evaluated(capsys, spin.policy, "--sft", sft, "--card", folder / "toy.md")
+    assert alone["scorers"]["implicit reward"] == report["scorers"]["implicit reward"]
+
+
+def test_a_reward_trained_on_preferences(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (run.folder, "--card", folder / "toy.md", "--train-split", "train")
+    report = evaluated(capsys, *arguments)
+    trained = report["scorers"]["trained on preferences"]
+    best = trained["overall"]["mean"]
+    for found in report["scorers"].values():
+        expected = None if best <= 0.5 else (found["overall"]["mean"] - 0.5) / (best - 0.5)
+        assert found["excess_share"] == expected
+    stages = list((run.folder.parent / "store").glob("preference-reward-*"))
+    assert len(stages) == 1
+    assert evaluated(capsys, *arguments) == report
+    assert list((run.folder.parent / "store").glob("preference-reward-*")) == stages
+
+
+def test_a_text_of_several_pairs_is_read_once(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    score_ids, completion_logprobs = RewardModel.score_ids, preferences.completion_logprobs
+
+    def scoring(self: RewardModel, prompts: Any, completions: Any, *rest: Any) -> torch.Tensor:
+        read.append(len(completions))
+        return score_ids(self, prompts, completions, *rest)
+
+    def logprobs(model: Any, prompts: Any, completions: Any, **rest: Any) -> Any:
+        read.append(len(completions))
+        return completion_logprobs(model, prompts, completions, **rest)
+
+    monkeypatch.setattr(RewardModel, "score_ids", scoring)
+    monkeypatch.setattr(preferences, "completion_logprobs", logprobs)
+    once = evaluated(capsys, run.folder, "--card", folder / "toy.md")
+    texts = {(p, text) for p, chosen, rejected, *_ in PAIRS for text in (chosen, rejected)}
+    assert read == [len(texts)] * 2
+    # Every pair again, and once with the other side preferred: of three, two are won as before.
+    other = [(p, rejected, chosen, s, m) for p, chosen, rejected, s, m in PAIRS]
+    again = folder / "again"
+    again.mkdir()
+    write_pairs(again / "pairs.jsonl", [*PAIRS, *other, *reversed(PAIRS)])
+    more = evaluated(capsys, run.folder, "--card", f"{folder / 'toy.md'}={again}")
+    assert read == [len(texts)] * 4
+    for name, found in more["scorers"].items():
+        won = once["scorers"][name]["overall"]["mean"]
+        assert found["overall"]["mean"] == pytest.approx((2 * won + (1 - won)) / 3), name
+
+
+def test_mistakes_are_told(
+    run: Result, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: object) -> str:
+        return the_line(irl_align(capsys, "evaluate", *arguments))
+
+    toy = folder / "toy.md"
+    assert "found no config.json to read" in told(tmp_path, "--card", toy)
+    assert "needs --sft" in told(run.policy, "--card", toy)
+    assert "found no split 'dev', expected one of test, train" in told(
+        run.folder, "--card", toy, "--split", "dev"
+    )
+    assert "which is evaluated on" in told(run.folder, "--card", toy, "--train-split", "test")
+    assert "found no run with an explicit reward" in told(
+        run.reward, "--card", toy, "--train-split", "train"
+    )
+    assert "found a card of demonstrations, expected preferences" in told(
+        run.folder, "--card", "restaurant"
+    )
+    equal = tmp_path / "equal.md"
+    equal.write_text(CARD)
+    write_pairs(tmp_path / "pairs.jsonl", [("p", "same", "same", "a", 1.0)])
+    assert "chosen and rejected are the same text" in told(run.folder, "--card", equal)
+
+
+def test_pairs_beyond_the_context_are_left_out_and_counted(
+    run: Result, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = tmp_path / "long.md"
+    card.write_text(CARD)
+    write_pairs(tmp_path / "pairs.jsonl", [*PAIRS, ("p", "word " * 300, "no", "b", 1.0)])
+    assert evaluated(capsys, run.folder, "--card", card)["dropped"] == 1
+    write_pairs(tmp_path / "pairs.jsonl", [("p", "word " * 300, "no", "b", 1.0)])
+    line = the_line(irl_align(capsys, "evaluate", run.folder, "--card", card))
+    assert line == "long: all 1 pairs are longer than the models' context"
+
+
+def evaluation(
+    capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[dict[str, Any], str]:
+    """The only set's report, and what was printed."""
+    output = Path(str(arguments[0])).parent / "evaluation.json"
+    ended = irl_align(capsys, "evaluate", *arguments, "--output", output)
+    assert ended.status == 0, ended.err
+    return json.loads(output.read_text())["sets"][0], ended.out
+
+
+JOINED = CARD.replace("subset: axis", "subset: domain+axis")
+AXES = [
+    {"prompt": f"name[{i}]", "chosen": "longer text" if long else "a", "rejected": "text",
+     "domain": domain, "axis": axis, "margin": 1.0}
+    for i, (domain, axis, long) in enumerate(
+        [("food", "quality", True), ("food", "quality", True), ("food", "naturalness", False),
+         ("rooms", "naturalness", False), ("rooms", "quality", True)]
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> Path:
+    """A card whose subset is two columns together."""
+    (tmp_path / "joined.md").write_text(JOINED)
+    rows = [json.dumps(row) + "\n" for row in AXES]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
+    return tmp_path / "joined.md"
+
+
+def test_accuracy_by_each_of_the_columns_that_make_the_subset(
+    run: Result, joined: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, out = evaluation(capsys, run.folder, "--card", joined)
+    for found in report["scorers"].values():
+        assert list(found["axes"]) == ["domain", "axis"]
+        assert list(found["subsets"]) == [
+            "food/naturalness", "food/quality", "rooms/naturalness", "rooms/quality"
+        ]  # fmt: skip
+    longer = report["scorers"]["longer wins"]["axes"]
+    assert {k: (v["mean"], v["n"]) for k, v in longer["axis"].items()} == {
+        "naturalness": (0.0, 2),
+        "quality": (1.0, 3),
+    }
+    assert {k: v["n"] for k, v in longer["domain"].items()} == {"food": 3, "rooms": 2}
+    by_axis = next(grid for grid in preference_grids(report) if ", by axis:" in grid.title)
+    assert by_axis.columns == ["group", "pairs", *report["scorers"]]
+    assert [row[:2] for row in by_axis.rows] == [["naturalness", "2"], ["quality", "3"]]
+    assert "joined, by axis: accuracy %" in out and "joined, by domain: accuracy %" in out
+
+
+def test_subsets_restrict_a_set(
+    run: Result, joined: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pairs(*names: str) -> int:
+        options = [word for name in names for word in ("--subset", name)]
+        report, _ = evaluation(capsys, run.folder, "--card", joined, *options)
+        assert report["only"] == list(dict.fromkeys(names))
+        return int(report["pairs"])
+
+    assert pairs("food/quality") == 2
+    assert pairs("quality") == 3
+    assert pairs("food/quality", "rooms/naturalness", "food/quality") == 3
+    assert pairs("rooms", "quality") == 4  # of either
+    line = the_line(
+        irl_align(capsys, "evaluate", run.folder, "--card", joined, "--subset", "speed")
+    )
+    assert line == (
+        "--subset: joined, test: found no subset 'speed', expected one of food/naturalness, "
+        "food/quality, rooms/naturalness, rooms/quality, food, rooms, naturalness, quality"
+    )
+
+
+def test_a_part_of_a_set_stands_beside_the_whole() -> None:
+    """In a run's evaluation.json, and an older one, without the field, is the whole."""
+    before = {"sets": [{"card": "toy", "split": "test", "pairs": 9}], "best_of": None}
+    part = {"card": "toy", "split": "test", "only": ["b"]}
+    whole = {"card": "toy", "split": "test", "only": None, "pairs": 4}
+    empty = {section: [] for section in NAMES} | {"best_of": None}
+    assert merged(before, empty | {"sets": [part]})["sets"] == [*before["sets"], part]
+    assert merged(before, empty | {"sets": [whole]})["sets"] == [whole]
+
+
+def test_a_set_without_subsets_says_so(
+    run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bare.md").write_text(CARD.replace("subset: axis, ", ""))
+    write_pairs(tmp_path / "pairs.jsonl", PAIRS)
+    card = tmp_path / "bare.md"
+    line = the_line(irl_align(capsys, "evaluate", run.folder, "--card", card, "--subset", "b"))
+    assert line == "--subset: bare, test: found no subset 'b', and it has no subsets"
+
+
+def test_spin_beside_a_reward_is_scored_by_its_implicit_reward(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spin, toy = evaluated_run("spin"), folder / "toy.md"
+    report = evaluated(capsys, run.folder, "--card", toy, "--beside", spin.folder)
+    assert list(report["scorers"])[:3] == ["reward", "spin-seed0", "longer wins"]
+    alone = evaluated(capsys, spin.folder, "--card", toy)
+    assert report["scorers"]["spin-seed0"] == alone["scorers"]["implicit reward"]
+    for beside, told in (
+        (evaluated_run("sft").folder, "this run has no reward"),
+        (spin.policy, "found a language model, expected a run or a reward"),
+    ):
+        ended = irl_align(capsys, "evaluate", run.folder, "--card", toy, "--beside", beside)
+        line = the_line(ended)
+        assert line.startswith(f"--beside: {beside}: ") and told in line  # fmt: skip
+
+
+def test_a_reward_beside_takes_no_other_scorers_name(
+    run: Result, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.reward is not None
+    named = tmp_path / "longer wins"
+    named.symlink_to(run.reward, target_is_directory=True)
+    report = evaluated(capsys, run.folder, "--card", folder / "toy.md", "--beside", named)
+    assert list(report["scorers"])[:3] == ["reward", "longer wins 2", "longer wins"]
+    assert report["scorers"]["longer wins"]["overall"]["mean"] == 0.75
+
+
+def test_a_rewards_folder_without_sft_is_told_what_it_lacks(
+    run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "toy: no log-prob baselines, since a reward's folder names no SFT model: give --sft"
+    report, out = evaluation(capsys, run.reward, "--card", folder / "toy.md")
+    assert list(report["scorers"]) == ["reward", "longer wins", "shorter wins"]
+    assert note in out.splitlines()
+    sft = stage_folder(run.folder, "sft") / "model"
+    report, out = evaluation(capsys, run.reward, "--card", folder / "toy.md", "--sft", sft)
+    assert "SFT log-prob, mean" in report["scorers"] and note not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--judge", "x", "--train-split", "train", "--beside", "y", "--subset", "a"),
+            "found --subset, --train-split, --beside without --card, which",
+        ),
+        (("--best-of", 4, "--split", "dev", "--sft", "x"), "found --split, --sft without --card,"),
+        (("--best-of", 4, "--train-set", "toy"), "found --train-set without --card,"),
+        (("--judge", "x", "--backend", "auto"), "found --backend without --best-of, which"),
+        (
+            ("--judge", "x", "--prompts", 4),
+            "found --prompts without --best-of or a judge's address, which",
+        ),
+        (
+            ("--card", "toy", "--lm-eval-tasks", "x", "--lm-eval-limit", 3, "--prompts", 2),
+            "a judge's address; --lm-eval-tasks, --lm-eval-limit without --lm-eval, which",
+        ),
+        (("--judge", "x", "--judge-timeout", 3), "--judge-timeout: found no judge's address"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(
+    run: Result, options: tuple[Any, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in the_line(irl_align(capsys, "evaluate", run.folder, *options))
+
+
+def pair_set(subsets: list[str], margins: list[float | None]) -> PairSet:
+    prompts = [str(i) for i in range(len(subsets))]
+    return PairSet("toy", "test", prompts, subsets, margins)
+
+
+def test_ties_count_half_and_thirds_split_margins() -> None:
+    pairs = pair_set(["s"] * 9, [float(i) for i in range(9)])
+    scores = {"reward": np.array([1.0, 0, -1] * 3), "longer wins": np.ones(9)}
+    report = preference_report(pairs, scores, {"reward": 0.25})
+    reward = report["scorers"]["reward"]
+    assert reward["overall"]["mean"] == 0.5 and reward["subsets"] == {}
+    assert {k: (v["mean"], v["n"]) for k, v in reward["margins"].items()} == {
+        "margin up to 2.66667": (0.5, 3),
+        "margin up to 5.33333": (0.5, 3),
+        "margin above 5.33333": (0.5, 3),
+    }
+    assert reward["against"]["longer wins"]["mean"] == -0.5
+    assert "against" not in report["scorers"]["longer wins"]
+    (overall, by_margin, against) = preference_grids(report)
+    assert overall.rows[0][0] == "reward" and overall.rows[0][3] == "25.0"
+    assert [row[0] for row in by_margin.rows] == list(reward["margins"])
+    assert against.rows[0][:3] == ["reward", "longer wins", "-50.0"]
+
+
+def test_excess_share() -> None:
+    assert excess_share(0.6, 0.7) == pytest.approx(0.5)
+    assert excess_share(0.45, 0.75) == pytest.approx(-0.2)
+    assert excess_share(0.9, 0.5) is None

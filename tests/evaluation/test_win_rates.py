@@ -1,0 +1,95 @@
+"""A policy judged by another reward: wins counted by hand from the judge's own scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lxml import html
+from support.evaluated_runs import evaluated_run
+from support.tiny_runs import irl_align, the_line
+
+from irl_align.evaluation.win_rates import distinct_bigrams
+from irl_align.reward.model import RewardModel
+from irl_align.training.train import Result
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def run() -> Result:
+    return evaluated_run("irl")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Result:
+    return evaluated_run("judge")
+
+
+def rows(run: Result, name: str) -> list[dict[str, Any]]:
+    lines = (run.folder / f"samples/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_wins_are_the_judges(
+    run: Result, judge: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = irl_align(capsys, "evaluate", run.folder, "--judge", judge.folder)
+    assert ended.status == 0, ended.err
+    assert f"irl 1, judged by {judge.folder.name}: wins %" in ended.out
+    (report,) = json.loads((run.folder / "evaluation.json").read_text())["judged"]
+    assert [row["temperature"] for row in report["rows"]] == [1.0, 0.0]
+    assert judge.reward is not None
+    reward = RewardModel.from_pretrained(judge.reward)
+    for found, temperature in zip(report["rows"], ("1", "0"), strict=True):
+        own, start = (rows(run, f"policy-{k}-t{temperature}") for k in (1, 0))
+        prompts = [row["prompt"] for row in own]
+        assert prompts == [row["prompt"] for row in start]
+        mine = reward.score(prompts, [row["completion"] for row in own])
+        for name, texts in (
+            ("start", [row["completion"] for row in start]),
+            ("demonstrations", [row["demonstrations"][0] for row in own]),
+        ):
+            theirs = reward.score(prompts, texts)
+            same = [a["completion"] == text for a, text in zip(own, texts, strict=True)]
+            wins = sum(
+                0.5 if equal else float(a > b)
+                for a, b, equal in zip(mine.tolist(), theirs.tolist(), same, strict=True)
+            )
+            assert found[f"wins_against_{name}"]["mean"] == pytest.approx(wins / len(own))
+        assert found["samples"] == len(own) == 12
+    irl_align(capsys, "report", run.folder)
+    page = html.document_fromstring((run.folder / "report.html").read_text(encoding="utf-8"))
+    assert any("judged by judge-seed3" in text for text in page.xpath("//summary/text()"))
+
+
+def test_the_policys_own_reward_is_no_judge(
+    run: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for own in (run.folder, run.reward):
+        line = the_line(irl_align(capsys, "evaluate", run.folder, "--judge", own))
+        assert line.endswith("the reward that the policy was trained on; expected another")
+
+
+def test_sft_alone_is_judged_against_demonstrations(
+    tmp_path: Path, judge: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft, output = evaluated_run("sft"), tmp_path / "sft.json"
+    assert judge.reward is not None
+    ended = irl_align(capsys, "evaluate", sft.folder, "--judge", judge.reward, "--output", output)
+    assert ended.status == 0, ended.err
+    (report,) = json.loads(output.read_text())["judged"]
+    assert all("wins_against_start" not in row for row in report["rows"])
+    assert all("wins_against_demonstrations" in row for row in report["rows"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["a b c", "a b d"], 3 / 4),  # ab, bc, bd of ab, bc, ab, bd
+        (["a a a a"], 1 / 3),
+        (["one", ""], 0.0),
+    ],
+)
+def test_distinct_bigrams(texts: list[str], expected: float) -> None:
+    assert distinct_bigrams(texts) == pytest.approx(expected)

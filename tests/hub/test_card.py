@@ -1,0 +1,370 @@
+"""Cards: metadata by the Hub's own classes, numbers by the run's records, snippets that run."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import DatasetCard, EvalResult, ModelCard
+from support.hub_runs import best_of_n, selecting, spin
+from support.rows import save
+from support.tiny_runs import BEST, RECIPE, metrics, stage_records
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from irl_align import RewardModel
+from irl_align.config.recipe import load_recipe
+from irl_align.errors import UserError
+from irl_align.hub.export import export
+from irl_align.hub.facts import Facts
+from irl_align.hub.licences import combine, derive
+from irl_align.hub.sections import gold_table, scores_section
+from irl_align.hub.snippets import reward_snippets
+from irl_align.reward.model import RewardSettings
+from irl_align.training.train import train
+
+pytestmark = pytest.mark.timeout(240)
+PROMPT, ANSWER = "name[the red lion], food[thai]", "The red lion serves thai food."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``folder(what)``: the export of a run's reward, policy, pairs or of a selecting policy."""
+    root = tmp_path_factory.mktemp("cards")
+    run = {"selecting": selecting, "spin": spin}
+    for name in ("reward", "policy", "pairs", "selecting", "spin"):
+        what = "policy" if name in run else name
+        export(run.get(name, best_of_n)().folder, what, root / name)
+    return lambda name: root / name
+
+
+def section(text: str, title: str) -> str:
+    """Text below a heading, up to the next."""
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def code(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+
+def test_a_rewards_metadata(folder: Callable[[str], Path]) -> None:
+    data = ModelCard.load(folder("reward") / "README.md").data
+    assert (data.license, data.library_name) == ("apache-2.0", "transformers")
+    assert data.pipeline_tag == "text-classification" and data.language == ["en"]
+    assert {"reward-model", "irl-align"} <= set(data.tags)
+    assert data.base_model is None and data.datasets is None  # from scratch, on a made-up task
+    held = metrics(best_of_n().folder)["reward/0"]["by_source"]
+    found = {result.metric_name: result for result in data.eval_results}
+    assert all(isinstance(result, EvalResult) for result in found.values())
+    for source, report in held.items():
+        value = found[f"{source}, held out"].metric_value
+        assert value == pytest.approx(report["accuracy"], abs=1e-4)
+    # What is written is what the Hub's classes write: nothing was lost in reading.
+    front = (folder("reward") / "README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(front) == data.to_dict()
+
+
+def test_a_policys_metadata(folder: Callable[[str], Path]) -> None:
+    data = ModelCard.load(folder("policy") / "README.md").data
+    assert data.pipeline_tag == "text-generation" and data.model_name == "best"
+    recorded = metrics(best_of_n().folder)
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert values == {
+        f"slot_error_rate, T={t}": pytest.approx(
+            recorded[f"evaluation/1/t{t}"]["metrics"]["slot_error_rate"], abs=1e-4
+        )
+        for t in (0, 1)
+    }
+
+
+def test_a_data_sets_metadata(folder: Callable[[str], Path]) -> None:
+    data = DatasetCard.load(folder("pairs") / "README.md").data
+    assert data.license == "apache-2.0" and "preferences" in data.tags
+    assert [config["config_name"] for config in data.configs] == ["pairs", "samples"]
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def test_a_rewards_card_tells_the_runs_numbers(folder: Callable[[str], Path]) -> None:
+    text = (folder("reward") / "README.md").read_text()
+    recorded = metrics(best_of_n().folder)
+    report, data = recorded["reward/0"], recorded["data"]
+    evaluation = section(text, "Evaluation")
+    for name, key in {"length alone": "length", "mean log-prob under SFT": "logprob_mean"}.items():
+        assert f"| {name} | {report['audit'][key]:.1%} |" in evaluation
+    row = re.search(r"demonstration/policy \| ([\d.]+)% \(([\d.]+)% to ([\d.]+)%\)", evaluation)
+    assert row is not None
+    value, low, high = map(float, row.groups())
+    exact = 100 * report["by_source"]["demonstration/policy"]["accuracy"]
+    assert value == pytest.approx(exact, abs=0.051) and low < value < high
+    assert f"Pair loss {report['held_out']['loss']:.4f}" in evaluation
+    method = section(text, "Method")
+    assert f"{data['sft_rows']:,} rows of {data['sft_prompts']:,} prompts for SFT" in method
+    assert "arXiv:2503.13538, eq. 11" in method and "| seed | 0 |" in method
+    assert "demonstration/policy, demonstration/contrast" in method
+    limits = section(text, "Known limits")
+    assert "It is synthetic: few sentence patterns" in limits  # the data card's
+    for sign in recorded["signs/policy-1"]["signs"]:
+        assert sign in limits
+
+
+def test_lineage_names_every_stage_that_the_reward_is_made_from(
+    folder: Callable[[str], Path],
+) -> None:
+    origin = section((folder("reward") / "README.md").read_text(), "Where it comes from")
+    records = stage_records(best_of_n().folder)
+    roles = {"reward/0", "pairs/0", "sft", "start"}
+    for role in roles:
+        assert f"| {role} | `{records[role]['name']}-{records[role]['key']}` |" in origin
+    assert "policy-1" not in origin  # made later
+    for value in metrics(best_of_n().folder)["data"]["checksums"].values():
+        assert value in origin
+
+
+def test_cards_tell_no_paths_of_this_machine(folder: Callable[[str], Path]) -> None:
+    home = str(best_of_n().folder.parent)
+    for name in ("reward", "policy", "pairs", "selecting", "spin"):
+        for file in folder(name).rglob("*"):
+            if file.suffix in (".md", ".yaml", ".json", ".jinja"):
+                assert home not in file.read_text(), file
+    recipe = yaml.safe_load((folder("reward") / "recipe.yaml").read_text())
+    assert recipe["seed"] == 0 and "output_dir" not in recipe
+
+
+def test_a_policys_table_has_intervals_and_baselines(folder: Callable[[str], Path]) -> None:
+    evaluation = section((folder("policy") / "README.md").read_text(), "Evaluation")
+    rows = [line for line in evaluation.splitlines() if line.startswith("| ") and "%" in line]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| demonstrations",
+        *["| pi_0 (SFT)"] * 2,
+        *["| pi_1"] * 2,
+    ]
+    run = best_of_n()
+    (head,) = (line for line in evaluation.splitlines() if line.startswith("| | temperature"))
+    assert head.split(" | ")[2:] == ["slot error rate", "BLEU", "chrF", "KL to pi_0", "tokens |"]
+    texts = metrics(run.folder)["evaluation/1/t1"]["metrics"]
+    assert f"| {texts['bleu']:.1f} | {texts['chrf']:.1f} |" in rows[3]
+    samples = (run.folder / "samples" / "policy-1-t1.jsonl").read_text().splitlines()
+    errors = [json.loads(line) for line in samples]
+    rate = sum(row["slot_errors"] for row in errors) / sum(row["slots"] for row in errors)
+    residuals = [row["slot_errors"] - rate * row["slots"] for row in errors]
+    n = len(errors)
+    spread = math.sqrt(sum(r * r for r in residuals) * n / (n - 1))
+    high = rate + 1.96 * spread / sum(row["slots"] for row in errors)
+    assert f"{rate:.1%} (" in rows[3] and f" to {high:.1%})" in rows[3]
+
+
+def test_numbers_that_were_not_finite_are_left_out() -> None:
+    facts = Facts.of(best_of_n().folder)
+    for key, record in facts.metrics.items():
+        if key.startswith("evaluation/"):
+            nothing = dict.fromkeys(("slot_error_rate", "bleu"))
+            facts.metrics[key] = {**record, "kl": None, "metrics": nothing}
+    table, results = gold_table(facts, facts.policy())
+    assert (
+        results == [] and "| pi_1 | 1 |  |  |  |" in table and "| demonstrations | | - |" in table
+    )
+
+
+def test_special_policies_say_what_they_are(folder: Callable[[str], Path]) -> None:
+    text = (folder("selecting") / "README.md").read_text()
+    assert "**The run's policy is best-of-3 selection**" in text
+    # The weights are SFT's, and so are the results in the metadata; the table has both.
+    recorded = metrics(selecting().folder)["evaluation/0/t1"]["metrics"]["slot_error_rate"]
+    found = ModelCard.load(folder("selecting") / "README.md").data.eval_results
+    values = {result.metric_name: result.metric_value for result in found}
+    assert values["slot_error_rate, T=1"] == pytest.approx(recorded, abs=1e-4)
+    assert "| pi_0 (SFT) | 1 |" in text and "| pi_1, selected | 1 |" in text
+    assert f"| sft | `sft-{stage_records(selecting().folder)['sft']['key']}` |" in text
+    text = (folder("spin") / "README.md").read_text()
+    assert "SPIN, arXiv:2401.01335" in section(text, "Method")
+
+
+def test_scores_that_transformers_cannot_give_are_told() -> None:
+    class Plain:
+        rows, difference, same_ids = 3, None, None
+
+    measured: Any = Plain()
+    mixed = scores_section(RewardSettings(lm_coef=0.5), measured)
+    assert "0.5 times the answer's mean log-prob" in mixed and "load it with irl-align" in mixed
+    bounded = scores_section(RewardSettings(bound=2.0, mean=0.25), measured)
+    assert "b tanh(u / b) - 0.25 with b = 2" in bounded
+    assert "The logit that transformers gives is the score:" in scores_section(
+        RewardSettings(), measured
+    )
+    (only,) = reward_snippets(RewardSettings(lm_coef=0.5), plain=False)
+    assert "RewardModel.from_pretrained(REPO)" in only[2]
+
+
+# --- snippets -------------------------------------------------------------------------------------
+
+
+def test_the_rewards_snippets_run_and_agree(folder: Callable[[str], Path]) -> None:
+    text = (folder("reward") / "README.md").read_text()
+    plain, ours, trl = code(text, "python")
+    known: dict[str, Any] = {"REPO": str(folder("reward")), "prompt": PROMPT, "answer": ANSWER}
+    exec(plain, known)
+    exec(ours, known)
+    assert best_of_n().reward is not None
+    reward = RewardModel.from_pretrained(best_of_n().reward)
+    expected = float(reward.score([PROMPT], [ANSWER]))
+    assert known["score"](PROMPT, ANSWER) == pytest.approx(expected, abs=1e-5)
+    assert float(known["scores"]) == pytest.approx(expected, abs=1e-5)
+    compile(trl, "README.md", "exec")  # the trainer itself is run in test_export.py
+    (vllm,) = code(text, "sh")
+    pooler = json.loads(re.search(r"--pooler-config '(.*)'", vllm)[1])  # type: ignore[index]
+    config = json.loads((folder("reward") / "config.json").read_text())
+    assert pooler == {"use_activation": False, "logit_mean": config["irl_reward"]["mean"]}
+
+
+def test_the_policys_snippet_runs(folder: Callable[[str], Path]) -> None:
+    (snippet,) = code((folder("policy") / "README.md").read_text(), "python")
+    known: dict[str, Any] = {"REPO": str(folder("policy")), "prompt": PROMPT}
+    exec(snippet, known)
+    tokenizer = AutoTokenizer.from_pretrained(folder("policy"))
+    start = known["inputs"]["input_ids"][0].tolist()
+    assert tokenizer.decode(start, skip_special_tokens=True) == f"{PROMPT}\n"
+    assert isinstance(known["answer"], str) and PROMPT not in known["answer"]
+
+
+# --- licences -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "base", "expected"),
+    [
+        ("mit", "apache-2.0", "apache-2.0"),  # permissive: the base model's
+        ("cc-by-sa-4.0", "apache-2.0", "cc-by-sa-4.0"),  # the restrictive one
+        ("mit", "llama3.1", "llama3.1"),
+        ("llama3.1", "llama3.1", "llama3.1"),
+        ("cc-by-nc-4.0", "llama3.1", "other"),  # both
+        ("", "mit", "unknown"),
+        ("mit", "", "unknown"),
+    ],
+)
+def test_licence_of_data_and_base(data: str, base: str, expected: str) -> None:
+    found = combine(data, base, True, "facts")
+    assert found.name == expected
+    assert found.other == ("llama3.1 + cc-by-nc-4.0" if expected == "other" else None)
+
+
+def test_licence_without_a_base_is_the_datas() -> None:
+    assert combine("other", "mit", True, "").other == "that-of-the-sources"
+    assert combine("cc-by-sa-4.0", "", False, "").name == "cc-by-sa-4.0"
+    assert combine("", "", False, "").name == "unknown"
+
+
+def facts_with(recipe: dict[str, Any], front: dict[str, Any]) -> Facts:
+    facts = Facts.of(best_of_n().folder)
+    view = type(facts.view)(**{**vars(facts.view), "recipe": {**facts.view.recipe, **recipe}})
+    return Facts(view, facts.card, front, facts.about, facts.metrics)
+
+
+def test_licence_of_a_local_base_model_is_its_cards(tmp_path: Path) -> None:
+    recipe = {"model": {"path": str(tmp_path), "revision": None, "from_scratch": None}}
+    facts = facts_with(recipe, {"license": "mit"})
+    assert derive(facts).name == "unknown" and facts.base_model == tmp_path.name
+    assert facts.base_hub_id is None
+    (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n# Base\n")
+    assert derive(facts).name == "gemma"
+    assert derive(facts, "cc0-1.0").name == "cc0-1.0"
+    assert "chosen by the publisher" in derive(facts, "cc0-1.0").why
+
+
+def test_a_base_model_of_the_hub_is_named(tmp_path: Path) -> None:
+    recipe = {"model": {"path": "org/base", "revision": None, "from_scratch": None}}
+    facts = facts_with(recipe, {"license": "mit"})
+    assert facts.base_model == facts.base_hub_id == "org/base"
+    assert derive(facts).name == "unknown"  # offline: its card cannot be read
+
+
+def test_a_published_recipe_has_no_paths_and_no_servers(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    changes = {
+        "data": {"card": str(tmp_path / "own.md"), "path": str(tmp_path), "share": 0.5},
+        "model": {"path": str(tmp_path / "base"), "chat_template": "/home/me/chat.jinja"},
+        "generation": {"server": {"urls": ["http://10.0.0.1:8000"], "port": None}, "top_p": 1.0},
+        "reward": {"preferences": {"card": "/data/theirs.md", "path": "/data/gone"}},
+        "output_dir": "runs",
+    }
+    published = yaml.safe_load(facts_with(changes, {}).recipe_text())
+    assert {name: published.get(name) for name in changes} == {
+        "data": {"card": "own.md", "path": None, "share": 0.5},
+        "model": {"path": "base", "chat_template": "chat.jinja"},
+        "generation": {"server": {"urls": [], "port": None}, "top_p": 1.0},
+        "reward": {"preferences": {"card": "theirs.md", "path": "gone"}},
+        "output_dir": None,
+    }
+
+
+def test_facts_of_a_card_that_is_gone(tmp_path: Path) -> None:
+    facts = facts_with({"data": {"card": str(tmp_path / "gone.md"), "path": None}}, {})
+    assert facts.data_name == "gone"
+    with pytest.raises(UserError, match="found no such folder"):
+        Facts.of(tmp_path / "none")
+
+
+# --- a run on a chat model ------------------------------------------------------------------------
+
+CHAT = (
+    "{%- for m in messages -%}<{{ m['role'] }}>{{ m['content'] }}"
+    "{%- if m['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
+)
+
+
+def test_a_reward_on_a_chat_model_keeps_its_template_and_both_licences(
+    tiny_model: Callable[[str], PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    tiny_tokenizer.chat_template = CHAT
+    base = save(tiny_model("gpt_neox"), tiny_tokenizer, tmp_path / "base-chat")
+    (base / "README.md").write_text("---\nlicense: llama3.1\n---\n# Base\n")
+    turns = [("system", "Be brief."), ("user", "{} plus 1?"), ("assistant", "It is {}.")]
+    rows = [
+        {"messages": [{"role": role, "content": text.format(i)} for role, text in turns]}
+        for i in range(60)
+    ]
+    data = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "demos.jsonl").write_text(data)
+    (tmp_path / "own.md").write_text(
+        "---\nlicense: cc-by-nc-4.0\nirl_align:\n  kind: demonstrations\n  template: chat\n"
+        "  splits: {train: {files: demos.jsonl}, validation: {from: train, share: 0.2}}\n"
+        "  columns: {messages: messages}\n---\n# Sums\n\n**Known problems.** Sums are wrong.\n"
+    )
+    own = RECIPE.replace(
+        "card: restaurant\n  task: {size: 200, noise: 0.0}", f"card: {tmp_path}/own.md"
+    )
+    own = re.sub(r"  from_scratch:\n(    .*\n)+", f"  path: {base}\n", own)
+    (tmp_path / "own.yaml").write_text(own)
+    overrides = ("evaluation.split=validation", "pairs.truncated=keep")
+    runs = f"output_dir={tmp_path / 'runs'}"
+    recipe = load_recipe(
+        tmp_path / "own.yaml", [*BEST, *overrides, runs, "generation.max_new_tokens=12"]
+    )
+    run = train(recipe)
+    export(run.folder, "reward", tmp_path / "reward")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    assert tokenizer.chat_template == CHAT
+    text = (tmp_path / "reward" / "README.md").read_text()
+    data_of_card = ModelCard.load(tmp_path / "reward" / "README.md").data
+    assert data_of_card.license == "other" and data_of_card.license_name == (
+        "llama3.1 + cc-by-nc-4.0"
+    )
+    assert "| base model | base-chat |" in text and "Sums are wrong." in text
+    assert str(tmp_path) not in text + (tmp_path / "reward" / "recipe.yaml").read_text()
+    assert "The logit that transformers gives is the score: nothing is to be added." in text
+    known: dict[str, Any] = {"REPO": str(tmp_path / "reward")}
+    exec(code(text, "python")[0], known)
+    assert run.reward is not None
+    expected = RewardModel.from_pretrained(run.reward).score(["1 plus 1?"], ["It is 2."])
+    assert known["score"]("1 plus 1?", "It is 2.") == pytest.approx(float(expected), abs=1e-5)

@@ -1,0 +1,409 @@
+"""Exported rewards, policies and pairs, loaded by other tools: transformers, TRL, datasets."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from support.hub_runs import best_of_n, selecting, spin
+from support.rows import Ids, random_ids, save
+from support.tiny_models import TINY_ARCHITECTURES
+from support.tiny_runs import irl_align, the_line
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
+
+from irl_align.data.cards import load_card
+from irl_align.data.encoding import encode_completions, encode_prompts
+from irl_align.data.loading import load_preferences
+from irl_align.hub.export import export
+from irl_align.hub.facts import ratio_interval
+from irl_align.hub.weights import chat_ids, chat_template, final_norm, fold_normaliser
+from irl_align.reward.model import RewardModel, RewardSettings
+
+pytestmark = pytest.mark.timeout(240)
+MakeModel = Callable[[str], PreTrainedModel]
+PROMPTS, COMPLETIONS = random_ids(6, 1, 9, seed=1), random_ids(6, 1, 12, seed=2)
+LAYER_NORMS = {"gpt2", "gpt_neox"}
+RESTAURANTS = ["name[the red lion], food[thai], area[suburbs]", "name[Blue Heron], price[cheap]"]
+ANSWERS = ["The red lion serves thai food in the suburbs.", "the blue heron is cheap."]
+
+
+@torch.no_grad()
+def one_by_one(model: PreTrainedModel, rows: Ids) -> torch.Tensor:
+    """Logits of rows, each alone and unpadded."""
+    return torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+
+
+def joined() -> Ids:
+    return [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+# --- the normaliser -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
+def test_the_normaliser_folds_into_the_weights(
+    arch: str, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """LayerNorm takes mean and std; RMSNorm has no bias, so the mean stays in the settings."""
+    policy = save(tiny_model(arch), tiny_tokenizer, tmp_path / "policy")
+    settings = RewardSettings(mean=1.7, std=0.4)
+    reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
+    ours = reward.score_ids(PROMPTS, COMPLETIONS)
+    head = reward.model.score.weight.clone()
+    fold_normaliser(reward)
+    torch.testing.assert_close(reward.model.score.weight, head / 0.4)
+    left = 0.0 if arch in LAYER_NORMS else 1.7 / 0.4
+    assert (reward.settings.mean, reward.settings.std) == (pytest.approx(left), 1.0)
+    reward.save_pretrained(tmp_path / "reward")
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
+    logits = one_by_one(plain, joined())
+    torch.testing.assert_close(logits - left, ours, atol=1e-5, rtol=1e-6)
+    again = RewardModel.from_pretrained(tmp_path / "reward").score_ids(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(again, ours, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lm_coef": 0.7}, {"bound": 1.5}, {"lm_coef": 0.7, "bound": 1.5}], ids=str
+)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_folding_keeps_bounded_and_mixed_scores(
+    arch: str,
+    options: dict[str, float],
+    tiny_model: MakeModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    policy = save(tiny_model(arch), tiny_tokenizer, tmp_path / "policy")
+    settings = RewardSettings(mean=-0.6, std=2.5, **options)
+    reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
+    ours = reward.score_ids(PROMPTS, COMPLETIONS)
+    fold_normaliser(reward)
+    assert reward.settings.mean == pytest.approx(-0.24) and reward.settings.std == 1.0
+    for name, value in options.items():
+        assert getattr(reward.settings, name) == pytest.approx(value / 2.5)
+    folded = reward.score_ids(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(folded, ours, atol=1e-5, rtol=1e-6)
+
+
+def test_the_last_norm_is_found_only_where_it_has_a_bias(tiny_model: MakeModel) -> None:
+    gpt2, llama = tiny_model("gpt2"), tiny_model("llama")
+    assert final_norm(gpt2) is gpt2.transformer.ln_f
+    assert final_norm(llama) is None
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "lowercase", "expected"),
+    [
+        ("{prompt}\n", True, "food[Thé]\nServed.".lower() + "<eos>"),
+        ("Q: {prompt}\nA:\n", False, "Q: food[Thé]\nA:\nServed.<eos>"),
+        ('"é😀\\ {{x}} {prompt} {{% raw %}}', False, '"é😀\\ {x} food[Thé] {% raw %}Served.<eos>'),
+    ],
+)
+def test_the_chat_template_writes_the_cards_template(
+    template: str, lowercase: bool, expected: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = RewardSettings(template=template, lowercase=lowercase)
+    tiny_tokenizer.chat_template = chat_template(settings, tiny_tokenizer)
+    chat = [{"role": "user", "content": "food[Thé]"}, {"role": "assistant", "content": "Served."}]
+    assert tiny_tokenizer.apply_chat_template(chat, tokenize=False) == expected
+    begun = tiny_tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert begun == expected.removesuffix("served.<eos>" if lowercase else "Served.<eos>")
+
+
+def test_a_chat_card_keeps_the_tokenizers_template(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert chat_template(RewardSettings(template="chat"), tiny_tokenizer) is None
+
+
+def test_the_chat_template_refuses_what_was_never_trained(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tiny_tokenizer.chat_template = chat_template(RewardSettings(), tiny_tokenizer)
+    turn = {"role": "user", "content": "a"}
+    for chat in ([{"role": "system", "content": "b"}, turn], [turn, turn, turn]):
+        with pytest.raises(Exception, match="one user turn"):
+            tiny_tokenizer.apply_chat_template(chat, tokenize=False)
+
+
+# --- a run's reward -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported reward."""
+    folder = tmp_path_factory.mktemp("export") / "reward"
+    export(best_of_n().folder, "reward", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    """The run's own scores of RESTAURANTS with ANSWERS."""
+    assert best_of_n().reward is not None
+    return RewardModel.from_pretrained(best_of_n().reward).score(RESTAURANTS, ANSWERS)
+
+
+def offset(folder: Path) -> float:
+    """What the logits have besides the score (a Llama has no bias to hold it)."""
+    return float(json.loads((folder / "config.json").read_text())["irl_reward"]["mean"])
+
+
+def chats() -> list[list[dict[str, str]]]:
+    return [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
+        for p, a in zip(RESTAURANTS, ANSWERS, strict=True)
+    ]
+
+
+def test_the_folder_holds_what_any_tool_needs(reward: Path) -> None:
+    names = {file.name for file in reward.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert {"README.md", "recipe.yaml"} <= names
+    assert not any(name.startswith(".") or name.endswith(".bin") for name in names)
+    config = json.loads((reward / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "reward"} and config["irl_reward"]["std"] == 1.0
+
+
+def test_our_own_load_gives_the_runs_scores(reward: Path, expected: torch.Tensor) -> None:
+    scores = RewardModel.from_pretrained(reward).score(RESTAURANTS, ANSWERS)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+def test_the_chat_template_gives_the_ids_of_training(reward: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(reward)
+    ours = RewardModel.from_pretrained(reward)
+    prompts = encode_prompts(RESTAURANTS, tokenizer, ours.settings)
+    ends = encode_completions(RESTAURANTS, ANSWERS, prompts, tokenizer, ours.settings)
+    assert chat_ids(tokenizer, RESTAURANTS, ANSWERS) == [
+        p + c for p, c in zip(prompts, ends, strict=True)
+    ]
+    assert prompts[0][0] == tokenizer.bos_token_id and ends[0][-1] == tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def test_transformers_alone_gives_the_scores(reward: Path, expected: torch.Tensor) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(reward)
+    model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
+    inputs = tokenizer.apply_chat_template(
+        chats(), return_tensors="pt", padding=True, return_dict=True
+    )
+    logits = model(**inputs).logits[:, 0] - offset(reward)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_layout_of_rewardbench(reward: Path, expected: torch.Tensor) -> None:
+    """Its default path: the chat as text, tokenized with special tokens, a second BOS cut off."""
+    tokenizer = AutoTokenizer.from_pretrained(reward)
+    model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats()]
+    inputs = tokenizer(texts, truncation=True, max_length=128, padding=True, return_tensors="pt")
+    assert inputs["input_ids"][0, :2].tolist() == [tokenizer.bos_token_id] * 2
+    inputs = {name: value[:, 1:] for name, value in inputs.items()}
+    logits = model(**inputs).logits[:, 0] - offset(reward)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_trl_takes_it_as_a_reward_function(
+    reward: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    prompts = [{"prompt": chat[:1]} for chat in chats()]
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        num_generations=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        bf16=False,  # in half precision its scores agree to two digits
+        report_to="none",
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(best_of_n().policy),
+        processing_class=AutoTokenizer.from_pretrained(reward),
+        reward_funcs=str(reward),
+        args=args,
+        train_dataset=datasets.Dataset.from_list(prompts),
+    )
+    answers = [chat[1:] for chat in chats()]
+    found = trainer._calculate_rewards(prompts, [row["prompt"] for row in prompts], answers, None)
+    torch.testing.assert_close(found[:, 0] - offset(reward), expected, atol=1e-5, rtol=0)
+
+
+def test_trl_takes_it_as_the_start_of_a_reward(reward: Path, tmp_path: Path) -> None:
+    """At learning rate 0 its first loss is that of the exported scores."""
+    (good, bad), prompt = ANSWERS, RESTAURANTS[0]
+    row = {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": good}],
+        "rejected": [{"role": "assistant", "content": bad}],
+    }
+    args = RewardConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        learning_rate=0.0,
+        logging_steps=1,
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        report_to="none",
+        disable_dropout=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+    )
+    trainer = RewardTrainer(
+        model=str(reward), args=args, train_dataset=datasets.Dataset.from_list([row])
+    )
+    trainer.train()
+    scores = RewardModel.from_pretrained(reward).score([prompt] * 2, [good, bad])
+    loss = -torch.nn.functional.logsigmoid(scores[0] - scores[1])
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_our_own_commands_take_an_export_as_the_model_it_is(
+    reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": RESTAURANTS[0], "completion": ANSWERS[0]}) + "\n")
+    scored = irl_align(capsys, "score", reward, "--input", rows)
+    assert scored.status == 0, scored.err
+    expected = RewardModel.from_pretrained(reward).score([RESTAURANTS[0]], [ANSWERS[0]])
+    assert json.loads(scored.out)["score"] == pytest.approx(float(expected), abs=1e-5)
+
+
+# --- policies and pairs ---------------------------------------------------------------------------
+
+
+def test_a_policy_keeps_its_weights_and_gets_a_template(tmp_path: Path) -> None:
+    run = best_of_n()
+    done = export(run.folder, "policy", tmp_path / "policy")
+    assert done.iteration == 1
+    file = "model.safetensors"
+    assert (tmp_path / "policy" / file).read_bytes() == (run.policy / file).read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    prompt = [{"role": "user", "content": RESTAURANTS[1]}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    bos = tokenizer.bos_token
+    assert tokenizer.decode(ids) == f"{bos}{RESTAURANTS[1]}\n"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").config.irl_prompt
+
+
+def test_every_iteration_can_be_exported(tmp_path: Path) -> None:
+    run = best_of_n()
+    export(run.folder, "policy", tmp_path / "zero", iteration=0)
+    sft = run.folder / run.view().stages["sft"]["path"] / "model" / "model.safetensors"
+    assert (tmp_path / "zero" / "model.safetensors").read_bytes() == sft.read_bytes()
+    assert export(run.folder, "reward", tmp_path / "r", iteration=0).iteration == 0
+    done = export(spin().folder, "policy", tmp_path / "spin", iteration=1)
+    weights = (done.folder / "model.safetensors").read_bytes()
+    assert weights == (spin().policy / "model.safetensors").read_bytes()
+    done = export(selecting().folder, "policy", tmp_path / "select")
+    weights = (done.folder / "model.safetensors").read_bytes()
+    assert weights == (selecting().policy / "model.safetensors").read_bytes()
+
+
+def test_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
+    export(best_of_n().folder, "pairs", tmp_path / "pairs")
+    cache = str(tmp_path / "cache")
+    found = datasets.load_dataset(str(tmp_path / "pairs"), "pairs", cache_dir=cache)
+    record = best_of_n().view().metrics
+    made = next(r for r in record if r["key"] == "pairs/0")
+    assert len(found["train"]) == made["train"]["pairs"]
+    assert len(found["validation"]) == made["held_out"]["pairs"]
+    assert set(found["train"]["source"]) == {"demonstration/policy", "demonstration/contrast"}
+    for row in found["train"].select(range(20)):
+        contrast = row["source"] == "demonstration/contrast"
+        assert (row["chosen"] == row["rejected"]) == contrast
+        assert (row["prompt"] != row["rejected_prompt"]) == contrast
+        assert "name[" in row["prompt"] and "<" not in row["chosen"]
+
+    card = load_card(tmp_path / "pairs" / "README.md")
+    rows = load_preferences(card, "validation")
+    assert {row["subset"] for row in rows} == {"demonstration/policy"}
+    samples = datasets.load_dataset(
+        str(tmp_path / "pairs"), "samples", split="test", cache_dir=cache
+    )
+    assert set(samples["samples"]) == {f"policy-{k}-t{t}" for k in (0, 1) for t in (0, 1)}
+    assert {"prompt", "completion", "slot_errors"} <= set(samples.column_names)
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def test_ratio_interval_by_hand() -> None:
+    # Accuracies of three prompts with 2, 1 and 3 pairs: 1 of 2, 1 of 1, 1 of 3; R = 1/2.
+    # Residuals 0, 1/2, -1/2; variance (3/2)(1/2) / 36; standard error 0.144338.
+    found = ratio_interval([1, 1, 1], [2, 1, 3])
+    assert found.value == 0.5
+    assert found.high - found.value == pytest.approx(1.96 * 0.1443376, abs=1e-6)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+    # Rows of one pair each: the usual interval of a mean, s / sqrt(n) with n - 1.
+    rows = [1.0, 0.0, 0.0, 1.0, 1.0]
+    error = torch.tensor(rows).std() / 5**0.5
+    assert ratio_interval(rows, [1] * 5).high == pytest.approx(0.6 + 1.96 * float(error))
+    assert ratio_interval([1], [1]).low != ratio_interval([1], [1]).low  # one group: not a number
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def unfinished(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    shutil.copytree(best_of_n().folder, run)
+    (run / "summary.json").unlink()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--what", "model"], r"--what: found 'model', expected one of reward, policy, pairs"),
+        (["--iteration", "7"], r"--iteration: .* has no reward 7; expected one of 0"),
+        (["--what", "policy", "--iteration", "9"], r"has no policy 9; expected one of 0, 1"),
+        (["--what", "pairs", "--iteration", "0"], r"pairs are exported together"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "out"
+    ended = irl_align(capsys, "export", best_of_n().folder, "--to", to, *arguments)
+    assert re.search(message, the_line(ended)) and not to.exists()
+
+
+def test_runs_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "out"
+    line = the_line(irl_align(capsys, "export", unfinished(tmp_path), "--to", to))
+    assert "this run is not finished; run its recipe again" in line
+    line = the_line(irl_align(capsys, "export", spin().folder, "--to", to))
+    assert "this run has no explicit reward" in line
+    line = the_line(irl_align(capsys, "export", tmp_path / "none", "--to", to))
+    assert "found no such folder, expected the folder of a run" in line
+    line = the_line(irl_align(capsys, "export", best_of_n().folder, "--to", tmp_path))
+    assert "--to" in line and "exists" in line
+    assert not to.exists()
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("irl_align.hub.export.shutil.copyfile", full)
+    arguments = ("--what", "policy", "--to", tmp_path / "out")
+    line = the_line(irl_align(capsys, "export", best_of_n().folder, *arguments))
+    assert line.startswith("export: no space left for") and list(tmp_path.iterdir()) == []

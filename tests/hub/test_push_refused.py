@@ -1,0 +1,159 @@
+"""Pushes that are refused, each in one line, with nothing half pushed."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from support.hub_client import connected, main, push
+from support.hub_runs import best_of_n, selecting
+from support.hub_server import READ_TOKEN
+from support.hub_state import Hub, metadata
+from support.tiny_runs import irl_align, the_line
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that this process's client talks to."""
+    with connected(tmp_path, monkeypatch) as hub:
+        yield hub
+
+
+def test_no_token(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert "found no Hub token; set HF_TOKEN" in the_line(push(capsys))
+    assert hub.requests == []
+
+
+def test_wrong_token(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    ended = push(capsys)
+    assert "the Hub does not accept the token" in the_line(ended)
+    assert "hf_wrong" not in ended.err and hub.repos == {}
+
+
+def test_no_rights(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = the_line(push(capsys, "--repo", "stranger/model"))
+    assert "the token may not write to stranger/model" in line
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    assert "may not write to reader/model" in the_line(push(capsys, "--repo", "reader/model"))
+    assert hub.repos == {}
+    hub.add("model", "me/model", {})
+    assert "may not write to me/model" in the_line(push(capsys))
+    assert hub.count("PUT", "/lfs/") == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "me/has space", "-me/x", "datasets/me/x", "https://huggingface.co/me/x", ""]
+)
+def test_names_that_are_none(name: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    line = the_line(push(capsys, "--repo", name))
+    assert f"--repo: found {name!r}, expected user/name" in line and hub.requests == []
+
+
+def test_another_model_family_needs_force(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    there = {"config.json": json.dumps(config).encode(), "model.safetensors": b"theirs"}
+    hub.add("model", "me/model", there)
+    line = the_line(push(capsys))
+    assert "me/model holds config.json, model.safetensors of BertForMaskedLM" in line
+    assert "this is LlamaForCausalLM" in line and "--force" in line
+    assert main(hub)["model.safetensors"] == b"theirs"
+    assert push(capsys, "--force").status == 0
+    assert main(hub)["model.safetensors"] != b"theirs"
+
+
+def test_a_policy_does_not_overwrite_a_reward(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    push(capsys, "--what", "reward")
+    before = dict(main(hub))
+    line = the_line(push(capsys))
+    assert "of LlamaForSequenceClassification, and this is LlamaForCausalLM" in line
+    assert main(hub) == before
+    # Another run's reward does: it is of the same kind.
+    assert push(capsys, "--what", "reward", run=selecting().folder).status == 0
+
+
+def test_pairs_do_not_overwrite_a_strangers_data(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("dataset", "me/data", {"train.csv": b"a,b\n", "README.md": b"---\ntags: [x]\n---\n"})
+    arguments = ("--what", "pairs", "--repo", "me/data")
+    assert "the dataset me/data holds train.csv and was not made by" in the_line(
+        push(capsys, *arguments)
+    )
+    assert push(capsys, *arguments, "--force").status == 0
+    assert push(capsys, *arguments).out.endswith("nothing new\n")  # now it is ours
+
+
+def test_a_public_repository_is_not_private(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.add("model", "me/model", {})
+    line = the_line(push(capsys, "--private"))
+    assert "me/model exists and is public" in line
+    assert set(main(hub)) == {".gitattributes"}
+
+
+def test_an_unfinished_run_and_no_run(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(best_of_n().folder, run)
+    (run / "summary.json").unlink()
+    assert "this run is not finished" in the_line(push(capsys, run=run))
+    assert "found no such folder" in the_line(push(capsys, run=tmp_path / "none"))
+    assert hub.repos == {}
+
+
+def test_data_without_a_licence(
+    hub: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run whose data card has none: exported with a warning, pushed only with --license."""
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(best_of_n().folder, run)
+    store = best_of_n().folder.parent / "store"
+    (tmp_path / "runs" / "store").symlink_to(store)
+    card = tmp_path / "own.md"
+    card.write_text(
+        "---\nirl_align:\n  kind: demonstrations\n  splits: {train: {files: a}}\n"
+        "  columns: {prompt: a, completion: b}\n---\n"
+    )
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("card: restaurant", f"card: {card}"))
+    line = the_line(push(capsys, run=run))
+    assert "licence: unknown: the demonstrations: unknown" in line and "--license" in line
+    assert hub.repos == {}
+    exported = irl_align(capsys, "export", run, "--to", tmp_path / "out")
+    assert exported.status == 0 and "a push needs one" in caplog.text
+    assert push(capsys, "--license", "cc0-1.0", run=run).status == 0
+    assert metadata(main(hub)["README.md"])["license"] == "cc0-1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HF_HUB_OFFLINE", True, "HF_HUB_OFFLINE is set"),
+        ("ENDPOINT", "http://127.0.0.1:9", "the connection to the Hub failed"),
+    ],
+)
+def test_no_server(
+    name: str,
+    value: object,
+    message: str,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, name, value)
+    assert message in the_line(push(capsys))

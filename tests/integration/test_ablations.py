@@ -1,0 +1,120 @@
+"""The ablation recipes: each differs from its neighbour in what it is about, and runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irl_align.config.recipe import load_recipe, to_dict
+from irl_align.config.resources import recipes_dir
+from irl_align.errors import UserError
+from irl_align.training.smoke import run_smoke
+
+pytestmark = pytest.mark.timeout(240)
+IRL, SPIN = "e2e/irl-best-of-n.yaml", "e2e/spin.yaml"
+# Recipe -> (its neighbour, the options that may differ).
+DIFFERENCES = {
+    "e2e/ablations/linear.yaml": (IRL, {"reward.loss", "reward.bound"}),
+    "e2e/ablations/demonstrations-5.yaml": (IRL, {"data.share"}),
+    "e2e/ablations/demonstrations-25.yaml": (IRL, {"data.share"}),
+    "e2e/ablations/noise-10.yaml": (IRL, {"data.noise"}),
+    "e2e/ablations/noise-30.yaml": (IRL, {"data.noise"}),
+    "e2e/ablations/window-all.yaml": (IRL, {"loop.iterations"}),
+    "e2e/ablations/window-latest.yaml": ("e2e/ablations/window-all.yaml", {"pairs.window"}),
+    "e2e/ablations/window-last-2.yaml": ("e2e/ablations/window-all.yaml", {"pairs.window"}),
+    "e2e/ablations/reward-cold.yaml": (IRL, {"reward.init", "reward.schedule"}),
+    "e2e/ablations/negatives-t0.7.yaml": (IRL, {"generation.temperature"}),
+    "e2e/ablations/negatives-t0.01.yaml": (IRL, {"generation.temperature", "pairs.truncated"}),
+    "e2e/ablations/afd-sft-init.yaml": (
+        IRL,
+        {"pairs.sources", "pairs.truncated", "loop.iterations"},
+    ),
+    "e2e/ablations/afd-demonstration-init.yaml": (
+        IRL,
+        {"pairs.sources", "pairs.truncated", "loop.iterations"},
+    ),
+    "e2e/ablations/iqlearn.yaml": ("e2e/sft-more.yaml", {"policy_update"}),
+    "e2e/ablations/iqlearn-from-start.yaml": (
+        "e2e/base.yaml",
+        {"sft.enabled", "reward.kind", "policy_update", "loop.iterations"},
+    ),
+    "e2e/ablations/reference-mixture.yaml": (SPIN, {"reward.reference"}),
+    "e2e/dpo-fixed-ref.yaml": (SPIN, {"reward.reference"}),
+    "e2e/dpo-fixed-ref-contrast.yaml": ("e2e/dpo-fixed-ref.yaml", {"pairs.sources"}),
+    "e2e/spin-contrast.yaml": (SPIN, {"pairs.sources"}),
+    "e2e/irl-best-of-n-contrast.yaml": (IRL, {"pairs.sources"}),
+    "e2e/irl-select-edits.yaml": (
+        "e2e/irl-select.yaml",
+        {
+            "pairs.sources",
+            "pairs.contrast",
+            "pairs.contrast_edits",
+            "reward.echo",
+            "reward.max_pairs",
+            "loop.iterations",
+        },
+    ),
+    "e2e/sft.yaml": ("e2e/base.yaml", set()),
+    "sfx/preference-rlhf.yaml": (
+        "sfx/irl-best-of-n.yaml",
+        {"reward.preferences", "reward.args", "loop.signs"},
+    ),
+    "sfx/irl-preferences.yaml": ("sfx/irl-best-of-n.yaml", {"reward.preferences"}),
+    "sfx/irl-best-of-n.yaml": ("sfx/irl-select.yaml", {"policy_update"}),
+    "sfx/irl-select-contrast.yaml": ("sfx/irl-select.yaml", {"pairs.sources", "reward.lm_coef"}),
+}
+# One of each kind of code path; every ablation can be tried by `train RECIPE --smoke`.
+SMOKED = {
+    "e2e/ablations/linear.yaml": ("loop.iterations=1",),
+    "e2e/ablations/negatives-t0.01.yaml": ("loop.iterations=1",),
+    "e2e/ablations/afd-sft-init.yaml": (),
+    "e2e/ablations/iqlearn-from-start.yaml": (),
+    "e2e/dpo-fixed-ref.yaml": (),
+    "e2e/irl-select-edits.yaml": (),
+    "sfx/preference-rlhf.yaml": (),
+}
+
+
+def options(name: str) -> dict[str, Any]:
+    """Options by group and name, but those that say what a recipe is called."""
+    tree = to_dict(load_recipe(recipes_dir() / name))
+    found: dict[str, Any] = {}
+    for group, inner in tree.items():
+        if isinstance(inner, dict) and group != "policy_update":  # whose kinds have other options
+            found |= {f"{group}.{option}": value for option, value in inner.items()}
+        elif group not in ("name", "description"):
+            found[group] = inner
+    return found
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_an_ablation_differs_in_what_it_is_about(name: str) -> None:
+    neighbour, expected = DIFFERENCES[name]
+    own, other = options(name), options(neighbour)
+    assert {key for key in own if own[key] != other[key]} == expected
+
+
+def test_every_ablation_is_here_and_in_the_catalogue() -> None:
+    listed = (recipes_dir() / "README.md").read_text(encoding="utf-8")
+    names = {
+        path.relative_to(recipes_dir()).as_posix()
+        for folder in ("e2e/ablations", "sfx")
+        for path in (recipes_dir() / folder).glob("*.yaml")
+    }
+    assert names - set(DIFFERENCES) <= {"sfx/base.yaml", "sfx/irl-select.yaml", "sfx/spin.yaml"}
+    assert all(f"`{name}`" in listed for name in {*names, *DIFFERENCES})
+
+
+@pytest.mark.parametrize("name", SMOKED)
+def test_an_ablation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(recipes_dir() / name, ["device=cpu", *SMOKED[name]])
+    summary = run_smoke(recipe).view().summary
+    assert summary is not None
+    assert summary["ended"] == f"{recipe.loop.iterations} iterations done"
+
+
+def test_preferences_alone_take_no_weight() -> None:
+    recipe = recipes_dir() / "sfx/preference-rlhf.yaml"
+    with pytest.raises(UserError, match="weight is an option of use beside, not of alone"):
+        load_recipe(recipe, ["reward.preferences.weight=2"])

@@ -1,0 +1,314 @@
+"""What a user can get wrong: one line that says where, what was found and what to do."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.tiny_runs import irl_align, the_line, tiny_recipe, write_recipe
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from irl_align.training.train import Result, train
+
+pytestmark = pytest.mark.timeout(240)
+Line = Callable[..., str]
+
+
+@pytest.fixture
+def line(capsys: pytest.CaptureFixture[str]) -> Line:
+    """``line(*arguments)``: the one line that a command refuses them with."""
+    return lambda *arguments: the_line(irl_align(capsys, *arguments))
+
+
+@pytest.fixture
+def train_line(line: Line, tmp_path: Path) -> Line:
+    """``train_line(*overrides)``: the same for training the tiny recipe."""
+    out = f"output_dir={tmp_path / 'runs'}"
+
+    def refused(*overrides: str) -> str:
+        path = write_recipe(tmp_path)
+        if any(override.startswith("data.card=") for override in overrides):
+            path.write_text(path.read_text().replace("task: {size: 200, noise: 0.0}", "task: {}"))
+        return line("train", path, out, *overrides)
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A finished run of SFT alone."""
+    return train(tiny_recipe(tmp_path_factory.mktemp("sft"), "loop.iterations=0"))
+
+
+def test_misspelt_option_in_the_file(line: Line, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text().replace("max_new_tokens", "max_new_token"))
+    number = [n for n, text in enumerate(path.read_text().split("\n"), 1) if "new_token" in text]
+    expected = f"{path}:{number[0]}: generation.max_new_token: unknown option; did you mean "
+    assert line("train", path) == f"{expected}generation.max_new_tokens?"
+
+
+def test_misspelt_and_mistyped_overrides(train_line: Line) -> None:
+    assert "sft.args.learning_rte" in train_line("sft.args.learning_rte=1.0")
+    assert "did you mean learning_rate?" in train_line("sft.args.learning_rte=1.0")
+    assert "expected integer at least 0" in train_line("loop.iterations=two")
+    assert "'many'" in train_line("sft.args.num_train_epochs=many")
+
+
+def test_unknown_recipe_file(line: Line, tmp_path: Path) -> None:
+    assert str(tmp_path / "none.yaml") in line("train", tmp_path / "none.yaml")
+    assert str(tmp_path) in line("train", tmp_path)
+
+
+def test_cuda_without_a_gpu(train_line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert train_line("device=cuda").startswith("recipe: device: cuda, but torch sees no CUDA")
+
+
+CARD = """\
+---
+irl_align:
+  kind: demonstrations
+  splits: {train: {files: "demos*"}, validation: {from: train, share: 0.2}}
+  columns: {prompt: question, completion: answer}
+  template: TEMPLATE
+---
+"""
+GOOD = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(50)]
+
+
+def write_data(folder: Path, content: bytes | list[dict[str, object]], name: str) -> str:
+    """A card with one data file; returns the override that names the card."""
+    card = folder / "card.md"
+    card.write_text(CARD.replace("TEMPLATE", '"{prompt}\\n"'))
+    if not isinstance(content, bytes):
+        content = "".join(json.dumps(row) + "\n" for row in content).encode()
+    (folder / name).write_bytes(content)
+    return f"data.card={card}"
+
+
+def changed(row: int, **values: object) -> list[dict[str, object]]:
+    return [{**good, **values} if i == row else dict(good) for i, good in enumerate(GOOD)]
+
+
+ZIPPED = gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD).encode())
+BROKEN_FILES: dict[str, tuple[str, bytes | list[dict[str, object]], str]] = {
+    "empty": ("demos.jsonl", b"", "demos.jsonl: found no row"),
+    "truncated gzip": ("demos.jsonl.gz", ZIPPED[:-20], "demos.jsonl.gz: truncated or damaged gzip"),
+    "truncated line": ("demos.jsonl", b'{"question": "a", "ans', "demos.jsonl, line 1: found brok"),
+    "not UTF-8": (
+        "demos.jsonl",
+        b'{"question": "a", "answer": "b"}\n{"question": "caf\xe9", "answer": "b"}\n',
+        "demos.jsonl, line 2: byte 18: found 0xe9, expected UTF-8",
+    ),
+    "no column": (
+        "demos.jsonl",
+        [{"question": "a", "answer": "b"}, {"question": "a"}],
+        "demos.jsonl, line 2: found columns question, expected a column 'answer'",
+    ),
+    "empty demonstration": (
+        "demos.jsonl",
+        changed(3, answer="  "),
+        "demos.jsonl, line 4: column 'answer': found empty text",
+    ),
+    "a number": ("demos.jsonl", changed(3, answer=5), "line 4: column 'answer': found a value of"),
+    "too long for the context": (
+        "demos.jsonl",
+        changed(3, question="why " * 400),
+        "together 192 (the model's context); raise a limit or set data.overlong: drop",
+    ),
+    "special token": ("demos.jsonl", changed(3, answer="<|end|> yes"), "a special token"),
+    "no such file": ("other.jsonl", b"", "holds card.md, other.jsonl"),
+    "another suffix": ("demos.txt", b"a\tb", "found suffix '.txt', expected .jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_broken_data_files(case: str, train_line: Line, tmp_path: Path) -> None:
+    name, content, expected = BROKEN_FILES[case]
+    (tmp_path / "data").mkdir()
+    if case == "special token":
+        from irl_align.data.encoding import train_tokenizer
+
+        eos = str(train_tokenizer(["a"], 300).eos_token)
+        content = changed(3, answer=f"{eos} yes")
+    overrides = [write_data(tmp_path / "data", content, name), "data.max_prompt_tokens=5000"]
+    assert expected in train_line(*overrides)
+
+
+def test_unknown_card(train_line: Line) -> None:
+    assert "did you mean restaurant?" in train_line("data.card=restaurnt")
+    assert "expected an existing data card" in train_line("data.card=no/such.md")
+    assert "sise" in train_line("data.task={sise: 3}")
+
+
+@pytest.fixture
+def model_folder(
+    tmp_path: Path,
+    tiny_model: Callable[[str], PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    path = tmp_path / "model"
+    tiny_model("llama").save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def with_model(path: Path) -> tuple[str, str]:
+    return f"model={{path: {path}, from_scratch: null}}", "loop.iterations=0"
+
+
+def test_tokenizer_without_eos(
+    model_folder: Path, train_line: Line, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_tokenizer.eos_token = None
+    tiny_tokenizer.save_pretrained(model_folder)
+    assert "EOS" in train_line(*with_model(model_folder))
+
+
+def test_tokenizer_without_chat_template(
+    model_folder: Path, train_line: Line, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    data = write_data(tmp_path / "data", GOOD, "demos.jsonl")  # type: ignore[arg-type]
+    card = tmp_path / "data/card.md"
+    card.write_text(CARD.replace("TEMPLATE", "chat"))
+    told = train_line(data, *with_model(model_folder))
+    assert told.startswith("model.chat_template: ") and told.endswith(
+        "expected a Jinja file with one"
+    )
+    missing = f"model.chat_template={tmp_path / 'none.jinja'}"
+    assert "none.jinja: cannot be read" in train_line(data, *with_model(model_folder), missing)
+
+
+def test_half_written_models(
+    model_folder: Path, train_line: Line, line: Line, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    file = model_folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    for told in (
+        train_line(*with_model(model_folder)),
+        line("generate", model_folder, "--input", prompts),
+    ):
+        assert str(model_folder) in told and "written whole" in told
+    file.unlink()
+    assert str(model_folder) in train_line(*with_model(model_folder))
+    shutil.rmtree(model_folder)
+    assert str(model_folder) in line("generate", model_folder, "--input", prompts)
+    assert str(model_folder) in train_line(*with_model(model_folder))
+
+
+def test_an_infinite_loss_stops_and_what_was_there_stays(train_line: Line, tmp_path: Path) -> None:
+    # Unclipped and at a huge rate the weights overflow in the first step.
+    args = "sft.args={learning_rate: 1.0e+30, max_grad_norm: 0.0, max_steps: 4, optim: sgd}"
+    told = train_line(args, "loop.iterations=0")
+    assert "lower learning_rate" in told and "loss" in told
+    store = tmp_path / "runs/store"
+    kept = {path.name: path.stat().st_mtime_ns for path in store.glob("[a-z]*-*")}
+    assert {name.split("-")[0] for name in kept} == {"start", "data"}
+    train(tiny_recipe(tmp_path, "loop.iterations=0"))
+    assert {name: (store / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_a_full_disk(train_line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("irl_align.training.pair_step.save_pairs", full)
+        told = train_line("loop.iterations=1")
+    assert told.startswith("stage pairs: no space left for ")
+    assert told.endswith("is lost: free space and run the same command again")
+    store = tmp_path / "runs/store"
+    assert list(store.glob("sft-*")) and not list(store.glob("pairs-*"))
+    train(tiny_recipe(tmp_path, "loop.iterations=1"))
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    """A limit of the system's own, in blocks of 1 KiB: the tokenizer alone is larger."""
+    command = f"ulimit -f 8; exec {sys.executable} -m irl_align train {write_recipe(tmp_path)}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} output_dir={tmp_path / 'runs'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("irl-align: stage start: a file below ") and "ulimit -f" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_unfinished_and_unknown_runs(line: Line, sft: Result, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(sft.folder, unfinished)
+    (unfinished / "summary.json").unlink()
+    for command in ("score", "generate"):
+        told = line(command, unfinished, "--input", rows)
+        assert told == f"{unfinished}: this run is not finished; run its recipe again to go on"
+        assert str(tmp_path / "none") in line(command, tmp_path / "none", "--input", rows)
+    assert "expected the folder of a run" in line("show", tmp_path)
+    assert "expected the folder of a run" in line("show", tmp_path / "none")
+
+
+def test_a_run_copied_without_its_store(line: Line, sft: Result, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    alone = tmp_path / "alone" / "run"
+    shutil.copytree(sft.folder, alone)
+    told = line("generate", alone, "--input", rows)
+    assert told.startswith(f"{alone}: its policy lies in {alone.parent / 'store'}")
+    assert "a run is copied with the folder store beside it" in told
+
+
+def test_show_tells_that_a_run_is_not_finished(
+    sft: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(sft.folder, unfinished)
+    (unfinished / "summary.json").unlink()
+    (unfinished / "metrics.jsonl").unlink()
+    ended = irl_align(capsys, "show", unfinished)
+    assert ended.status == 0
+    assert "not finished: run the recipe again" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (b"", "found no row"),
+        (b'{"text": "a"}\n', "line 1: found the fields text; expected prompt"),
+        (b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2: prompt: found int, expected text"),
+        (b'{"prompt": "a"}\n{"prompt": \n', "line 2: found broken JSON"),
+        (b'{"prompt": "' + b"why " * 300 + b'"}\n', "tokens"),
+    ],
+)
+def test_bad_prompts(rows: bytes, expected: str, line: Line, sft: Result, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    assert expected in line("generate", sft.folder, "--input", tmp_path / "rows.jsonl")
+
+
+def test_bad_sampling_options(line: Line, sft: Result, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = ("generate", sft.folder, "--input", tmp_path / "rows.jsonl")
+    assert "sampling.temperature" in line(*arguments, "--temperature", "-1")
+    assert "sampling.top_p" in line(*arguments, "--top-p", "0")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed(
+    tracker: str, train_line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("irl_align.training.train.find_spec", lambda name: None)
+    told = train_line(f"report_to=[{tracker}]", "loop.iterations=0")
+    assert told.startswith(f"recipe: report_to: {tracker} is not installed; install ")

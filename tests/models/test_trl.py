@@ -1,0 +1,343 @@
+"""Training: resume to the same bits, the completion-only loss, and plain errors."""
+
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.rows import plain_logps, random_ids, random_pairs, same_weights, save
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
+from trl import DPOConfig, RewardConfig, SFTConfig
+
+from irl_align.errors import UserError
+from irl_align.models import trl
+from irl_align.models.trl import (
+    LengthGroups,
+    Training,
+    fit_sft,
+    last_checkpoint,
+    sft_columns,
+    training_args,
+)
+from irl_align.reward.fit import fit_reward, pair_columns
+from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.utils import hardware
+from irl_align.utils.files import seal
+
+MakeModel = Callable[[str], PreTrainedModel]
+Fit = Callable[[Path], tuple[PreTrainedModel, dict[str, Any]]]
+PROMPTS = random_ids(18, 1, 6, seed=1)
+COMPLETIONS = random_ids(18, 1, 9, seed=2)
+# 18 rows in batches of 2 x 2: five steps an epoch, the last of two rows, three epochs.
+OPTIONS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 3,
+    "learning_rate": 1e-3,
+    "warmup_steps": 3,
+    "logging_steps": 4,
+    "save_steps": 2,
+}
+
+
+def training(work: Path) -> Training:
+    return Training(work, seed=11, device=torch.device("cpu"), run_name="run", label="SFT")
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_fit(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Callable[..., Fit]:
+    """``make_fit(kind, **options)``: a training from the same start in a folder of your choice."""
+    policy = save(tiny_model("llama"), tiny_tokenizer, tmp_path / "policy")
+    pairs = random_pairs(18, seed=3)
+    logps = reference_logps([(1.0, tiny_model("llama"))], pairs)
+
+    def make(kind: str, **extra: Any) -> Fit:
+        options = {**OPTIONS, **extra}
+
+        def fit(work: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+            model = tiny_model("llama")
+            if kind == "sft":
+                columns = sft_columns(PROMPTS, COMPLETIONS)
+                return model, fit_sft(model, tiny_tokenizer, columns, options, training(work))
+            if kind == "implicit":
+                arguments = (model, tiny_tokenizer, pairs, logps, options, training(work), True)
+                return model, fit_implicit(*arguments)
+            settings = RewardSettings(lm_coef=0.5)  # with an output layer of its own
+            reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=1)
+            columns = pair_columns(pairs)
+            metrics = fit_reward(reward, columns, "bradley_terry", options, training(work))
+            return reward.model, metrics
+
+        return fit
+
+    return make
+
+
+class StopAt(TrainerCallback):
+    """A kill after the save that follows some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupted(fit: Fit, work: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `fit` until `step` steps are done, then kill it."""
+    whole = Trainer.train
+
+    def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(StopAt(step))
+        return whole(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", train)
+        with pytest.raises(KeyboardInterrupt):
+            fit(work)
+
+
+def curve(metrics: dict[str, Any]) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in metrics["history"] if "loss" in r]
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "implicit"])
+def test_a_training_that_was_killed_ends_at_the_same_bits(
+    kind: str, make_fit: Callable[..., Fit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = make_fit(kind)
+    whole, metrics = fit(tmp_path / "whole")
+    assert metrics["steps"] == 15
+    work = tmp_path / "killed"
+    interrupted(fit, work, 7, monkeypatch)  # in the second epoch; goes on from step 6
+    half = work / "scratch" / "checkpoint-8"  # a save that was cut short has no mark
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    interrupted(fit, work, 11, monkeypatch)  # in the third; goes on from step 10, its start
+    resumed, again = fit(work)
+    assert curve(again) == curve(metrics)
+    assert same_weights(resumed, whole)
+    for name in ("steps", "train_loss", "last_loss"):
+        assert again[name] == metrics[name], name
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_resume_in_the_trainers_own_orders(
+    strategy: str, make_fit: Callable[..., Fit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = make_fit("sft", train_sampling_strategy=strategy)
+    whole, _ = fit(tmp_path / "whole")
+    interrupted(fit, tmp_path / "killed", 7, monkeypatch)
+    assert same_weights(fit(tmp_path / "killed")[0], whole)
+
+
+def test_a_finished_training_that_was_not_committed_is_not_trained_on(
+    make_fit: Callable[..., Fit], tmp_path: Path
+) -> None:
+    fit = make_fit("sft", num_train_epochs=1)
+    whole, metrics = fit(tmp_path)
+    again, repeated = fit(tmp_path)
+    assert same_weights(again, whole)
+    assert (repeated["steps"], repeated["train_loss"]) == (metrics["steps"], metrics["train_loss"])
+
+
+def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "missing") is None
+    for step, whole in ((9, True), (10, True), (100, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            seal(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "other").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9", "other"]
+
+
+def test_two_checkpoints_are_kept(make_fit: Callable[..., Fit], tmp_path: Path) -> None:
+    make_fit("sft", num_train_epochs=2)(tmp_path)
+    kept = sorted(p.name for p in (tmp_path / "scratch").glob("checkpoint-*"))
+    assert kept == ["checkpoint-10", "checkpoint-8"]
+
+
+def test_rows_are_ordered_by_seed_and_epoch_alone() -> None:
+    lengths = [len(row) for row in random_ids(200, 1, 40, seed=4)]
+    now = [0]
+    sampler = LengthGroups(4, lengths, seed=7, epoch=lambda: now[0])
+    first = list(sampler)
+    torch.rand(3)  # torch's global numbers do not matter
+    assert list(sampler) == first
+    assert sorted(first) == list(range(200))
+    now[0] = 1
+    assert list(sampler) != first
+    other = LengthGroups(4, lengths, seed=8, epoch=lambda: 0)
+    assert list(other) != first
+
+    # Batches are of similar length: far less padding than in the rows' own order.
+    def padding(order: list[int]) -> int:
+        batches = [[lengths[i] for i in order[n : n + 4]] for n in range(0, 200, 4)]
+        return sum(4 * max(batch) - sum(batch) for batch in batches)
+
+    assert padding(first) < padding(list(range(200))) / 3
+
+
+def test_rows_of_one_unit_stay_together() -> None:
+    units = [0, 1, 0, 2, 1, 2, 2, 3]
+    sampler = LengthGroups(4, [3, 9, 3, 5, 9, 5, 5, 7], seed=7, epoch=lambda: 0, units=units)
+    order = list(sampler)
+    assert len(sampler) == 8
+    assert sorted(order) == list(range(8))
+    assert [unit for unit, _ in itertools.groupby(units[row] for row in order)] == list(
+        dict.fromkeys(units[row] for row in order)
+    )
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    make_fit: Callable[..., Fit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders, plain = [], LengthGroups.__iter__
+
+    def watched(self: LengthGroups) -> Any:
+        orders.append(tuple(plain(self)))
+        return iter(orders[-1])
+
+    monkeypatch.setattr(LengthGroups, "__iter__", watched)
+    make_fit("sft")(tmp_path)
+    assert [sorted(order) for order in orders] == [list(range(18))] * 3
+    assert len(set(orders)) == 3
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def test_sft_columns_leave_the_prompt_out_of_the_loss() -> None:
+    assert sft_columns([[5, 6], [7]], [[8, 2], [9, 9, 2]]) == {
+        "input_ids": [[5, 6, 8, 2], [7, 9, 9, 2]],
+        "labels": [[-100, -100, 8, 2], [-100, 9, 9, 2]],
+        "length": [4, 4],
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_the_loss_is_the_mean_over_completion_tokens(
+    arch: str,
+    accumulate: int,
+    tiny_model: MakeModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    # One step, all rows: however they are split, each completion token counts once.
+    model = tiny_model(arch)
+    with torch.no_grad():
+        each = torch.cat(
+            [plain_logps(model, p, c) for p, c in zip(PROMPTS[:6], COMPLETIONS[:6], strict=True)]
+        )
+    options = {
+        "per_device_train_batch_size": 6 // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+    }
+    columns = sft_columns(PROMPTS[:6], COMPLETIONS[:6])
+    metrics = fit_sft(model, tiny_tokenizer, columns, options, training(tmp_path))
+    assert metrics["last_loss"] == pytest.approx(-each.mean().item(), abs=2e-5)
+    assert not model.training
+
+
+def test_sft_moves_only_towards_completions(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    columns = sft_columns([[5, 6, 7]] * 4, [[8, 9, 2]] * 4)
+    options = {**OPTIONS, "num_train_epochs": 1, "max_steps": 30, "learning_rate": 1e-2}
+    before = plain_logps(model, [5], [6, 7]).sum().item()
+    metrics = fit_sft(model, tiny_tokenizer, columns, options, training(tmp_path))
+    assert plain_logps(model, [5, 6, 7], [8, 9, 2]).sum().item() > -0.1
+    assert plain_logps(model, [5], [6, 7]).sum().item() < before + 1.0  # nobody taught the prompt
+    assert metrics["last_loss"] < metrics["history"][0]["loss"]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, DPOConfig])
+def test_args_pass_through_and_ours_win(config: type, tmp_path: Path) -> None:
+    options = {"learning_rate": 3e-4, "save_steps": 7, "weight_decay": 0.125, "seed": 99}
+    args = training_args(config, options, training(tmp_path))
+    assert (args.learning_rate, args.save_steps, args.weight_decay) == (3e-4, 7, 0.125)
+    assert (args.seed, args.data_seed) == (11, 11)
+    assert args.output_dir == str(tmp_path / "scratch")
+    assert (args.use_cpu, args.bf16, args.gradient_checkpointing) == (True, False, False)
+    assert args.max_length is None
+    assert args.report_to == []
+    assert str(args.save_strategy.value) == "steps"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_that_a_cpu_only_emulates_is_float32_and_told_once(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: native)
+    hardware._say_float32.cache_clear()
+    with caplog.at_level(logging.WARNING, "irl_align"):
+        for config in (SFTConfig, RewardConfig, DPOConfig):
+            assert training_args(config, {"bf16": True}, training(tmp_path)).bf16 is native
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (not native) and all("computes in float32" in line for line in told)
+    assert hardware.use_bf16(True, on_cpu=False) and not hardware.use_bf16(False, on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"learning_rat": 1.0}, "learning_rat"),
+        ({"optim": "adamm"}, "adamm"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"bf16": True, "fp16": True}, "fp16"),
+    ],
+)
+def test_args_that_trl_refuses_are_a_user_error(
+    options: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"recipe: args of SFTConfig: .*{told}"):
+        training_args(SFTConfig, options, training(tmp_path))
+
+
+def test_no_rows_are_refused(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="SFT: no rows are left to train on"):
+        fit_sft(tiny_model("llama"), tiny_tokenizer, sft_columns([], []), {}, training(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_sft(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.get_output_embeddings().weight.data[3, 0] = float("nan")
+    columns = sft_columns(PROMPTS, COMPLETIONS)
+    with pytest.raises(UserError, match="run: the loss is nan at step 1"):
+        fit_sft(model, tiny_tokenizer, columns, OPTIONS, training(tmp_path))
+
+
+def test_a_saved_model_loads_plainly(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trl.save_model(tiny_model("gpt_neox"), tiny_tokenizer, tmp_path / "model")
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not any(name.endswith(".bin") for name in names)

@@ -1,0 +1,451 @@
+"""Rewards with another tokenizer: boundaries by hand, and scores against those of the texts."""
+
+import copy
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.rows import Ids, random_ids, save
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizerFast,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from irl_align.errors import UserError
+from irl_align.reward.alignment import (
+    AlignedReward,
+    PairClassifier,
+    TokenBytes,
+    for_policy,
+    load_reward,
+    same_tokenizer,
+    shared_prefixes,
+)
+from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.scoring import score_tokens
+
+MakeModel = Callable[[str], PreTrainedModel]
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+def words() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that knows other words than the tests' usual tokenizer."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<bos>", "<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["punt river cheap the there is a pub near here"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+def renumbered(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokens and merges with ids in the opposite order."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    last = len(tokenizer) - 1
+    state["model"]["vocab"] = {w: last - i for w, i in state["model"]["vocab"].items()}
+    for token in state["added_tokens"]:
+        token["id"] = last - token["id"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **SPECIAL
+    )
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """Characters and bytes as in Llama 2: spaces are ▁, one is put first and decoded away."""
+    names = ["<unk>", "<pad>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["▁", "a", "b", "p", "u", "pu", "▁pu"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    model = models.BPE(
+        vocabulary, [("p", "u"), ("▁", "pu")], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **SPECIAL)
+
+
+def lowercasing() -> PreTrainedTokenizerFast:
+    tokenizer = words()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def wordpiece(folder: Path) -> BertTokenizerFast:
+    letters = "abcdefghijklmnopqrstuvwxyz."
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(names), encoding="utf-8")
+    return BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture
+def reward_with(
+    tiny_model: MakeModel, tmp_path: Path
+) -> Callable[[PreTrainedTokenizerFast], RewardModel]:
+    """``reward_with(tokenizer)``: a tiny reward that reads this tokenizer's ids."""
+
+    def make(tokenizer: PreTrainedTokenizerFast) -> RewardModel:
+        model = tiny_model("llama")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        folder = save(model, tokenizer, tmp_path / "policy-of-reward")
+        return RewardModel.from_policy(folder, tokenizer, RewardSettings(mean=0.5), seed=1)
+
+    return make
+
+
+# --- boundaries -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "reward", "expected"),
+    [
+        ([0, 2, 5, 7], [0, 2, 5, 7], [0, 1, 2, 3]),
+        ([0, 2, 5, 7], [0, 3, 5, 6, 7], [0, 0, 2, 4]),  # 2 is inside their first token
+        ([0, 3, 7], [0, 1, 2, 3, 4, 7], [0, 3, 5]),
+        ([0, 1, 2, 7], [0, 7], [0, 0, 0, 1]),
+        ([0, 2, -1, 5], [0, 2, 4, 5], [0, 1, 1, 3]),  # a token that ends inside a character
+        ([0, 2, 4, 5], [0, 2, -1, 5], [0, 1, 1, 3]),
+        ([0, 0, 3], [0, 0, 3], [0, 1, 2]),  # tokens without text
+        ([0], [0], [0]),
+    ],
+)
+def test_prefixes_meet_at_shared_boundaries(policy: list, reward: list, expected: list) -> None:
+    assert shared_prefixes(np.array(policy), np.array(reward)).tolist() == expected
+
+
+def test_bytes_of_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Cumulated bytes, spaces and letters of several bytes included."""
+    table = TokenBytes(tiny_tokenizer)
+    text = "The Punter é🙂"
+    own = ids(tiny_tokenizer, text)
+    ends = table.boundaries(own, text)
+    assert ends.tolist() == np.cumsum([0, *(len(table.table[i]) for i in own)]).tolist()
+    assert ends[-1] == 10 + 1 + 2 + 4
+    assert b"".join(table.table[i] for i in own) == text.encode()
+    assert table.boundaries([*own, tiny_tokenizer.eos_token_id], text).tolist() == [*ends, ends[-1]]
+    assert table.boundaries(own, "another text") is None
+
+
+def test_bytes_of_metaspace_tokens() -> None:
+    """▁ is put first and does not count; é and characters unknown to the vocabulary are bytes."""
+    tokenizer = metaspace()
+    table = TokenBytes(tokenizer)
+    text = "pu aé"
+    own = ids(tokenizer, text)
+    assert tokenizer.convert_ids_to_tokens(own) == ["▁pu", "▁", "a", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(own) == text
+    assert table.boundaries(own, text).tolist() == [0, 2, 3, 4, -1, 6]
+
+
+def test_bytes_that_are_no_text_end_in_replacement_characters(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """A policy can sample half of a letter; a replacement character has 3 bytes."""
+    half = ids(tiny_tokenizer, "é")[:1]
+    assert TokenBytes(tiny_tokenizer).table[half[0]] == "é".encode()[:1]
+    own = [*ids(tiny_tokenizer, "a"), *half, *ids(tiny_tokenizer, "b"), *half]
+    text = tiny_tokenizer.decode(own)
+    assert text == "a�b�"
+    assert TokenBytes(tiny_tokenizer).boundaries(own, text).tolist() == [0, 1, -1, 5, 8]
+
+
+# --- the same tokenizer ---------------------------------------------------------------------------
+
+
+def test_the_same_tokenizer_is_known_by_its_ids(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    saved = tiny_tokenizer.save_pretrained(tmp_path)
+    assert saved and same_tokenizer(
+        tiny_tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    )
+    assert not same_tokenizer(tiny_tokenizer, words())
+    assert not same_tokenizer(tiny_tokenizer, renumbered(tiny_tokenizer))
+    padded = copy.deepcopy(tiny_tokenizer)
+    padded.add_special_tokens({"pad_token": "<|pad|>"})
+    assert same_tokenizer(tiny_tokenizer, padded)
+    other_end = copy.deepcopy(tiny_tokenizer)
+    other_end.eos_token = "<bos>"
+    assert not same_tokenizer(tiny_tokenizer, other_end)
+
+
+def test_a_reward_with_the_policys_tokenizer_is_used_as_it_is(
+    reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reward = reward_with(tiny_tokenizer)
+    assert for_policy(reward, copy.deepcopy(tiny_tokenizer)) is reward
+
+
+# --- another tokenizer ----------------------------------------------------------------------------
+
+TEXTS = ["The Punter is a cheap pub.", "x", "", "near the river é🙂, there"]
+
+
+def test_other_ids_of_the_same_tokens_change_nothing(
+    reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Every boundary is shared, so all values are those of the reward's own ids."""
+    policy = renumbered(tiny_tokenizer)
+    reward = reward_with(tiny_tokenizer)
+    aligned = for_policy(reward, policy)
+    assert isinstance(aligned, AlignedReward)
+
+    def rows(tokenizer: PreTrainedTokenizerFast) -> tuple[Ids, Ids]:
+        prompts = [[tokenizer.bos_token_id, *ids(tokenizer, f"name = {i % 2}")] for i in range(4)]
+        ends = [[tokenizer.eos_token_id], [], [tokenizer.eos_token_id], []]
+        return prompts, [ids(tokenizer, t) + e for t, e in zip(TEXTS, ends, strict=True)]
+
+    prompts, completions = rows(tiny_tokenizer)
+    prompts = [prompt[1:] for prompt in prompts]  # this tokenizer puts no BOS first
+    for eos in (False, True):
+        wanted = {"prefixes": True, "attention": True, "eos_prefixes": eos}
+        expected = score_tokens(reward, prompts, completions, **wanted)
+        scores = score_tokens(aligned, *rows(policy), **wanted)
+        assert torch.equal(scores.rewards, expected.rewards)
+        assert torch.equal(scores.prefixes, expected.prefixes)
+        torch.testing.assert_close(scores.attention, expected.attention, atol=1e-6, rtol=0)
+    for row, values in enumerate(aligned.prefix_scores_ids(*rows(policy))):
+        alone = reward.prefix_scores_ids(prompts[row : row + 1], completions[row : row + 1])[0]
+        torch.testing.assert_close(values, alone, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(aligned.score_ids(*rows(policy)), expected.rewards)
+
+
+@pytest.mark.parametrize("policy_kind", ["words", "metaspace"])
+def test_values_are_those_of_the_longest_shared_prefix(
+    policy_kind: str, reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Searched for character by character in the texts, with the reward's own prefix scores."""
+    policy = {"words": words, "metaspace": metaspace}[policy_kind]()
+    reward = reward_with(tiny_tokenizer)
+    aligned = for_policy(reward, policy)
+    prompt = "near a pub"
+    texts = ["The Punter is a cheap pub.", "there is a river"]
+    stops = [True, False]
+    completions = [
+        ids(policy, text) + [policy.eos_token_id] * stop
+        for text, stop in zip(texts, stops, strict=True)
+    ]
+    scores = aligned.score_tokens(
+        [ids(policy, prompt)] * 2, completions, prefixes=True, attention=True
+    )
+    shared = carried = 0
+    for row, (text, stop) in enumerate(zip(texts, stops, strict=True)):
+        theirs = ids(tiny_tokenizer, text) + [tiny_tokenizer.eos_token_id] * stop
+        their_scores = reward.prefix_scores_ids([ids(tiny_tokenizer, prompt)], [theirs])[0]
+        weights = score_tokens(
+            reward, [ids(tiny_tokenizer, prompt)], [theirs], prefixes=False, attention=True
+        ).attention[0]
+        count = len(completions[row])
+        own_texts = [policy.decode(completions[row][:t]) for t in range(count)]
+        their_texts = [tiny_tokenizer.decode(theirs[:j]) for j in range(len(theirs))]
+        places = [0]
+        for t in range(1, count):
+            if own_texts[t] in their_texts:
+                places.append(
+                    max(j for j, their in enumerate(their_texts) if their == own_texts[t])
+                )
+                shared += 1
+            else:
+                places.append(places[-1])
+        places.append(len(theirs))
+        expected = their_scores[places]
+        torch.testing.assert_close(scores.prefixes[row, : count + 1], expected, atol=1e-6, rtol=0)
+        mass = [float(weights[a:b].sum()) for a, b in itertools.pairwise(places)]
+        assert scores.attention[row, :count].tolist() == pytest.approx(mass, abs=1e-6)
+        assert float(scores.rewards[row]) == pytest.approx(float(their_scores[-1]), abs=1e-6)
+        carried += len(places) - len(set(places))
+    assert shared > 8
+    assert carried > 0, "some tokens have no boundary of their own"
+
+
+def test_eos_goes_where_the_policy_stopped(
+    reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    policy, reward = words(), reward_with(tiny_tokenizer)
+    aligned = for_policy(reward, policy)
+    prompt, text = ids(policy, "near"), ids(policy, "a cheap pub")
+    theirs = ids(tiny_tokenizer, "near"), ids(tiny_tokenizer, "a cheap pub")
+    scores = aligned.score_ids(
+        [prompt] * 3, [text, [*text, policy.eos_token_id], [policy.eos_token_id]]
+    )
+    end = tiny_tokenizer.eos_token_id
+    expected = reward.score_ids([theirs[0]] * 3, [theirs[1], [*theirs[1], end], [end]], None)
+    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+    assert abs(float(scores[0] - scores[1])) > 1e-3
+    stopped = aligned.prefix_scores_ids([prompt], [[*text, policy.eos_token_id]])[0]
+    assert float(stopped[-2]) == pytest.approx(float(expected[0]), abs=1e-6)
+    assert float(stopped[-1]) == pytest.approx(float(expected[1]), abs=1e-6)
+
+
+def test_text_that_spells_a_special_token_stays_text(
+    reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    policy, reward = words(), reward_with(tiny_tokenizer)
+    spelled = policy("a <eos> b", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert policy.eos_token_id not in spelled
+    score = for_policy(reward, policy).score_ids([ids(policy, "x")], [spelled])
+    theirs = tiny_tokenizer("a <eos> b", add_special_tokens=False, split_special_tokens=True)
+    assert len(theirs["input_ids"]) > 5
+    expected = reward.score_ids([ids(tiny_tokenizer, "x")], [theirs["input_ids"]], None)
+    torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
+
+
+def test_a_completion_that_is_no_text_is_credited_at_its_end(
+    reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The reward's tokenizer composes e and an accent to é: no boundary can be told inside."""
+    reward = reward_with(tiny_tokenizer)
+    reward.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    policy = words()
+    completion = ids(policy, "a cafe\u0301")
+    values = for_policy(reward, policy).prefix_scores_ids([ids(policy, "x")], [completion])[0]
+    assert len(set(values[:-1].tolist())) == 1
+    assert values[-1] != values[0]
+
+
+def test_sampled_ids_of_any_kind_are_scored(
+    reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Special tokens in the middle and broken letters: finite, and equal to the plain rewards."""
+    policy = words()
+    aligned = for_policy(reward_with(tiny_tokenizer), policy)
+    completions = random_ids(6, 1, 12, seed=4, vocabulary=len(policy))
+    completions[0] = [5, policy.bos_token_id, 6, policy.pad_token_id, 7]
+    prompts = [ids(policy, "x")] * 6
+    scores = score_tokens(aligned, prompts, completions, prefixes=True, attention=True)
+    torch.testing.assert_close(scores.rewards, aligned.score_ids(prompts, completions))
+    for row, completion in enumerate(completions):
+        assert scores.prefixes[row, len(completion)] == scores.rewards[row]
+        assert not scores.prefixes[row, len(completion) + 1 :].any()
+        assert not scores.attention[row, len(completion) :].any()
+
+
+def test_a_reward_has_a_template_of_its_own(
+    reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reward, policy = reward_with(tiny_tokenizer), words()
+    reward.settings = RewardSettings(template="Q: {prompt} A:")
+    prompt, completion = [*ids(policy, "wrapped"), policy.bos_token_id], ids(policy, "pub")
+    raw = {tuple(prompt): "near"}
+    aligned = for_policy(reward, policy, lambda given: raw[tuple(given)])
+    expected = reward.score_ids(
+        [ids(tiny_tokenizer, "Q: near A:")], [ids(tiny_tokenizer, "pub")], None
+    )
+    torch.testing.assert_close(aligned.score_ids([prompt], [completion]), expected)
+    with pytest.raises(UserError, match=r"a prompt holds '<bos>', a special token of the policy's"):
+        for_policy(reward, policy).score_ids([prompt], [completion])
+
+
+@pytest.mark.parametrize("side", ["policy", "reward"])
+def test_tokenizers_that_are_not_spelled_in_bytes_are_refused(
+    side: str, reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """For token-level scores only: whole rewards need no boundaries."""
+    for odd in (lowercasing(), wordpiece(tmp_path)):
+        reward = reward_with(odd if side == "reward" else tiny_tokenizer)
+        policy = tiny_tokenizer if side == "reward" else odd
+        if odd.eos_token is None:
+            odd.add_special_tokens({"eos_token": "[SEP]"})
+        aligned = for_policy(reward, policy)
+        prompts, completions = [ids(policy, "ab")], [ids(policy, "cd")]
+        assert aligned.score_ids(prompts, completions).isfinite().all()
+        with pytest.raises(UserError, match=r"reward.tokenizer: .* cannot be aligned byte by byte"):
+            aligned.prefix_scores_ids(prompts, completions)
+
+
+# --- any classifier -------------------------------------------------------------------------------
+
+
+def test_a_causal_classifier_is_loaded_from_its_folder(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """transformers' own, with nothing of ours in its config."""
+    config = copy.deepcopy(tiny_model("gpt2").config)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    plain = AutoModelForSequenceClassification.from_config(config).eval()
+    folder = save(plain, tiny_tokenizer, tmp_path / "reward")
+    reward = load_reward(folder, tiny_tokenizer)
+    assert isinstance(reward, RewardModel)
+    with torch.no_grad():
+        expected = plain(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, 0]
+    assert float(reward.score_ids([[5, 6]], [[7, 8]], None)) == pytest.approx(
+        float(expected), abs=1e-6
+    )
+    other = load_reward(folder, words(), template="Q {prompt}")
+    assert isinstance(other, AlignedReward) and other.reward.settings.template == "Q {prompt}"
+
+
+def test_a_pair_classifier_scores_texts(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=60, intermediate_size=32, num_labels=1, **sizes)
+    plain = AutoModelForSequenceClassification.from_config(config).eval()
+    tokenizer = wordpiece(tmp_path)
+    reward = load_reward(save(plain, tokenizer, tmp_path / "reward"), tiny_tokenizer)
+    assert isinstance(reward, PairClassifier)
+    end = tiny_tokenizer.eos_token_id
+    prompts = [ids(tiny_tokenizer, "near"), ids(tiny_tokenizer, "a cheap one")]
+    completions = [[*ids(tiny_tokenizer, "the pub is here."), end], ids(tiny_tokenizer, "no")]
+    with torch.no_grad():
+        expected = [
+            float(plain(**tokenizer(p, c, return_tensors="pt")).logits)
+            for p, c in (("near", "the pub is here."), ("a cheap one", "no"))
+        ]
+    scores = score_tokens(reward, prompts, completions, prefixes=False, attention=False)
+    assert scores.rewards.tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match=r"BertForSequenceClassification reads later tokens too"):
+        score_tokens(reward, prompts, completions, prefixes=True, attention=False)
+    with pytest.raises(UserError, match=r"no attention to split by"):
+        score_tokens(reward, prompts, completions, prefixes=False, attention=True)
+    longest = [[*ids(tiny_tokenizer, "the pub is here. " * 60), end]]
+    context = r"completion 0, with its prompt, has 787 tokens, expected at most the 512"
+    with pytest.raises(UserError, match=context):
+        score_tokens(reward, prompts[:1], longest, prefixes=False, attention=False)
+
+
+def test_what_is_no_reward_model_is_refused(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(tiny_model("llama").config)
+    config.num_labels = 3
+    three = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(UserError, match=r"num_labels is 3; expected a reward model with one label"):
+        load_reward(save(three, tiny_tokenizer, tmp_path / "three"), tiny_tokenizer)
+    policy = save(tiny_model("llama"), tiny_tokenizer, tmp_path / "policy")
+    with pytest.raises(UserError, match=r"one label|score.weight"):
+        load_reward(policy, tiny_tokenizer)
+    with pytest.raises(UserError, match=r"not a reward model"):
+        load_reward(tmp_path / "nothing", tiny_tokenizer)
+    shutil.copytree(policy, tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match=r"not a reward model"):
+        load_reward(tmp_path / "broken", tiny_tokenizer)

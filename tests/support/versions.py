@@ -1,0 +1,97 @@
+"""What pyproject.toml asks for, and what an installation of it brings.
+
+python tests/support/versions.py lowest      its lower bounds as pins, for `make test-lowest`
+python tests/support/versions.py licences    dependencies.md, from what is installed
+"""
+
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTED = ("report", "dev")  # extras that tests need; the others are services and engines
+HEAD = """\
+# Dependencies of a base installation
+
+Every package that `pip install irl-align` brings along on Linux, with the licence that it declares.
+Exact versions are in `constraints.txt`. Written by `make licences`; a test compares it with what is
+installed and refuses copyleft. MPL-2.0 (tqdm) is a duty for changes to its own files, and none is
+changed here.
+
+| package | licence |
+| --- | --- |
+"""
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """Of the base installation, and of extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = list(project["dependencies"])
+    for extra in extras:
+        texts += project["optional-dependencies"][extra]
+    return [Requirement(text) for text in texts]
+
+
+def lower_bound(requirement: Requirement) -> str | None:
+    """Version of the requirement's >=, if it has one."""
+    bounds = [spec.version for spec in requirement.specifier if spec.operator == ">="]
+    return bounds[0] if bounds else None
+
+
+def lowest() -> Iterator[str]:
+    """A constraint per requirement, at the lower bound that is claimed."""
+    for requirement in requirements(*TESTED):
+        yield f"{requirement.name}=={lower_bound(requirement)}"
+
+
+def closure(wanted: Iterable[Requirement]) -> set[str]:
+    """Names of the requirements and of all that they require here, as far as it is installed."""
+    found: dict[str, set[str]] = {}
+    left = [(canonicalize_name(r.name), set(r.extras)) for r in wanted]
+    while left:
+        name, extras = left.pop()
+        if name in found and extras <= found[name]:
+            continue
+        found[name] = found.get(name, set()) | extras
+        for text in metadata.distribution(name).requires or []:
+            needed = Requirement(text)
+            marks = ({"extra": extra} for extra in {"", *found[name]})
+            if needed.marker is None or any(needed.marker.evaluate(mark) for mark in marks):
+                left.append((canonicalize_name(needed.name), set(needed.extras)))
+    return set(found)
+
+
+UNDECLARED = {"setuptools": "MIT"}
+"""Licences that are in a package's own file alone."""
+
+
+def licence(name: str) -> str:
+    """What a package that is installed declares: an SPDX expression, a classifier, or its words."""
+    about = metadata.distribution(name).metadata
+    if expression := about.get("License-Expression"):
+        return expression
+    classes = [c for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
+    if classes:
+        return ", ".join(sorted(c.rpartition("::")[2].strip() for c in classes))
+    words: str = about.get("License") or UNDECLARED.get(name, "not declared")
+    return words.splitlines()[0]
+
+
+def licences() -> str:
+    """dependencies.md."""
+    rows = (f"| {name} | {licence(name)} |\n" for name in sorted(closure(requirements())))
+    return HEAD + "".join(rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["lowest"]:
+        print("\n".join(lowest()))
+    elif sys.argv[1:] == ["licences"]:
+        (ROOT / "dependencies.md").write_text(licences(), encoding="utf-8")
+    else:
+        sys.exit(__doc__)
