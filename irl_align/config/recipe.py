@@ -1,14 +1,14 @@
-"""Recipes: read from YAML, overridden by dotted keys, checked as a whole before any work.
+"""Read recipes from YAML, apply overrides, and check the result as a whole before any work.
 
-The options themselves are in :mod:`irl_align.config.schema`. A mistake is told in one line each::
+The options themselves are in :mod:`irl_align.config.schema`. Each mistake is reported in one line::
 
     recipes/e2e/spin.yaml:12: reward.lerning_rate: unknown option; did you mean
     reward.args.learning_rate?
 
-A recipe may start with ``extends: other.yaml``, relative to its own file: mappings merge, an empty
-one (``args: {}``, or ``reward.args={}`` on the command line) clears what was there, anything else
-replaces, and a ``reward`` or ``policy_update`` of another kind replaces as a whole. Paths inside a
-recipe are relative to the current directory.
+A recipe may start with ``extends: other.yaml``, relative to its own file. Mappings merge, and an
+empty mapping (``args: {}``, or ``reward.args={}`` on the command line) clears the old one. Anything
+else replaces the old value, and so does a ``reward`` or ``policy_update`` of another kind. Paths
+inside a recipe are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ from irl_align.config.yaml import (
     merge,
     nearest,
     nest,
-    one_line,
     parse_override,
     read_recipe_tree,
     show,
     show_loc,
 )
 from irl_align.errors import UserError
-from irl_align.utils.sanitize import redact, secrets_in
+from irl_align.utils.sanitize import one_line, redact, secrets_in
 
 _UPDATES: dict[str, type[Options]] = {
     (
@@ -56,8 +55,8 @@ _SECRET = (
     "found a password, key or token, which would be written into run folders; expected it in the "
     "environment (HF_TOKEN, or the variable that generation.server.api_key_env names)"
 )
-_MOST_MISTAKES = 20  # told at once; a file that is no recipe at all has thousands
-# Mappings whose options depend on their kind, and the kind they have when they do not say.
+_MOST_MISTAKES = 20  # reported at once: a file that is not a recipe at all has thousands
+# Mappings whose options depend on their kind, and their default kind.
 _KINDS: dict[Loc, str] = {
     (group,): Recipe.model_fields[group].get_default(call_default_factory=True).kind
     for group in ("reward", "policy_update")
@@ -65,31 +64,27 @@ _KINDS: dict[Loc, str] = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe at ``path``, lay ``overrides`` ("loop.iterations=3") on it and check it.
+    """Read the recipe at ``path``, apply ``overrides`` ("loop.iterations=3") and check the result.
 
-    Overrides apply in order, those that clear a mapping first and then those of a ``kind``. Raises
-    UserError with one line per mistake, each with its file and line, or the override, and its
-    dotted key.
+    Overrides that clear a mapping apply first, then those of a ``kind``, then the rest, each in
+    order. Raises UserError with one line per mistake: file and line (or override), and dotted key.
     """
     return _overridden(read_recipe_tree(Path(path), _KINDS), overrides)
 
 
 def make_recipe(values: Mapping[str, Any], place: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe of plain values, which messages say were written at `place`; overrides as above."""
+    """A recipe from plain values. Messages give `place` as their origin; overrides as above."""
     return _overridden(from_plain(dict(values), place), overrides)
 
 
 def _overridden(tree: Node, overrides: Sequence[str]) -> Recipe:
-    parsed = [parse_override(override) for override in overrides]
-    for loc, node in sorted(parsed, key=_turn):
+    def turn(override: tuple[Loc, Node]) -> int:
+        loc, node = override
+        return 0 if node.value == {} else 1 if loc[-1] == "kind" else 2
+
+    for loc, node in sorted(map(parse_override, overrides), key=turn):
         tree = merge(tree, nest(loc, node), _KINDS)
     return _check(tree)
-
-
-def _turn(override: tuple[Loc, Node]) -> int:
-    """When an override is laid on: first those that clear a mapping, then kinds, then the rest."""
-    loc, node = override
-    return 0 if node.value == {} else 1 if loc[-1] == "kind" else 2
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -98,17 +93,17 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every default filled in, as YAML that :func:`load_recipe` reads back."""
+    """The recipe with every default filled in, as YAML for :func:`load_recipe`."""
     return dump_yaml(to_dict(recipe))
 
 
 def list_recipes() -> list[tuple[Path, str, str]]:
     """(path, name, description) of each recipe that ships with the package; not checked further."""
-    found = []
+    recipes = []
     for path in recipe_files():
         raw = read_recipe_tree(path, _KINDS).plain()
-        found.append((path, str(raw.get("name", "")), str(raw.get("description", ""))))
-    return found
+        recipes.append((path, str(raw.get("name", "")), str(raw.get("description", ""))))
+    return recipes
 
 
 def options_table() -> list[tuple[str, str, str, str]]:
@@ -128,18 +123,10 @@ def _rows(group: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, 
             continue
         inner = _group_in(field.annotation)
         if inner is None or field.default is None:
-            yield (
-                key,
-                describe(field.annotation, tuple(field.metadata)),
-                _default(field),
-                _doc(field),
-            )
+            doc = " ".join((field.description or "").split())
+            yield key, describe(field.annotation, tuple(field.metadata)), _default(field), doc
         if inner is not None:
             yield from _rows(inner, f"{key}.")
-
-
-def _doc(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
 
 
 def _default(field: FieldInfo) -> str:
@@ -150,7 +137,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _group_in(annotation: Any) -> type[BaseModel] | None:
-    """The options class that a field holds, perhaps optionally; None if it holds a plain value."""
+    """The options class of a field, which may be optional; None if the field is a plain value."""
     for option in (annotation, *get_args(annotation)):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option
@@ -158,11 +145,11 @@ def _group_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _check(tree: Node) -> Recipe:
-    """Check the whole tree. Raises UserError with all that is wrong with it."""
+    """Check the whole tree. Raises UserError with all mistakes."""
     raw = tree.plain()
     problems: list[tuple[Loc, str]] = []
     values = dict(raw)
-    if "policy_update" in raw:  # by itself, so that only its own kind's mistakes are told
+    if "policy_update" in raw:  # separately, so that only mistakes of its own kind are reported
         update, update_problems = _policy_update(values.pop("policy_update"))
         problems += update_problems
         if update is not None:
@@ -172,9 +159,10 @@ def _check(tree: Node) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         items = error.errors()[: _MOST_MISTAKES + 1]
-        found = [(tuple(item["loc"]), _explain(Recipe, item, raw)) for item in items]
-        # How the levels agree cannot be told from the default of a policy_update that is wrong.
-        problems += [(loc, text) for loc, text in found if loc or not problems]
+        mistakes = [(tuple(item["loc"]), _explain(Recipe, item, raw)) for item in items]
+        # A wrong policy_update is replaced by the default here, so that a mistake of the whole
+        # recipe (an empty loc) may be about that default.
+        problems += [(loc, text) for loc, text in mistakes if loc or not problems]
     problems += args_problems(raw)
     problems += [(loc, _SECRET) for loc in secrets_in(raw)]
     if problems or recipe is None:
@@ -206,7 +194,7 @@ def _policy_update(raw: Any) -> tuple[Options | None, list[tuple[Loc, str]]]:
 
 
 def _explain(model: type[Options], item: Any, raw: dict[str, Any], at: Loc = ()) -> str:
-    """One of pydantic's errors in words: what was found and what is expected."""
+    """Explain one of pydantic's errors: what was found and what is expected."""
     loc: Loc = tuple(item["loc"])
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
@@ -237,7 +225,7 @@ def _field_at(model: type[BaseModel], loc: Loc) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _suggest(annotation: Any, loc: Loc, raw: dict[str, Any]) -> str:
-    """What may have been meant by the unknown option at ``loc`` of a group."""
+    """A hint for the unknown option at ``loc`` of a group: what its author may have meant."""
     group = _group_in(annotation)
     parent, word = loc[:-1], str(loc[-1])
     names = list(group.model_fields) if group else []
@@ -253,8 +241,8 @@ def _suggest(annotation: Any, loc: Loc, raw: dict[str, Any]) -> str:
 
 
 def _keys_named(word: str, parent: Loc) -> list[str]:
-    """Dotted keys of the options elsewhere with exactly this name; within policy_update those of
-    other kinds, which are named."""
+    """Dotted keys of the options with exactly this name elsewhere in the recipe. Within
+    policy_update the keys keep their kind, as in policy_update(ppo).n."""
     keys = [key for key, *_ in options_table() if key.rsplit(".", 1)[-1] == word]
     if parent[:1] != ("policy_update",):
         keys = [re.sub(r"\([^)]*\)", "", key) for key in keys]
@@ -271,7 +259,7 @@ def _line(tree: Node, loc: Loc, text: str) -> str:
 
 
 def _culprit(tree: Node, loc: Loc, text: str) -> Loc:
-    """For a mistake of a whole group, the first of its options that ``text`` names."""
+    """The place to blame: for a mistake of a whole group, the first option that ``text`` names."""
     node = tree.at(loc)
     if node is None or not isinstance(node.value, dict):
         return loc

@@ -1,4 +1,4 @@
-"""Where the recipes and data cards that ship with the package lie."""
+"""Folders of the recipes and data cards that ship with the package."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ def recipes_dir() -> Path:
 
 
 def recipe_files() -> list[Path]:
-    """Every recipe of that folder; its folder ``accelerate`` has configs of `accelerate launch`."""
-    found = recipes_dir().rglob("*.yaml")
-    return sorted(path for path in found if path.parent.name != "accelerate")
+    """Every shipped recipe; the folder ``accelerate`` holds configs of `accelerate launch`."""
+    paths = recipes_dir().rglob("*.yaml")
+    return sorted(path for path in paths if path.parent.name != "accelerate")
 
 
 def data_cards_dir() -> Path:
@@ -22,7 +22,7 @@ def data_cards_dir() -> Path:
 
 
 def _shipped(name: str) -> Path:
-    # Only the wheel has the copy inside the package (see pyproject.toml). It goes
-    # first: next to an installed package, site-packages may hold a stranger's "recipes".
+    # Only the wheel has the copy inside the package (see pyproject.toml). The copy goes first: next
+    # to an installed package, site-packages may hold another package's "recipes".
     inside = PACKAGE / f"_{name}"
     return inside if inside.is_dir() else PACKAGE.parent / name

@@ -1,6 +1,6 @@
-"""TRL's own options inside a recipe: which there are, which irl-align sets itself, their types.
+"""TRL's own options inside a recipe: which exist, which irl-align sets itself, and their types.
 
-Also types in words (:func:`describe`), for messages and the table of options.
+:func:`describe` gives a type in words, for messages and the table of options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from irl_align.config.yaml import Loc, nearest, show
 
 _CONFIGS = ("SFTConfig", "RewardConfig", "DPOConfig")
 
-# Why a field of TRL's configs is not for a recipe's args.
+# Why a recipe's args cannot set a field of TRL's configs.
 _RESERVED_BY_REASON = {
     "the run folder decides it; use the recipe's output_dir": "output_dir",
     "the run is named by the recipe's name": "run_name",
@@ -52,7 +52,7 @@ _RESERVED_BY_REASON = {
     "checkpoints are for resuming a stage; save_steps and save_total_limit are yours": (
         "save_strategy save_only_model save_on_each_node"
     ),
-    "irl-align measures by itself; see evaluation": (
+    "irl-align measures policies itself; see evaluation": (
         "do_train do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start "
         "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
         "per_device_eval_batch_size prediction_loss_only batch_eval_metrics include_for_metrics "
@@ -69,7 +69,7 @@ RESERVED: dict[str, str] = {
     name: reason for reason, names in _RESERVED_BY_REASON.items() for name in names.split()
 }
 
-# Ranges that TRL leaves to fail late, or to train nonsense.
+# Ranges that TRL does not check: other values fail late, or train nonsense.
 _ABOVE_ZERO = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -110,12 +110,12 @@ def trl_config(raw: dict[str, Any], group: str) -> str | None:
 
 
 def args_problems(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
-    """What is wrong with TRL's options in a recipe of plain values: (place in it, message)."""
+    """(place, message) of each mistake in TRL's options, in a recipe of plain values."""
     for group in ("sft", "reward", "policy_update"):
         config = trl_config(raw, group)
         options = raw.get(group)
         if config is None or not isinstance(options, dict):
-            continue  # the schema has something to say of it
+            continue  # the schema reports what is wrong
         args, schedule = options.get("args"), options.get("schedule")
         for name, value in args.items() if isinstance(args, dict) else ():
             problem = _problem(config, name, value)
@@ -128,13 +128,13 @@ def args_problems(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
                 problem = _problem(config, name, value)
                 if problem and name in _hints(config) and name not in RESERVED:
                     yield (group, "schedule", name, i), problem
-                elif problem:  # the name is wrong: say it once
+                elif problem:  # the name is wrong: report it once
                     yield (group, "schedule", name), problem
                     break
 
 
 def nearest_arg(config: str, word: str) -> str | None:
-    """The field of ``trl.<config>`` open to recipes that ``word`` may be a misspelling of."""
+    """The field of ``trl.<config>`` that ``word`` may be a misspelling of."""
     return nearest(word, (name for name in _hints(config) if name not in RESERVED))
 
 
@@ -191,8 +191,8 @@ def _one_of(choices: list[Any]) -> str:
 
 @cache
 def _hints(config: str) -> dict[str, Any]:
-    """Field types of ``trl.<config>``; a choice of an enum's values, or any string, is the enum."""
-    import trl  # takes seconds: only when a recipe has args
+    """Field types of ``trl.<config>``. A union of an enum with a string counts as the enum."""
+    import trl  # takes seconds, so it is imported only when a recipe has args
 
     cls = getattr(trl, config)
     hints = typing.get_type_hints(cls)
@@ -211,14 +211,14 @@ def _adapter(config: str, name: str) -> TypeAdapter[Any] | None:
         hint = Literal[tuple(member.value for member in hint)]  # type: ignore[valid-type]
     try:
         return TypeAdapter(hint, config=ConfigDict(strict=True))
-    except PydanticUserError:  # a type that pydantic has no check for
+    except PydanticUserError:  # pydantic cannot check this type
         return None
 
 
 def _problem(config: str, name: str, value: Any) -> str | None:
-    """What is wrong with ``name: value`` as an option of ``trl.<config>``; None if nothing."""
+    """What is wrong with ``name: value`` as an option of ``trl.<config>``; None if it is right."""
     if name in RESERVED:
-        return f"not open to a recipe: {RESERVED[name]}"
+        return f"a recipe cannot set it: {RESERVED[name]}"
     hints = _hints(config)
     if name not in hints:
         guess = nearest_arg(config, name)

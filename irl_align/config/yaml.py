@@ -1,7 +1,7 @@
-"""YAML as recipes use it: YAML 1.2 scalars, no aliases or tags, every value with its place.
+"""Read and write recipes as YAML: YAML 1.2 scalars, no aliases or tags, the place of every value.
 
-PyYAML reads YAML 1.1, where ``1e-4`` is a string and ``no`` is a boolean, and drops the lines; so
-its node tree is turned into values here.
+PyYAML reads YAML 1.1, where ``1e-4`` is a string and ``no`` is a boolean, and drops line numbers.
+This module therefore converts PyYAML's nodes to values itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from irl_align.errors import UserError
+from irl_align.utils.sanitize import one_line
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -37,7 +38,7 @@ _FLOAT = re.compile(
 
 @dataclass(frozen=True)
 class Node:
-    """A value and where it was written; ``value`` is a scalar, or a dict or list of nodes."""
+    """A value and its place in a file; ``value`` is a scalar, or a dict or list of nodes."""
 
     value: Any
     place: str
@@ -52,7 +53,7 @@ class Node:
         return self.value
 
     def at(self, loc: Loc) -> Node | None:
-        """The node at ``loc``; None if nothing was written there."""
+        """The node at ``loc``; None if there is none."""
         node = self
         for step in loc:
             if isinstance(node.value, dict) and step in node.value:
@@ -64,18 +65,13 @@ class Node:
         return node
 
     def place_of(self, loc: Loc) -> str:
-        """Place of ``loc``, or of its innermost parent that was written."""
+        """Place of ``loc``, or of its innermost parent that exists."""
         node = self.at(loc)
         return node.place if node is not None else self.place_of(loc[:-1])
 
 
-def one_line(text: str) -> str:
-    """``text`` with line breaks and other unprintable characters escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def show(value: Any) -> str:
-    """A short picture of a value for a message, in YAML's terms."""
+    """A value in YAML's terms, shortened for a message."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):
@@ -87,27 +83,27 @@ def show(value: Any) -> str:
 
 
 def show_loc(loc: Loc) -> str:
-    """Dotted key; a step that is no name at all is cut short."""
+    """Dotted key; a long step, which cannot be an option's name, is cut short."""
     return ".".join(step if len(step) <= 60 else step[:57] + "..." for step in map(str, loc))
 
 
 def nearest(word: Any, choices: Iterable[str]) -> str | None:
     """The choice that ``word`` may be a misspelling of."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.7)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.7)
+    return matches[0] if matches else None
 
 
 def read_recipe_tree(path: Path, kinds: Mapping[Loc, str]) -> Node:
-    """Read a recipe file and, through ``extends``, the files under it.
+    """Read a recipe file and the files that it ``extends``.
 
     ``kinds`` is as in :func:`merge`. Raises UserError with ``file:line`` if a file is missing, is
-    not such YAML, or extends itself.
+    not a recipe's YAML, or extends itself.
     """
     return _read_chain(path, kinds, place=None, seen=())
 
 
 def parse_override(override: str) -> tuple[Loc, Node]:
-    """Split ``a.b=value`` into its key and its value, which is YAML. Raises UserError."""
+    """Split ``a.b=value`` into key and value, which is YAML. Raises UserError where it cannot."""
     place = one_line(f"command line: {override if len(override) <= 80 else override[:77] + '...'}")
     key, equals, text = override.partition("=")
     loc = tuple(key.strip().split("."))
@@ -121,17 +117,17 @@ def parse_override(override: str) -> tuple[Loc, Node]:
 
 
 def nest(loc: Loc, node: Node) -> Node:
-    """The tree that holds only ``node``, at ``loc``."""
+    """A tree that holds only ``node``, at ``loc``."""
     for step in reversed(loc):
         node = Node({step: node}, node.place)
     return node
 
 
 def merge(base: Node, over: Node, kinds: Mapping[Loc, str], at: Loc = ()) -> Node:
-    """Lay ``over`` on ``base``: mappings merge, an empty one clears, anything else replaces.
+    """Merge ``over`` into ``base``: mappings merge, an empty one clears, anything else replaces.
 
-    ``kinds`` names the mappings whose options depend on their ``kind``, with the default kind: such
-    a mapping replaces one of another kind as a whole.
+    ``kinds`` maps the places of mappings whose options depend on their ``kind`` to their default
+    kind: such a mapping replaces one of another kind as a whole.
     """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
@@ -148,7 +144,7 @@ def merge(base: Node, over: Node, kinds: Mapping[Loc, str], at: Loc = ()) -> Nod
 
 
 def from_plain(value: Any, place: str) -> Node:
-    """The tree of plain mappings, lists and scalars that were written at one place."""
+    """A tree of plain mappings, lists and scalars that all have the same place."""
     if isinstance(value, dict):
         return Node({key: from_plain(inner, place) for key, inner in value.items()}, place)
     if isinstance(value, list):
@@ -157,15 +153,15 @@ def from_plain(value: Any, place: str) -> Node:
 
 
 def dump_yaml(value: Any) -> str:
-    """Write plain values as YAML that this module, and readers of YAML 1.1, read back the same."""
+    """Plain values as YAML whose values are the same for this module and for YAML 1.1 readers."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def load_plain(text: str) -> Any:
-    """Plain values of YAML 1.1, as cards and run folders have it: without aliases, tags and depth.
+    """Read YAML 1.1 from a card or a run folder; aliases, tags and deep nesting are refused.
 
     Raises:
-        ValueError: it is not such YAML; the message is one line.
+        ValueError: with a message of one line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -174,7 +170,7 @@ def load_plain(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; refuses what a recipe has no use for."""
+    """Composes nodes; refuses aliases, tags and deep nesting, which recipes do not need."""
 
     depth = 0
 
@@ -259,7 +255,7 @@ def _read_text(path: Path, place: str | None) -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{where}: cannot be read: {reason}") from error
     if len(raw) > MAX_BYTES:
-        raise UserError(f"{where}: larger than {MAX_BYTES} bytes, which no recipe is")
+        raise UserError(f"{where}: larger than {MAX_BYTES} bytes, too large for a recipe")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -270,7 +266,7 @@ def _read_text(path: Path, place: str | None) -> str:
 
 
 def _parse(text: str, place: Callable[[int], str]) -> Node | None:
-    """Parse one YAML document; None if there is nothing in it. ``place`` gets line numbers."""
+    """Parse one YAML document; None if it is empty. ``place`` maps a line number to a place."""
     line = 1
     loader = None
     try:
@@ -318,7 +314,7 @@ def _scalar(node: yaml.ScalarNode, place: str) -> str | int | float | bool | Non
         if text in _CONSTANTS:
             return _CONSTANTS[text]
         if _INT.fullmatch(text):
-            # The length is looked at first: Python refuses to convert very long numbers.
+            # Check the length first: Python refuses to convert very long numbers.
             number = int(text, {"0x": 16, "0o": 8}.get(text[:2], 10)) if len(text) < 100 else None
             if number is None or abs(number) >= 1 << 63:
                 raise UserError(f"{place}: found {show(text)}, expected an integer below 2^63")

@@ -23,8 +23,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from irl_align.config.resources import data_cards_dir
 from irl_align.config.types import ImportPath, Options
-from irl_align.config.yaml import load_plain, one_line, show
+from irl_align.config.yaml import load_plain, show
 from irl_align.errors import UserError
+from irl_align.utils.sanitize import one_line
 
 Columns = dict[str, str]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from irl_align.config.schema import DataOptions
+from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
 from irl_align.data.loading import Demonstration, Message, Preference, Prompt, prompt_key
 from irl_align.data.tokenizer import (

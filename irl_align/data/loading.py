@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from irl_align.config.schema import DataOptions
-from irl_align.config.yaml import one_line, show
+from irl_align.config.data import DataOptions
+from irl_align.config.yaml import show
 from irl_align.data.cards import (
     LABELLED,
     MESSAGES,
@@ -30,6 +30,7 @@ from irl_align.data.cards import (
 )
 from irl_align.data.sources import Raw, file_rows, hub_rows, local_rows
 from irl_align.errors import UserError
+from irl_align.utils.sanitize import one_line
 
 __all__ = [
     "Card",

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from irl_align.config.schema import PairSource
+from irl_align.config.reward import PairSource
 from irl_align.data.columns import column
 from irl_align.errors import UserError
 from irl_align.utils.files import atomic_write

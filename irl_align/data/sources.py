@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from irl_align.config.yaml import one_line
 from irl_align.data.cards import Card
 from irl_align.errors import UserError
+from irl_align.utils.sanitize import one_line
 
 logger = logging.getLogger(__name__)
 MAX_RATIO = 200  # of decompressed text; English has less than 10, repeated rows less than 100

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from irl_align.config.schema import GenerationOptions, Recipe
+from irl_align.config.generation import GenerationOptions
+from irl_align.config.schema import Recipe
 from irl_align.data.cards import import_object, load_card
 from irl_align.data.columns import column
 from irl_align.data.encoding import decode_batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from irl_align.config.schema import GenerationOptions
+from irl_align.config.generation import GenerationOptions
 from irl_align.data.encoding import decode_batch, encode_prompts
 from irl_align.data.sources import file_rows
 from irl_align.errors import UserError

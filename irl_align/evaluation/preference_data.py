@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from irl_align.config.schema import DataOptions
+from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card, load_card
 from irl_align.data.encoding import encode_preferences
 from irl_align.data.loading import Preference, load_preferences

@@ -22,8 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from irl_align.config.lora import LoraOptions
-from irl_align.config.schema import ScratchOptions
+from irl_align.config.model import LoraOptions, ScratchOptions
 from irl_align.errors import UserError
 from irl_align.models import lora
 from irl_align.models.logprobs import chosen_logprobs

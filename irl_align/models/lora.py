@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from irl_align.config.lora import ALL_LINEAR, LoraOptions, QuantizationOptions
+from irl_align.config.model import ALL_LINEAR, LoraOptions, QuantizationOptions
 from irl_align.errors import UserError
 from irl_align.utils.files import atomic_write, read_json, to_json
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from irl_align.config.lora import LoraOptions
+from irl_align.config.model import LoraOptions
 from irl_align.data.encoding import Templated, encode_completions, encode_prompts
 from irl_align.errors import UserError
 from irl_align.models import lora as adapters

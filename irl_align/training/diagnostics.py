@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from irl_align.config.schema import SignOptions
+from irl_align.config.loop import SignOptions
 from irl_align.models.generation.samples import SampleSet
 
 

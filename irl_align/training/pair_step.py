@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from irl_align.config.schema import PairSource
+from irl_align.config.reward import PairSource
 from irl_align.data.cards import import_object
 from irl_align.data.columns import by_prompt_key
 from irl_align.data.contrast import contrast_pairs

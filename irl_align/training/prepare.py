@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from irl_align.config.schema import DataOptions
+from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card, load_card
 from irl_align.data.columns import column
 from irl_align.data.encoding import (

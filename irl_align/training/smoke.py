@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from irl_align.config.data import DataOptions
+from irl_align.config.model import ModelOptions
 from irl_align.config.recipe import load_recipe, to_dict
-from irl_align.config.schema import DataOptions, ModelOptions, Recipe
+from irl_align.config.schema import Recipe
 from irl_align.config.yaml import dump_yaml
 from irl_align.data.cards import Card, load_card
 from irl_align.data.encoding import encode_demonstrations, prompt_text, train_tokenizer

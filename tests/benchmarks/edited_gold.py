@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from slot_gold import SEEN, UNSEEN, count_errors, share, summary, venues
 
-from irl_align.config.schema import GenerationOptions
+from irl_align.config.generation import GenerationOptions
 from irl_align.data.cards import load_card
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.loading import load_demonstrations

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from irl_align.config.lora import LoraOptions
+from irl_align.config.model import LoraOptions
 from irl_align.config.policy_update import PPOOptions
 from irl_align.models import lora as adapters
 from irl_align.models.generation import Sampling, TransformersGenerator

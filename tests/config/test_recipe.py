@@ -1,4 +1,4 @@
-"""Recipes: defaults, overrides, one exact line for every mistake, and out again."""
+"""Recipes: defaults, overrides, one exact line for every mistake, and writing them back."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_smallest_recipe_has_the_schema_defaults() -> None:
 # ---- overrides
 
 
-def test_overrides_replace_and_reach_everywhere() -> None:
+def test_overrides_reach_every_option() -> None:
     recipe = load(
         BASE,
         "seed=1",
@@ -72,7 +72,7 @@ def test_overrides_replace_and_reach_everywhere() -> None:
     assert recipe.description == "a = b"
 
 
-def test_an_empty_mapping_clears_what_was_there() -> None:
+def test_an_empty_mapping_clears_the_old_one() -> None:
     assert load(BASE, "reward.args={}").reward.args == {}
     assert load(BASE, "reward.args={}", "reward.args.max_steps=9").reward.args == {"max_steps": 9}
     kind = load(BASE, "reward.kind=none", "policy_update={kind: sft}", "reward={}").reward
@@ -85,7 +85,7 @@ def test_an_empty_mapping_clears_what_was_there() -> None:
     assert load("extends: below.yaml\nreward: {}\n").reward.loss == "bradley_terry"
 
 
-def test_override_of_a_kind_comes_first() -> None:
+def test_override_of_a_kind_applies_first() -> None:
     recipe = load(
         BASE, "reward.args.beta=0.5", "policy_update.kind=identity", "reward.kind=implicit"
     )
@@ -93,16 +93,16 @@ def test_override_of_a_kind_comes_first() -> None:
     assert recipe.policy_update.kind == "identity"
 
 
-def test_an_edit_that_nothing_reads() -> None:
+def test_an_unused_edit_is_a_mistake() -> None:
     own = SMALL.replace("card: toy", "card: toy\n  edit: some:edit")
-    message = "data.edit is for pairs.contrast edit and policy_update.edited_prompts, and neither"
+    message = "data.edit is for pairs.contrast edit and policy_update.edited_prompts, but neither"
     assert mistakes(own) == [f"r.yaml:4: {message} is set"]
     contrast = ("pairs.contrast=edit", "pairs.sources=[demonstration/contrast]")
     assert load(own, *contrast).data.edit == "some:edit"
     assert load(own, "policy_update.edited_prompts=1", "policy_update.use=sft").data.edit
 
 
-def test_entropies_of_cut_distributions_are_not_matched() -> None:
+def test_match_entropy_needs_whole_distributions() -> None:
     message = "evaluation.match_entropy compares entropies of whole distributions"
     for cut in ("top_p: 0.9", "top_k: 5"):
         [line] = mistakes(f"{SMALL}generation: {{{cut}}}\nevaluation: {{match_entropy: true}}\n")
@@ -129,7 +129,7 @@ def test_entropies_of_cut_distributions_are_not_matched() -> None:
         ),
     ],
 )
-def test_bad_override(override: str, message: str) -> None:
+def test_a_bad_override_is_one_line(override: str, message: str) -> None:
     assert mistakes(SMALL, override) == [
         message.format(
             seed="expected integer at least 0 and at most 4294967295",
@@ -211,30 +211,33 @@ def test_bad_override(override: str, message: str) -> None:
         # contradictory
         (
             "pairs:\n  sources: [demonstration/contrast]\n  contrast_crossed: true",
-            "8: pairs: contrast_crossed is of contrast edit, not of neighbour",
+            "8: pairs: contrast_crossed is an option of contrast edit, not of neighbour",
         ),
         (
             "evaluation:\n  match_entropy: true\n  gold: false",
-            "7: evaluation: match_entropy compares gold, and gold is false",
+            "7: evaluation: match_entropy compares gold, but gold is false",
         ),
         (
             "pairs:\n  sources: [demonstration/contrast]\n  contrast_edits: 2",
-            "8: pairs: contrast_edits is of contrast edit, not of neighbour",
+            "8: pairs: contrast_edits is an option of contrast edit, not of neighbour",
         ),
         (
             "pairs:\n  contrast_per_demonstration: 2",
-            "7: pairs: contrast_per_demonstration is of the source demonstration/contrast: there "
-            "is none",
+            "7: pairs: contrast_per_demonstration is an option of the source "
+            "demonstration/contrast, which sources lacks",
         ),
         (
             "pairs:\n  sources: [demonstration/policy, demonstration/policy]",
-            "7: pairs: sources: demonstration/policy is there twice",
+            "7: pairs: sources: demonstration/policy is given twice",
         ),
         (
             "loop:\n  signs: {entropy_low: 2}",
             "7: loop.signs: entropy_low is 2, above entropy_high 1.25",
         ),
-        ("sft:\n  enabled: false\n  full: true", "8: sft: full is of an SFT, and enabled is false"),
+        (
+            "sft:\n  enabled: false\n  full: true",
+            "8: sft: full is an option of SFT, but enabled is false",
+        ),
         ("iterations: 3", "6: iterations: unknown option; did you mean loop.iterations?"),
         (
             "clip_reward: 3",
@@ -250,11 +253,11 @@ def test_bad_override(override: str, message: str) -> None:
         ),
         (
             "reward:\n  kind: none\n  args:\n    max_steps: 1",
-            "8: reward: args is for kind explicit or implicit: none trains nothing",
+            "8: reward: args is an option of kind explicit or implicit, not of none",
         ),
         (
             "reward:\n  kind: log_prob\n  max_pairs: 8",
-            "8: reward: max_pairs is for kind explicit or implicit: log_prob trains nothing",
+            "8: reward: max_pairs is an option of kind explicit or implicit, not of log_prob",
         ),
         (
             "reward:\n  kind: log_prob\n  echo: true",
@@ -275,8 +278,8 @@ def test_bad_override(override: str, message: str) -> None:
         ),
         (
             "loop: {iterations: 2}\nreward:\n  kind: implicit",
-            "8: reward.kind implicit does not go with policy_update.kind best_of_n: the implicit "
-            "reward moves the policy itself, so it goes with identity, and only it does",
+            "8: reward.kind implicit does not go with policy_update.kind best_of_n: fitting the "
+            "implicit reward already moves the policy, so implicit and identity go together",
         ),
         # kinds
         (
@@ -300,7 +303,7 @@ def test_bad_override(override: str, message: str) -> None:
         ),
     ],
 )
-def test_mistake_against_the_schema(added: str, message: str) -> None:
+def test_a_mistake_against_the_schema_is_one_line(added: str, message: str) -> None:
     expected = message.format(
         seed="expected integer at least 0 and at most 4294967295",
         sources="expected non-empty list of one of demonstration/policy, "
@@ -314,7 +317,7 @@ def test_mistake_against_the_schema(added: str, message: str) -> None:
     assert mistakes(SMALL + added + "\n") == [f"r.yaml:{expected}"]
 
 
-def test_missing_options_are_told_with_their_group() -> None:
+def test_missing_options_are_reported_at_their_group() -> None:
     assert mistakes("# comment\nseed: 1\ndata:\n  share: 0.5\n") == [
         "r.yaml:2: name: missing, expected string that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$",
         "r.yaml:3: data.card: missing, expected string",
@@ -322,13 +325,13 @@ def test_missing_options_are_told_with_their_group() -> None:
     ]
 
 
-def test_missing_option_is_told_with_the_file_even_if_overridden_beside() -> None:
+def test_a_missing_option_is_reported_at_the_file_even_if_its_group_is_overridden() -> None:
     assert mistakes(
         "name: x\nmodel: {path: y}\ndata:\n  path: z\n", "data.share=0.5", "seed=1"
     ) == ["r.yaml:3: data.card: missing, expected string"]
 
 
-def test_every_mistake_is_told() -> None:
+def test_every_mistake_is_reported() -> None:
     text = SMALL + "seed: -1\npolicy_update: {n: 1}\nsft:\n  args:\n    packing: true\n"
     assert [line.split(": ")[1] for line in mistakes(text)] == [
         "policy_update.n",
@@ -337,7 +340,7 @@ def test_every_mistake_is_told() -> None:
     ]
 
 
-def test_a_file_that_is_no_recipe_is_told_so_briefly() -> None:
+def test_many_mistakes_are_cut_after_twenty() -> None:
     lines = mistakes(SMALL + "".join(f"k{i}: 1\n" for i in range(500)))
     assert len(lines) == 21
     assert lines[19].startswith("r.yaml:25: k19: unknown option; expected one of name, ")
@@ -349,10 +352,10 @@ def test_custom_policy_update() -> None:
     assert update(recipe) == {"kind": "my.module:Update", "options": {"x": 1}}
 
 
-# ---- out again
+# ---- writing
 
 
-def test_to_dict_is_whole_and_json() -> None:
+def test_to_dict_has_every_option_as_json() -> None:
     recipe = load(BASE)
     resolved = to_dict(recipe)
     assert json.loads(json.dumps(resolved)) == resolved
@@ -364,7 +367,7 @@ def test_to_dict_is_whole_and_json() -> None:
 @pytest.mark.parametrize(
     "word", ["1e-4", "no", "true", "null", "0o7", "12:30", "a: b", "", "~", "é"]
 )
-def test_to_yaml_reads_back_whatever_the_words(word: str) -> None:
+def test_to_yaml_keeps_words_that_look_like_other_types(word: str) -> None:
     recipe = load(BASE, f"data.task.x={json.dumps(word)}", f"description={json.dumps(word)}")
     assert recipe.description == word
     text = to_yaml(recipe)
@@ -374,14 +377,14 @@ def test_to_yaml_reads_back_whatever_the_words(word: str) -> None:
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-def test_to_yaml_reads_back_any_text(text: str) -> None:
+def test_to_yaml_keeps_any_text(text: str) -> None:
     recipe = Recipe.model_validate(
         {"name": "x", "data": {"card": "c"}, "model": {"path": "m"}, "description": text}
     )
     assert load(to_yaml(recipe)) == recipe
 
 
-def test_options_table_covers_the_schema_and_documents_all() -> None:
+def test_options_table_documents_every_option() -> None:
     table = options_table()
     keys = [key for key, *_ in table]
     assert len(set(keys)) == len(keys)
@@ -395,7 +398,7 @@ def test_options_table_covers_the_schema_and_documents_all() -> None:
     assert rows["policy_update.kind"][1] == "best_of_n"
     assert rows["policy_update(best_of_n).n"] == ("integer at least 2", "8")
     assert rows["policy_update(sft).args"] == ("mapping", "{}")
-    # Every leaf of a resolved recipe is an option of the table, and has the default it says.
+    # Every leaf of a resolved recipe is an option of the table and has the default given there.
     for key, value in leaves(to_dict(load(SMALL))):
         key = key.replace("policy_update.", "policy_update(best_of_n).")
         if key.endswith(").kind"):
@@ -406,16 +409,18 @@ def test_options_table_covers_the_schema_and_documents_all() -> None:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            found += leaves(value, f"{prefix}{key}.")
+            pairs += leaves(value, f"{prefix}{key}.")
         else:
-            found.append((prefix + key, value))
-    return found
+            pairs.append((prefix + key, value))
+    return pairs
 
 
-def test_list_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_recipes_gives_path_name_and_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("irl_align.config.resources.recipes_dir", lambda: tmp_path)
     write("name: one\ndescription: First.\n", "toy/a.yaml")
     write("extends: a.yaml\nname: two\n", "toy/b.yaml")
@@ -425,7 +430,7 @@ def test_list_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_recipe_of_plain_values_may_hold_lists() -> None:
+def test_make_recipe_takes_plain_values() -> None:
     values = {
         "name": "plain",
         "data": {"card": "restaurant"},
@@ -439,7 +444,7 @@ def test_a_recipe_of_plain_values_may_hold_lists() -> None:
 
 
 def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No shell does it in data.path=~/e2e; the resolved recipe holds the whole path."""
+    """The shell does not expand the ~ of data.path=~/e2e."""
     monkeypatch.setenv("HOME", str(tmp_path))
     rloo = recipes_dir() / "e2e/irl-rloo.yaml"
     recipe = load_recipe(

@@ -45,12 +45,12 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "sft:\n  args: {max_length: 5}",
-            "7: sft.args.max_length: not open to a recipe: use data.max_prompt_tokens and "
+            "7: sft.args.max_length: a recipe cannot set it: use data.max_prompt_tokens and "
             "data.max_completion_tokens",
         ),
         (
             "sft:\n  args:\n    seed: 5",
-            "8: sft.args.seed: not open to a recipe: use the recipe's seed",
+            "8: sft.args.seed: a recipe cannot set it: use the recipe's seed",
         ),
         (
             "reward:\n  args: {beta: 0.1}",
@@ -67,7 +67,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "reward:\n  schedule:\n    output_dir: [a, b]",
-            "8: reward.schedule.output_dir: not open to a recipe: the run folder decides it; "
+            "8: reward.schedule.output_dir: a recipe cannot set it: the run folder decides it; "
             "use the recipe's output_dir",
         ),
         (
@@ -85,7 +85,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_mistake_in_trl_options(added: str, message: str) -> None:
+def test_a_mistake_in_trl_options_is_one_line(added: str, message: str) -> None:
     assert mistakes(SMALL + added + "\n") == [f"r.yaml:{message}"]
 
 
@@ -114,14 +114,13 @@ def test_reserved_names_are_fields_of_trl() -> None:
     configs = (trl.SFTConfig, trl.RewardConfig, trl.DPOConfig)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
     assert set(trl_args.RESERVED) - fields == set()
-    # What decides over the run's folder, its randomness or an upload is never the recipe's args.
+    # The recipe's args never decide the run's folder, its randomness or an upload.
     dangerous = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "trust_remote_code"}
     dangerous |= {name for name in fields if name.startswith(("hub_", "push_to_hub", "eval_"))}
     assert dangerous <= set(trl_args.RESERVED)
 
 
-def test_defaults_of_trl_pass_their_own_check() -> None:
-    """The check of types agrees with TRL: no default of an open field is refused."""
+def test_args_problems_accepts_the_defaults_of_trl() -> None:
     import trl
 
     for group, name in (("sft", "SFTConfig"), ("reward", "RewardConfig")):

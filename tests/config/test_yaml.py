@@ -1,4 +1,4 @@
-"""Recipe files: YAML, missing and bad files, extends, and junk."""
+"""Recipe files: YAML, missing and bad files, extends, and random content."""
 
 import os
 import time
@@ -56,9 +56,9 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_scalars_are_those_of_yaml_1_2(written: str, value: Any) -> None:
     recipe = load(SMALL.replace("card: toy", f"card: toy\n  task:\n    x: {written}"))
-    found = recipe.data.task["x"]
-    assert found == value
-    assert type(found) is type(value)
+    parsed = recipe.data.task["x"]
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 def test_integer_is_a_number_where_a_number_is_expected() -> None:
@@ -117,10 +117,10 @@ def test_byte_order_mark_is_skipped() -> None:
         ),
         (b"a: 1\n---\nb: 2\n", "r.yaml:2: not a recipe's YAML: but found another document"),
         (b"a: " + b"[" * 40, "r.yaml:1: not a recipe's YAML: nested deeper than 32 levels"),
-        (b"#" * ((1 << 20) + 1), "r.yaml: larger than 1048576 bytes, which no recipe is"),
+        (b"#" * ((1 << 20) + 1), "r.yaml: larger than 1048576 bytes, too large for a recipe"),
     ],
 )
-def test_bad_yaml(text: bytes, message: str) -> None:
+def test_bad_yaml_is_one_line(text: bytes, message: str) -> None:
     assert mistakes(text) == [message]
 
 
@@ -194,7 +194,7 @@ def test_another_kind_replaces_the_whole_group() -> None:
     assert recipe.policy_update.kind == "identity"
 
 
-def test_default_kind_counts_as_written() -> None:
+def test_a_kind_equal_to_the_default_keeps_the_group() -> None:
     write(SMALL + "policy_update: {n: 4}\nreward: {init: warm}\n", "base.yaml")
     same = "extends: base.yaml\npolicy_update: {kind: best_of_n}\nreward: {kind: explicit}\n"
     assert update(load(same))["n"] == 4
@@ -215,13 +215,13 @@ def test_default_kind_counts_as_written() -> None:
         ("extends: .\n", "r.yaml:1: extends: .: is a folder, expected a YAML file"),
     ],
 )
-def test_bad_extends(text: str, message: str) -> None:
+def test_a_bad_extends_is_one_line(text: str, message: str) -> None:
     write(BASE, "base.yaml")
     write("name: loop\nextends: r.yaml\n", "loop.yaml")
     assert mistakes(text) == [message.format(guess="; did you mean base.yaml?")]
 
 
-def test_mistake_is_told_with_the_file_that_has_it() -> None:
+def test_a_mistake_is_reported_at_the_file_that_has_it() -> None:
     write(BASE + "sft:\n  enabeld: true\n", "base.yaml")
     assert mistakes("extends: base.yaml\ndata:\n  shaer: 1\n") == [
         "r.yaml:3: data.shaer: unknown option; did you mean data.share?",
@@ -229,7 +229,7 @@ def test_mistake_is_told_with_the_file_that_has_it() -> None:
     ]
 
 
-# ---- anything at all
+# ---- random content
 
 
 WORDS = st.sampled_from(
@@ -259,14 +259,14 @@ def only_user_errors(text: bytes, *overrides: str) -> None:
     | st.text("-:[]{}&*!|>'\"%@`?,# \n\tab1\\Ux", max_size=40).map(str.encode)
 )
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_junk_is_the_users_error(junk: bytes) -> None:
+def test_random_text_raises_only_user_errors(junk: bytes) -> None:
     only_user_errors(junk)
     only_user_errors(SMALL.encode() + junk)
 
 
 @given(TREES)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_tree_is_the_users_error(tree: Any) -> None:
+def test_random_trees_raise_only_user_errors(tree: Any) -> None:
     only_user_errors(yaml.safe_dump(tree).encode())
     whole = {**yaml.safe_load(SMALL), **(tree if isinstance(tree, dict) else {})}
     only_user_errors(yaml.safe_dump(whole).encode())
@@ -274,5 +274,5 @@ def test_any_tree_is_the_users_error(tree: Any) -> None:
 
 @given(st.text(max_size=12) | st.tuples(WORDS, st.text(max_size=8)).map("=".join))
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_override_is_the_users_error(override: str) -> None:
+def test_random_overrides_raise_only_user_errors(override: str) -> None:
     only_user_errors(SMALL.encode(), override)

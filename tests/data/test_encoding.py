@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from irl_align.config.schema import DataOptions
+from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
 from irl_align.data.encoding import (
     check_tokenizer,

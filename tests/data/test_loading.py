@@ -14,8 +14,8 @@ from huggingface_hub import DatasetCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irl_align.config.data import DataOptions
 from irl_align.config.resources import data_cards_dir
-from irl_align.config.schema import DataOptions
 from irl_align.data.cards import Card, import_object, load_card
 from irl_align.data.loading import (
     choose_prompts,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.tiny_runs import tiny_recipe
 
-from irl_align.config.schema import DataOptions
+from irl_align.config.data import DataOptions
 from irl_align.data.loading import Demonstration, divide
 from irl_align.data.noise import corrupt, with_noise
 from irl_align.errors import UserError

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from irl_align.config.schema import ScratchOptions
+from irl_align.config.model import ScratchOptions
 from irl_align.errors import UserError
 from irl_align.models import loading
 from irl_align.models.loading import (

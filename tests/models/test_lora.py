@@ -16,7 +16,7 @@ from support.rows import random_pairs
 from support.tiny_runs import tiny_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from irl_align.config.lora import LoraOptions, QuantizationOptions
+from irl_align.config.model import LoraOptions, QuantizationOptions
 from irl_align.errors import UserError
 from irl_align.models import lora as adapters
 from irl_align.models.loading import check_adapter, completion_logprobs, load_model, seeded
@@ -298,20 +298,20 @@ def test_a_broken_or_foreign_adapter_is_told_in_one_line(
         (["model.lora.r=0"], "model.lora.r: found 0, expected integer above 0"),
         (["model.lora.lora_alfa=1"], "model.lora.lora_alfa: unknown option; did you mean"),
         (["model.lora.target_modules=[]"], "model.lora.target_modules: found"),
-        (["model.lora={}"], "model.lora adapts a model that has learnt"),
+        (["model.lora={}"], "model.lora needs a trained model"),
         (["sft.full=true"], "sft.full is an option of model.lora"),
-        (["model.quantization={}"], "model.quantization is for model.lora"),
+        (["model.quantization={}"], "model.quantization needs model.lora"),
         (
             ["model.lora={}", "sft.full=true", "model.quantization={}"],
-            "sft.full trains all weights, and model.quantization leaves none",
+            "sft.full trains all weights, but model.quantization leaves none",
         ),
         (
             ["policy_update={kind: ppo, backbone: shared}", "model.lora={}", "sft.full=true"],
-            "backbone shared is of adapters on one model: give reward.lora",
+            "backbone shared needs adapters on one model: give reward.lora",
         ),
         (
             ["policy_update={kind: ppo, backbone: shared}", "reward.lora={}"],
-            "backbone shared is of adapters on one model: give model.lora",
+            "backbone shared needs adapters on one model: give model.lora",
         ),
         (
             ["reward={kind: implicit, lora: {}}", "policy_update={kind: identity}"],

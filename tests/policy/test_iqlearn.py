@@ -155,5 +155,5 @@ def test_as_the_loops_policy_step(tmp_path: Path) -> None:
 
 
 def test_options_of_another_loss_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss_type is of another loss: iqlearn has its own"):
+    with pytest.raises(UserError, match=r"loss_type belongs to another loss: iqlearn has its own"):
         tiny_recipe(tmp_path, "policy_update={kind: iqlearn, args: {loss_type: dft}}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.rows import plain_logps
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from irl_align.config.schema import BestOfNOptions
+from irl_align.config.policy_update import BestOfNOptions
 from irl_align.errors import UserError
 from irl_align.models.generation import Completion, Sampling
 from irl_align.models.generation.samples import SampleSet

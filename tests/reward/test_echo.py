@@ -159,7 +159,7 @@ def test_a_chat_template_writes_the_second_prompt(
         (["reward.kind=implicit", "policy_update.kind=identity"], "echo is an option of kind"),
         (
             ["policy_update.kind=ppo", "policy_update.credit=red"],
-            "reward.echo has no rewards by token, which credit red asks for",
+            "reward.echo gives no rewards of prefixes, which credit red needs",
         ),
     ],
 )

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from irl_align.config.schema import GenerationOptions, Recipe
+from irl_align.config.generation import GenerationOptions
+from irl_align.config.schema import Recipe
 from irl_align.errors import UserError
 from irl_align.models.generation import Completion, Sampling
 from irl_align.models.generation.transformers_backend import evaluating

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from irl_align.config.schema import GenerationOptions
+from irl_align.config.generation import GenerationOptions
 from irl_align.errors import UserError
 from irl_align.models.generation import Generator, TransformersGenerator
 from irl_align.models.generation.backends import VLLMSampler, VLLMSettings

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from irl_align.config.lora import LoraOptions
-from irl_align.config.schema import ModelOptions, ScratchOptions
+from irl_align.config.model import LoraOptions, ModelOptions, ScratchOptions
 from irl_align.errors import UserError
 from irl_align.models.lora import add_adapter
 from irl_align.training.plan.memory import Shape

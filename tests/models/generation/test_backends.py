@@ -121,7 +121,10 @@ def test_a_client_of_servers_needs_no_vllm(tmp_path: Path, monkeypatch: pytest.M
     ("overrides", "message"),
     [
         (["generation.server.port=8000"], "server is an option of backend vllm-server"),
-        (["generation.engine={max_num_seqs: 8}"], "engine is for a vLLM that is started here"),
+        (
+            ["generation.engine={max_num_seqs: 8}"],
+            "engine is an option of backend vllm or vllm-server or auto",
+        ),
         (
             ["generation.backend=vllm", "generation.engine={seed: 8}"],
             "engine.seed is set by irl-align",

@@ -9,7 +9,7 @@ from support.tiny_runs import irl_align
 from support.vllm_models import needs_vllm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from irl_align.config.schema import GenerationOptions
+from irl_align.config.generation import GenerationOptions
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import sampling_backend
 from irl_align.models.generation.offline import with_backend

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support.ppo_tools import BOS, EOS, PAD, actors, options, small_llama, train
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from irl_align.config.lora import LoraOptions
+from irl_align.config.model import LoraOptions
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
 from irl_align.models import lora

@@ -19,8 +19,8 @@ from support.vllm_models import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from irl_align.config.lora import LoraOptions
-from irl_align.config.schema import GenerationOptions
+from irl_align.config.generation import GenerationOptions
+from irl_align.config.model import LoraOptions
 from irl_align.models.generation import Sampling, generate
 from irl_align.models.generation.backends import LiveGenerator, VLLMSampler, VLLMSettings
 from irl_align.models.lora import OWN, adapter_parameters, add_adapter

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from irl_align.config.schema import ModelOptions, ScratchOptions
+from irl_align.config.model import ModelOptions, ScratchOptions
 from irl_align.errors import UserError
 from irl_align.training.plan import memory
 from irl_align.training.plan.memory import Precision, Shape

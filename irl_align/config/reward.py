@@ -1,0 +1,134 @@
+"""The recipe's groups ``pairs`` and ``reward``: what the reward is fitted on, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from irl_align.config.model import LoraOptions
+from irl_align.config.types import Options, PathText, Share
+
+PairSource = Literal[
+    "demonstration/policy", "demonstration/contrast", "demonstration/init", "sft/init"
+]
+
+
+class PairOptions(Options):
+    """The pairs (x, preferred, rejected), made without any preference label."""
+
+    used_with = (("contrast", ("edit",), ("contrast_edits", "contrast_crossed")),)
+
+    sources: Annotated[list[PairSource], Field(min_length=1)] = Field(
+        default_factory=lambda: list[PairSource](["demonstration/policy"])
+    )
+    """Preferred/rejected sides. policy: a sample of pi_k; contrast: the demonstration under another
+    prompt; sft: a sample of pi_0; init: a sample of the model before SFT."""
+    contrast: Literal["neighbour", "edit"] = "neighbour"
+    """The other prompt of a contrast pair: a near neighbour by word overlap, or an edit of the
+    prompt by the card's edit."""
+    contrast_per_demonstration: PositiveInt = 1
+    """Contrast pairs per demonstration."""
+    contrast_edits: PositiveInt = 1
+    """With contrast=edit: number of edits in a row. For the same text, each prompt of the row is
+    preferred to the next one."""
+    contrast_crossed: bool = False
+    """With contrast=edit: add pairs in which the edited prompt is preferred, with a demonstration
+    that fits it. Edited prompts are then preferred as often as rejected, so the reward cannot learn
+    merely which prompts look edited."""
+    window: Annotated[str, Field(pattern=r"^(latest|all|last-[1-9][0-9]*)$")] = "all"
+    """Iterations whose pairs the reward is fitted on: latest, all, or last-K for the last K."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """What to do with a policy sample that has no EOS: drop its pair, or keep it (without EOS)."""
+    demonstrations_per_prompt: PositiveInt | None = None
+    """Largest number of demonstrations of one prompt that make pairs. Null uses all of them."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> PairOptions:
+        repeated = [source for source in self.sources if self.sources.count(source) > 1]
+        if repeated:
+            raise ValueError(f"sources: {repeated[0]} is given twice")
+        contrast = ("contrast", "contrast_per_demonstration", "contrast_edits", "contrast_crossed")
+        name = self.first_set(*contrast)
+        if "demonstration/contrast" not in self.sources and name:
+            raise ValueError(
+                f"{name} is an option of the source demonstration/contrast, which sources lacks"
+            )
+        return self
+
+
+class PreferenceOptions(Options):
+    """Human preferences in the reward's loss. Runs that are called IRL do not use them."""
+
+    used_with = (("use", ("beside",), ("weight",)),)
+
+    card: PathText
+    """Card of a preference set."""
+    split: str = "train"
+    """Split of the card."""
+    path: PathText | None = None
+    """Local file or folder that replaces the card's source."""
+    use: Literal["beside", "alone"] = "beside"
+    """beside: add the preferences to the demonstration pairs. alone: fit on the preferences only,
+    which is the reward of RLHF, for comparison."""
+    weight: PositiveFloat = 1.0
+    """With use=beside: weight of a preference pair, where a demonstration pair has weight 1."""
+
+
+class RewardOptions(Options):
+    """The reward level: fit r_phi on pairs, or SPIN's implicit reward beta log(pi/pi_ref)."""
+
+    used_with = (
+        (
+            "kind",
+            ("explicit",),
+            ("loss", "bound", "echo", "init", "lm_coef", "preferences", "lora"),
+        ),
+        ("kind", ("implicit",), ("reference", "mixture")),
+        ("kind", ("explicit", "implicit"), ("args", "schedule", "max_pairs")),
+        ("reference", ("mixture",), ("mixture",)),
+    )
+
+    kind: Literal["explicit", "implicit", "log_prob", "none"] = "explicit"
+    """explicit: a reward model. implicit: the policy's own log-ratio (SPIN, DPO). Controls that
+    learn no reward are log_prob (pi_0's mean log-prob is the reward) and none (no reward)."""
+    loss: Literal["bradley_terry", "linear"] = "bradley_terry"
+    """Pair loss of the explicit reward: -log sigmoid(r_E - r_hat), or -(r_E - r_hat)."""
+    bound: PositiveFloat | None = None
+    """Largest |r|, by bound * tanh(r / bound). The linear loss needs one."""
+    init: Literal["cold", "warm"] = "cold"
+    """Start of each iteration's fit: the SFT model (cold), or the previous iteration's reward
+    (warm)."""
+    echo: bool = False
+    """Explicit reward: append a copy of the prompt after the completion and read the reward at its
+    end, so that the reward can check every part of the prompt against the text. Such a reward gives
+    no rewards of prefixes, so it does not go with credit red or abc."""
+    lm_coef: NonNegativeFloat = 0.0
+    """a in r = head + a * (mean log-prob of the completion under the reward's own backbone)."""
+    max_pairs: PositiveInt | None = None
+    """Largest number of the window's pairs that the fit uses, drawn by the seed. Null uses all."""
+    reference: Literal["previous", "initial", "mixture"] = "previous"
+    """Opponent of the implicit reward: pi_k, pi_0, or their geometric mixture."""
+    mixture: Share = 0.5
+    """With reference=mixture: weight of pi_0. pi_k has the rest."""
+    preferences: PreferenceOptions | None = None
+    """Human preference pairs to mix in (explicit reward only)."""
+    lora: LoraOptions | None = None
+    """Train an adapter and the head instead of all weights (explicit reward only)."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Fields of trl.RewardConfig (explicit) or trl.DPOConfig (implicit)."""
+    schedule: dict[str, list[Any]] = Field(default_factory=dict)
+    """Per-iteration values of fields of args, e.g. beta: [0.1, 0.1, 0.1, 5.0]. Later iterations use
+    the last value."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RewardOptions:
+        if self.loss == "linear" and self.bound is None:
+            raise ValueError("loss linear is unbounded: give bound, the largest |r|")
+        both = sorted(set(self.args) & set(self.schedule))
+        if both:
+            raise ValueError(f"{both[0]} is both in args and in schedule: give one")
+        empty = [name for name, values in self.schedule.items() if not values]
+        if empty:
+            raise ValueError(f"schedule.{empty[0]} is empty: give one value per iteration")
+        return self
