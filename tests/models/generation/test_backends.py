@@ -134,7 +134,7 @@ def test_a_client_of_servers_needs_no_vllm(tmp_path: Path, monkeypatch: pytest.M
                 "generation.backend=vllm-server",
                 "generation.server={urls: [http://a:1], port: 8000}",
             ],
-            "urls are given, so none is",
+            "but urls are given",
         ),
     ],
 )
