@@ -1,19 +1,24 @@
-"""The README's E2E tables, from runs that are recorded in the repository.
+"""Print the E2E tables of README.md and recipes/results from runs recorded in the repository.
 
     python tests/benchmarks/headline.py
-    python tests/benchmarks/headline.py --record runs/e2e-*-seed6    # keep what the tables read
+    python tests/benchmarks/headline.py --record runs/e2e-*-seed6    # add finished runs
 
-A run's recipe, metrics, summary and stages are kept, with neither models nor samples;
-`irl-align compare` takes these folders as it takes runs. Bold is ahead of SFT (in differences of
-the other), paired by seed, beyond the 95% t interval. A test holds the README to what this prints.
+`recorded.tar.gz` holds the recipe, metrics, summary and stages of every run, but no models and no
+samples. `irl-align compare` takes its folders, once extracted, as it takes runs. Bold is better
+than SFT (in the table of differences: than the other policy), paired by seed, beyond the 95% t
+interval. A test compares both documents with what this prints.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,10 +27,10 @@ from irl_align.evaluation.compare.aggregate import BEYOND_ENTROPY, Comparison, a
 from irl_align.evaluation.compare.tables import interval
 from irl_align.training.run_folder import Run
 
-RECORDED = Path(__file__).parent / "recorded" / "e2e"
+ARCHIVE = Path(__file__).with_name("recorded.tar.gz")
 FILES = ("recipe.yaml", "metrics.jsonl", "stages.json", "summary.json")
-HOME = {"output_dir": "runs", "path": "../data/e2e"}
-"""What stands in a recorded recipe in place of folders of the machine that ran it."""
+OUTPUT_DIR, DATA_PATH = "runs", "../data/e2e"
+"""Replace the folders of the machine that ran a recipe in its recorded copy."""
 ERRORS = "slot_error_rate"
 BEYOND = f"{ERRORS}@{BEYOND_ENTROPY}"
 POLICIES = {
@@ -41,10 +46,10 @@ POLICIES = {
     "e2e-irl-ppo-red 1": "IRL, PPO, RED",
     "e2e-irl-ppo-abc 1": "IRL, PPO, ABC",
 }
-"""Label of a row of the comparison -> the name that the README gives it."""
+"""Label of a row of the comparison -> its name in the tables."""
 COLUMNS = {
     "slot errors, % T=1": (f"{ERRORS}@1",),
-    "less SFT's at the same entropy": (BEYOND,),
+    "T=1, minus SFT at equal entropy": (BEYOND,),
     "T=0.7": (f"{ERRORS}@0.7",),
     "greedy": (f"{ERRORS}@0",),
     "fully right, % greedy": ("fully_right@0",),
@@ -52,112 +57,150 @@ COLUMNS = {
     "KL to SFT": ("kl",),
     "length": ("length",),
 }
+"""Column -> its measures."""
+NOT_IN_README = {
+    *("e2e-dpo-fixed-ref 2", "e2e-irl-best-of-n 1", "e2e-irl-ppo-red 1", "e2e-irl-ppo-abc 1"),
+    *("T=0.7", "fully right, % greedy", "length"),
+}
+"""Rows and columns that only the full table has."""
+COMPARED = "e2e-irl-best-of-n 2"
 AGAINST = ("SFT", "e2e-spin 2", "e2e-spin 1")
 DIFFERENCES = {
     "greedy": f"{ERRORS}@0",
     "T=0.7": f"{ERRORS}@0.7",
     "T=1": f"{ERRORS}@1",
-    "T=1, at SFT's entropy": BEYOND,
+    "T=1, minus SFT at equal entropy": BEYOND,
     "BLEU greedy": "bleu@0",
 }
 WITHOUT_INTERVAL = ("bleu@1", "bleu@0", "kl", "length")
-"""Measures whose intervals are left to comparison.csv."""
+"""Measures whose intervals are only in comparison.csv."""
+
+
+@contextmanager
+def extracted(archive: Path = ARCHIVE) -> Iterator[Path]:
+    """A temporary folder with the recorded runs."""
+    with tempfile.TemporaryDirectory() as name:
+        with tarfile.open(archive) as tar:
+            tar.extractall(name, filter="data")
+        yield Path(name)
 
 
 @cache
-def comparison(folder: Path = RECORDED) -> Comparison:
+def comparison(archive: Path = ARCHIVE) -> Comparison:
     """The recorded runs side by side, every iteration."""
-    return compare_runs([Run.load(run) for run in sorted(folder.iterdir())], iterations=True)
+    with extracted(archive) as folder:
+        return compare_runs([Run.load(run) for run in sorted(folder.iterdir())], iterations=True)
 
 
 def short(label: str) -> str:
-    """A comparison's label without what the policy was made by: `e2e-spin 2`."""
+    """Label of a comparison without the policy update in brackets: `e2e-spin 2`."""
     return re.sub(r" \(.*\)$", "", label)
 
 
-def rows_by_label(analysis: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The rows of an analysis by the labels of POLICIES."""
-    found = {short(row["label"]): row for row in analysis["rows"]}
-    return {label: found[label] for label in POLICIES if label in found}
+def readme_table() -> str:
+    """Markdown of README.md's table: some rows and columns of the full one."""
+    policies = [label for label in POLICIES if label not in NOT_IN_README]
+    return _policy_table(policies, [column for column in COLUMNS if column not in NOT_IN_README])
 
 
-def is_ahead(against: Mapping[str, Any], measure: str, analysis: Mapping[str, Any]) -> bool:
-    """Whether a difference lies on the better side of zero with all of its interval."""
-    lower = measure == BEYOND or analysis["lower_is_better"].get(measure)
-    if against["low"] is None or lower is None:
-        return False
-    return bool(against["high"] < 0 if lower else against["low"] > 0)
+def full_table() -> str:
+    """Markdown of every policy and every column."""
+    return _policy_table(POLICIES, COLUMNS)
 
 
-def headline_table(analysis: Mapping[str, Any]) -> Iterator[str]:
-    """Rows of the first table, from an analysis against SFT."""
-    for label, row in rows_by_label(analysis).items():
+def _policy_table(policies: Iterable[str], columns: Iterable[str]) -> str:
+    analysis = analyse(comparison(), None, None)
+    rows = _rows_by_label(analysis)
+    lines = []
+    for label in policies:
         cells = []
-        for measures in COLUMNS.values():
-            shown = [_cell(row, measure, analysis) for measure in measures]
+        for column in columns:
+            shown = [_cell(rows[label], measure, analysis) for measure in COLUMNS[column]]
             cells.append(" / ".join(text for text in shown if text))
-        yield _line([POLICIES[label], *cells])
+        lines.append([POLICIES[label], *cells])
+    return _markdown(["policy", *columns], lines)
+
+
+def differences_table() -> str:
+    """Markdown of COMPARED minus each policy of AGAINST, paired by seed."""
+    lines = []
+    for other in AGAINST:
+        baseline = next(row.label for row in comparison().rows if short(row.label) == other)
+        analysis = analyse(comparison(), None, baseline)
+        differences = _rows_by_label(analysis)[COMPARED]["against_baseline"]
+        cells = []
+        for measure in DIFFERENCES.values():
+            text = interval(differences[measure], measure, analysis["interval"], signed=True)
+            cells.append(_bold_if_better(text, differences[measure], measure, analysis))
+        lines.append([POLICIES[other], *cells])
+    return _markdown([f"{POLICIES[COMPARED]}, minus …", *DIFFERENCES], lines)
+
+
+def _rows_by_label(analysis: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {short(row["label"]): row for row in analysis["rows"]}
 
 
 def _cell(row: Mapping[str, Any], measure: str, analysis: Mapping[str, Any]) -> str:
     if row["policy"] is None and measure == "fully_right@0":
-        measure = "fully_right@1"  # people's texts are of no temperature
+        measure = "fully_right@1"  # human texts have no temperature
     if measure not in row["estimates"] or (measure == BEYOND and row["label"] == "SFT"):
         return ""
-    signed = measure == BEYOND
     method = None if measure in WITHOUT_INTERVAL or row["policy"] is None else analysis["interval"]
-    text = interval(row["estimates"][measure], measure, method, signed)
-    against = row["against_baseline"].get(measure)
-    return f"**{text}**" if against and is_ahead(against, measure, analysis) else text
+    text = interval(row["estimates"][measure], measure, method, measure == BEYOND)
+    return _bold_if_better(text, row["against_baseline"].get(measure), measure, analysis)
 
 
-def differences_table(found: Comparison, label: str) -> Iterator[str]:
-    """Rows of the second table: the policy of `label` less others, by seed."""
-    for other in AGAINST:
-        base = next(row.label for row in found.rows if short(row.label) == other)
-        analysis = analyse(found, None, base)
-        against = rows_by_label(analysis)[label]["against_baseline"]
-        cells = []
-        for measure in DIFFERENCES.values():
-            text = interval(against[measure], measure, analysis["interval"], signed=True)
-            ahead = is_ahead(against[measure], measure, analysis)
-            cells.append(f"**{text}**" if ahead else text)
-        yield _line([POLICIES[other], *cells])
+def _bold_if_better(
+    text: str, difference: Mapping[str, Any] | None, measure: str, analysis: Mapping[str, Any]
+) -> str:
+    """Bold if the whole interval of the difference lies on the better side of zero."""
+    lower_is_better = measure == BEYOND or analysis["lower_is_better"].get(measure)
+    if difference is None or difference["low"] is None or lower_is_better is None:
+        return text
+    better = difference["high"] < 0 if lower_is_better else difference["low"] > 0
+    return f"**{text}**" if better else text
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def tables(folder: Path = RECORDED, label: str = "e2e-irl-best-of-n 2") -> Iterator[str]:
-    """Both tables of the README as lines of Markdown."""
-    found = comparison(folder)
-    analysis = analyse(found, None, None)
-    yield _line(["policy", *COLUMNS])
-    yield _line(["---", *["---:"] * len(COLUMNS)])
-    yield from headline_table(analysis)
-    yield ""
-    yield _line([f"{POLICIES[label]}, less …", *DIFFERENCES])
-    yield _line(["---", *["---:"] * len(DIFFERENCES)])
-    yield from differences_table(found, label)
-
-
-def record(runs: Sequence[Path], folder: Path = RECORDED) -> None:
-    """Keep what the tables read of finished runs, without the names of folders."""
+def record(runs: Sequence[Path], archive: Path = ARCHIVE) -> None:
+    """Add the files that the tables need of finished runs, without the names of folders."""
+    texts = {}
+    if archive.exists():
+        with extracted(archive) as folder:
+            texts = {
+                path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+                for path in folder.glob("*/*")
+            }
     for run in runs:
-        view = Run.load(run)
-        if view.summary is None:
+        if Run.load(run).summary is None:
             raise SystemExit(f"{run}: found no summary.json, expected a finished run")
-        kept = folder / run.name
-        kept.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            shutil.copyfile(run / name, kept / name)
-        recipe = kept / "recipe.yaml"
-        text = recipe.read_text(encoding="utf-8")
-        text = re.sub(r"(?m)^output_dir: .*$", f"output_dir: {HOME['output_dir']}", text)
-        text = re.sub(r"(?m)^(data:\n(?:  .*\n)*?  path: ).*$", rf"\g<1>{HOME['path']}", text)
-        recipe.write_text(text, encoding="utf-8")
-        print(f"{kept.relative_to(folder.parent)}: kept")
+            text = (run / name).read_text(encoding="utf-8")
+            texts[f"{run.name}/{name}"] = _without_folders(text) if name == FILES[0] else text
+        print(f"{run.name}: recorded")
+    _write(texts, archive)
+
+
+def _without_folders(recipe: str) -> str:
+    recipe = re.sub(r"(?m)^output_dir: .*$", f"output_dir: {OUTPUT_DIR}", recipe)
+    return re.sub(r"(?m)^(data:\n(?:  .*\n)*?  path: ).*$", rf"\g<1>{DATA_PATH}", recipe)
+
+
+def _write(texts: Mapping[str, str], archive: Path) -> None:
+    """Write a tar.gz whose bytes depend only on the texts and their names."""
+    with (
+        gzip.GzipFile(archive, "wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for path, text in sorted(texts.items()):
+            content = text.encode()
+            info = tarfile.TarInfo(path)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 if __name__ == "__main__":
@@ -169,4 +212,4 @@ if __name__ == "__main__":
     if asked.record:
         record(asked.record)
     else:
-        print("\n".join(tables()))
+        print("\n\n".join([readme_table(), full_table(), differences_table()]))

@@ -94,15 +94,13 @@ def test_an_ablation_differs_in_what_it_is_about(name: str) -> None:
     assert {key for key in own if own[key] != other[key]} == expected
 
 
-def test_every_ablation_is_here_and_in_the_catalogue() -> None:
-    listed = (recipes_dir() / "README.md").read_text(encoding="utf-8")
+def test_every_ablation_is_compared_with_its_neighbour() -> None:
     names = {
         path.relative_to(recipes_dir()).as_posix()
         for folder in ("e2e/ablations", "sfx")
         for path in (recipes_dir() / folder).glob("*.yaml")
     }
     assert names - set(DIFFERENCES) <= {"sfx/base.yaml", "sfx/irl-select.yaml", "sfx/spin.yaml"}
-    assert all(f"`{name}`" in listed for name in {*names, *DIFFERENCES})
 
 
 @pytest.mark.parametrize("name", SMOKED)

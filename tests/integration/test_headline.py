@@ -1,56 +1,63 @@
-"""The README's E2E tables are what the recorded runs say."""
+"""The E2E tables of README.md and recipes/results are those of the recorded runs."""
 
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from benchmarks import headline
 
 README = Path("README.md")
+RESULTS = Path("recipes/results/e2e-main-comparison.md")
 
 
-def test_the_readme_has_the_tables_of_the_recorded_runs() -> None:
-    told = README.read_text(encoding="utf-8")
-    first, second = "\n".join(headline.tables()).split("\n\n")
-    assert first.count("\n") == len(headline.POLICIES) + 1
-    assert second.count("\n") == len(headline.AGAINST) + 1
-    assert f"\n\n{first}\n\n" in told and f"\n\n{second}\n\n" in told
-    for table in (first, second):  # and no other beside it
-        assert told.count(table[: table.index("\n")]) == 1
+def test_tables_in_the_documents_are_those_of_the_recorded_runs() -> None:
+    assert f"\n\n{headline.readme_table()}\n\n" in README.read_text(encoding="utf-8")
+    results = RESULTS.read_text(encoding="utf-8")
+    assert f"\n\n{headline.full_table()}\n\n" in results
+    assert f"\n\n{headline.differences_table()}\n\n" in results
 
 
-def test_every_policy_has_every_seed() -> None:
-    found = headline.comparison()
-    assert found.seeds == [1, 2, 3, 4, 5]  # "five seeds" in the README
-    assert set(headline.POLICIES) <= {headline.short(row.label) for row in found.rows}
-    for row in found.rows:
-        assert sorted(row.values[f"{headline.ERRORS}@1"]) == found.seeds, row.label
-    assert not found.missing and not found.differences
+def test_every_policy_has_five_seeds() -> None:
+    recorded = headline.comparison()
+    assert recorded.seeds == [1, 2, 3, 4, 5]
+    assert set(headline.POLICIES) <= {headline.short(row.label) for row in recorded.rows}
+    for row in recorded.rows:
+        assert sorted(row.values[f"{headline.ERRORS}@1"]) == recorded.seeds, row.label
+    assert not recorded.missing and not recorded.differences
 
 
-def test_recorded_runs_name_no_machine() -> None:
-    runs = sorted(headline.RECORDED.iterdir())
+def test_recorded_runs_name_no_folder_of_a_machine() -> None:
+    with tarfile.open(headline.ARCHIVE) as tar:
+        names = tar.getnames()
+    runs = {name.partition("/")[0] for name in names}
     assert len(runs) == len(headline.comparison().runs)
-    for run in runs:
-        assert sorted(path.name for path in run.iterdir()) == sorted(headline.FILES)
-        for path in run.iterdir():
-            absolute = re.search(r'(?<=["\' ])/\w[^"\' ]*', path.read_text(encoding="utf-8"))
-            assert absolute is None, f"{path}: {absolute}"
+    assert sorted(names) == sorted(f"{run}/{file}" for run in runs for file in headline.FILES)
+    with headline.extracted() as folder:
+        for name in names:
+            text = (folder / name).read_text(encoding="utf-8")
+            absolute = re.search(r'(?<=["\' ])/\w[^"\' ]*', text)
+            assert absolute is None, f"{name}: {absolute}"
 
 
-def test_a_run_is_recorded_without_its_folders(tmp_path: Path) -> None:
-    one = sorted(headline.RECORDED.iterdir())[0]
-    run = tmp_path / "runs" / one.name
-    shutil.copytree(one, run)
+def test_record_adds_a_run_without_its_folders(tmp_path: Path) -> None:
+    archive = tmp_path / "recorded.tar.gz"
+    with headline.extracted() as folder:
+        first, second = sorted(folder.iterdir())[:2]
+        shutil.copytree(second, tmp_path / second.name)
+        run = tmp_path / "runs" / first.name
+        shutil.copytree(first, run)
     recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
     mine = recipe.replace("output_dir: runs", "output_dir: /home/me/runs")
     mine = mine.replace("path: ../data/e2e", "path: /home/me/e2e")
     assert mine.count("/home/me") == 2
     (run / "recipe.yaml").write_text(mine, encoding="utf-8")
-    headline.record([run], tmp_path / "kept")
-    kept = tmp_path / "kept" / one.name
-    assert (kept / "recipe.yaml").read_text(encoding="utf-8") == recipe
+    headline.record([tmp_path / second.name], archive)
+    headline.record([run], archive)
+    with headline.extracted(archive) as folder:
+        assert {path.name for path in folder.iterdir()} == {first.name, second.name}
+        assert (folder / run.name / "recipe.yaml").read_text(encoding="utf-8") == recipe
     (run / "summary.json").unlink()
     with pytest.raises(SystemExit, match=r"found no summary\.json, expected a finished run"):
-        headline.record([run], tmp_path / "kept")
+        headline.record([run], archive)

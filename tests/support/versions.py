@@ -18,10 +18,10 @@ TESTED = ("report", "dev")  # extras that tests need; the others are services an
 HEAD = """\
 # Dependencies of a base installation
 
-Every package that `pip install irl-align` brings along on Linux, with the licence that it declares.
-Exact versions are in `constraints.txt`. Written by `make licences`; a test compares it with what is
-installed and refuses copyleft. MPL-2.0 (tqdm) is a duty for changes to its own files, and none is
-changed here.
+This table lists every package that `pip install irl-align` installs on Linux, with the licence that
+the package declares. `constraints.txt` has the exact versions. `make licences` writes this page. A
+test compares it with the installed packages and refuses copyleft licences. The MPL-2.0 of tqdm
+applies only to changes of its own files, and this project changes none.
 
 | package | licence |
 | --- | --- |
