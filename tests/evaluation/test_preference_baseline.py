@@ -10,7 +10,7 @@ from support.shared_runs import shared_run
 from support.tiny_runs import BEST, irl_align, stage_folder, the_line, tiny_recipe
 
 from irl_align.evaluation.preference_tables import preference_notes
-from irl_align.reward.model import read_settings
+from irl_align.reward.settings import read_settings
 from irl_align.training.train import Result, train
 
 pytestmark = pytest.mark.timeout(240)

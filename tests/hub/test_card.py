@@ -23,7 +23,7 @@ from irl_align.hub.facts import Facts
 from irl_align.hub.licences import combine, derive
 from irl_align.hub.sections import gold_table, scores_section
 from irl_align.hub.snippets import reward_snippets
-from irl_align.reward.model import RewardSettings
+from irl_align.reward.settings import RewardSettings
 from irl_align.training.train import train
 
 pytestmark = pytest.mark.timeout(240)

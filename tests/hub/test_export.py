@@ -28,7 +28,8 @@ from irl_align.data.loading import load_preferences
 from irl_align.hub.export import export
 from irl_align.hub.facts import ratio_interval
 from irl_align.hub.weights import chat_ids, chat_template, final_norm, fold_normaliser
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 pytestmark = pytest.mark.timeout(240)
 MakeModel = Callable[[str], PreTrainedModel]

@@ -18,7 +18,8 @@ from irl_align.models.generation import TransformersGenerator
 from irl_align.models.loading import load_model, seeded
 from irl_align.models.trl import save_model
 from irl_align.policy.ppo.backbone import share_backbone
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 LORA = LoraOptions(r=4, lora_alpha=8.0)
 PROMPTS = [[BOS, 3 + i, 5] for i in range(8)]
