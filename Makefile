@@ -63,7 +63,6 @@ SMOKE := $(addprefix tests/,reward/test_attention.py \
 	data/test_loading.py \
 	reward/test_fit.py \
 	models/generation/test_transformers_backend.py \
-	models/generation/test_grouped_attention.py \
 	training/test_loop.py \
 	models/test_loading.py \
 	policy/ppo/test_trainer.py \

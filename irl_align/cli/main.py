@@ -221,7 +221,7 @@ def generate(
         resolve_policy,
         sampling_backend,
     )
-    from irl_align.models.generation import Sampling
+    from irl_align.models.generation.protocol import Sampling
 
     _check_output(output)
     rows, policy = read_rows(input, [("prompt",)]), resolve_policy(model)

@@ -22,9 +22,9 @@ from irl_align.data.columns import column
 from irl_align.data.encoding import decode_batch
 from irl_align.data.loading import choose_prompts
 from irl_align.errors import UserError
-from irl_align.models.generation import Sampling
 from irl_align.models.generation.backends import resolve_backend, sampling_of
 from irl_align.models.generation.offline import saved_sampler, with_backend
+from irl_align.models.generation.protocol import Sampling
 from irl_align.models.generation.samples import SampleSet, read_samples, write_samples
 from irl_align.models.loading import load_tokenizer, pick_device
 from irl_align.models.logprobs import best_of_n_kl_bound

@@ -14,14 +14,13 @@ from irl_align.data.encoding import decode_batch, encode_prompts
 from irl_align.data.sources import file_rows
 from irl_align.errors import UserError
 from irl_align.evaluation.preference_baseline import first_policy
-from irl_align.models.generation import Completion, Sampling
-from irl_align.models.generation import generate as sample
 from irl_align.models.generation.backends import resolve_backend
 from irl_align.models.generation.offline import saved_sampler
+from irl_align.models.generation.protocol import Completion, Sampling
+from irl_align.models.generation.protocol import generate as sample
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
-from irl_align.reward.implicit import ImplicitReward
-from irl_align.reward.model import RewardModel
+from irl_align.reward.model import ImplicitReward, RewardModel
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.training.reward_step import scheduled
 from irl_align.training.run_folder import Run, artefact_folder, is_run

@@ -15,12 +15,11 @@ from irl_align.data.columns import column
 from irl_align.data.loading import data_checksum
 from irl_align.errors import UserError
 from irl_align.evaluation.preference_data import PreferenceSet, encode, fits
-from irl_align.models import lora as adapters
 from irl_align.models.loading import load_tokenizer
+from irl_align.models.lora import quantization_config
 from irl_align.models.trl import Training
 from irl_align.reward.fit import fit_reward, pair_columns
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings
 from irl_align.training.context import derive_seed
 from irl_align.training.run_folder import RunView
 from irl_align.training.store import Store
@@ -118,7 +117,7 @@ def _unfitted(
     lora, quantization = recipe.reward.lora, recipe.model.quantization
     options: dict[str, Any] = {}
     if lora is not None and quantization is not None:
-        options["quantization_config"] = adapters.quantized(quantization)
+        options["quantization_config"] = quantization_config(quantization)
     tokenizer = load_tokenizer(policy)
     seed = _seed(recipe) % 2**63
     return RewardModel.from_policy(policy, tokenizer, settings, seed, device, lora, **options)

@@ -37,7 +37,8 @@ from irl_align.evaluation.preference_tables import (
     excess_share,
     preference_report,
 )
-from irl_align.models.loading import completion_logprobs, load_model, pick_device
+from irl_align.models.lm_head import completion_logprobs
+from irl_align.models.loading import load_model, pick_device
 from irl_align.reward.losses import calibration_error
 from irl_align.reward.model import RewardModel
 from irl_align.training.run_folder import Run, RunView, is_run

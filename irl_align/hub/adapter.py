@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from irl_align.errors import UserError
 from irl_align.hub.facts import Facts
-from irl_align.models import lora
+from irl_align.models.lora import ADAPTER_CONFIG, base_of, has_adapter, is_adapter
 from irl_align.utils.files import atomic_write, to_json
 
 
@@ -18,7 +18,7 @@ def base_name(facts: Facts, model: Path, given: str | None) -> str:
 
     Raises UserError: the model is no adapter, or its base is nowhere that others can get it.
     """
-    if not lora.is_adapter(model):
+    if not is_adapter(model):
         raise UserError(
             f"--adapter: {facts.view.folder}: found a model whose weights are all trained; "
             "expected an adapter: leave --adapter out"
@@ -26,7 +26,7 @@ def base_name(facts: Facts, model: Path, given: str | None) -> str:
     if given is not None:
         return given
     start = facts.stage_folder("start") / "model"
-    own = Path(lora.base_of(model)).resolve() != start.resolve()
+    own = Path(base_of(model)).resolve() != start.resolve()
     if own or facts.base_hub_id is None or facts.record("start")["metrics"].get("resized"):
         what = "a model of this run" if own else "no Hub model as it is there"
         raise UserError(
@@ -38,7 +38,7 @@ def base_name(facts: Facts, model: Path, given: str | None) -> str:
 
 def require_whole(model: PreTrainedModel, source: Path) -> None:
     """Raise UserError where an adapter could not be merged: its base is in 4 bits."""
-    if lora.has_adapter(model):
+    if has_adapter(model):
         raise UserError(
             f"{source}: an adapter on a base of 4 bits, merged, would say something else; "
             "expected --adapter"
@@ -47,7 +47,7 @@ def require_whole(model: PreTrainedModel, source: Path) -> None:
 
 def rename_base(folder: Path, base: str, revision: str | None) -> None:
     """Have the adapter in a folder name this base."""
-    file = folder / lora.CONFIG
+    file = folder / ADAPTER_CONFIG
     values = json.loads(file.read_text(encoding="utf-8"))
     values |= {"base_model_name_or_path": base, "revision": revision}
     atomic_write(file, to_json(values, indent=2) + "\n")

@@ -1,11 +1,10 @@
-"""One training's batches divided among processes, so that every step sees the rows it would see in
-one process, each with the same weight.
+"""Each training step's batch split among processes, as one process would compute it.
 
-A recipe's per_device_train_batch_size x gradient_accumulation_steps is the batch of one step, on
+A recipe's per_device_train_batch_size x gradient_accumulation_steps is the batch of one step, for
 any number of processes. In one process a step takes micro-batches of B rows, and its loss is the
-mean of their means. Here each is cut into pieces that the processes take in turn. A piece's weight
-is its share of that mean; a process that gets none, at the end of an epoch, computes some piece
-with weight 0, for all of them must take part in a backward pass.
+mean of their means. Several processes cut each micro-batch into pieces, and take the pieces in
+turn. A piece's weight is its share of that mean. All processes must take part in a backward pass,
+so a process that gets no piece, at the end of an epoch, computes some piece with weight 0.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from irl_align.errors import UserError
 
-SHARE = "share"  # of a batch: what its loss is multiplied by
+FACTOR = "piece_factor"  # key of a batch: what its loss is multiplied by
 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a step's batch is divided: rows of a micro-batch and micro-batches of a step, before
-    (in one process) and after (in each)."""
+    """Rows of a micro-batch and micro-batches of a step: in one process, and in each of several."""
 
     whole_rows: int
     whole_steps: int
@@ -39,16 +37,17 @@ class BatchSplit:
         return self.whole_rows * self.whole_steps
 
 
-def divide(rows: int, steps: int, processes: int, of: str) -> BatchSplit:
-    """Fewer micro-batches for each process where that is enough, and else smaller ones too.
+def split_batch(rows: int, steps: int, processes: int, config: str) -> BatchSplit:
+    """Fewer micro-batches for each process where that is enough, otherwise smaller ones too.
 
-    Raises UserError where `of`, the trainer's config, has a batch that cannot be divided.
+    Raises UserError where the processes cannot share the batch; config: name of the trainer's
+    config, for the message.
     """
     common = math.gcd(steps, processes)
     pieces = processes // common
     if rows % pieces:
         raise UserError(
-            f"recipe: args of {of}: found per_device_train_batch_size {rows} x "
+            f"recipe: args of {config}: found per_device_train_batch_size {rows} x "
             f"gradient_accumulation_steps {steps}, expected a batch that {processes} processes can "
             f"share: a multiple of {processes}, each with as many rows at once"
         )
@@ -67,13 +66,13 @@ class Piece:
     factor: float
 
 
-def pieces_of_step(rows: Sequence[int], how: BatchSplit, processes: int) -> list[list[Piece]]:
-    """Every process's pieces of one step's rows, as many for each."""
-    wholes = [rows[i : i + how.whole_rows] for i in range(0, len(rows), how.whole_rows)]
+def pieces_of_step(rows: Sequence[int], split: BatchSplit, processes: int) -> list[list[Piece]]:
+    """Every process's pieces of one step's rows, the same number for each process."""
+    wholes = [rows[i : i + split.whole_rows] for i in range(0, len(rows), split.whole_rows)]
     cut = [
-        (list(whole[i : i + how.rows]), len(whole[i : i + how.rows]) / len(whole) / len(wholes))
+        (list(whole[i : i + split.rows]), len(whole[i : i + split.rows]) / len(whole) / len(wholes))
         for whole in wholes
-        for i in range(0, len(whole), how.rows)
+        for i in range(0, len(whole), split.rows)
     ]
     each = -(-len(cut) // processes)
     cut += [(cut[0][0], 0.0)] * (each * processes - len(cut))
@@ -83,38 +82,45 @@ def pieces_of_step(rows: Sequence[int], how: BatchSplit, processes: int) -> list
     ]
 
 
-class Pieces:
+class PieceSampler:
     """Batch sampler of one process: its pieces of every step of an epoch.
 
-    order: the epoch's rows, the same in every process; drop_last: leave out a micro-batch that is
-    not whole.
+    order: the epoch's row numbers, the same in every process. count: how many rows there are.
+    drop_last: leave out a last micro-batch with fewer rows than the others.
     """
 
     def __init__(
-        self, order: Any, count: int, how: BatchSplit, rank: int, processes: int, drop_last: bool
+        self,
+        order: Any,
+        count: int,
+        split: BatchSplit,
+        *,
+        rank: int,
+        processes: int,
+        drop_last: bool,
     ) -> None:
-        self.order, self.how, self.rank, self.processes = order, how, rank, processes
-        self.count = count - count % how.whole_rows if drop_last else count
+        self.order, self.split, self.rank, self.processes = order, split, rank, processes
+        self.count = count - count % split.whole_rows if drop_last else count
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the order, where it does not know by itself."""
+        """Pass the epoch to the order, where its numbers depend on it."""
         if hasattr(self.order, "set_epoch"):
             self.order.set_epoch(epoch)
 
     def __len__(self) -> int:
-        full, rest = divmod(self.count, self.how.batch)
-        last = pieces_of_step(range(rest), self.how, self.processes)[0] if rest else []
-        return full * self.how.steps + len(last)
+        full, rest = divmod(self.count, self.split.batch)
+        last = pieces_of_step(range(rest), self.split, self.processes)[0] if rest else []
+        return full * self.split.steps + len(last)
 
     def __iter__(self) -> Iterator[Piece]:
         order = list(self.order)[: self.count]
-        for start in range(0, len(order), self.how.batch):
-            step = order[start : start + self.how.batch]
-            yield from pieces_of_step(step, self.how, self.processes)[self.rank]
+        for start in range(0, len(order), self.split.batch):
+            step = order[start : start + self.split.batch]
+            yield from pieces_of_step(step, self.split, self.processes)[self.rank]
 
 
-class Rows(Dataset[Any]):
-    """A dataset whose batches are asked for by a Piece."""
+class PieceDataset(Dataset[Any]):
+    """A dataset that a DataLoader asks for one Piece at a time."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -127,23 +133,23 @@ class Rows(Dataset[Any]):
 
 
 @dataclass(frozen=True)
-class Collated:
-    """A collator's batch with its share; the labels of a share of 0 do not count."""
+class PieceCollator:
+    """A collator whose batches carry their factor; at a factor of 0 labels do not count."""
 
     collate: Callable[[list[Any]], Mapping[str, Any]]
 
-    def __call__(self, found: tuple[list[Any], float]) -> dict[str, Any]:
-        rows, factor = found
-        batch = {**self.collate(rows), SHARE: torch.tensor(factor)}
+    def __call__(self, piece: tuple[list[Any], float]) -> dict[str, Any]:
+        rows, factor = piece
+        batch = {**self.collate(rows), FACTOR: torch.tensor(factor)}
         if not factor and "labels" in batch:
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
 
 
-class PiecesLoader(DataLoader[Any]):
-    """A DataLoader of pieces that passes the epoch on to the order of the rows."""
+class PieceLoader(DataLoader[Any]):
+    """A DataLoader of pieces that passes the epoch to the order of the rows."""
 
     def set_epoch(self, epoch: int) -> None:
-        """As accelerate's loaders."""
+        """Called by transformers' Trainer, as on accelerate's loaders."""
         sampler: Any = self.batch_sampler
         sampler.set_epoch(epoch)

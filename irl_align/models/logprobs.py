@@ -15,12 +15,6 @@ def chosen_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     return picked - torch.logsumexp(logits, dim=-1)
 
 
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Exact KL(p || q) of the categorical distributions at each place: (..., V) x2 -> (...)."""
-    p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
 def k1(policy_logp: Tensor, reference_logp: Tensor) -> Tensor:
     """Unbiased estimate of KL(pi || ref) from samples of pi: log pi - log ref. Any shape."""
     return policy_logp - reference_logp

@@ -1,8 +1,8 @@
-"""LoRA adapters on transformers' models: added, saved beside a reference to their base, merged.
+"""LoRA adapters on transformers' models: added, switched, saved, loaded and merged.
 
 peft's layers stand inside the model (transformers' own integration), which keeps its class: what
-takes a language model takes one with an adapter. In a store, base_model_name_or_path is relative to
-the nearest folder that holds both adapter and base, so that a store can be moved.
+takes a language model also takes one with an adapter. In a store, base_model_name_or_path is
+relative to the nearest folder that holds both adapter and base, so that a store can be moved.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from irl_align.config.model import ALL_LINEAR, LoraOptions, QuantizationOptions
 from irl_align.errors import UserError
 from irl_align.utils.files import atomic_write, read_json, to_json
 
-OWN = "default"  # name of the adapter that a model is saved with
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DEFAULT_ADAPTER = "default"  # name of the adapter that a model is saved with
+ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of peft's names in files
-_HEAD = "score."  # of a reward, saved with its adapter
+_HEAD = "score"  # a reward's head, saved with its adapter
 _REWRITE = "write the adapter again"
 
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds an adapter, and not a whole model."""
-    return (Path(folder) / CONFIG).is_file()
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -46,13 +46,14 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def base_of(folder: str | Path) -> str:
-    """The whole model under the model in a folder: its adapter's base, or itself.
+    """The whole model under the model in a folder: the base of its adapter, or the folder itself.
 
-    A folder, or the Hub id that an adapter from elsewhere names.
+    Returns a folder, or the Hub id that an adapter from elsewhere names. Raises UserError where the
+    adapter names no base.
     """
     if not is_adapter(folder):
         return str(Path(folder).absolute())
-    file = Path(folder) / CONFIG
+    file = Path(folder) / ADAPTER_CONFIG
     named = read_json(file, "an adapter's settings", _REWRITE).get("base_model_name_or_path")
     if not named:
         raise UserError(f"{file}: base_model_name_or_path: found none, expected the base model")
@@ -62,11 +63,11 @@ def base_of(folder: str | Path) -> str:
     return str(named)
 
 
-# ---- into a model
+# --- into a model ---------------------------------------------------------------------------------
 
 
-def add_adapter(model: PreTrainedModel, options: LoraOptions, base: str, name: str = OWN) -> None:
-    """Put a fresh adapter into the model and freeze the rest; the model's function stays as it is.
+def add_adapter(model: PreTrainedModel, options: LoraOptions, base: str) -> None:
+    """Put a new adapter into the model and freeze the rest; the model's function does not change.
 
     A is random, by torch's global numbers, and B is 0; both are float32. Raises UserError where
     target_modules are not linear layers of the backbone.
@@ -78,15 +79,15 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions, base: str, name: s
         task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS",
     )
     try:
-        _inject(model, config, name)
+        _inject(model, config, DEFAULT_ADAPTER)
     except ValueError as error:
         raise UserError(_no_targets(model, targets)) from error
     config.base_model_name_or_path = base
-    check_targets(model, targets)
+    _check_targets(model, targets)
 
 
-def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    """Raise UserError unless all adapted are linear layers of the backbone, some by each name."""
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Raise UserError unless each target is adapted, and only linear layers of the backbone are."""
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for target in targets if list(targets) != [ALL_LINEAR] else ():
         if not any(name == target or name.endswith(f".{target}") for name in adapted):
@@ -114,20 +115,21 @@ def _linear_names(model: PreTrainedModel) -> str:
     return ", ".join(sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in own}))
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = OWN) -> dict[str, Tensor]:
-    """Put a saved adapter into the model that it is of, and freeze the rest.
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, name: str = DEFAULT_ADAPTER
+) -> dict[str, Tensor]:
+    """Put a saved adapter into its base model, and freeze the rest.
 
-    Returns the weights of the head that a reward is saved with, by their names in it; those of a
-    policy are none. Raises UserError: half written, no LoRA, or of another model.
+    Returns the weights of a reward's head by their names in it; a policy's adapter has none.
+    Raises UserError: the adapter is incomplete, not LoRA, or of another model.
     """
     folder = Path(folder)
     config, state = _read(folder)
+    prefix = f"{_PREFIX}{_HEAD}."
     head = {
-        key.removeprefix(_PREFIX + _HEAD): state.pop(key)
-        for key in list(state)
-        if key.startswith(_PREFIX + _HEAD)
+        key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)
     }
-    config.modules_to_save = None  # the head, which is no part of the layers here
+    config.modules_to_save = None  # the head, which is not among the adapted layers here
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws weights that are then replaced
             _inject(model, config, name)
@@ -135,7 +137,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = OWN) ->
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(_other_model(folder, model, str(error))) from error
     config.base_model_name_or_path = base_of(folder)
-    missing = set(result.missing_keys) & set(_parameters(model, name))
+    missing = set(result.missing_keys) & set(adapter_weights(model, name))
     if missing or result.unexpected_keys:
         wrong = f"{len(missing)} weights missing, {len(result.unexpected_keys)} unknown"
         raise UserError(_other_model(folder, model, wrong))
@@ -143,31 +145,31 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = OWN) ->
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
-    """peft's layers into the model: in float32, and in its mode, since they have dropout.
+    """Put peft's layers into the model, in float32, and in the model's mode (they have dropout).
 
-    It warns of a second adapter, and of what it changes for GPT-2's kind of linear layer.
+    peft's warnings about a second adapter and about GPT-2's kind of linear layer are expected.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
         model.add_adapter(config, name)
-    for weight in _parameters(model, name).values():
+    for weight in adapter_weights(model, name).values():
         weight.data = weight.data.float()
     model.train(model.training)
 
 
 def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    found = read_json(folder / CONFIG, "an adapter's settings", _REWRITE)
-    if found.get("peft_type") != "LORA":
-        kind = found.get("peft_type")
-        raise UserError(f"{folder / CONFIG}: peft_type: found {kind}, expected LORA")
+    """Settings and weights of a saved adapter."""
+    kind = read_json(folder / ADAPTER_CONFIG, "an adapter's settings", _REWRITE).get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{folder / ADAPTER_CONFIG}: peft_type: found {kind}, expected LORA")
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        return config, load_file(folder / WEIGHTS)
+        return LoraConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS)
     except Exception as error:  # peft and safetensors raise many kinds
         cause = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder / WEIGHTS}: no whole adapter: {cause}; expected {CONFIG} and {WEIGHTS}"
+            f"{folder / _WEIGHTS}: no complete adapter: {cause}; expected {ADAPTER_CONFIG} and "
+            f"{_WEIGHTS}"
         ) from error
 
 
@@ -179,7 +181,7 @@ def _other_model(folder: Path, model: PreTrainedModel, cause: str) -> str:
     )
 
 
-def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+def adapter_weights(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The weights of one adapter, by their names in the model."""
     return {
         key: weight
@@ -189,35 +191,30 @@ def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def train_only(model: nn.Module, *names: str) -> None:
-    """Of all weights train these adapters'."""
+    """Train the weights of these adapters, and no others."""
     model.requires_grad_(False)
     for name in names:
-        for weight in _parameters(model, name).values():
+        for weight in adapter_weights(model, name).values():
             weight.requires_grad_(True)
 
 
 def copy_adapter(model: PreTrainedModel, source: str, name: str) -> None:
-    """A further adapter, equal to one that the model has."""
+    """Add an adapter that equals one that the model has."""
     config: Any = copy.deepcopy(model.peft_config[source])
     with torch.random.fork_rng(devices=[]):
         _inject(model, config, name)
-    own = _parameters(model, source)
-    for key, weight in _parameters(model, name).items():
+    own = adapter_weights(model, source)
+    for key, weight in adapter_weights(model, name).items():
         weight.data = own[key.replace(f".{name}.", f".{source}.")].detach().clone()
 
 
-def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The weights of one adapter."""
-    return list(_parameters(model, name).values())
-
-
-def merge(model: PreTrainedModel) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """W + scale * B A in place of each adapted layer: the same function, without adapters."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             model.set_submodule(name, layer.get_base_layer())
-    model.delete_adapter(OWN)
+    model.delete_adapter(DEFAULT_ADAPTER)
     return model
 
 
@@ -226,27 +223,27 @@ def can_merge(model: PreTrainedModel) -> bool:
     return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
 
 
-# ---- which one is active
+class AdapterSwitch:
+    """Chooses which adapter of a backbone is active: one at a time, or none.
 
-
-class Switch:
-    """The adapters of one backbone, one of them, or none, active at a time.
-
-    Which weights are trained stays as it is: peft's own switch would freeze the inactive ones.
+    Which weights are trained does not change: peft's own switch would freeze the inactive ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self.active: str | None = OWN
+        self.active: str | None = DEFAULT_ADAPTER
         self.reset()
 
     def reset(self) -> None:
-        """The model's own adapter active, as after an adapter was added."""
-        self._set(OWN)
+        """Activate the model's own adapter, for example after another one was added."""
+        self._set(DEFAULT_ADAPTER)
 
     @contextlib.contextmanager
     def on(self, name: str | None) -> Iterator[None]:
-        """The adapter of this name alone inside the block, the one before it afterwards."""
+        """Activate only the adapter of this name inside the block, and the previous one after it.
+
+        name: None for no adapter.
+        """
         before = self.active
         self._set(name)
         try:
@@ -263,88 +260,84 @@ class Switch:
         self.active = name
 
 
-# ---- on disk
+# --- on disk --------------------------------------------------------------------------------------
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Write a model's adapter in peft's format, a reward's head with it, and the model's config."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=OWN, save_embedding_layers=False)
-    config: Any = copy.deepcopy(model.peft_config[OWN])
+    state = get_peft_model_state_dict(
+        model, adapter_name=DEFAULT_ADAPTER, save_embedding_layers=False
+    )
+    config: Any = copy.deepcopy(model.peft_config[DEFAULT_ADAPTER])
     config.inference_mode = True
-    head: Any = getattr(model, _HEAD.rstrip("."), None)
+    head: Any = getattr(model, _HEAD, None)
     if head is not None:
-        config.modules_to_save = [_HEAD.rstrip(".")]
-        state |= {_HEAD + name: weight for name, weight in head.state_dict().items()}
+        config.modules_to_save = [_HEAD]
+        state |= {f"{_HEAD}.{name}": weight for name, weight in head.state_dict().items()}
     config.base_model_name_or_path = _reference(str(config.base_model_name_or_path), folder)
     tensors = {_PREFIX + name: weight.detach().contiguous() for name, weight in state.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    atomic_write(folder / CONFIG, _text(config))
-
-
-def _text(config: LoraConfig) -> str:
-    """The settings as JSON, in one order whatever the process: peft has sets."""
-    values = {
+    values = {  # peft has sets, whose order differs between processes
         name: sorted(value) if isinstance(value, set) else value
         for name, value in config.to_dict().items()
     }
-    return to_json(dict(sorted(values.items())), indent=2) + "\n"
+    atomic_write(folder / ADAPTER_CONFIG, to_json(dict(sorted(values.items())), indent=2) + "\n")
 
 
 def _reference(base: str, folder: Path) -> str:
-    """A base's path from the nearest folder above both; a Hub id, and what shares none, stay."""
+    """A base's path from the nearest folder that holds both; Hub ids and unrelated paths stay."""
     if not Path(base).is_absolute():
         return base
     above = os.path.commonpath([base, folder.absolute()])
     return base if above == os.path.sep else os.path.relpath(base, above)
 
 
-def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that are trained, by name."""
+def _trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def save_trained(model: nn.Module, file: Path) -> None:
-    """Write the weights that are trained: all that a checkpoint needs beside the base."""
-    save_file({name: w.detach().contiguous() for name, w in trained_weights(model).items()}, file)
+    """Write the weights that are trained: all that a checkpoint needs besides the base."""
+    save_file({name: w.detach().contiguous() for name, w in _trained_weights(model).items()}, file)
 
 
 def load_trained(model: nn.Module, file: Path) -> None:
     """Read what :func:`save_trained` wrote into the same model."""
     saved = load_file(file)
     with torch.no_grad():
-        for name, weight in trained_weights(model).items():
+        for name, weight in _trained_weights(model).items():
             weight.copy_(saved[name])
 
 
-# ---- four bits
+# --- four bits ------------------------------------------------------------------------------------
 
 
-def quantized(options: QuantizationOptions) -> BitsAndBytesConfig:
+def quantization_config(options: QuantizationOptions) -> BitsAndBytesConfig:
     """transformers' settings of a 4-bit model."""
     return BitsAndBytesConfig(load_in_4bit=True, **options.model_dump())
 
 
 def saved_quantization(folder: Path) -> BitsAndBytesConfig | None:
-    """The settings of the base that an adapter was trained on, if that was in 4 bits."""
-    file = folder / "config.json"
-    found = read_json(file, "a model's config", _REWRITE).get("quantization_config")
-    return None if found is None else BitsAndBytesConfig.from_dict(found)
+    """Quantization of the base that an adapter was trained on; None if that was not in 4 bits."""
+    config = read_json(folder / "config.json", "a model's config", _REWRITE)
+    settings = config.get("quantization_config")
+    return None if settings is None else BitsAndBytesConfig.from_dict(settings)
 
 
 @contextlib.contextmanager
 def kept_precision(model: nn.Module) -> Iterator[None]:
-    """Undo what TRL's trainers do to the adapters of a 4-bit model: round them to bfloat16."""
-    before = {weight: weight.data for weight in trained_weights(model).values()}
+    """Undo the rounding to bfloat16 that TRL's trainers apply to the adapters of a 4-bit model."""
+    before = {weight: weight.data for weight in _trained_weights(model).values()}
     yield
     for weight, data in before.items():
         weight.data = data
 
 
 def require_bitsandbytes(what: str) -> None:
-    """Raise UserError where bitsandbytes is not installed."""
+    """Raise UserError where bitsandbytes is not installed. what: who needs it, for the message."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"{what} needs bitsandbytes: pip install 'irl-align[qlora]'")

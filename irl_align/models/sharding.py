@@ -1,7 +1,7 @@
-"""Training engines that cut a model's weights up among processes: FSDP and DeepSpeed's ZeRO.
+"""Training engines that shard a model's weights among processes: FSDP and DeepSpeed's ZeRO.
 
-They train a copy. The model itself stays whole in every process, and has the new weights when the
-training is over: what scores, samples and saves it need not know of shards.
+The engine trains a copy. The model itself stays complete in every process, and gets the new
+weights when the training is over, so what scores, samples and saves it does not depend on shards.
 """
 
 from __future__ import annotations
@@ -17,42 +17,38 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from irl_align.errors import UserError
-from irl_align.models import lora
+from irl_align.models.lora import has_adapter
 from irl_align.utils import distributed
 
 
-def engine() -> str | None:
-    """FSDP or DeepSpeed, where `accelerate launch` was told to use one."""
+def _engine() -> str | None:
+    """FSDP or DEEPSPEED, where `accelerate launch` was asked to use one; else None."""
     for name in ("FSDP", "DEEPSPEED"):
-        if (
-            os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
-            and distributed.count() > 1
-        ):
+        asked = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+        if asked and distributed.count() > 1:
             return name
     return None
 
 
 def to_train(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or the copy of it that an engine may cut up.
+    """The model itself, or a copy that the engine may shard.
 
-    Raises UserError for a model with adapters, whose checkpoints are not of shards.
+    Raises UserError for a model with adapters under an engine: its checkpoints are not sharded.
     """
-    if engine() is None:
+    engine = _engine()
+    if engine is None:
         return model
-    if lora.has_adapter(model):
+    if has_adapter(model):
         raise UserError(
-            f"model.lora: found an adapter under {engine()}, expected all weights to be trained: "
+            f"model.lora: found an adapter under {engine}, expected all weights to be trained: "
             "an adapter fits data parallelism (recipes/accelerate/ddp.yaml)"
         )
     return copy.deepcopy(model)
 
 
 def reset_deepspeed() -> None:
-    """A training is over: models are loaded whole again.
-
-    DeepSpeed's config is known to all of transformers, which under ZeRO-3 loads shards by it.
-    """
-    if engine() == "DEEPSPEED":
+    """End transformers' use of DeepSpeed's config, by which it would load models as shards."""
+    if _engine() == "DEEPSPEED":
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
@@ -60,17 +56,17 @@ def reset_deepspeed() -> None:
 
 @torch.no_grad()
 def copy_back(trained: nn.Module, model: nn.Module) -> None:
-    """Copy the weights of what :func:`to_train` gave back into the model, whole."""
+    """Copy all weights of what :func:`to_train` returned back into the model."""
     if trained is model:
         return
-    into = dict(model.named_parameters())
+    targets = dict(model.named_parameters())
     for name, weight in trained.named_parameters():
-        with whole(weight) as full:
-            into[name].copy_(full)
+        with _gathered(weight) as full:
+            targets[name].copy_(full)
 
 
 @contextlib.contextmanager
-def whole(weight: Any) -> Iterator[Any]:
+def _gathered(weight: Any) -> Iterator[Any]:
     """A weight as one tensor in every process, inside the block."""
     if hasattr(weight, "full_tensor"):  # FSDP's
         yield weight.full_tensor()
@@ -84,6 +80,6 @@ def whole(weight: Any) -> Iterator[Any]:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all weights are, those in other processes too."""
+    """Whether all weights are finite, those of other processes included."""
     parts: Any = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters())
     return all(distributed.gather(all(bool(part.isfinite().all()) for part in parts)))

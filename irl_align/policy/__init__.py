@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from irl_align.models.generation import Generator, Sampling
+    from irl_align.models.generation.protocol import Generator, Sampling
     from irl_align.models.generation.samples import Samples
     from irl_align.models.trl import Training
-    from irl_align.reward.protocol import RewardFunction
+    from irl_align.reward.model import RewardFunction
 
 
 @dataclass(frozen=True)

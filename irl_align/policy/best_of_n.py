@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 from irl_align.config.policy_update import PROMPT_OPTIONS, BestOfNOptions
 from irl_align.data.columns import column
 from irl_align.errors import UserError
-from irl_align.models.generation import Completion
+from irl_align.models.generation.protocol import Completion
 from irl_align.models.generation.samples import Samples
-from irl_align.models.trl import Training, fit_sft, save_model, sft_columns
+from irl_align.models.loading import save_model
+from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations, Policy, Ranking, Reward, UpdateContext
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.ranking import rank_samples, sample_rewards
@@ -108,7 +110,7 @@ class BestOfN:
             )
         else:
             logps = reference_logps([(1.0, model)], pairs)
-        return fit_implicit(model, tokenizer, pairs, logps, options.args, training, expect_ln2=True)
+        return fit_implicit(model, tokenizer, pairs, logps, options.args, training, True)
 
 
 def score_candidates(

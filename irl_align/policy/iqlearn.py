@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from irl_align.config.policy_update import IQLearnOptions
-from irl_align.models.trl import GuardedSFTTrainer, fit_sft, save_model, sft_columns
+from irl_align.models.loading import save_model
+from irl_align.models.sft import GuardedSFTTrainer, fit_sft, sft_columns
 from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
 from irl_align.reward.losses import iq_learn
 from irl_align.utils import distributed

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irl_align.models.trl import fit_sft, save_model, sft_columns
+from irl_align.models.loading import save_model
+from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
 
 

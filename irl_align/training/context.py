@@ -22,8 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from irl_align.config.recipe import to_dict, to_yaml
 from irl_align.config.schema import Recipe
 from irl_align.errors import TryAgain, UserError
-from irl_align.models import lora as adapters
-from irl_align.models.generation import Completion, Generator, Sampling, TransformersGenerator
 from irl_align.models.generation.backends import (
     LiveGenerator,
     VLLMSampler,
@@ -31,20 +29,24 @@ from irl_align.models.generation.backends import (
     resolve_backend,
     sampling_of,
 )
+from irl_align.models.generation.protocol import Completion, Generator, Sampling
 from irl_align.models.generation.samples import Samples, StoredSamples, write_chosen, write_samples
-from irl_align.models.loading import (
-    completion_logprobs,
-    eos_ids,
-    folder_eos_ids,
-    load_model,
-    seeded,
+from irl_align.models.generation.transformers_backend import TransformersGenerator
+from irl_align.models.lm_head import completion_logprobs
+from irl_align.models.loading import eos_ids, folder_eos_ids, load_model, seeded
+from irl_align.models.lora import (
+    DEFAULT_ADAPTER,
+    add_adapter,
+    base_of,
+    has_adapter,
+    quantization_config,
+    require_bitsandbytes,
+    train_only,
 )
 from irl_align.models.packing import context_length
 from irl_align.models.trl import Training
 from irl_align.policy import Policy, Reward
-from irl_align.reward.implicit import ImplicitReward
-from irl_align.reward.model import RewardModel
-from irl_align.reward.protocol import RewardFunction
+from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.training.run_folder import FollowedRun, Run
 from irl_align.training.store import Stage, Store
@@ -82,7 +84,7 @@ class RunContext:
         if recipe.model.quantization is None:
             self.backend = resolve_backend(recipe.generation, device)
         else:
-            adapters.require_bitsandbytes("model.quantization")
+            require_bitsandbytes("model.quantization")
             self.backend = "transformers"  # what samples a model of 4 bits
         if self.backend == "vllm" and distributed.count() > 1:
             raise UserError(
@@ -168,11 +170,11 @@ class RunContext:
         """
         lora = self.recipe.model.lora
         model = self._load(path, merge=lora is None)
-        if adapters.has_adapter(model):
-            adapters.train_only(model, adapters.OWN)
+        if has_adapter(model):
+            train_only(model, DEFAULT_ADAPTER)
         elif lora is not None:
             with seeded(derive_seed(self.recipe.seed, "adapter") % 2**63):
-                adapters.add_adapter(model, lora, adapters.base_of(path))
+                add_adapter(model, lora, base_of(path))
         return model
 
     def _load(self, path: Path, merge: bool) -> PreTrainedModel:
@@ -190,7 +192,7 @@ class RunContext:
     def quantization(self) -> dict[str, Any]:
         """What loads the recipe's models in 4 bits, where it asks for that."""
         options = self.recipe.model.quantization
-        return {} if options is None else {"quantization_config": adapters.quantized(options)}
+        return {} if options is None else {"quantization_config": quantization_config(options)}
 
     @property
     def adapted(self) -> dict[str, Any]:

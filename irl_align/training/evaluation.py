@@ -19,7 +19,7 @@ from irl_align.data.columns import by_prompt_key, column
 from irl_align.data.encoding import decode_batch
 from irl_align.data.loading import choose_prompts
 from irl_align.data.pairs import policy_pairs
-from irl_align.models.generation import Completion, Sampling
+from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.logprobs import best_of_n_kl_bound
 from irl_align.policy import Policy, Reward
@@ -27,7 +27,7 @@ from irl_align.reward.audit import shortcut_audit, within_prompts
 from irl_align.reward.distributed import spread
 from irl_align.reward.fit import SIDES, margin_report, margins
 from irl_align.reward.health import AUDITED
-from irl_align.reward.protocol import RewardFunction
+from irl_align.reward.model import RewardFunction
 from irl_align.tasks.bleu import reference_metrics
 from irl_align.tasks.gold import GoldMetric
 from irl_align.training.context import RunContext

@@ -17,7 +17,7 @@ from irl_align.data.columns import by_prompt_key
 from irl_align.data.contrast import contrast_pairs
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.pairs import Pairs, load_pairs, policy_pairs, sample_pairs, save_pairs, stats
-from irl_align.models.generation import Completion, Sampling
+from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.policy import Policy
 from irl_align.training.context import RunContext
 from irl_align.training.prepare import Data

@@ -22,9 +22,15 @@ from irl_align.data.encoding import (
 from irl_align.data.loading import Demonstration, Prompt, data_checksum, divide, load_demonstrations
 from irl_align.data.noise import with_noise
 from irl_align.errors import UserError
-from irl_align.models.loading import check_adapter, load_model, load_tokenizer, scratch_model
+from irl_align.models.loading import (
+    check_adapter,
+    load_model,
+    load_tokenizer,
+    save_model,
+    scratch_model,
+)
 from irl_align.models.packing import context_length
-from irl_align.models.trl import fit_sft, save_model, sft_columns
+from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.policy import Demonstrations, Policy
 from irl_align.training.context import RunContext, checksum, derive_seed
 from irl_align.training.extra_prompts import extra_prompts, unread_prompts

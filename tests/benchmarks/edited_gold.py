@@ -22,8 +22,8 @@ from irl_align.config.generation import GenerationOptions
 from irl_align.data.cards import load_card
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.loading import load_demonstrations
-from irl_align.models.generation import Sampling, generate
 from irl_align.models.generation.offline import saved_sampler
+from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.loading import load_tokenizer
 from irl_align.tasks import e2e
 from irl_align.training.run_folder import Run

@@ -36,9 +36,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from irl_align.models.generation import Sampling, TransformersGenerator, generate
+from irl_align.models.generation.protocol import Sampling, generate
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.generation.vllm_common import vllm_importable
-from irl_align.models.loading import completion_logprobs
+from irl_align.models.lm_head import completion_logprobs
 
 Prompts = list[list[int]]
 PAD, EOS = 0, 1

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/grouped_attention.py [--rows 32 --heads 14 --kv-heads 2 --columns 300]
 
-transformers' sdpa attention against ours (generate/grouped_attention.py), one thread, a padding
+transformers' sdpa attention against ours (models/attention.py), one thread, a padding
 mask; the two take turns, so that what else the machine does falls on both alike.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from irl_align.models.generation.grouped_attention import grouped_attention
+from irl_align.models.attention import grouped_attention
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], steps: int) -> dict[str, float]:

@@ -29,17 +29,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.model import LoraOptions
 from irl_align.config.policy_update import PPOOptions
-from irl_align.models import lora as adapters
-from irl_align.models.generation import Sampling, TransformersGenerator
-from irl_align.models.loading import load_model, pick_device, seeded
-from irl_align.models.trl import Training, save_model
+from irl_align.models.generation.protocol import Sampling
+from irl_align.models.generation.transformers_backend import TransformersGenerator
+from irl_align.models.loading import load_model, pick_device, save_model, seeded
+from irl_align.models.lora import DEFAULT_ADAPTER, add_adapter, train_only
+from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo import update
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import share_backbone
 from irl_align.policy.ppo.network import Critic
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings
 from irl_align.utils.hardware import peak_memory
 
 VOCABULARY = 8192
@@ -60,7 +60,7 @@ def write_models(size: str, folder: Path, longest: int) -> None:
     save_model(random_llama(size, VOCABULARY, longest), own, folder / "base")
     policy = load_model(folder / "base")
     with seeded(1):
-        adapters.add_adapter(policy, LORA, str(folder / "base"))
+        add_adapter(policy, LORA, str(folder / "base"))
     save_model(policy, own, folder / "policy")
     for name, lora in (("reward", LORA), ("whole-reward", None)):
         settings = RewardSettings()
@@ -72,7 +72,7 @@ def actors(kind: str, folder: Path, options: PPOOptions, longest: int) -> Actors
     device = pick_device("auto")
     policy = load_model(folder / ("base" if kind == "full" else "policy"), device, merge=False)
     if kind != "full":
-        adapters.train_only(policy, adapters.OWN)
+        train_only(policy, DEFAULT_ADAPTER)
     backbone, reference = None, policy
     reward: Any = None
     if kind == "shared":

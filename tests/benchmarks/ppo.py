@@ -39,7 +39,8 @@ from transformers import (
 from irl_align.config.policy_update import PPOOptions
 from irl_align.data.encoding import encode_prompts
 from irl_align.evaluation.inference import PromptFormat
-from irl_align.models.generation import Sampling, TransformersGenerator
+from irl_align.models.generation.protocol import Sampling
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo.actors import Actors
@@ -49,8 +50,7 @@ from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.rollout import RolloutBatch, draw
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings
 
 CPU = torch.device("cpu")
 

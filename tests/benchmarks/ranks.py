@@ -99,7 +99,8 @@ def work(options: Any) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from irl_align.config.policy_update import PPOOptions
-    from irl_align.models.generation import Sampling, TransformersGenerator
+    from irl_align.models.generation.protocol import Sampling
+    from irl_align.models.generation.transformers_backend import TransformersGenerator
     from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
     from irl_align.policy.ppo.network import Network
     from irl_align.policy.ppo.rollout import collate, sample

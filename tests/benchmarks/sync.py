@@ -19,7 +19,7 @@ from generation import EOS, SIZES, random_llama
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_common import EngineSettings, PolicyFolder
 from irl_align.models.generation.vllm_engine import VLLMEngine
-from irl_align.models.loading import completion_logprobs
+from irl_align.models.lm_head import completion_logprobs
 
 
 def main() -> None:

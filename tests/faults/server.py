@@ -19,7 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from irl_align.models.generation import Sampling, TransformersGenerator, generate
+from irl_align.models.generation.protocol import Sampling, generate
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.loading import load_model
 
 CONTEXT = 192

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from irl_align.errors import UserError
 from irl_align.hub.export import Form, export
-from irl_align.models import lora as adapters
-from irl_align.models.loading import completion_logprobs, load_model
+from irl_align.models.lm_head import completion_logprobs
+from irl_align.models.loading import load_model
+from irl_align.models.lora import base_of, is_adapter
 from irl_align.reward.model import RewardModel
 from irl_align.training.train import Result, train
 
@@ -64,8 +65,8 @@ def test_the_opponent_of_spin_is_the_previous_adapter_and_not_the_base(spin: Res
     base = stage_folder(spin.folder, "sft") / "model"
     first = stage_folder(spin.folder, "reward/0") / "model"
     second = stage_folder(spin.folder, "reward/1") / "model"
-    assert not adapters.is_adapter(base)
-    assert adapters.base_of(first) == adapters.base_of(second) == str(base)
+    assert not is_adapter(base)
+    assert base_of(first) == base_of(second) == str(base)
     # The classic mistake, the adapter switched off, would have shown in the first loss.
     rows = pq.read_table(stage_folder(spin.folder, "pairs/1") / "train.parquet").to_pylist()[:24]
     margins = [
@@ -116,7 +117,7 @@ def test_best_of_n_trains_adapters_on_the_sft_model(best: Result) -> None:
     base = stage_folder(best.folder, "sft") / "model"
     assert best.reward is not None
     for model in (best.reward, best.policy):
-        assert adapters.is_adapter(model) and adapters.base_of(model) == str(base)
+        assert is_adapter(model) and base_of(model) == str(base)
     stages = stage_records(best.folder)
     assert stages["reward/0"]["settings"]["lora"]["r"] == 4
     assert stages["policy-1"]["settings"]["lora"]["r"] == 4
@@ -128,7 +129,7 @@ def test_ppo_on_one_backbone_in_a_recipe(ppo: Result) -> None:
     sft = stage_folder(ppo.folder, "sft") / "model"
     assert ppo.reward is not None
     for model in (sft, ppo.reward, ppo.policy):
-        assert adapters.is_adapter(model) and adapters.base_of(model) == str(base)
+        assert is_adapter(model) and base_of(model) == str(base)
     told = metrics(ppo.folder)["ppo/0"]
     assert told["updates"] == 2 and abs(told["last"]["kl"]) > 1e-4
     assert told["last"]["sampler_log_ratio"] < 1e-4
@@ -141,7 +142,7 @@ def test_a_store_of_adapters_can_be_moved(ppo: Result, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(ppo.folder.parent, moved)
     policy = moved / ppo.policy.relative_to(ppo.folder.parent)
-    assert adapters.base_of(policy).startswith(str(moved))
+    assert base_of(policy).startswith(str(moved))
     assert str(ppo.folder.parent) not in (policy / "adapter_config.json").read_text()
     load_model(policy)
 
@@ -159,7 +160,7 @@ def test_a_reward_is_exported_merged_or_as_an_adapter(best: Result, tmp_path: Pa
     torch.testing.assert_close(apart, ours, rtol=1e-5, atol=1e-5)
 
     export(best.folder, "reward", tmp_path / "merged")
-    assert not adapters.is_adapter(tmp_path / "merged")
+    assert not is_adapter(tmp_path / "merged")
     merged = RewardModel.from_pretrained(tmp_path / "merged").score(PROMPTS, ANSWERS)
     torch.testing.assert_close(merged, ours, rtol=1e-5, atol=1e-5)
 

@@ -18,14 +18,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.model import LoraOptions, QuantizationOptions
 from irl_align.errors import UserError
-from irl_align.models import lora as adapters
-from irl_align.models.loading import check_adapter, completion_logprobs, load_model, seeded
-from irl_align.models.trl import Guarded, Training, fit_sft, save_model, sft_columns
+from irl_align.models.lm_head import completion_logprobs
+from irl_align.models.loading import check_adapter, load_model, save_model, seeded
+from irl_align.models.lora import (
+    adapter_weights,
+    add_adapter,
+    base_of,
+    has_adapter,
+    quantization_config,
+    require_bitsandbytes,
+)
+from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.trl import Guarded, Training
 from irl_align.policy.ppo.backbone import share_backbone
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings
 
 PROMPTS = [[1, 20, 21], [1, 30], [1, 20, 21]]
 COMPLETIONS = [[5, 6, 2], [7, 2], [9, 9, 9, 2]]
@@ -43,7 +51,7 @@ def shaken(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
 
 def adapted(model: PreTrainedModel, base: Path, **options: Any) -> PreTrainedModel:
     with seeded(0):
-        adapters.add_adapter(model, LoraOptions(**{"r": 4, **options}), str(base))
+        add_adapter(model, LoraOptions(**{"r": 4, **options}), str(base))
     return shaken(model)
 
 
@@ -76,7 +84,7 @@ def test_an_adapter_comes_back_apart_and_merged(
     model = load_model(start)
     before = logprobs(model)
     with seeded(0):
-        adapters.add_adapter(model, LoraOptions(r=4), str(start))
+        add_adapter(model, LoraOptions(r=4), str(start))
     torch.testing.assert_close(logprobs(model), before)  # B is 0
     assert all("lora_" in name for name in trained_names(model))
     shaken(model)
@@ -86,8 +94,8 @@ def test_an_adapter_comes_back_apart_and_merged(
     apart, merged = load_model(folder, merge=False), load_model(folder)
     torch.testing.assert_close(logprobs(apart), logprobs(model), rtol=0, atol=0)
     torch.testing.assert_close(logprobs(merged), logprobs(model), rtol=1e-4, atol=1e-5)
-    assert adapters.has_adapter(apart)
-    assert not adapters.has_adapter(merged)
+    assert has_adapter(apart)
+    assert not has_adapter(merged)
     assert all(weight.requires_grad for weight in merged.parameters())
     small = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     assert small < sum(f.stat().st_size for f in start.glob("*.safetensors"))
@@ -107,7 +115,7 @@ def test_a_reward_goes_on_from_the_policys_adapter(
     settings = RewardSettings(mean=0.3, std=1.7, bound=4.0, lm_coef=0.5)
     merged = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
     reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, 3, lora=LoraOptions(r=4))
-    assert not adapters.has_adapter(merged.model)
+    assert not has_adapter(merged.model)
     ours = merged.score_ids(PROMPTS, COMPLETIONS)
     torch.testing.assert_close(reward.score_ids(PROMPTS, COMPLETIONS), ours, rtol=1e-5, atol=1e-5)
     names = trained_names(reward.model)
@@ -115,11 +123,11 @@ def test_a_reward_goes_on_from_the_policys_adapter(
 
     folder = tmp_path / "reward-2" / "model"
     reward.save_pretrained(folder)
-    assert adapters.base_of(folder) == str(start)
+    assert base_of(folder) == str(start)
     for merge in (True, False):
         again = RewardModel.from_pretrained(folder, merge=merge)
         assert again.settings == settings
-        assert adapters.has_adapter(again.model) is not merge
+        assert has_adapter(again.model) is not merge
         scores = again.score_ids(PROMPTS, COMPLETIONS)
         torch.testing.assert_close(scores, ours, rtol=1e-5, atol=1e-5)
 
@@ -151,8 +159,8 @@ def test_half_precision_weights_are_not_merged_into(
     start = base("llama")
     save_model(adapted(load_model(start), start), tiny_tokenizer, tmp_path / "policy")
     half = load_model(tmp_path / "policy", dtype=torch.bfloat16)
-    assert adapters.has_adapter(half) and half.dtype == torch.bfloat16
-    parts = adapters.adapter_parameters(half, "default")
+    assert has_adapter(half) and half.dtype == torch.bfloat16
+    parts = adapter_weights(half, "default").values()
     assert {part.dtype for part in parts} == {torch.float32}
 
 
@@ -186,9 +194,7 @@ def test_a_training_of_an_adapter_that_was_killed_ends_at_the_same_bits(
         model = adapted(load_model(start), start, lora_dropout=0.2)
         if kind == "implicit":
             logps = reference_logps([(1.0, model)], pairs)
-            return model, fit_implicit(
-                model, tiny_tokenizer, pairs, logps, FIT, where, expect_ln2=True
-            )
+            return model, fit_implicit(model, tiny_tokenizer, pairs, logps, FIT, where, True)
         columns = sft_columns(list(pairs["prompt_ids"]), list(pairs["chosen_ids"]))
         return model, fit_sft(model, tiny_tokenizer, columns, FIT, where)
 
@@ -269,9 +275,9 @@ def test_a_broken_or_foreign_adapter_is_told_in_one_line(
         weights.write_bytes(data)
 
     weights.write_bytes(data[: len(data) // 2])
-    told("adapter_model.safetensors: no whole adapter")
+    told("adapter_model.safetensors: no complete adapter")
     weights.unlink()
-    told("adapter_model.safetensors: no whole adapter")
+    told("adapter_model.safetensors: no complete adapter")
     config.write_text(text[: len(text) // 2])
     told("adapter_config.json: found no JSON")
     config.write_text(json.dumps(values | {"peft_type": "IA3"}))
@@ -349,7 +355,7 @@ def test_quantization_without_bitsandbytes_is_told_before_any_work(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'irl-align\[qlora\]'"):
-        adapters.require_bitsandbytes("model.quantization")
+        require_bitsandbytes("model.quantization")
 
 
 # --- four bits ------------------------------------------------------------------------------------
@@ -361,7 +367,7 @@ def test_a_policy_and_a_reward_learn_on_a_base_of_4_bits(
     pytest.importorskip("bitsandbytes", reason="pip install 'irl-align[qlora]'")
     start = tmp_path / "start" / "model"  # of a block of 64 weights at least
     save_model(small_llama(len(tiny_tokenizer), width=64), tiny_tokenizer, start)
-    bits = {"quantization_config": adapters.quantized(QuantizationOptions())}
+    bits = {"quantization_config": quantization_config(QuantizationOptions())}
     near = {"rtol": 0.0, "atol": 1e-3}  # on a CPU bitsandbytes has one kernel for each mode
     pairs = random_pairs(6, seed=3)
     where = Training(tmp_path / "work", seed=11, device=torch.device("cpu"), run_name="run")
@@ -371,12 +377,12 @@ def test_a_policy_and_a_reward_learn_on_a_base_of_4_bits(
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     logps = reference_logps([(1.0, model)], pairs)
     few = {**FIT, "max_steps": 12, "learning_rate": 3e-2}
-    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, few, where, expect_ln2=True)
+    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, few, where, True)
     assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics["last_loss"] < 0.69
     save_model(model, tiny_tokenizer, tmp_path / "policy")
     again = load_model(tmp_path / "policy")  # in 4 bits, as its config says
-    assert again.is_quantized and adapters.has_adapter(again)
+    assert again.is_quantized and has_adapter(again)
     torch.testing.assert_close(logprobs(again), logprobs(model), **near)
 
     settings = RewardSettings()

@@ -10,7 +10,7 @@ from support.rows import plain_logps, random_ids
 from support.tiny_models import TINY_ARCHITECTURES
 from transformers import BertConfig, BertModel, PreTrainedModel
 
-from irl_align.models.loading import completion_logprobs
+from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.packing import (
     batches_by_tokens,
     can_pack,

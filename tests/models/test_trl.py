@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.rows import plain_logps, random_ids, random_pairs, same_weights, save
+from support.rows import random_ids, random_pairs, same_weights, save
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -18,19 +18,11 @@ from transformers import (
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from irl_align.errors import UserError
-from irl_align.models import trl
-from irl_align.models.trl import (
-    LengthGroups,
-    Training,
-    fit_sft,
-    last_checkpoint,
-    sft_columns,
-    training_args,
-)
+from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.trl import LengthGroups, Training, last_checkpoint, training_args
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings
 from irl_align.utils import hardware
 from irl_align.utils.files import seal
 
@@ -75,8 +67,8 @@ def make_fit(
                 columns = sft_columns(PROMPTS, COMPLETIONS)
                 return model, fit_sft(model, tiny_tokenizer, columns, options, training(work))
             if kind == "implicit":
-                arguments = (model, tiny_tokenizer, pairs, logps, options, training(work))
-                return model, fit_implicit(*arguments, expect_ln2=True)
+                arguments = (model, tiny_tokenizer, pairs, logps, options, training(work), True)
+                return model, fit_implicit(*arguments)
             settings = RewardSettings(lm_coef=0.5)  # with an output layer of its own
             reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=1)
             columns = pair_columns(pairs)
@@ -221,57 +213,6 @@ def test_every_epoch_has_an_order_of_its_own(
     assert len(set(orders)) == 3
 
 
-# --- the loss -------------------------------------------------------------------------------------
-
-
-def test_sft_columns_leave_the_prompt_out_of_the_loss() -> None:
-    assert sft_columns([[5, 6], [7]], [[8, 2], [9, 9, 2]]) == {
-        "input_ids": [[5, 6, 8, 2], [7, 9, 9, 2]],
-        "labels": [[-100, -100, 8, 2], [-100, 9, 9, 2]],
-        "length": [4, 4],
-    }
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_the_loss_is_the_mean_over_completion_tokens(
-    arch: str,
-    accumulate: int,
-    tiny_model: MakeModel,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
-    # One step, all rows: however they are split, each completion token counts once.
-    model = tiny_model(arch)
-    with torch.no_grad():
-        each = torch.cat(
-            [plain_logps(model, p, c) for p, c in zip(PROMPTS[:6], COMPLETIONS[:6], strict=True)]
-        )
-    options = {
-        "per_device_train_batch_size": 6 // accumulate,
-        "gradient_accumulation_steps": accumulate,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-    }
-    columns = sft_columns(PROMPTS[:6], COMPLETIONS[:6])
-    metrics = fit_sft(model, tiny_tokenizer, columns, options, training(tmp_path))
-    assert metrics["last_loss"] == pytest.approx(-each.mean().item(), abs=2e-5)
-    assert not model.training
-
-
-def test_sft_moves_only_towards_completions(
-    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    model = tiny_model("llama")
-    columns = sft_columns([[5, 6, 7]] * 4, [[8, 9, 2]] * 4)
-    options = {**OPTIONS, "num_train_epochs": 1, "max_steps": 30, "learning_rate": 1e-2}
-    before = plain_logps(model, [5], [6, 7]).sum().item()
-    metrics = fit_sft(model, tiny_tokenizer, columns, options, training(tmp_path))
-    assert plain_logps(model, [5, 6, 7], [8, 9, 2]).sum().item() > -0.1
-    assert plain_logps(model, [5], [6, 7]).sum().item() < before + 1.0  # nobody taught the prompt
-    assert metrics["last_loss"] < metrics["history"][0]["loss"]
-
-
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -316,29 +257,3 @@ def test_args_that_trl_refuses_are_a_user_error(
 ) -> None:
     with pytest.raises(UserError, match=f"recipe: args of SFTConfig: .*{told}"):
         training_args(SFTConfig, options, training(tmp_path))
-
-
-def test_no_rows_are_refused(
-    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match="SFT: no rows are left to train on"):
-        fit_sft(tiny_model("llama"), tiny_tokenizer, sft_columns([], []), {}, training(tmp_path))
-
-
-def test_a_loss_that_is_not_finite_stops_sft(
-    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    model = tiny_model("llama")
-    model.get_output_embeddings().weight.data[3, 0] = float("nan")
-    columns = sft_columns(PROMPTS, COMPLETIONS)
-    with pytest.raises(UserError, match="run: the loss is nan at step 1"):
-        fit_sft(model, tiny_tokenizer, columns, OPTIONS, training(tmp_path))
-
-
-def test_a_saved_model_loads_plainly(
-    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    trl.save_model(tiny_model("gpt_neox"), tiny_tokenizer, tmp_path / "model")
-    names = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not any(name.endswith(".bin") for name in names)

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.errors import UserError
-from irl_align.models.trl import Training, fit_sft, sft_columns
+from irl_align.models.sft import GuardedSFTTrainer, fit_sft, sft_columns
+from irl_align.models.trl import Training
 from irl_align.policy.iqlearn import IQLearnTrainer
 from irl_align.reward.losses import iq_learn
 from irl_align.training.train import train
@@ -112,7 +113,7 @@ def trained(
     prompts = [tiny_tokenizer.encode(text) for text in ("the punter", "a pub", "near", "cheap")]
     completions = [[*ids, tiny_tokenizer.eos_token_id] for ids in prompts[::-1]]
 
-    def run(name: str, trainer: Any = None, **args: Any) -> dict[str, Tensor]:
+    def run(name: str, trainer: Any = GuardedSFTTrainer, **args: Any) -> dict[str, Tensor]:
         model = tiny_model("llama")
         options = {"max_steps": 3, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
         options |= {"per_device_train_batch_size": 4, **args}

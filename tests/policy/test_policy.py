@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import BestOfNOptions
 from irl_align.errors import UserError
-from irl_align.models.generation import Completion, Sampling
+from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.loading import load_model
 from irl_align.models.trl import Training

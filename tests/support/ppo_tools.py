@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
-from irl_align.models.generation import Sampling, TransformersGenerator
+from irl_align.models.generation.protocol import Sampling
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo.actors import Actors

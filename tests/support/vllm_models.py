@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from irl_align.models.generation import Completion
+from irl_align.models.generation.protocol import Completion
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_common import EngineSettings, vllm_importable
 

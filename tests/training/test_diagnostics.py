@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from irl_align.config.loop import SignOptions
-from irl_align.models.generation import Completion
+from irl_align.models.generation.protocol import Completion
 from irl_align.models.generation.samples import SampleSet
 from irl_align.training.diagnostics import find_signs, temperature_of_entropy, vitals
 

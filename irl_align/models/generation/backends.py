@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from irl_align.config.generation import GenerationOptions
 from irl_align.config.schema import Recipe
 from irl_align.errors import UserError
-from irl_align.models.generation import Completion, Sampling
+from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.transformers_backend import evaluating
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_common import (
@@ -31,7 +31,7 @@ from irl_align.models.generation.vllm_common import (
 )
 from irl_align.models.generation.vllm_engine import VLLMEngine
 from irl_align.models.generation.vllm_server import ServerEngine, ServerSettings
-from irl_align.models.loading import completion_logprobs
+from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.lora import has_adapter, save_adapter
 
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux

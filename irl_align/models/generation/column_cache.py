@@ -19,9 +19,13 @@ class ColumnLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    filled = 0
-    keys: Any
-    values: Any
+
+    def __init__(self) -> None:
+        untyped: Any = super()
+        untyped.__init__()
+        self.keys: Any = None
+        self.values: Any = None
+        self.filled = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = key_states, value_states

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from irl_align.config.generation import GenerationOptions
 from irl_align.errors import UserError
-from irl_align.models.generation import Generator, TransformersGenerator
 from irl_align.models.generation.backends import VLLMSampler, VLLMSettings
+from irl_align.models.generation.protocol import Generator
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.loading import eos_ids, folder_eos_ids, load_model
 from irl_align.models.packing import context_length
 

@@ -84,11 +84,6 @@ class Completion:
     logprobs: np.ndarray
     truncated: bool
 
-    @property
-    def finished(self) -> bool:
-        """Whether the completion ends with an EOS that the policy sampled."""
-        return not self.truncated
-
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], vocab_size: int, context_length: int | None

@@ -19,8 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from irl_align.errors import UserError
-from irl_align.models.generation import Completion, Generator, Sampling
-from irl_align.models.generation.protocol import stream
+from irl_align.models.generation.protocol import Completion, Generator, Sampling, stream
 from irl_align.utils import distributed
 from irl_align.utils.files import is_sealed, seal
 

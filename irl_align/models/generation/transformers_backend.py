@@ -30,15 +30,15 @@ from transformers.cache_utils import (
 )
 
 from irl_align.errors import UserError
+from irl_align.models.attention import grouped_attention
 from irl_align.models.generation.column_cache import ColumnLayer, clone_rows, gather_cache
-from irl_align.models.generation.grouped_attention import grouped_attention
+from irl_align.models.generation.decoding_rows import DecodingRows
 from irl_align.models.generation.protocol import (
     Completion,
     Sampling,
     check_prompts,
     sample_uniforms,
 )
-from irl_align.models.generation.rows import Rows
 from irl_align.models.generation.sampler import sample_tokens
 
 HEADROOM = 16  # cache columns (decoding steps) between two rebuilds of the cache, at most
@@ -142,15 +142,15 @@ class TransformersGenerator:
 
         The cache, of C - S filled columns, grows by S.
         """
-        output = self.model(
+        logits: torch.Tensor = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             **self._last_only,
-        )
-        return output.logits[:, -1].float()
+        ).logits
+        return logits[:, -1].float()
 
     def new_cache(self) -> Cache:
         """An empty cache for this model."""
@@ -193,7 +193,7 @@ class _Run:
         # Longest first: neighbours pad each other least, and the last batch drains fast.
         self.queue = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
         self.prefilled: _Prefilled | None = None
-        self.rows: Rows | None = None
+        self.rows: DecodingRows | None = None
         self.cache = generator.new_cache()
         self.partial: dict[int, dict[int, Completion]] = {}
         self.ready: list[tuple[int, list[Completion]]] = []
@@ -211,7 +211,7 @@ class _Run:
     def _refill(self) -> tuple[int, int]:
         """Gather the live rows and as many new ones as fit; the cache's filled and free columns."""
         parts: list[tuple[Cache, torch.Tensor]] = []
-        kept: list[Rows] = []
+        kept: list[DecodingRows] = []
         if self.rows is not None:
             self._keep_live(self.rows, np.arange(len(self.rows)), self.cache, parts, kept)
         # Samples that end with their first token never join: hand them out before starting more.
@@ -219,7 +219,7 @@ class _Run:
             prefilled = self.prefilled or self._prefill(-(-free // self.sampling.n))
             rows, source = self._start(prefilled, free)
             self._keep_live(rows, source, prefilled.cache, parts, kept)
-        self.rows = Rows.concatenate(kept) if kept else None
+        self.rows = DecodingRows.concatenate(kept) if kept else None
         if self.rows is None:
             return 0, 0
         filled = int(self.rows.cached.max())
@@ -229,11 +229,11 @@ class _Run:
 
     def _keep_live(
         self,
-        rows: Rows,
+        rows: DecodingRows,
         source: np.ndarray,
         cache: Cache,
         parts: list[tuple[Cache, torch.Tensor]],
-        kept: list[Rows],
+        kept: list[DecodingRows],
     ) -> None:
         """Add the live ones of ``rows``, which lie in the rows ``source`` of ``cache``."""
         live = np.flatnonzero(rows.live)
@@ -241,7 +241,7 @@ class _Run:
             parts.append((cache, self._to_device(source[live])))
             kept.append(rows.take(live))
 
-    def _free(self, kept: list[Rows]) -> int:
+    def _free(self, kept: list[DecodingRows]) -> int:
         """How many more rows fit; 0 when no sample is left to start."""
         if self.prefilled is not None:
             longest = len(self.prompts[self.prefilled.prompts[0]])
@@ -270,7 +270,7 @@ class _Run:
         )
         return _Prefilled(cache, logits, indices)
 
-    def _start(self, prefilled: _Prefilled, free: int) -> tuple[Rows, np.ndarray]:
+    def _start(self, prefilled: _Prefilled, free: int) -> tuple[DecodingRows, np.ndarray]:
         """Draw the first token of the next ``free`` samples; also their rows among the prefilled.
 
         All samples of a prompt start from its one prefill; ``self.prefilled`` keeps what is left.
@@ -296,7 +296,7 @@ class _Run:
             self.prefilled = None
         return rows, source
 
-    def _new_rows(self, prompt: np.ndarray, sample: np.ndarray) -> Rows:
+    def _new_rows(self, prompt: np.ndarray, sample: np.ndarray) -> DecodingRows:
         longest, seed = self.sampling.max_new_tokens, self.sampling.seed
         lengths = np.array([len(self.prompts[index]) for index in prompt])
         limit = np.full(len(prompt), longest)
@@ -307,7 +307,7 @@ class _Run:
         if not self.sampling.greedy:
             for row, (index, which) in enumerate(zip(prompt, sample, strict=True)):
                 uniforms[row] = sample_uniforms(seed, self.prompts[index], int(which), longest)
-        return Rows(
+        return DecodingRows(
             prompt=prompt,
             sample=sample,
             prompt_length=lengths,
@@ -319,7 +319,7 @@ class _Run:
             logprobs=np.zeros(shape, dtype=np.float32),
         )
 
-    def _decode(self, rows: Rows, filled: int, room: int) -> None:
+    def _decode(self, rows: DecodingRows, filled: int, room: int) -> None:
         """Take up to ``room`` steps; stop early once enough rows are done."""
         first = np.minimum(rows.count[:, None] + np.arange(room), rows.uniforms.shape[1] - 1)
         uniforms = self._to_device(np.take_along_axis(rows.uniforms, first, axis=1))
@@ -337,10 +337,10 @@ class _Run:
                 return
             positions = positions + 1
             if self.generator.context_length is not None:
-                # Rows that are done run on, unread, until the next refill: not past the context.
+                # Done rows still decode, unread, until the next refill: keep them in context.
                 positions = positions.clamp_(max=self.generator.context_length - 1)
 
-    def _record(self, rows: Rows, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+    def _record(self, rows: DecodingRows, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Append one sampled token (B,) to each live row, and hand out what is complete."""
         eos = self.generator.eos
         for row in rows.append(tokens.cpu().numpy(), logprobs.cpu().numpy(), eos):

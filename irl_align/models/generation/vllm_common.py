@@ -20,7 +20,7 @@ import numpy as np
 from irl_align.errors import UserError
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.vllm_worker import EXTENSION
-from irl_align.models.lora import CONFIG, base_of, is_adapter
+from irl_align.models.lora import ADAPTER_CONFIG, base_of, is_adapter
 from irl_align.utils.files import read_json
 
 SAMPLES_PER_REQUEST = 64  # of one prompt; more are several requests, so that none grows with N
@@ -69,7 +69,7 @@ class PolicyFolder:
         """Look into a folder; UserError where an adapter does not name a folder for its model."""
         if not is_adapter(path):
             return PolicyFolder(path.absolute())
-        file, base = path / CONFIG, Path(base_of(path))
+        file, base = path / ADAPTER_CONFIG, Path(base_of(path))
         if not (base / "config.json").is_file():
             raise UserError(
                 f"{file}: base_model_name_or_path: found {base}, expected the folder of a model"

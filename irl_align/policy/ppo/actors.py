@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from irl_align.models.generation import Generator, Sampling
+from irl_align.models.generation.protocol import Generator, Sampling
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo.backbone import Backbone
 from irl_align.policy.ppo.monitors import Judge
-from irl_align.reward.protocol import RewardFunction
+from irl_align.reward.model import RewardFunction
 
 
 @dataclass(frozen=True)

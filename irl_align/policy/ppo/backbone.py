@@ -19,16 +19,20 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models import lora
 from irl_align.models.loading import load_tokenizer
-from irl_align.models.lora import Switch
-from irl_align.models.packing import Ids
+from irl_align.models.lora import (
+    DEFAULT_ADAPTER,
+    AdapterSwitch,
+    base_of,
+    copy_adapter,
+    is_adapter,
+    load_adapter,
+    train_only,
+)
 from irl_align.policy.ppo.critic import reward_for_critic, reward_head, zero_head
 from irl_align.policy.ppo.network import CRITIC, Critic
-from irl_align.reward.model import RewardModel
-from irl_align.reward.protocol import ScoreRequest, TokenScores
-from irl_align.reward.scoring import score_tokens
-from irl_align.reward.settings import read_settings
+from irl_align.reward.model import Ids, RewardModel, read_settings
+from irl_align.reward.scoring import TokenScores, score_tokens
 
 REFERENCE, REWARD = "reference", "reward"
 
@@ -36,7 +40,7 @@ REFERENCE, REWARD = "reference", "reward"
 class AdapterReward:
     """A reward that is an adapter of the policy's backbone; a RewardFunction and a TokenScorer."""
 
-    def __init__(self, reward: RewardModel, switch: Switch) -> None:
+    def __init__(self, reward: RewardModel, switch: AdapterSwitch) -> None:
         self.reward = reward
         self.switch = switch
 
@@ -50,10 +54,25 @@ class AdapterReward:
         with self._active():
             return self.reward.prefix_scores_ids(prompts, completions)
 
-    def score_tokens(self, request: ScoreRequest) -> TokenScores:
+    def score_tokens(
+        self,
+        prompts: Ids,
+        completions: Ids,
+        *,
+        prefixes: bool,
+        attention: bool,
+        eos_prefixes: bool = False,
+    ) -> TokenScores:
         """As :func:`irl_align.reward.scoring.score_tokens`."""
         with self._active():
-            return score_tokens(self.reward, request)
+            return score_tokens(
+                self.reward,
+                prompts,
+                completions,
+                prefixes=prefixes,
+                attention=attention,
+                eos_prefixes=eos_prefixes,
+            )
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
@@ -67,7 +86,7 @@ class AdapterReward:
 class Backbone:
     """What the policy's model holds besides the policy."""
 
-    switch: Switch
+    switch: AdapterSwitch
     reference: str | None
     """Name of the reference's adapter; None is the base."""
     reward: AdapterReward
@@ -79,24 +98,24 @@ def share_backbone(policy: PreTrainedModel, start: Path, reference: Path, reward
     policy: of the folder `start`, with its own adapter in it, which alone is trained. Raises
     UserError where the reward is no adapter, or the three are not of one base.
     """
-    if not lora.is_adapter(reward):
+    if not is_adapter(reward):
         raise UserError(
             f"PPO: backbone shared: found a whole reward model in {reward}, expected an adapter on "
             "the policy's base: fit it with reward.lora, or use backbone separate"
         )
-    base = lora.base_of(start)
+    base = base_of(start)
     for role, folder in (("reference", reference), ("reward", reward)):
-        if (found := lora.base_of(folder)) != base:
+        if (found := base_of(folder)) != base:
             raise UserError(
                 f"PPO: backbone shared: the {role}'s base is {found}, expected the policy's, {base}"
             )
     name = None
-    if lora.is_adapter(reference):
-        lora.load_adapter(policy, reference, REFERENCE)
+    if is_adapter(reference):
+        load_adapter(policy, reference, REFERENCE)
         name = REFERENCE
-    head = lora.load_adapter(policy, reward, REWARD)
-    lora.train_only(policy, lora.OWN)
-    switch = Switch(policy)
+    head = load_adapter(policy, reward, REWARD)
+    train_only(policy, DEFAULT_ADAPTER)
+    switch = AdapterSwitch(policy)
     model = RewardModel(_scorer(policy, head), load_tokenizer(reward), read_settings(reward))
     return Backbone(switch, name, AdapterReward(model, switch))
 
@@ -133,8 +152,8 @@ def adapter_critic(
         model, settings = reward_for_critic(reward, reward.tokenizer)
         head, (mean, std) = reward_head(model, policy.device), (settings.mean, settings.std)
         critic = Critic(None, head, settings.bound, mean, std, backbone.switch)
-    source = lora.OWN if options.critic_init == "zero" else REWARD
-    lora.copy_adapter(policy, source, CRITIC)
-    lora.train_only(policy, lora.OWN, CRITIC)
+    source = DEFAULT_ADAPTER if options.critic_init == "zero" else REWARD
+    copy_adapter(policy, source, CRITIC)
+    train_only(policy, DEFAULT_ADAPTER, CRITIC)
     backbone.switch.reset()
     return critic

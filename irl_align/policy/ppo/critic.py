@@ -10,13 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models import lora
+from irl_align.models.lora import DEFAULT_ADAPTER, has_adapter, train_only
 from irl_align.policy.ppo.network import Critic
 from irl_align.reward.alignment import same_tokenizer
-from irl_align.reward.forward import score_head
-from irl_align.reward.model import RewardModel
-from irl_align.reward.protocol import RewardFunction
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, score_head
 
 
 def make_critic(
@@ -39,8 +36,8 @@ def make_critic(
         return Critic(copy.deepcopy(policy.base_model), zero_head(policy))
     model, settings = reward_for_critic(reward, tokenizer)
     own = copy.deepcopy(model)
-    if lora.has_adapter(own):
-        lora.train_only(own, lora.OWN)
+    if has_adapter(own):
+        train_only(own, DEFAULT_ADAPTER)
     else:
         own = own.float().requires_grad_(True)
     trunk = own.base_model.to(policy.device)

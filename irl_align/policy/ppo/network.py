@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from irl_align.models.loading import LOGITS_AT_ONCE, has_plain_logits, lm_head_logits
-from irl_align.models.lora import Switch, adapter_parameters
+from irl_align.models.lm_head import LOGITS_AT_ONCE, has_plain_logits, lm_head_logits
+from irl_align.models.lora import AdapterSwitch, adapter_weights
 from irl_align.models.packing import PackedRows, model_inputs, pack_rows
 from irl_align.policy.ppo.losses import entropy as entropy_of
 from irl_align.reward.losses import bound
@@ -106,7 +106,7 @@ class Critic(nn.Module):
         limit: float | None = None,
         mean: float = 0.0,
         std: float = 1.0,
-        switch: Switch | None = None,
+        switch: AdapterSwitch | None = None,
     ) -> None:
         super().__init__()
         self.switch = switch
@@ -149,7 +149,8 @@ class Network(nn.Module):
         """Of a critic with a trunk or an adapter of its own."""
         if self.critic is None or self.critic.on_policy:
             return []
-        adapter = [] if self.critic.switch is None else adapter_parameters(self.policy, CRITIC)
+        switched = self.critic.switch is not None
+        adapter = adapter_weights(self.policy, CRITIC).values() if switched else ()
         return [w for w in (*self.critic.parameters(), *adapter) if w.requires_grad]
 
     def forward(

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.loading import completion_logprobs
+from irl_align.models.lm_head import completion_logprobs
+from irl_align.models.loading import save_model
 from irl_align.models.lora import has_adapter
-from irl_align.models.trl import Training, save_model
+from irl_align.models.trl import Training
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import Progress, checkpoints, load_checkpoint, updates_of
 from irl_align.policy.ppo.learner import Diverged, Learner
 from irl_align.policy.ppo.rollout import at_missing_eos, collate, sample
 from irl_align.reward.distributed import spread
-from irl_align.reward.protocol import ScoreRequest
 from irl_align.reward.scoring import score_tokens
 from irl_align.utils import distributed
 from irl_align.utils.files import SEAL, atomic_folder, seal
@@ -142,7 +142,9 @@ class Selection:
                 seal(aside)
 
     def _rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
-        scores = score_tokens(spread(self.actors.reward), ScoreRequest(prompts, completions))
+        scores = score_tokens(
+            spread(self.actors.reward), prompts, completions, prefixes=False, attention=False
+        )
         return scores.rewards.float()
 
     def _replace_model(self) -> None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.generation import TransformersGenerator
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.logprobs import k1
 from irl_align.models.trl import Training
 from irl_align.policy.ppo import advantages as adv

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from irl_align.config.policy_update import PROMPT_OPTIONS, PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.generation import Sampling
+from irl_align.models.generation.protocol import Sampling
 from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
 from irl_align.policy.ppo.actors import Actors
@@ -21,7 +21,7 @@ from irl_align.policy.ppo.learner import Learner, make_accelerator
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.reward.protocol import RewardFunction
+from irl_align.reward.model import RewardFunction
 from irl_align.utils.hardware import use_bf16
 
 

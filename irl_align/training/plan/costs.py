@@ -15,7 +15,7 @@ import trl
 from irl_align.config.policy_update import PPOOptions
 from irl_align.config.schema import Recipe
 from irl_align.models.generation.transformers_backend import HEADROOM, MOST_ROWS
-from irl_align.models.loading import LOGITS_AT_ONCE
+from irl_align.models.lm_head import LOGITS_AT_ONCE
 from irl_align.models.packing import PACKABLE, row_limit
 from irl_align.training.plan.data import Counts
 from irl_align.training.plan.devices import Work

@@ -16,7 +16,6 @@ from support.vllm_models import EOS, build, largest_gap, needs_vllm, ragged_prom
 from irl_align.config.schema import Recipe
 from irl_align.errors import UserError
 from irl_align.evaluation.best_of_n import best_of_curve
-from irl_align.models.generation import Sampling, generate
 from irl_align.models.generation.backends import (
     BackendSampling,
     LiveGenerator,
@@ -25,6 +24,7 @@ from irl_align.models.generation.backends import (
     bits,
     resolve_backend,
 )
+from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.vllm_common import require_vllm
 from irl_align.training.context import RunContext
 from irl_align.training.run_folder import Run

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from irl_align.errors import UserError
-from irl_align.models.generation import Completion, Sampling, samples
+from irl_align.models.generation import samples
+from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import (
     SampleSet,
     StoredSamples,

@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from irl_align.errors import UserError
-from irl_align.models.generation import Completion, Sampling, TransformersGenerator, generate
+from irl_align.models.generation.protocol import Completion, Sampling, generate
 from irl_align.models.generation.sampler import sample_tokens, warp
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 
 VOCAB, PAD, EOS, CONTEXT = 40, 0, 1, 48
 
@@ -285,7 +286,7 @@ def test_batching_and_padding_change_nothing(
             tokens = completion.token_ids
             limit = min(max_new_tokens, CONTEXT - len(prompt))
             assert EOS not in tokens[:-1]
-            assert completion.finished == (tokens[-1] == EOS)
+            assert completion.truncated == (tokens[-1] != EOS)
             assert len(tokens) == limit if completion.truncated else len(tokens) <= limit
 
 
@@ -320,7 +321,7 @@ def test_completions_end_at_the_context(models: dict[str, PreTrainedModel]) -> N
     prompts = [[5] * (CONTEXT - 1), [5] * (CONTEXT - 30), [5]]
     groups = generate(sampler(model), prompts, Sampling(n=2, max_new_tokens=40))
     assert [[len(c.token_ids) for c in group] for group in groups] == [[1, 1], [30, 30], [40, 40]]
-    assert all(c.truncated and not c.finished for group in groups for c in group)
+    assert all(c.truncated for group in groups for c in group)
     # One row of eight is done after 3 tokens; it must not leave GPT-2's table of positions.
     groups = generate(
         sampler(model), [[5] * (CONTEXT - 3), *[[5]] * 7], Sampling(max_new_tokens=30)
@@ -338,8 +339,8 @@ def test_eos_is_kept_and_any_eos_ends() -> None:
     for completion in group:
         *before, last = completion.token_ids
         assert set(before) <= {12}
-        assert completion.finished == (last in (EOS, 9))
-        assert completion.finished or len(completion.token_ids) == 3
+        assert completion.truncated == (last not in (EOS, 9))
+        assert not completion.truncated or len(completion.token_ids) == 3
     assert {completion.token_ids[-1] for completion in group} == {EOS, 9, 12}
 
 

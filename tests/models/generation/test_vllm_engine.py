@@ -23,7 +23,8 @@ from support.vllm_models import (
 from transformers import PreTrainedModel
 
 from irl_align.errors import UserError
-from irl_align.models.generation import Sampling, TransformersGenerator, generate
+from irl_align.models.generation.protocol import Sampling, generate
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_engine import VLLMEngine
 
@@ -143,8 +144,8 @@ def test_samples_end_at_eos_or_are_marked(llama: tuple[VLLMGenerator, PreTrained
     flat = [completion for group in found for completion in group]
     for completion in flat:
         assert EOS not in completion.token_ids[:-1]
-        assert completion.finished == (completion.token_ids[-1] == EOS)
-        assert completion.finished or len(completion.token_ids) == 30
+        assert completion.truncated == (completion.token_ids[-1] != EOS)
+        assert not completion.truncated or len(completion.token_ids) == 30
     assert 0 < sum(c.truncated for c in flat) < len(flat)
 
 

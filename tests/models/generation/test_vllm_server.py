@@ -31,7 +31,7 @@ from support.vllm_models import (
 )
 
 from irl_align.errors import UserError
-from irl_align.models.generation import Sampling, generate
+from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_common import PolicyFolder
 from irl_align.models.generation.vllm_process import ServerProcess

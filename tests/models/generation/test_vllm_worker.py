@@ -25,7 +25,7 @@ from support.vllm_models import (
 from transformers import PreTrainedModel
 
 from irl_align.errors import UserError
-from irl_align.models.generation import Sampling, generate
+from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_engine import VLLMEngine
 

@@ -13,7 +13,8 @@ from support.rows import plain_logps, save
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
-from irl_align.models.generation import Sampling, TransformersGenerator
+from irl_align.models.generation.protocol import Sampling
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.loading import load_model
 from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations, Policy, Reward

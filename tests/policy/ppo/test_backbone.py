@@ -13,13 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from irl_align.config.model import LoraOptions
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models import lora
-from irl_align.models.generation import TransformersGenerator
-from irl_align.models.loading import load_model, seeded
-from irl_align.models.trl import save_model
+from irl_align.models.generation.transformers_backend import TransformersGenerator
+from irl_align.models.loading import load_model, save_model, seeded
+from irl_align.models.lora import (
+    DEFAULT_ADAPTER,
+    adapter_weights,
+    add_adapter,
+    base_of,
+    has_adapter,
+    train_only,
+)
 from irl_align.policy.ppo.backbone import share_backbone
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings
 
 LORA = LoraOptions(r=4, lora_alpha=8.0)
 PROMPTS = [[BOS, 3 + i, 5] for i in range(8)]
@@ -44,7 +49,7 @@ class Cast:
         save_model(small_llama(len(tokenizer), layers=2), tokenizer, self.base)
         policy = load_model(self.base)
         with seeded(1):
-            lora.add_adapter(policy, LORA, lora.base_of(self.base))
+            add_adapter(policy, LORA, base_of(self.base))
         save_model(shaken(policy, 2), tokenizer, self.start)
         settings = RewardSettings(mean=0.3, std=1.7)
         reward = RewardModel.from_policy(self.start, tokenizer, settings, seed=3, lora=LORA)
@@ -65,11 +70,11 @@ class Cast:
 
     def _with(self, cast: Any, start: Path, reference: Any) -> Any:
         policy = load_model(start, merge=False)
-        if lora.has_adapter(policy):
-            lora.train_only(policy, lora.OWN)
+        if has_adapter(policy):
+            train_only(policy, DEFAULT_ADAPTER)
         else:
             with seeded(7):
-                lora.add_adapter(policy, LORA, lora.base_of(start))
+                add_adapter(policy, LORA, base_of(start))
         generator = TransformersGenerator(policy, [EOS], PAD)
         return replace(cast, policy=policy, reference=reference, generator=generator)
 
@@ -110,8 +115,8 @@ def test_one_backbone_learns_what_separate_models_do(
         moved = max(moved, abs(one["kl"]))
     assert moved > 1e-3  # it learnt
     for mine, theirs in zip(
-        lora.adapter_parameters(first, "default"),
-        lora.adapter_parameters(second, "default"),
+        adapter_weights(first, "default").values(),
+        adapter_weights(second, "default").values(),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -154,7 +159,7 @@ def test_a_shared_backbone_goes_on_from_a_checkpoint_bit_by_bit(cast: Cast, tmp_
 
 
 def own_weights(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    return lora.adapter_parameters(model, lora.OWN)
+    return list(adapter_weights(model, DEFAULT_ADAPTER).values())
 
 
 def test_what_cannot_share_a_backbone_is_told(

@@ -388,7 +388,7 @@ def test_a_rollout_without_tokens_or_prompts(
 ) -> None:
     import numpy as np
 
-    from irl_align.models.generation import Completion
+    from irl_align.models.generation.protocol import Completion
     from irl_align.policy.ppo.rollout import collate
 
     empty = Completion([], np.zeros(0, np.float32), True)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.generation import Completion, Generator, Sampling
-from irl_align.models.loading import lm_head_logits
+from irl_align.models.generation.protocol import Completion, Generator, Sampling
+from irl_align.models.lm_head import lm_head_logits
 from irl_align.policy.ppo.critic import make_critic
 from irl_align.policy.ppo.learner import Batch, Learner, LogProbGap, make_accelerator
 from irl_align.policy.ppo.network import Network, states, tokens_of

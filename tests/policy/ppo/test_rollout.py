@@ -12,7 +12,7 @@ from support.ppo_tools import EOS, PAD, Scripted, actors, options, small_llama, 
 from transformers import PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
-from irl_align.models.generation import Completion, Generator, Sampling
+from irl_align.models.generation.protocol import Completion, Generator, Sampling
 from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.rollout import collate, sample

@@ -21,7 +21,7 @@ from support.rows import plain_logps, random_ids, same_weights, save
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
-from irl_align.models.generation import Completion
+from irl_align.models.generation.protocol import Completion
 from irl_align.models.loading import load_model
 from irl_align.policy.ppo import advantages as adv
 from irl_align.policy.ppo.critic import make_critic
@@ -29,8 +29,7 @@ from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator, padde
 from irl_align.policy.ppo.monitors import find_alarms, rollout_report
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.rollout import RolloutBatch, collate, prompt_passes, score
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.reward.model import RewardModel, RewardSettings
 from irl_align.utils.hardware import in_bf16
 
 MakeModel = Callable[[str], PreTrainedModel]

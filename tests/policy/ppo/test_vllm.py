@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from irl_align.config.generation import GenerationOptions
 from irl_align.config.model import LoraOptions
-from irl_align.models.generation import Sampling, generate
 from irl_align.models.generation.backends import LiveGenerator, VLLMSampler, VLLMSettings
-from irl_align.models.lora import OWN, adapter_parameters, add_adapter
+from irl_align.models.generation.protocol import Sampling, generate
+from irl_align.models.lora import DEFAULT_ADAPTER, adapter_weights, add_adapter
 
 pytestmark = [pytest.mark.vllm, needs_vllm]
 
@@ -75,7 +75,7 @@ def test_of_an_adapter_in_training_that_alone_goes_to_vllm(
         assert largest_gap(policy, prompts, found) < 1e-4
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            for weights in adapter_parameters(policy, OWN):
+            for weights in adapter_weights(policy, DEFAULT_ADAPTER).values():
                 weights.add_(0.2 * torch.randn_like(weights))
         gaps.append(largest_gap(policy, prompts, found))
     assert min(gaps) > 0.01

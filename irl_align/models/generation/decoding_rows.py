@@ -1,4 +1,4 @@
-"""The samples being drawn, one per row: their numbers, kept on the host.
+"""The samples that are being drawn, one per row: their state, on the CPU.
 
 Dimensions: B rows in a batch, P prompt tokens, T completion tokens.
 """
@@ -14,8 +14,8 @@ from irl_align.models.generation.protocol import Completion
 
 
 @dataclass
-class Rows:
-    """Samples being drawn."""
+class DecodingRows:
+    """State of the samples of a batch."""
 
     prompt: np.ndarray  # (B,) index of the prompt
     sample: np.ndarray  # (B,) index of the sample
@@ -30,21 +30,29 @@ class Rows:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def take(self, rows: np.ndarray) -> Rows:
-        return Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def take(self, rows: np.ndarray) -> DecodingRows:
+        """The rows with these numbers."""
+        return DecodingRows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @staticmethod
-    def concatenate(parts: list[Rows]) -> Rows:
-        names = [field.name for field in fields(Rows)]
-        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    def concatenate(parts: list[DecodingRows]) -> DecodingRows:
+        """All rows of the parts, in order."""
+        names = [field.name for field in fields(DecodingRows)]
+        return DecodingRows(
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        )
 
     @property
     def cached(self) -> np.ndarray:
-        """(B,) columns in the cache: the prompt and all but the newest token."""
-        return self.prompt_length + self.count - 1
+        """(B,) cache columns in use: the prompt and all tokens but the newest."""
+        columns: np.ndarray = self.prompt_length + self.count - 1
+        return columns
 
     def append(self, tokens: np.ndarray, logprobs: np.ndarray, eos: np.ndarray) -> np.ndarray:
-        """Add one token (B,) to each live row; return the rows that are done with it."""
+        """Add one token (B,) to each live row; return the numbers of the rows that it completes.
+
+        Raises UserError where a log-prob is not finite.
+        """
         live = np.flatnonzero(self.live)
         tokens, logprobs = tokens[live], logprobs[live]
         if not np.isfinite(logprobs).all():
@@ -57,11 +65,12 @@ class Rows:
         self.logprobs[live, self.count[live]] = logprobs
         self.count[live] += 1
         stopped = (tokens[:, None] == eos).any(axis=1)
-        done = live[stopped | (self.count[live] == self.limit[live])]
+        done: np.ndarray = live[stopped | (self.count[live] == self.limit[live])]
         self.live[done] = False
         return done
 
     def completion(self, row: int, eos: np.ndarray) -> Completion:
+        """The completion of a row that is done."""
         count = self.count[row]
         tokens = self.tokens[row, :count].tolist()
         return Completion(tokens, self.logprobs[row, :count].copy(), tokens[-1] not in eos)

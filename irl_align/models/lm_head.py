@@ -1,0 +1,95 @@
+"""Log-probs of completions: the output layer of a language model on the places that need it.
+
+Dimensions: B rows, M places, P prompt tokens, T completion tokens, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from irl_align.models.logprobs import chosen_logprobs
+from irl_align.models.packing import (
+    TOKENS_PER_BATCH,
+    PackedRows,
+    hidden_states,
+    model_inputs,
+    over_packed,
+)
+
+LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: vocabularies of 150,000 would fill a GPU otherwise
+# Configuration of models that transform the logits after the output matrix: their log-probs need
+# the model's own forward.
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier",
+)
+
+
+def has_plain_logits(model: PreTrainedModel) -> bool:
+    """Whether logits are the output layer's own, neither scaled nor capped after it."""
+    config = model.config.get_text_config()
+    return all(getattr(config, name, None) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS)
+
+
+def lm_head_logits(head: torch.nn.Module | Tensor, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of hidden states (..., H) by an output layer or its weight (V, H)."""
+    if isinstance(head, Tensor):
+        return torch.nn.functional.linear(hidden, head)
+    logits: Tensor = head(hidden)
+    return logits
+
+
+def head_logprobs(head: torch.nn.Module | Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-prob (M,) of token ids (M,) by an output layer on hidden states (M, H), in pieces."""
+    weight: Any = head if isinstance(head, Tensor) else head.weight  # (V, H)
+    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    pieces = zip(hidden.split(rows), token_ids.split(rows), strict=True)
+    return torch.cat([chosen_logprobs(lm_head_logits(head, h), ids) for h, ids in pieces])
+
+
+def completion_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    max_batch_tokens: int = TOKENS_PER_BATCH,
+    progress: str | None = None,
+) -> list[np.ndarray]:
+    """Log-prob of every completion token given its prompt, at temperature 1.
+
+    prompts and completions: token ids, P and T per row. Returns a float32 array (T,) per row. The
+    output layer runs on completion positions only.
+    """
+    logprobs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
+    direct = has_plain_logits(model)
+    if not direct:  # the model computes the logits of all positions at once
+        vocabulary = model.config.get_text_config().vocab_size
+        max_batch_tokens = min(max_batch_tokens, LOGITS_AT_ONCE // vocabulary)
+
+    def one_batch(batch: list[int], packed: PackedRows) -> None:
+        places = packed.places()  # the token at a place is predicted at the one before it
+        real = torch.arange(places.shape[1] - 1, device=places.device) < packed.length[:, None]
+        row = packed.row.repeat_interleave(packed.length)
+        place, target = places[:, :-1][real], packed.input_ids[row, places[:, 1:][real]]
+        if direct:
+            hidden = hidden_states(model, packed)
+            chosen = head_logprobs(model.get_output_embeddings(), hidden[row, place], target)
+        else:
+            logits = model(**model_inputs(packed)).logits[row, place]
+            chosen = chosen_logprobs(logits, target)
+        ends = np.cumsum([len(completions[i]) for i in batch])[:-1]
+        for number, values in zip(batch, np.split(chosen.cpu().numpy(), ends), strict=True):
+            logprobs[number] = values
+
+    over_packed(one_batch, model, prompts, completions, max_batch_tokens, progress)
+    return logprobs

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning on completions, with TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from irl_align.models.sharding import copy_back, to_train
+from irl_align.models.trl import (
+    LENGTH_GROUPS,
+    Guarded,
+    Training,
+    as_dataset,
+    run_trainer,
+    training_args,
+)
+
+
+def sft_columns(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> dict[str, list[Any]]:
+    """Whole sequences of token ids, and labels that leave the prompt out of the loss."""
+    rows = list(zip(prompts, completions, strict=True))
+    return {
+        "input_ids": [list(p) + list(c) for p, c in rows],
+        "labels": [[-100] * len(p) + list(c) for p, c in rows],
+        "length": [len(p) + len(c) for p, c in rows],
+    }
+
+
+class GuardedSFTTrainer(Guarded, SFTTrainer):
+    """TRL's SFTTrainer, which stops at a loss that is not finite."""
+
+
+def fit_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, list[Any]],
+    options: Mapping[str, Any],
+    training: Training,
+    trainer_class: Callable[..., Trainer] = GuardedSFTTrainer,
+) -> dict[str, Any]:
+    """Train `model` in place on completions (see :func:`sft_columns`); returns training metrics.
+
+    Every completion token counts once, EOS included. trainer_class: a trainer with another loss.
+    """
+    args = training_args(
+        SFTConfig,
+        {**LENGTH_GROUPS, **options, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        training,
+    )
+    trained = to_train(model)
+    trainer = trainer_class(
+        model=trained,
+        args=args,
+        train_dataset=as_dataset(columns, training.label),
+        processing_class=tokenizer,
+    )
+    metrics = run_trainer(trainer, training)
+    copy_back(trained, model)
+    model.eval()
+    return metrics

@@ -1,0 +1,92 @@
+"""SFT: only completions count in the loss, and errors are plain."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.rows import plain_logps, random_ids
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from irl_align.errors import UserError
+from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.trl import Training
+
+MakeModel = Callable[[str], PreTrainedModel]
+PROMPTS = random_ids(18, 1, 6, seed=1)
+COMPLETIONS = random_ids(18, 1, 9, seed=2)
+
+
+def training(work: Path) -> Training:
+    return Training(work, seed=11, device=torch.device("cpu"), run_name="run", label="SFT")
+
+
+def test_sft_columns_leave_the_prompt_out_of_the_loss() -> None:
+    assert sft_columns([[5, 6], [7]], [[8, 2], [9, 9, 2]]) == {
+        "input_ids": [[5, 6, 8, 2], [7, 9, 9, 2]],
+        "labels": [[-100, -100, 8, 2], [-100, 9, 9, 2]],
+        "length": [4, 4],
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_fit_sft_loss_is_the_mean_over_completion_tokens(
+    arch: str,
+    accumulate: int,
+    tiny_model: MakeModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    # One step, all rows: however they are split, each completion token counts once.
+    model = tiny_model(arch)
+    with torch.no_grad():
+        each = torch.cat(
+            [plain_logps(model, p, c) for p, c in zip(PROMPTS[:6], COMPLETIONS[:6], strict=True)]
+        )
+    options = {
+        "per_device_train_batch_size": 6 // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+    }
+    columns = sft_columns(PROMPTS[:6], COMPLETIONS[:6])
+    metrics = fit_sft(model, tiny_tokenizer, columns, options, training(tmp_path))
+    assert metrics["last_loss"] == pytest.approx(-each.mean().item(), abs=2e-5)
+    assert not model.training
+
+
+def test_fit_sft_teaches_completions_and_not_prompts(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    columns = sft_columns([[5, 6, 7]] * 4, [[8, 9, 2]] * 4)
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 30,
+        "warmup_steps": 3,
+        "learning_rate": 1e-2,
+    }
+    before = plain_logps(model, [5], [6, 7]).sum().item()
+    metrics = fit_sft(model, tiny_tokenizer, columns, options, training(tmp_path))
+    assert plain_logps(model, [5, 6, 7], [8, 9, 2]).sum().item() > -0.1
+    assert plain_logps(model, [5], [6, 7]).sum().item() < before + 1.0
+    assert metrics["last_loss"] < metrics["history"][0]["loss"]
+
+
+def test_fit_sft_refuses_no_rows(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="SFT: no rows are left to train on"):
+        fit_sft(tiny_model("llama"), tiny_tokenizer, sft_columns([], []), {}, training(tmp_path))
+
+
+def test_fit_sft_stops_at_a_loss_that_is_not_finite(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.get_output_embeddings().weight.data[3, 0] = float("nan")
+    columns = sft_columns(PROMPTS, COMPLETIONS)
+    with pytest.raises(UserError, match="run: the loss is nan at step 1"):
+        fit_sft(model, tiny_tokenizer, columns, {}, training(tmp_path))
