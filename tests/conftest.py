@@ -10,10 +10,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from m
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support.tiny_models import cached_model, cached_tokenizer
+from support.tiny_runs import session_folder, start_session
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One store of stages for the tiny runs of all workers; see support/tiny_runs.py."""
+    base = tmp_path_factory.getbasetemp()
+    start_session(base, base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(request: pytest.FixtureRequest) -> Path:
+    """A folder for a test file's tiny runs, in front of the session's store of stages."""
+    return session_folder(request.module.__name__)
 
 
 @pytest.fixture

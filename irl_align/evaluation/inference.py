@@ -20,7 +20,8 @@ from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.protocol import generate as sample
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
-from irl_align.reward.model import ImplicitReward, RewardModel
+from irl_align.reward.implicit import ImplicitReward
+from irl_align.reward.model import RewardModel
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.training.reward_step import scheduled
 from irl_align.training.run_folder import Run, artefact_folder, is_run

@@ -19,7 +19,8 @@ from irl_align.models.loading import load_tokenizer
 from irl_align.models.lora import quantization_config
 from irl_align.models.trl import Training
 from irl_align.reward.fit import fit_reward, pair_columns
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 from irl_align.training.context import derive_seed
 from irl_align.training.run_folder import RunView
 from irl_align.training.store import Store

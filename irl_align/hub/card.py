@@ -21,7 +21,7 @@ from irl_align.hub.sections import (
     scores_section,
 )
 from irl_align.hub.snippets import adapter_snippets, policy_snippets, reward_snippets
-from irl_align.reward.model import RewardSettings
+from irl_align.reward.settings import RewardSettings
 
 REPOSITORY_TAGS = ["irl-align", "inverse-reinforcement-learning"]
 

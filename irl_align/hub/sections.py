@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
 from irl_align.hub.licences import Licence
 from irl_align.hub.snippets import Snippet
-from irl_align.reward.model import RewardSettings
+from irl_align.reward.settings import RewardSettings
 from irl_align.utils.text_table import spelt
 from irl_align.utils.version import __version__
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from irl_align.hub.facts import Facts
-from irl_align.reward.model import RewardSettings
+from irl_align.reward.settings import RewardSettings
 
 Snippet = tuple[str, str, str]
 """Title, language, code."""

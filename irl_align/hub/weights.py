@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from irl_align.data.encoding import Templated, encode_prompts
 from irl_align.models.lora import has_adapter
 from irl_align.models.packing import TOKENS_PER_BATCH, batches_by_tokens, pad_right
-from irl_align.reward.model import RewardModel, score_head
+from irl_align.reward.forward import score_head
+from irl_align.reward.model import RewardModel
 
 _TEMPLATE = """\
 {{%- if messages[0]['role'] == 'system' or messages | length > 2 -%}}

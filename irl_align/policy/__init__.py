@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from irl_align.models.generation.protocol import Generator, Sampling
     from irl_align.models.generation.samples import Samples
     from irl_align.models.trl import Training
-    from irl_align.reward.model import RewardFunction
+    from irl_align.reward.protocol import RewardFunction
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class BestOfN:
             )
         else:
             logps = reference_logps([(1.0, model)], pairs)
-        return fit_implicit(model, tokenizer, pairs, logps, options.args, training, True)
+        return fit_implicit(model, tokenizer, pairs, logps, options.args, training, expect_ln2=True)
 
 
 def score_candidates(

@@ -1,14 +1,14 @@
-"""Rewards that have a tokenizer of their own: text across, scores back at shared byte boundaries.
+"""Rewards with a tokenizer of their own: they read the text, and scores return to policy tokens.
 
-A completion's text is encoded again by the reward's tokenizer. A policy token gets the reward of
-the longest reward prefix that ends at a byte where both tokenizations have a boundary, so what
-happens between two shared boundaries is credited to the token that reaches the second. Sums over
-the tokens are exact. Where a shared boundary lies may depend on later text (the reward's tokenizer
-saw the whole), so potential-based credit is so up to that. A completion that either tokenizer
-changes (bytes that are no text, a character that is normalised) has no boundary before its end.
+The reward's tokenizer encodes a completion's text again. A policy token gets the reward of the
+longest reward prefix that ends at a byte where both tokenizations have a boundary, so a change
+between two shared boundaries is credited to the token that reaches the second. Sums over the tokens
+are exact. The place of a shared boundary may depend on later text (the reward's tokenizer sees the
+whole), so potential-based credit is only approximately so. If either tokenizer changes a completion
+(bytes that are no text, a character that it normalises), its only boundary is its end.
 
-EOS is no text: the reward's EOS is appended where the policy stopped, and not to cut samples. Other
-special tokens in a completion are left out, as in decoding. Legend: T tokens of a completion.
+EOS is no text: the reward's EOS is appended where the policy stopped, and not to truncated samples.
+Other special tokens in a completion are left out, as in decoding.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ from irl_align.errors import UserError
 from irl_align.models.loading import load_model, load_tokenizer
 from irl_align.models.packing import (
     TOKENS_PER_BATCH,
+    Ids,
     batches_by_tokens,
     context_length,
     require_context,
 )
-from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings
-from irl_align.reward.scoring import TokenScores, score_tokens
+from irl_align.reward.attention import no_prefix_scores
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import RewardFunction, ScoreRequest, TokenScores
+from irl_align.reward.scoring import score_tokens
+from irl_align.reward.settings import DEFAULT_SETTINGS
 
-Ids = Sequence[Sequence[int]]
 RawPrompt = Callable[[Sequence[int]], Prompt]
 _PROBE = "A cafe, 'it's £12.50'!\n\tThe  END: naïve 漢字 🙂 x=1_000;"
 
@@ -60,9 +63,9 @@ def load_reward(
 ) -> RewardFunction:
     """Any one-label AutoModelForSequenceClassification as the reward of a policy's token ids.
 
-    raw_prompt: the prompt as in the data of a policy's prompt ids, for a reward with a template of
-    its own; without it the prompt ids' text is taken as it is. template: that of the reward, such
-    as chat, where its folder does not name it. Raises UserError: no such model.
+    raw_prompt: returns the data's prompt for a policy's prompt ids, for a reward with a template of
+    its own; without it the reward reads the decoded prompt ids. template: the reward's template,
+    such as chat, if its folder does not name it. Raises UserError: no such model.
     """
     with torch.device("meta"):
         try:
@@ -92,25 +95,27 @@ def for_policy(
     policy_tokenizer: PreTrainedTokenizerBase,
     raw_prompt: RawPrompt | None = None,
 ) -> RewardFunction:
-    """The reward itself where it shares the policy's tokenizer, else one that aligns the two."""
+    """The reward itself if it shares the policy's tokenizer, else one that aligns the two."""
     if same_tokenizer(reward.tokenizer, policy_tokenizer):
         return reward
     return AlignedReward(reward, policy_tokenizer, raw_prompt)
 
 
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether a token id means the same to both; padding, which is masked, may differ."""
-    if (one.eos_token_id, one.bos_token_id) != (other.eos_token_id, other.bos_token_id):
+def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether each token id means the same to both; padding, which is masked, may differ."""
+    if (first.eos_token_id, first.bos_token_id) != (second.eos_token_id, second.bos_token_id):
         return False
-    words = one.get_vocab(), other.get_vocab()
-    pads = {one.pad_token, other.pad_token} - {one.eos_token}
-    first, second = ({w: i for w, i in v.items() if w not in pads} for v in words)
-    return first == second
+    pads = {first.pad_token, second.pad_token} - {first.eos_token}
+    ids, others = (
+        {word: number for word, number in tokenizer.get_vocab().items() if word not in pads}
+        for tokenizer in (first, second)
+    )
+    return ids == others
 
 
 @dataclass
 class AlignedReward:
-    """A reward model asked by a policy with another tokenizer. A RewardFunction and TokenScorer."""
+    """A reward model for a policy with another tokenizer. A RewardFunction and TokenScorer."""
 
     reward: RewardModel
     policy_tokenizer: PreTrainedTokenizerBase
@@ -123,36 +128,25 @@ class AlignedReward:
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes at the policy's tokens: (T + 1,) per row."""
-        scores = self.score_tokens(prompts, completions, prefixes=True, attention=False)
+        scores = self.score_tokens(ScoreRequest(prompts, completions, prefixes=True))
         assert scores.prefixes is not None
         pairs = zip(scores.prefixes, completions, strict=True)
         return [row[: len(completion) + 1] for row, completion in pairs]
 
-    def score_tokens(
-        self,
-        prompts: Ids,
-        completions: Ids,
-        *,
-        prefixes: bool,
-        attention: bool,
-        eos_prefixes: bool = False,
-    ) -> TokenScores:
-        """As scoring.score_tokens, the reward's scores carried to the policy's tokens.
+    def score_tokens(self, request: ScoreRequest) -> TokenScores:
+        """As scoring.score_tokens, with the reward's scores moved to the policy's tokens.
 
         Raises UserError: a tokenizer's tokens do not spell the bytes of a text.
         """
+        completions = request.completions
         texts = decode_batch(self.policy_tokenizer, completions)
-        theirs = self._translate(prompts, completions, texts)
+        prompt_ids, reward_ids = self._translate(request.prompts, completions, texts)
         scores = score_tokens(
-            self.reward,
-            *theirs,
-            prefixes=prefixes,
-            attention=attention,
-            eos_prefixes=eos_prefixes,
+            self.reward, replace(request, prompts=prompt_ids, completions=reward_ids)
         )
-        if not (prefixes or attention):
+        if not (request.prefixes or request.attention):
             return scores
-        places = self._places(completions, theirs[1], texts)  # (B, Tmax + 1)
+        places = self._places(completions, reward_ids, texts)  # (B, Tmax + 1)
         carried = weights = None
         if scores.prefixes is not None:
             lengths = torch.tensor([len(completion) for completion in completions])
@@ -170,27 +164,27 @@ class AlignedReward:
         tokenizer = self.reward.tokenizer
         distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
         raw = _raw_prompts(distinct, self.policy_tokenizer, self.raw_prompt)
-        settings = RewardSettings() if self.raw_prompt is None else self.reward.settings
+        settings = DEFAULT_SETTINGS if self.raw_prompt is None else self.reward.settings
         ids = dict(zip(distinct, encode_prompts(raw, tokenizer, settings), strict=True))
         stopped = [_stopped(completion, self.policy_tokenizer) for completion in completions]
         end = tokenizer.eos_token_id
         if end is None and any(stopped):
             raise UserError("reward model: its tokenizer has no EOS token; expected one")
         rows = _encode(tokenizer, texts)
-        theirs = [row + [end] * stop for row, stop in zip(rows, stopped, strict=True)]
-        return [ids[tuple(prompt)] for prompt in prompts], theirs
+        reward_ids = [row + [end] * stop for row, stop in zip(rows, stopped, strict=True)]
+        return [ids[tuple(prompt)] for prompt in prompts], reward_ids
 
-    def _places(self, completions: Ids, theirs: Ids, texts: Sequence[str]) -> Tensor:
-        """Which reward prefix belongs to each policy prefix, the last repeated: (B, Tmax + 1)."""
+    def _places(self, policy_ids: Ids, reward_ids: Ids, texts: Sequence[str]) -> Tensor:
+        """Number of the reward prefix of each policy prefix, the last repeated: (B, Tmax + 1)."""
         policy, reward = self._bytes
-        out = np.zeros((len(completions), max(map(len, completions), default=0) + 1), np.int64)
-        for number, (own, their, text) in enumerate(zip(completions, theirs, texts, strict=True)):
+        out = np.zeros((len(policy_ids), max(map(len, policy_ids), default=0) + 1), np.int64)
+        for number, (own, read, text) in enumerate(zip(policy_ids, reward_ids, texts, strict=True)):
             stop = int(_stopped(own, self.policy_tokenizer))
-            ends = policy.boundaries(own[: len(own) - stop], text)
-            their_ends = reward.boundaries(their[: len(their) - stop], text)
-            if ends is not None and their_ends is not None:
-                out[number, : len(ends)] = shared_prefixes(ends, their_ends)
-            out[number, len(own) :] = len(their)
+            own_ends = policy.boundaries(own[: len(own) - stop], text)
+            read_ends = reward.boundaries(read[: len(read) - stop], text)
+            if own_ends is not None and read_ends is not None:
+                out[number, : len(own_ends)] = shared_prefixes(own_ends, read_ends)
+            out[number, len(own) :] = len(read)
         return torch.from_numpy(out)
 
     @cached_property
@@ -229,8 +223,8 @@ class TokenBytes:
     def boundaries(self, ids: Sequence[int], text: str) -> np.ndarray | None:
         """Bytes of `text` that each prefix of its tokens spells, -1 inside a character: (T + 1,).
 
-        None where the tokens spell something else. A space that a tokenizer puts before every
-        text, and decoding takes off, does not count.
+        None if the tokens spell another text. A space that a tokenizer puts before every text, and
+        that decoding removes, does not count.
         """
         whole = b"".join(self.table[number] for number in ids)
         if whole == text.encode():
@@ -241,7 +235,7 @@ class TokenBytes:
         return ends if decoded == text else None
 
     def refusal(self, why: str) -> UserError:
-        """The error for tokens that are no bytes of text."""
+        """The error for tokens that cannot be mapped to bytes of text."""
         return UserError(
             f"reward.tokenizer: {type(self.tokenizer).__name__} of "
             f"{self.tokenizer.name_or_path or 'the model'} cannot be aligned byte by byte: {why}; "
@@ -252,8 +246,8 @@ class TokenBytes:
 def shared_prefixes(policy: np.ndarray, reward: np.ndarray) -> np.ndarray:
     """Number of the longest reward prefix at a boundary that both have, for each policy prefix.
 
-    policy: (T + 1,) bytes spelled by each prefix of the policy's tokens, -1 where that is inside a
-    character; reward: the same of the reward's tokens. Both start at 0. Returns (T + 1,).
+    policy: (T + 1,) bytes spelled by each prefix of the policy's tokens, -1 inside a character;
+    reward: the same for the reward's tokens. Both start at 0. Returns (T + 1,).
     """
     shared = np.flatnonzero((reward >= 0) & np.isin(reward, policy))
     reached = np.maximum.accumulate(policy)
@@ -263,9 +257,9 @@ def shared_prefixes(policy: np.ndarray, reward: np.ndarray) -> np.ndarray:
 
 
 class PairClassifier:
-    """A classifier that reads prompt and completion as a pair of texts, such as a BERT.
+    """A RewardFunction of a classifier that reads prompt and completion as two texts (BERT).
 
-    A RewardFunction of whole completions only: it reads later tokens too.
+    It scores whole completions only, since each of its tokens depends on later ones.
     """
 
     def __init__(
@@ -286,7 +280,7 @@ class PairClassifier:
         texts = decode_batch(self.policy_tokenizer, completions)
         rows = self.tokenizer([prompt_text(prompt) for prompt in raw], texts)
         lengths = [len(ids) for ids in rows["input_ids"]]
-        # Some models (RoBERTa) have positions that no token can stand at; their tokenizers know.
+        # Some models (RoBERTa) reserve positions; only their tokenizers know the usable length.
         context = min(context_length(self.model) or 10**12, self.tokenizer.model_max_length)
         require_context(lengths, context, self.model.config.model_type)
         scores = torch.empty(len(texts))
@@ -299,16 +293,13 @@ class PairClassifier:
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Raises UserError: a prefix has no score of its own."""
-        raise UserError(
-            f"reward model: {type(self.model).__name__} reads later tokens too, so a prefix has no "
-            "score of its own; expected a causal model, or credit sparse, uniform or random"
-        )
+        raise no_prefix_scores(self.model)
 
 
 def _raw_prompts(
     prompts: Ids, tokenizer: PreTrainedTokenizerBase, raw_prompt: RawPrompt | None
 ) -> list[Prompt]:
-    """Prompts as in the data, or else the text of their ids, which must be all text."""
+    """Prompts as in the data, or else the decoded ids, which may hold no special token."""
     if raw_prompt is not None:
         return [raw_prompt(prompt) for prompt in prompts]
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -324,7 +315,7 @@ def _raw_prompts(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts and nothing else; what looks like a special token is text as well."""
+    """Ids of texts without added tokens; the name of a special token is encoded as text."""
     if not texts:
         return []
     rows: list[list[int]] = tokenizer(
@@ -339,7 +330,7 @@ def _stopped(completion: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> b
 
 
 def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Names of the steps of a tokenizer's decoder; none for one that is not of `tokenizers`."""
+    """Names of the steps of a tokenizer's decoder; none without a `tokenizers` backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return set()

@@ -1,10 +1,11 @@
-"""Attention weights of a few queries of the last layer, at the price of a plain forward.
+"""Attention weights of a few queries of the last layer, at the cost of a plain forward.
 
-Fast attention kernels do not return their weights, and eager attention writes out those of every
-layer and query. Here the model's forward runs on `sdpa`, and the last layer alone also computes
-softmax(q k^T scaling) for the queries asked for.
+Fast attention kernels do not return their weights, and eager attention computes those of every
+layer and query. Here the model's forward runs on `sdpa`, and only the last layer also computes
+softmax(q k^T scaling) for the requested queries.
 
-Legend of shapes: B rows, Q queries, L tokens of a row, A attention heads, K key heads, D head size.
+Letters beyond the package's legend of shapes: Q queries, A attention heads, K key heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from irl_align.errors import UserError
+from irl_align.reward.forward import evaluating
 
 _NAME = "irl_align_rows"
-WEIGHTS_AT_ONCE = 2**22  # 16 MiB in float32: bounds what many queries of many heads take
+WEIGHTS_AT_ONCE = 2**22  # 16 MiB in float32: limits the memory of many queries and heads
 
 
 @dataclass(eq=False)
 class AttentionRows:
-    """What is read of one model's last layer: set `queries`, run the model, read `rows`."""
+    """Reader of one model's last layer: set `queries`, run the model, call `take`."""
 
     module: torch.nn.Module
     """The last layer's attention."""
     queries: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
-    """Places whose attention is wanted: (B, Q)."""
+    """Columns whose attention is read: (B, Q)."""
     rows: Tensor | None = None
-    """Attention of those places on all L places, mean over heads, float32: (B, Q, L)."""
+    """Attention of those columns on all L columns, mean over heads, float32: (B, Q, L)."""
 
     def take(self) -> Tensor:
-        """The rows of the forward that just ran: (B, Q, L)."""
+        """The rows of the last forward, once: (B, Q, L). Raises UserError: there are none."""
         rows, self.rows = self.rows, None
         if rows is None:
             raise UserError(
@@ -57,9 +59,9 @@ _READER: ContextVar[AttentionRows | None] = ContextVar("attention_rows", default
 def attention_rows(model: PreTrainedModel) -> Iterator[AttentionRows]:
     """Inside the block forwards of a causal `model` also give their last layer's attention.
 
-    The model's attention implementation is as before after the block, also on an exception. Models
-    that run on eager attention keep it, and those that soft-cap their attention (Gemma 2) are given
-    it: sdpa leaves the cap out. Raises UserError: the model is not causal, or does not take its
+    The block restores the model's attention implementation, also on an exception. Models that run
+    on eager attention keep it, and those that soft-cap their attention (Gemma 2) switch to it,
+    since sdpa ignores the cap. Raises UserError: the model is not causal, or does not take its
     attention from transformers' interface.
     """
     require_causal(model)
@@ -82,39 +84,41 @@ _CAUSAL: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def require_causal(model: PreTrainedModel) -> None:
-    """UserError unless a token's state depends on no later token, found by trying (once)."""
+    """Raise UserError unless a token's state depends on no later token; one forward tests it."""
     if model in _CAUSAL:
         return
-    kind = type(model).__name__
-    text = model.config.get_text_config()
     if not model.config.is_encoder_decoder:
-        ids = torch.tensor([[0, 0], [0, text.vocab_size - 1]], device=model.device)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        last = model.config.get_text_config().vocab_size - 1
+        ids = torch.tensor([[0, 0], [0, last]], device=model.device)
+        with evaluating(model), torch.no_grad():
             first, second = model.base_model(input_ids=ids)[0][:, 0].float()
-        model.train(training)
         if torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
             _CAUSAL.add(model)
             return
-    raise UserError(
-        f"{kind} ({model.config.model_type}) reads later tokens too, so a prefix has "
-        "no score of its own; expected a causal model, or credit sparse, uniform or random"
+    raise no_prefix_scores(model)
+
+
+def no_prefix_scores(model: PreTrainedModel) -> UserError:
+    """The error for a model whose tokens depend on later ones."""
+    return UserError(
+        f"reward model: {type(model).__name__} ({model.config.model_type}) reads later tokens too, "
+        "so a prefix has no score of its own; expected a causal model, or credit sparse, uniform "
+        "or random"
     )
 
 
 def _last_attention(model: PreTrainedModel) -> torch.nn.Module:
     """The self-attention of the last layer."""
     last = model.config.get_text_config().num_hidden_layers - 1
-    found = [
+    modules = [
         module
         for module in model.base_model.modules()
         if getattr(module, "layer_idx", None) == last
         and type(module).__name__.endswith("Attention")
         and not getattr(module, "is_cross_attention", False)
     ]
-    if len(found) == 1 and model._can_set_attn_implementation():
-        return found[0]
+    if len(modules) == 1 and model._can_set_attn_implementation():
+        return modules[0]
     raise UserError(
         f"{type(model).__name__} ({model.config.model_type}): the attention of its "
         "last layer cannot be read; expected an architecture that takes its attention from "
@@ -123,7 +127,7 @@ def _last_attention(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def _needs_eager(model: PreTrainedModel) -> bool:
-    """Whether sdpa is not the model's own attention: soft-capped scores, sinks."""
+    """Whether sdpa differs from the model's own attention: soft-capped scores, sinks."""
     config = model.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     return capped or not model._supports_sdpa
@@ -138,7 +142,7 @@ def _sdpa_and_rows(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention; in the reader's layer the weights of its queries too."""
+    """transformers' sdpa attention; in the reader's layer it also keeps its queries' weights."""
     reader = _READER.get()
     if reader is not None and module is reader.module:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -157,8 +161,8 @@ def weights_of(
 ) -> Tensor:
     """Attention of the queries at `places`, mean over heads, float32: (B, Q, L).
 
-    query: (B, A, L, D); key: (B, K, L, D), each shared by A / K heads in turn; mask: (B, 1, L, L),
-    True or 0 where a query may look, or None for causal attention; places: (B, Q).
+    query: (B, A, L, D); key: (B, K, L, D), each shared by A / K consecutive heads; mask:
+    (B, 1, L, L), True or 0 where a query may look, or None for causal attention; places: (B, Q).
     """
     rows, heads, length, _ = query.shape
     at_once = max(1, WEIGHTS_AT_ONCE // (rows * heads * length))
@@ -172,8 +176,8 @@ def _weights(
     (rows, heads, length, size), key_heads = query.shape, key.shape[1]
     count = places.shape[1]
     row = torch.arange(rows, device=query.device)[:, None]
-    asked = query.transpose(1, 2)[row, places].transpose(1, 2)  # (B, A, Q, D)
-    grouped = asked.reshape(rows, key_heads, heads // key_heads * count, size)
+    chosen = query.transpose(1, 2)[row, places].transpose(1, 2)  # (B, A, Q, D)
+    grouped = chosen.reshape(rows, key_heads, heads // key_heads * count, size)
     scores = (grouped.float() @ key.float().transpose(2, 3)) * scaling  # (B, K, A/K * Q, L)
     scores = scores.view(rows, heads, count, length)
     if mask is None:

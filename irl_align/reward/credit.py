@@ -1,9 +1,9 @@
 """Token-level credit: how one reward per completion is split over the completion's tokens.
 
-Pure functions. Legend of shapes: B rows, T completion tokens (padded at the end). `mask` (B, T) is
-1 on completion tokens; padding gets credit 0. s_t is the prefix before token t, R the reward of the
-whole completion. The terminal slot is a row's last completion token, whether it is EOS or the
-sample was cut: no slot comes after it, so sparse and dense credit see the same episode.
+Pure functions of padded arrays. `mask` (B, T) is 1 on completion tokens; padding gets credit 0. s_t
+is the prefix before token t, R the reward of the whole completion. The terminal slot is a row's
+last completion token, whether it is EOS or the sample was truncated: no slot follows it, so sparse
+and dense credit see the same episode.
 
 Two properties, which must not be confused:
 - *potential-based* (sparse, red): r_t = sparse_t + gamma Phi(s_{t+1}) - Phi(s_t) with Phi = 0 at
@@ -23,7 +23,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def sparse(rewards: Tensor, mask: Tensor) -> Tensor:
-    """All of R on the terminal slot: (B,), (B, T) -> (B, T). The reference of every other kind."""
+    """All of R on the terminal slot: (B,), (B, T) -> (B, T). The baseline of every other kind."""
     return _full(rewards)[:, None] * _terminal(mask)
 
 
@@ -45,8 +45,8 @@ def red(
     """Differences of the reward of prefixes (arXiv:2411.08302): potential-based.
 
     rewards (B,), prefixes (B, T + 1), mask (B, T) -> (B, T). prefixes[:, t] is R(x, y_<t), the
-    potential of s_t; Phi is 0 after the terminal slot, on cut samples too, so the last column is
-    not read. At gamma 1 and beta_c 1 token t gets R(x, y_<=t) - R(x, y_<t).
+    potential of s_t; Phi is 0 after the terminal slot, also of truncated samples, so the last
+    column is not read. At gamma 1 and beta_c 1 token t gets R(x, y_<=t) - R(x, y_<t).
 
     The discounted sum is gamma^(T-1) R - beta_c Phi(s_0). Without dynamic_initialisation
     Phi(s_0) := 0 (the paper's ablation) and it is that of sparse. `gamma` must be that of the
@@ -83,7 +83,8 @@ def random(
     """As abc with alpha drawn from a symmetric Dirichlet: the control for abc's attention.
 
     rewards (B,), mask (B, T) -> (B, T). Return-preserving, not potential-based. concentration > 0;
-    generator: a CPU one. Draws go to completion tokens in row order, so padding changes nothing.
+    the generator is on the CPU. Completion tokens get the draws in row order, so padding has no
+    influence.
     """
     shape = torch.full((int(mask.sum()),), concentration, dtype=torch.float64)
     draws = torch.zeros(mask.shape, dtype=torch.float64)
@@ -95,8 +96,8 @@ class AttentionHealth(NamedTuple):
     """Monitors of attention-based credit, each (B,); 0 on rows without tokens."""
 
     mass: Tensor
-    """Share of the pooled token's attention on the completion; the rest is on the prompt, where
-    attention sinks are."""
+    """Share of the pooled token's attention on the completion; the prompt, which has the attention
+    sinks, gets the rest."""
     entropy: Tensor
     """Entropy of alpha in nats, log T at most."""
     last: Tensor
@@ -105,7 +106,7 @@ class AttentionHealth(NamedTuple):
 
 @torch.no_grad()
 def attention_health(attention: Tensor, mask: Tensor) -> AttentionHealth:
-    """Of attention as it was read, before renormalisation: (B, T), (B, T)."""
+    """Monitors of the attention before renormalisation: (B, T), (B, T)."""
     alpha = _alpha(attention, mask)
     mass = _within(attention, mask).sum(1)
     return AttentionHealth(mass, torch.special.entr(alpha).sum(1), (alpha * _terminal(mask)).sum(1))
@@ -130,17 +131,17 @@ def _flat(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _terminal(mask: Tensor) -> Tensor:
-    """Whether a place is the row's last completion token: (B, T); none in a row without tokens."""
+    """Whether a column is the row's last completion token: (B, T); none in an empty row."""
     completion = mask.bool()
     return completion & (completion.cumsum(1) == completion.sum(1, keepdim=True))
 
 
 def _within(values: Tensor, mask: Tensor) -> Tensor:
-    """Values (B, T) on completion tokens, and 0 on padding, whatever stands there."""
+    """Values (B, T) on completion tokens, and 0 on padding, even where that is NaN."""
     values = _full(values)
     return values.where(mask.bool(), torch.zeros_like(values))
 
 
 def _full(values: Tensor) -> Tensor:
-    """Constants in float32 or better."""
+    """Detached values, in float32 or better."""
     return values.detach().to(torch.promote_types(values.dtype, torch.float32))

@@ -1,18 +1,21 @@
-"""A reward whose rows the processes of a run share: each scores some, and all know all scores."""
+"""A reward whose rows the processes of a run share: each scores some, and all get all scores."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from irl_align.reward.model import Ids, RewardFunction
-from irl_align.reward.scoring import TokenScores, score_tokens
+from irl_align.models.packing import Ids
+from irl_align.reward.protocol import RewardFunction, ScoreRequest, TokenScores
+from irl_align.reward.scoring import score_tokens
 from irl_align.utils import distributed
 
 
 def spread(reward: RewardFunction) -> RewardFunction:
-    """The reward as every process may ask it, all of them at once and for the same rows."""
+    """The reward in a form that all processes may call at once with the same rows."""
     return reward if distributed.count() == 1 else SpreadReward(reward)
 
 
@@ -34,35 +37,23 @@ class SpreadReward:
         """Reward of every prefix of each completion, the empty one first: (T + 1,) per row."""
         return distributed.over_sequences(self.reward.prefix_scores_ids, prompts, completions)
 
-    def score_tokens(
-        self,
-        prompts: Ids,
-        completions: Ids,
-        *,
-        prefixes: bool,
-        attention: bool,
-        eos_prefixes: bool = False,
-    ) -> TokenScores:
+    def score_tokens(self, request: ScoreRequest) -> TokenScores:
         """As :func:`irl_align.reward.scoring.score_tokens`."""
 
-        def work(p: Ids, c: Ids) -> list[tuple[Tensor | None, ...]]:
-            found = score_tokens(
-                self.reward,
-                p,
-                c,
-                prefixes=prefixes,
-                attention=attention,
-                eos_prefixes=eos_prefixes,
-            )
-            arrays = (found.rewards, found.prefixes, found.attention)
-            # Copies of the rows: a view would be sent with all that it is a view of.
+        def work(prompts: Ids, completions: Ids) -> list[tuple[Tensor | None, ...]]:
+            own = replace(request, prompts=prompts, completions=completions)
+            scores = score_tokens(self.reward, own)
+            arrays = (scores.rewards, scores.prefixes, scores.attention)
+            # Copies of the rows: pickling a view would send all of the tensor behind it.
             return [
-                tuple(None if a is None else a[i].clone() for a in arrays) for i in range(len(p))
+                tuple(None if array is None else array[i].clone() for array in arrays)
+                for i in range(len(prompts))
             ]
 
-        rewards, *arrays = zip(*distributed.over_sequences(work, prompts, completions), strict=True)
+        rows = distributed.over_sequences(work, request.prompts, request.completions)
+        rewards, prefixes, attention = zip(*rows, strict=True)
         return TokenScores(
             torch.stack(rewards),
-            *(pad_sequence(list(rows), batch_first=True) if asked else None
-              for rows, asked in zip(arrays, (prefixes, attention), strict=True)),
-        )  # fmt: skip
+            pad_sequence(list(prefixes), batch_first=True) if request.prefixes else None,
+            pad_sequence(list(attention), batch_first=True) if request.attention else None,
+        )

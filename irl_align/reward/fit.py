@@ -1,7 +1,4 @@
-"""Fit the explicit reward on pairs, with TRL's RewardTrainer and our pair losses.
-
-Legend of shapes: B pairs.
-"""
+"""Fit the explicit reward on B pairs, with TRL's RewardTrainer and our pair losses."""
 
 from __future__ import annotations
 
@@ -26,46 +23,49 @@ from irl_align.models.trl import (
     run_trainer,
     training_args,
 )
+from irl_align.reward.forward import whole_rewards
 from irl_align.reward.losses import PAIR_LOSSES, calibration_error, pair_metrics
-from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, whole_rewards
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import RewardFunction
+from irl_align.reward.settings import RewardSettings
 from irl_align.utils import distributed
 
 SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
+"""Columns of prompt and completion, of the preferred and of the rejected side."""
 
 
 def pair_columns(pairs: Dataset, weight: float = 1.0) -> dict[str, list[Any]]:
-    """Columns that the trainer reads: prompt and completion of both sides, and the pair's weight.
-
-    pairs has prompt_ids, chosen_ids, rejected_prompt_ids and rejected_ids (token ids).
-    """
+    """Columns that the trainer reads: token ids of both sides' prompts and completions, and the
+    pairs' weight."""
     columns: dict[str, list[Any]] = {name: list(pairs[name]) for side in SIDES for name in side}
     columns["weight"] = [weight] * len(columns["prompt_ids"])
     return columns
 
 
-_TOGETHER = 4  # pairs of one prompt in a batch, at most: beyond it little is left to save
+_TOGETHER = 4  # most pairs of one prompt side by side; more would save little
 
 
-def _sorted_by(columns: Mapping[str, list[Any]], share: bool) -> dict[str, list[int]]:
-    """Columns for the order of the rows: the unit that stays together, and the unit's length.
+def order_columns(columns: Mapping[str, list[Any]], share: bool) -> dict[str, list[int]]:
+    """Columns that decide the order of the rows: each row's unit, and the unit's length in tokens.
 
-    A unit is some pairs of one prompt that fit into one row of tokens: few, since a batch should
-    have many prompts. A pair whose sides have rows of their own is a unit, as long as the longer.
+    Rows of a unit stay side by side. A unit is a few pairs of one prompt that fit into one row of
+    tokens; it is small, since a batch should have many prompts. A pair whose sides do not share a
+    row (share=False, or two prompts) is a unit of its own, with the length of its longer side.
     """
     prompts, rejected_prompts = columns["prompt_ids"], columns["rejected_prompt_ids"]
     both = [a + b for a, b in zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)]
-    alike = [share and a == b for a, b in zip(prompts, rejected_prompts, strict=True)]
-    together = [number for number, shared in enumerate(alike) if shared]
-    apart = [number for number, shared in enumerate(alike) if not shared]
-    rows = share_prompts([prompts[i] for i in together], [both[i] for i in together], share)
+    one_row = [share and a == b for a, b in zip(prompts, rejected_prompts, strict=True)]
+    shared = [number for number, shares in enumerate(one_row) if shares]
+    single = [number for number, shares in enumerate(one_row) if not shares]
+    rows = share_prompts([prompts[i] for i in shared], [both[i] for i in shared], share)
     units = [
-        [together[i] for i in row[start : start + _TOGETHER]]
+        [shared[i] for i in row[start : start + _TOGETHER]]
         for row in rows
         for start in range(0, len(row), _TOGETHER)
     ]
     lengths = row_lengths(prompts, both, units)
-    units += [[number] for number in apart]
-    lengths += [max(len(columns[p][i]) + len(columns[c][i]) for p, c in SIDES) for i in apart]
+    units += [[number] for number in single]
+    lengths += [max(len(columns[p][i]) + len(columns[c][i]) for p, c in SIDES) for i in single]
     unit, length = [0] * len(both), [0] * len(both)
     for number, (members, total) in enumerate(zip(units, lengths, strict=True)):
         for row in members:
@@ -75,18 +75,18 @@ def _sorted_by(columns: Mapping[str, list[Any]], share: bool) -> dict[str, list[
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Rows to one batch of packed rows in which every sequence is once.
+    """Turns pairs into one batch of packed rows that holds every distinct sequence once.
 
-    Pairs of one prompt share its tokens, and pairs of one demonstration share it too.
+    Pairs of one prompt share its tokens (if `share`), and pairs of one demonstration share it.
     """
 
     pad_token_id: int
     share: bool
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Fields of PackedRows, with S sequences for its B; slot (2B,), weight (B,).
+        """Fields of PackedRows for the distinct sequences; slot (2B,); weight (B,).
 
-        slot: the sequence of each side of each pair, all preferred first, all rejected after.
+        slot: number of the sequence of each side, all preferred sides first, then all rejected.
         """
         sides = [(tuple(row[p]), tuple(row[c])) for p, c in SIDES for row in rows]
         unique = list(dict.fromkeys(sides))
@@ -115,7 +115,7 @@ class PairRewardTrainer(Guarded, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Weighted pair loss of one batch, plus TRL's centring term when it is asked for."""
+        """Weighted pair loss of one batch, plus TRL's centring term if args set it."""
         packed = PackedRows(**{field.name: inputs[field.name] for field in fields(PackedRows)})
         inner = self.accelerator.unwrap_model(model)
         rewards = inside_forward(
@@ -146,14 +146,14 @@ def fit_reward(
         (len(p) + len(c) for a, b in SIDES for p, c in zip(columns[a], columns[b], strict=True)),
         default=0,
     )
-    # With echo a shared row saves little of its length, and its attention costs more than that.
+    # With echo sharing a row saves little of its length, and its attention costs more than that.
     share = can_pack(reward.model, longest) and not reward.settings.echo
     trained = to_train(reward.model)
     trainer = PairRewardTrainer(
         model=trained,
         args=args,
         data_collator=PairCollator(reward.tokenizer.pad_token_id, share),
-        train_dataset=as_dataset({**columns, **_sorted_by(columns, share)}, training.label),
+        train_dataset=as_dataset({**columns, **order_columns(columns, share)}, training.label),
         processing_class=reward.tokenizer,
         settings=reward.settings,
         loss=loss,

@@ -1,7 +1,7 @@
-"""Fit the implicit reward beta log(pi_theta/pi_ref) on pairs, with TRL's DPOTrainer.
+"""The implicit reward beta log(pi_theta / pi_ref), and its fit on pairs with TRL's DPOTrainer.
 
-This is SPIN's whole step and the pairwise use of Best-of-N. Reference log-probs are computed once,
-before training, so that no second model is held, and so that a mixture reference is one sum.
+The fit is SPIN's whole step and the pairwise use of Best-of-N. Reference log-probs are computed
+once, before training: no second model stays in memory, and a mixture reference is a plain sum.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from irl_align.data.columns import column
+from irl_align.data.encoding import Templated
 from irl_align.errors import UserError
 from irl_align.models.lm_head import completion_logprobs
-from irl_align.models.packing import pad_right
+from irl_align.models.packing import Ids, pad_right
 from irl_align.models.sharding import copy_back, to_train
 from irl_align.models.trl import (
     LENGTH_GROUPS,
@@ -33,10 +34,64 @@ from irl_align.models.trl import (
     training_args,
 )
 from irl_align.reward.fit import SIDES
-from irl_align.reward.losses import mixture_logp
+from irl_align.reward.losses import implicit_reward, mixture_logp
+from irl_align.reward.protocol import TextScoring, require_finite
+from irl_align.reward.settings import DEFAULT_SETTINGS
 from irl_align.utils import distributed
 
 LN2 = math.log(2.0)
+
+
+class ImplicitReward(TextScoring):
+    """r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the reward that SPIN and DPO fit.
+
+    It equals a reward up to beta log Z(x), which cancels in pairs of one prompt. The reference is
+    one model, or the geometric mixture of several with weights that sum to 1, up to its own Z(x).
+    tokenizer and template are needed to score texts; token ids need neither.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        references: Sequence[tuple[float, PreTrainedModel]],
+        beta: float,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        template: Templated = DEFAULT_SETTINGS,
+    ) -> None:
+        self.policy = policy
+        self.references = references
+        self.beta = beta
+        self.tokenizer = tokenizer
+        self.template = template
+
+    def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
+        """The tokenizer of texts, and the template of prompts. Raises UserError: no tokenizer."""
+        if self.tokenizer is None:
+            raise UserError(
+                "reward: an implicit reward needs a tokenizer to score texts, found none"
+            )
+        return self.tokenizer, self.template
+
+    def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
+        """Rewards of whole completions: (B,). Raises UserError: a reward is not finite."""
+        scores = torch.tensor([float(s[-1]) for s in self.prefix_scores_ids(prompts, completions)])
+        require_finite("rewards", scores)
+        return scores
+
+    def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
+        """Rewards of all prefixes: (T + 1,) per row, 0 for the empty completion."""
+        policy = completion_logprobs(self.policy, prompts, completions, progress="rewards")
+        parts = [
+            completion_logprobs(model, prompts, completions, progress="rewards of the reference")
+            for _, model in self.references
+        ]
+        weights = [weight for weight, _ in self.references]
+        out = []
+        for row, logps in enumerate(policy):
+            reference = mixture_logp([torch.from_numpy(part[row]) for part in parts], weights)
+            per_token = implicit_reward(torch.from_numpy(logps), reference, self.beta)
+            out.append(torch.nn.functional.pad(per_token.cumsum(0), (1, 0)))
+        return out
 
 
 def reference_logps(
@@ -45,8 +100,9 @@ def reference_logps(
     """Summed log-probs of both sides under a reference: (2, B) float32, preferred first.
 
     references: models with weights that sum to 1; several are a geometric mixture. Equal
-    sequences (one demonstration in several pairs) are scored once. generator: the key of a single
-    reference, whose own samples have brought their log-probs along and are not scored again.
+    sequences (one demonstration in several pairs) are scored once. generator: key of a single
+    reference; the pairs hold the log-probs of its samples, which are not scored again.
+    Raises UserError: a log-prob is not finite.
     """
     rows = [
         key
@@ -55,24 +111,12 @@ def reference_logps(
     ]
     known = {}
     if generator and "rejected_logp" in pairs.column_names:
-        by = column(pairs, "generator")
-        of = zip(rows[len(pairs) :], by, column(pairs, "rejected_logp"), strict=True)
-        known = {key: logp for key, by, logp in of if by == generator and logp is not None}
+        names = column(pairs, "generator")
+        sampled = zip(rows[len(pairs) :], names, column(pairs, "rejected_logp"), strict=True)
+        known = {key: logp for key, name, logp in sampled if name == generator and logp is not None}
     missing = [key for key in dict.fromkeys(rows) if key not in known]
-    prompts, completions = [prompt for prompt, _ in missing], [ids for _, ids in missing]
-    totals = [
-        torch.tensor(
-            [
-                float(logps.sum(dtype=np.float64))
-                for logps in distributed.over_sequences(
-                    partial(_logprobs, model), prompts, completions
-                )
-            ],
-            dtype=torch.float64,
-        )
-        for _, model in references
-    ]
-    total = mixture_logp(totals, [weight for weight, _ in references])
+    sums = [_summed_logps(model, missing) for _, model in references]
+    total = mixture_logp(sums, [weight for weight, _ in references])
     known |= dict(zip(missing, total.tolist(), strict=True))
     logps = np.asarray([known[key] for key in rows], np.float32).reshape(2, -1)
     if not np.isfinite(logps).all():
@@ -83,16 +127,22 @@ def reference_logps(
     return logps
 
 
-def _logprobs(
-    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
-) -> list[np.ndarray]:
+def _summed_logps(
+    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Tensor:
+    """Summed log-prob of each (prompt, completion): (B,) in float64."""
     progress = "reference log-probs" if distributed.is_main() else None
-    return completion_logprobs(model, prompts, completions, progress=progress)
+    logps = distributed.over_sequences(
+        partial(completion_logprobs, model, progress=progress),
+        [prompt for prompt, _ in rows],
+        [completion for _, completion in rows],
+    )
+    return torch.tensor([float(row.sum(dtype=np.float64)) for row in logps], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class ImplicitCollator:
-    """Rows to TRL's DPO batch; the two sides may have different prompts (prompt contrast)."""
+    """Turns pairs into TRL's DPO batch; the two sides may have different prompts."""
 
     pad_token_id: int
 
@@ -114,50 +164,49 @@ class ImplicitCollator:
 
 
 def gather_rows(values: Tensor) -> Tensor:
-    """Values (N, ...) of all processes in a row, N of each its own; numbers () as (processes,)."""
+    """Values (N, ...) of all processes, concatenated; N may differ, and () counts as (1,)."""
     parts = distributed.gather(values.detach().cpu())
     return torch.cat([torch.atleast_1d(part) for part in parts]).to(values.device)
 
 
 class PairDPOTrainer(Guarded, DPOTrainer):
-    """TRL's DPOTrainer on token ids, with reference log-probs given."""
+    """TRL's DPOTrainer on token ids, with precomputed reference log-probs."""
 
     def __init__(self, *args: Any, expect_ln2: bool, **kwargs: Any) -> None:
         self.expect_ln2 = expect_ln2
         super().__init__(*args, **kwargs)
-        if (
-            distributed.count() > 1
-        ):  # TRL's monitors gather a piece's rows, and pieces differ in them
+        if distributed.count() > 1:  # TRL's monitors gather rows, whose number may differ
             self.accelerator.gather = gather_rows
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset  # token ids already
+        return dataset  # it holds token ids already
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset  # the columns are there already
+        return dataset  # it holds the columns already
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """DPO's loss; at the first step of a fit it must be ln 2, since pi_theta = pi_ref."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        """DPO's loss. Raises UserError: it should be ln 2 at the first step, and is not."""
+        trainer: Any = super()
+        loss = trainer.compute_loss(model, inputs, *args, **kwargs)
         if self.expect_ln2:
             self.expect_ln2 = False
-            first = loss.item()
-            # The reference's log-probs are float32; half precision, of products or of weights,
-            # rounds the policy's own. The loss magnifies a difference of log-probs by beta: the
-            # same nats whatever it is.
-            weights = next(model.parameters()).dtype
-            half = self.args.bf16 or self.args.fp16 or weights.itemsize < 4
-            nats = 0.2 if half else 0.01
-            slack = nats * max(self.beta, 0.1)
-            if self.state.global_step > 0:
-                return loss  # resumed: the checkpoint's history has it
-            if abs(first - LN2) > slack:
-                raise UserError(
-                    f"{self.args.run_name}: the first loss is {first:.6f}, expected ln 2 "
-                    f"= {LN2:.6f}: reference and policy differ (another model, dropout, or dtype)"
-                )
-            self.state.log_history.append({"first_loss": first, "step": 0})
+            if self.state.global_step == 0:  # a resumed fit has the first loss in its history
+                self._check_first_loss(model, loss.item())
         return loss
+
+    def _check_first_loss(self, model: torch.nn.Module, first: float) -> None:
+        """Raise UserError unless the loss is ln 2, as it must be while pi_theta = pi_ref."""
+        # The reference's log-probs are float32; half precision rounds the policy's. The loss
+        # multiplies a difference of log-probs by beta, so the limit in nats is the same for any.
+        weights = next(model.parameters()).dtype
+        half = self.args.bf16 or self.args.fp16 or weights.itemsize < 4
+        nats = 0.2 if half else 0.01
+        if abs(first - LN2) > nats * max(self.beta, 0.1):
+            raise UserError(
+                f"{self.args.run_name}: the first loss is {first:.6f}, expected ln 2 "
+                f"= {LN2:.6f}: reference and policy differ (another model, dropout, or dtype)"
+            )
+        self.state.log_history.append({"first_loss": first, "step": 0})
 
 
 def fit_implicit(
@@ -167,12 +216,13 @@ def fit_implicit(
     ref_logps: np.ndarray,
     options: Mapping[str, Any],
     training: Training,
+    *,
     expect_ln2: bool,
 ) -> dict[str, Any]:
     """Train `model` in place on pairs; returns training metrics.
 
-    ref_logps: (2, B) from :func:`reference_logps`; expect_ln2: the reference is the model itself,
-    so that the first loss must be ln 2 (with the sigmoid loss and no label smoothing).
+    ref_logps: (2, B) from :func:`reference_logps`. expect_ln2: whether the reference is the model
+    itself; then the first loss must be ln 2 (with the sigmoid loss and no label smoothing).
     """
     lengths = [
         max(len(p) + len(c), len(q) + len(d))

@@ -1,4 +1,4 @@
-"""Losses of the reward level, on rewards that are already computed.
+"""Losses and metrics of the reward level: pure functions of rewards and log-probs.
 
 Sources: "From Demonstrations to Rewards" (arXiv:2503.13538), SPIN (arXiv:2401.01335), DPO
 (arXiv:2305.18290), IQLearn (arXiv:2409.01369). Every loss returns (loss, metrics), all scalars.
@@ -19,39 +19,40 @@ Metrics = dict[str, Tensor]
 def bradley_terry(
     preferred: Tensor, rejected: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Pair loss -log sigmoid(r_E - r_hat): arXiv:2503.13538 eq. 11.
+    """Pair loss -log sigmoid(r_E - r_hat).
 
-    preferred, rejected: (B,) rewards of the two sides; weight: (B,) or None for equal weights.
+    preferred, rejected: (B,) rewards of the two sides; weight: (B,), or None for equal weights.
     """
     margin = _margin(preferred, rejected)
-    return _weighted(-F.logsigmoid(margin), weight), pair_metrics(margin.detach())
+    loss = -F.logsigmoid(margin)  # arXiv:2503.13538 eq. 11
+    return _weighted_mean(loss, weight), pair_metrics(margin.detach())
 
 
 def linear(
     preferred: Tensor, rejected: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Exact IRL objective -(r_E - r_hat): arXiv:2503.13538 eq. 10 (its 1/beta is a step size).
+    """Exact IRL objective -(r_E - r_hat), without the paper's 1/beta, which is a step size.
 
-    Unbounded: give rewards that went through :func:`bound`. Shapes as in :func:`bradley_terry`.
+    It has no lower limit: pass rewards through :func:`bound` first. Shapes as in bradley_terry.
     """
     margin = _margin(preferred, rejected)
-    return _weighted(-margin, weight), pair_metrics(margin.detach())
+    return _weighted_mean(-margin, weight), pair_metrics(margin.detach())  # arXiv:2503.13538 eq. 10
 
 
 PAIR_LOSSES = {"bradley_terry": bradley_terry, "linear": linear}
 
 
 def bound(reward: Tensor, limit: float) -> Tensor:
-    """limit * tanh(reward / limit): near the identity at 0, never beyond +-limit. Any shape."""
+    """limit * tanh(reward / limit): close to the identity at 0, within +-limit. Any shape."""
     return limit * torch.tanh(reward / limit)
 
 
 def implicit_reward(policy_logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
-    """r = beta log(pi_theta(y|x) / pi_ref(y|x)), up to beta log Z(x): arXiv:2305.18290 eq. 5.
+    """r = beta log(pi_theta(y|x) / pi_ref(y|x)), up to beta log Z(x).
 
     policy_logp, reference_logp: (B,) summed log-probs of the completions; returns (B,).
     """
-    return beta * (policy_logp - reference_logp)
+    return beta * (policy_logp - reference_logp)  # arXiv:2305.18290 eq. 5
 
 
 def mixture_logp(logps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -76,11 +77,12 @@ def iq_learn(
     gamma V(s_{t+1}) is the reward that pi's logits imply, since log pi = Q - V. coef 0 is SFT.
 
     logp, value: (B, L) log-prob of the token at each place and log-sum-exp of the logits there;
-    mask: (B, L), true on completion tokens, which follow each other; V after the last one is 0.
-    tokens: what sums are divided by, where a batch is part of a larger one.
+    mask: (B, L), true on the completion's consecutive tokens; V after the last one is 0.
+    tokens: the divisor of the sums, for a batch that is part of a larger one.
     """
     logp, value, mask = logp.float(), value.float(), mask.float()
     following = F.pad((value * mask)[:, 1:], (0, 1))  # V(s_{t+1}): (B, L)
+    # arXiv:2409.01369: r = Q - gamma V' = log pi + V - gamma V'
     reward = (logp + value - gamma * following) * mask
     count = mask.sum() if tokens is None else torch.as_tensor(tokens, device=mask.device)
     nll, square = -(logp * mask).sum() / count, reward.square().sum() / count
@@ -100,8 +102,9 @@ def pair_metrics(margin: Tensor) -> Metrics:
 def calibration_error(margin: Tensor, bins: int = 10) -> float:
     """Expected calibration error of P(preferred wins) = sigmoid(margin), equal-count bins.
 
-    Each pair is folded to its more probable side, so confidence is in [1/2, 1] and the outcome is
-    whether that side is the preferred one (ties count half). margin: (B,). In [0, 1].
+    Each pair counts as a prediction of its more probable side, so the confidence is in [1/2, 1],
+    and the outcome is whether that side is the preferred one (ties count half). margin: (B,).
+    Returns a number in [0, 1].
     """
     confidence, order = torch.sort(torch.sigmoid(margin.abs().double()))
     outcome = ((margin > 0).double() + 0.5 * (margin == 0).double())[order]
@@ -118,6 +121,6 @@ def _margin(preferred: Tensor, rejected: Tensor) -> Tensor:
     return preferred.to(dtype) - rejected.to(dtype)
 
 
-def _weighted(loss: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of (B,) losses, or their mean by weight."""
+def _weighted_mean(loss: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of (B,) losses, weighted if there are weights."""
     return loss.mean() if weight is None else (loss * weight).sum() / weight.sum()

@@ -1,6 +1,6 @@
-"""Rank the N samples of each prompt: by the reward, by the policy's log-prob, or by both.
+"""Rank the N samples of each of M prompts: by the reward, by the policy's log-prob, or by both.
 
-Samples are taken as they come, a bounded number at a time; of each, numbers alone are kept.
+Samples are read a bounded number at a time, and only their scores are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from irl_align.models.generation.protocol import Completion
 from irl_align.models.generation.samples import ROWS_AT_ONCE, Samples
 from irl_align.reward.distributed import spread
-from irl_align.reward.model import RewardFunction
+from irl_align.reward.protocol import RewardFunction
 
 
 def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
@@ -24,8 +24,8 @@ def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
         completions = [c.token_ids for i in order for c in waiting[i]]
         scores = spread(reward).score_ids(prompts, completions).numpy()
         ends = np.cumsum([len(waiting[i]) for i in order])[:-1]
-        for index, some in zip(order, np.split(scores, ends), strict=True):
-            rewards[index] = some
+        for index, values in zip(order, np.split(scores, ends), strict=True):
+            rewards[index] = values
         waiting.clear()
 
     count = 0
@@ -41,18 +41,18 @@ def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
 
 
 def rank_samples(samples: Samples, rewards: np.ndarray | None, score: str) -> np.ndarray:
-    """Score (M, N) of every sample, higher is better; truncated samples are -inf.
+    """Score (M, N) of every sample, higher is better; truncated samples get -inf.
 
     rewards: (M * N,) from :func:`sample_rewards`. score: `reward`, `logprob` (mean per token under
-    the sampler) or `both`, the sum of the two after each has been brought to variance 1 over all
-    samples that are not truncated.
+    the sampler) or `both`, the sum of the two after scaling each to variance 1 over all samples
+    that are not truncated.
     """
     ended: list[list[bool]] = [[]] * len(samples.prompts)
     means: list[list[float]] = [[]] * len(samples.prompts)
     for index, group in samples.groups():
         ended[index] = [not completion.truncated for completion in group]
         means[index] = [float(completion.logprobs.mean()) for completion in group]
-    finished = np.array([one for group in ended for one in group], dtype=bool)
+    finished = np.array([flag for group in ended for flag in group], dtype=bool)
     total = np.zeros(len(finished))
     parts = []
     if score in ("reward", "both"):
@@ -62,7 +62,7 @@ def rank_samples(samples: Samples, rewards: np.ndarray | None, score: str) -> np
     if score in ("logprob", "both"):
         parts.append(np.array([mean for group in means for mean in group]))
     for part in parts:
-        spread = part[finished].std() if len(parts) > 1 and finished.any() else 1.0
-        total += part / (spread or 1.0)
+        deviation = part[finished].std() if len(parts) > 1 and finished.any() else 1.0
+        total += part / (deviation or 1.0)
     total[~finished] = -np.inf
     return total.reshape(len(samples.prompts), -1)

@@ -46,7 +46,9 @@ from irl_align.models.lora import (
 from irl_align.models.packing import context_length
 from irl_align.models.trl import Training
 from irl_align.policy import Policy, Reward
-from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
+from irl_align.reward.implicit import ImplicitReward
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import RewardFunction
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.training.run_folder import FollowedRun, Run
 from irl_align.training.store import Stage, Store

@@ -27,7 +27,7 @@ from irl_align.reward.audit import shortcut_audit, within_prompts
 from irl_align.reward.distributed import spread
 from irl_align.reward.fit import SIDES, margin_report, margins
 from irl_align.reward.health import AUDITED
-from irl_align.reward.model import RewardFunction
+from irl_align.reward.protocol import RewardFunction
 from irl_align.tasks.bleu import reference_metrics
 from irl_align.tasks.gold import GoldMetric
 from irl_align.training.context import RunContext

@@ -19,7 +19,7 @@ from typing import Any
 
 from irl_align.policy import Policy, Reward
 from irl_align.reward.audit import shortcut_warnings
-from irl_align.reward.health import audited_accuracy, policy_loss
+from irl_align.reward.health import audited_accuracy, policy_pair_loss
 from irl_align.training.context import RunContext
 from irl_align.training.diagnostics import find_signs
 from irl_align.training.evaluation import (
@@ -105,7 +105,7 @@ def judge_reward(context: RunContext, k: int, fit: dict[str, Any]) -> str | None
     if unfit:
         found = "not finite" if loss is None else f"{loss:.4f}, at or above {bounds.unfit_loss:.4f}"
         signs.append(f"held-out pair loss is {found}: the reward is unfit and is not optimised on")
-    elif (own := policy_loss(fit)) is not None and own >= bounds.unfit_loss - ROUNDING:
+    elif (own := policy_pair_loss(fit)) is not None and own >= bounds.unfit_loss - ROUNDING:
         signs.append(
             f"held-out pair loss is {own:.4f} where policy samples are rejected: what the reward "
             "tells apart is the other pairs"

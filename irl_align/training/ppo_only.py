@@ -18,7 +18,7 @@ from irl_align.errors import UserError
 from irl_align.models.loading import pick_device
 from irl_align.policy import Policy, Reward
 from irl_align.reward.alignment import load_reward
-from irl_align.reward.model import RewardFunction
+from irl_align.reward.protocol import RewardFunction
 from irl_align.training.context import RunContext, open_run
 from irl_align.training.evaluation import evaluate_policy
 from irl_align.training.extra_prompts import PromptsByIds, with_prompts

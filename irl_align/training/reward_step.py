@@ -22,8 +22,10 @@ from irl_align.models.loading import save_model
 from irl_align.models.packing import context_length
 from irl_align.policy import Policy, Reward
 from irl_align.reward.fit import fit_reward, pair_columns
+from irl_align.reward.forward import score_head
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.model import RewardModel, RewardSettings, score_head, train_adapter
+from irl_align.reward.model import RewardModel, train_adapter
+from irl_align.reward.settings import RewardSettings
 from irl_align.training.context import RunContext, derive_seed
 from irl_align.training.pair_step import IterationPairs
 from irl_align.training.prepare import Data
@@ -200,7 +202,13 @@ def _fit_implicit(
         model = context.load_trainable(policy.path)
         training = context.training(work, f"SPIN {k}")
         metrics = fit_implicit(
-            model, context.tokenizer, fit.train, logps, fit.args, training, starts_at_reference
+            model,
+            context.tokenizer,
+            fit.train,
+            logps,
+            fit.args,
+            training,
+            expect_ln2=starts_at_reference,
         )
         save_model(model, context.tokenizer, work / "model")
         return {**metrics, "history": [took, *metrics["history"]]}

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from irl_align.data.tokenizer import train_tokenizer
 from irl_align.models.packing import PackedRows, over_packed
 from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import ScoreRequest
 from irl_align.reward.scoring import policy_attention, score_tokens
 
 Ids = list[list[int]]
@@ -36,7 +37,10 @@ Kind = Callable[[RewardModel, Ids, Ids], object]
 def ask(prefixes: bool, attention: bool, eos: bool = False) -> Kind:
     """Score with these parts."""
     return lambda reward, prompts, completions: score_tokens(
-        reward, prompts, completions, prefixes=prefixes, attention=attention, eos_prefixes=eos
+        reward,
+        ScoreRequest(
+            prompts, completions, prefixes=prefixes, attention=attention, eos_prefixes=eos
+        ),
     )
 
 

@@ -39,7 +39,8 @@ from irl_align.policy.ppo import update
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import share_backbone
 from irl_align.policy.ppo.network import Critic
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 from irl_align.utils.hardware import peak_memory
 
 VOCABULARY = 8192

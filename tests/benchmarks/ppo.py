@@ -50,7 +50,8 @@ from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.rollout import RolloutBatch, draw
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,8 @@ from irl_align.data.pairs import load_pairs
 from irl_align.models.attention import short_attention
 from irl_align.models.trl import Training, training_args
 from irl_align.reward.fit import SIDES, fit_reward, pair_columns
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 from irl_align.training.reward_step import scheduled
 from irl_align.training.run_folder import Run
 

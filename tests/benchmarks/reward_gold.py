@@ -25,7 +25,9 @@ from irl_align.data.cards import import_object, load_card
 from irl_align.data.pairs import load_pairs
 from irl_align.data.tokenizer import decode_batch
 from irl_align.models.loading import load_model, load_tokenizer
-from irl_align.reward.model import ImplicitReward, RewardFunction, RewardModel
+from irl_align.reward.implicit import ImplicitReward
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import RewardFunction
 from irl_align.training.run_folder import Run, RunView
 
 KINDS = ("missing", "wrong", "hallucinated")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import html
-from support.evaluated_runs import evaluated_run
+from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.evaluation.best_of_n import LOWER_IS_BETTER, curve, expected_best, gao_fit
@@ -108,7 +108,7 @@ def test_a_gold_of_unknown_direction_is_shown_and_not_judged() -> None:
 
 @pytest.fixture(scope="module")
 def run() -> Result:
-    return evaluated_run("irl")
+    return shared_run("irl")
 
 
 def test_a_runs_curve_is_kept_and_reported(run: Result, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +148,6 @@ def test_mistakes_are_told(run: Result, tmp_path: Path, capsys: pytest.CaptureFi
     assert (
         nothing == "evaluate: found none of --card, --best-of, --judge and --lm-eval, expected one"
     )
-    spin = evaluated_run("spin")
+    spin = shared_run("spin")
     line = the_line(irl_align(capsys, "evaluate", spin.folder, "--best-of", 4))
     assert line.endswith("found no finished run with an explicit reward, expected one")

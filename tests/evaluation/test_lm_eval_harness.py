@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.evaluated_runs import evaluated_run
+from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.errors import UserError
@@ -73,7 +73,7 @@ def tasks(tmp_path: Path) -> Path:
 
 def test_a_runs_policy_on_a_local_task(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lm_eval = pytest.importorskip("lm_eval")
-    run = evaluated_run("sft")
+    run = shared_run("sft")
     command = ("evaluate", run.folder, "--lm-eval-tasks", tasks, "--lm-eval")
     ended = irl_align(capsys, *command, "toy_choice@0")
     assert ended.status == 0, ended.err
@@ -108,7 +108,7 @@ def test_a_runs_policy_on_a_local_task(tasks: Path, capsys: pytest.CaptureFixtur
 
 def test_bad_input_is_one_line(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
-    run = evaluated_run("sft")
+    run = shared_run("sft")
     told = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "no_such_task"))
     assert told.startswith("--lm-eval: found 'no_such_task', which lm-eval ")
     (tasks / "rows.jsonl").unlink()
@@ -121,12 +121,12 @@ def test_without_the_harness_the_extra_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("irl_align.evaluation.lm_eval_harness.find_spec", lambda name: None)
-    run = evaluated_run("sft")
+    run = shared_run("sft")
     told = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "arc_challenge"))
     assert told == "--lm-eval: lm-eval is not installed; install irl-align[eval]"
 
 
 def test_a_reward_is_no_policy(capsys: pytest.CaptureFixture[str]) -> None:
-    reward = evaluated_run("irl").reward
+    reward = shared_run("irl").reward
     told = the_line(irl_align(capsys, "evaluate", reward, "--lm-eval", "arc_challenge"))
     assert told.endswith("found a reward, expected a run or a policy")

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.evaluated_runs import evaluated_run
 from support.preference_rows import CARD, PAIRS, write_pairs
+from support.shared_runs import shared_run
 from support.tiny_runs import BEST, irl_align, stage_folder, the_line, tiny_recipe
 
 from irl_align.evaluation.preference_tables import preference_notes
-from irl_align.reward.model import read_settings
+from irl_align.reward.settings import read_settings
 from irl_align.training.train import Result, train
 
 pytestmark = pytest.mark.timeout(240)
@@ -30,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_in_the_store(*overrides: str) -> Result:
-    """A tiny run in the folder of evaluated_runs, whose stages it shares."""
-    return train(tiny_recipe(evaluated_run("irl").folder.parents[1], *overrides))
+    """A tiny run next to the shared ones."""
+    return train(tiny_recipe(shared_run("irl").folder.parents[1], *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def settings(stage: Path) -> dict[str, Any]:
 
 
 def test_a_rival_of_another_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, before = evaluated_run("irl"), rivals(evaluated_run("irl"))
+    run, before = shared_run("irl"), rivals(shared_run("irl"))
     arguments = (run.folder, "--card", folder / "toy.md", "--train-set")
     report, out = evaluated(capsys, *arguments, f"{folder / 'other.md'}={folder}")
     assert report["trained_on"] == {
@@ -117,7 +117,7 @@ def test_bad_combinations_are_refused(folder: Path, capsys: pytest.CaptureFixtur
     def told(source: Path | None, *arguments: object) -> str:
         return the_line(irl_align(capsys, "evaluate", source, "--card", toy, *arguments))
 
-    run = evaluated_run("irl")
+    run = shared_run("irl")
     assert told(run.folder, "--train-set", other, "--train-split", "dev") == (
         "--train-set: found 'other, dev', which is evaluated on; expected another"
     )
@@ -127,7 +127,7 @@ def test_bad_combinations_are_refused(folder: Path, capsys: pytest.CaptureFixtur
     assert "found a card of demonstrations, expected preferences" in told(
         run.folder, "--train-set", "restaurant"
     )
-    for source in (run.reward, evaluated_run("spin").folder, evaluated_run("sft").folder):
+    for source in (run.reward, shared_run("spin").folder, shared_run("sft").folder):
         assert "found no run with an explicit reward" in told(source, "--train-set", other)
     long = folder / "long.md"
     long.write_text(CARD.replace("train.jsonl", "long.jsonl"))
@@ -163,7 +163,7 @@ def test_pairs_beyond_the_context_with_the_prompt_again_are_left_out(
     for name in ("pairs.jsonl", "train.jsonl"):
         rows = [*PAIRS, (f"{long}{name}", "thai food.", "no", "b", 1.0)]
         write_pairs(tmp_path / name, rows if name == "pairs.jsonl" else [*rows[1:], rows[0]])
-    plain, _ = evaluated(capsys, evaluated_run("irl").folder, "--card", card)
+    plain, _ = evaluated(capsys, shared_run("irl").folder, "--card", card)
     assert plain["dropped"] == 0
     report, out = evaluated(capsys, unusual.folder, "--card", card, "--train-split", "train")
     assert (report["pairs"], report["dropped"]) == (4, 1)

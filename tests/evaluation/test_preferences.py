@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.evaluated_runs import evaluated_run
 from support.preference_rows import CARD, PAIRS, write_pairs
+from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, stage_folder, the_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run() -> Result:
-    return evaluated_run("irl")
+    return shared_run("irl")
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def by_hand(run: Result) -> tuple[float, float]:
 def test_an_implicit_reward_and_another_beside_it(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spin = evaluated_run("spin")
+    spin = shared_run("spin")
     report = evaluated(
         capsys, spin.folder, "--card", folder / "toy.md", "--beside", run.folder, "--beside",
         run.reward,
@@ -303,13 +303,13 @@ def test_a_set_without_subsets_says_so(
 def test_spin_beside_a_reward_is_scored_by_its_implicit_reward(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spin, toy = evaluated_run("spin"), folder / "toy.md"
+    spin, toy = shared_run("spin"), folder / "toy.md"
     report = evaluated(capsys, run.folder, "--card", toy, "--beside", spin.folder)
     assert list(report["scorers"])[:3] == ["reward", "spin-seed0", "longer wins"]
     alone = evaluated(capsys, spin.folder, "--card", toy)
     assert report["scorers"]["spin-seed0"] == alone["scorers"]["implicit reward"]
     for beside, told in (
-        (evaluated_run("sft").folder, "this run has no reward"),
+        (shared_run("sft").folder, "this run has no reward"),
         (spin.policy, "found a language model, expected a run or a reward"),
     ):
         ended = irl_align(capsys, "evaluate", run.folder, "--card", toy, "--beside", beside)

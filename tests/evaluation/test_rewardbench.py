@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.evaluated_runs import evaluated_run
+from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.evaluation.preference_tables import (
@@ -83,7 +83,7 @@ def copy(tmp_path: Path) -> Path:
 def test_a_small_copy_is_evaluated_by_sections(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, output = evaluated_run("irl"), tmp_path / "found.json"
+    run, output = shared_run("irl"), tmp_path / "found.json"
     command = ("evaluate", run.folder, "--output", output, "--card", f"reward_bench={copy}")
     ended = irl_align(capsys, *command)
     assert ended.status == 0, ended.err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from lxml import html
-from support.evaluated_runs import evaluated_run
+from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.evaluation.win_rates import distinct_bigrams
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope="module")
 def run() -> Result:
-    return evaluated_run("irl")
+    return shared_run("irl")
 
 
 @pytest.fixture(scope="module")
 def judge() -> Result:
-    return evaluated_run("judge")
+    return shared_run("judge")
 
 
 def rows(run: Result, name: str) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def test_the_policys_own_reward_is_no_judge(
 def test_sft_alone_is_judged_against_demonstrations(
     tmp_path: Path, judge: Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sft, output = evaluated_run("sft"), tmp_path / "sft.json"
+    sft, output = shared_run("sft"), tmp_path / "sft.json"
     assert judge.reward is not None
     ended = irl_align(capsys, "evaluate", sft.folder, "--judge", judge.reward, "--output", output)
     assert ended.status == 0, ended.err

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, EvalResult, ModelCard
-from support.hub_runs import best_of_n, selecting, spin
 from support.rows import save
+from support.shared_runs import shared_run
 from support.tiny_runs import BEST, RECIPE, metrics, stage_records
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -23,7 +23,7 @@ from irl_align.hub.facts import Facts
 from irl_align.hub.licences import combine, derive
 from irl_align.hub.sections import gold_table, scores_section
 from irl_align.hub.snippets import reward_snippets
-from irl_align.reward.model import RewardSettings
+from irl_align.reward.settings import RewardSettings
 from irl_align.training.train import train
 
 pytestmark = pytest.mark.timeout(240)
@@ -34,10 +34,10 @@ PROMPT, ANSWER = "name[the red lion], food[thai]", "The red lion serves thai foo
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``folder(what)``: the export of a run's reward, policy, pairs or of a selecting policy."""
     root = tmp_path_factory.mktemp("cards")
-    run = {"selecting": selecting, "spin": spin}
+    run = {"selecting": "select", "spin": "spin"}
     for name in ("reward", "policy", "pairs", "selecting", "spin"):
         what = "policy" if name in run else name
-        export(run.get(name, best_of_n)().folder, what, root / name)
+        export(shared_run(run.get(name, "contrast")).folder, what, root / name)
     return lambda name: root / name
 
 
@@ -59,7 +59,7 @@ def test_a_rewards_metadata(folder: Callable[[str], Path]) -> None:
     assert data.pipeline_tag == "text-classification" and data.language == ["en"]
     assert {"reward-model", "irl-align"} <= set(data.tags)
     assert data.base_model is None and data.datasets is None  # from scratch, on a made-up task
-    held = metrics(best_of_n().folder)["reward/0"]["by_source"]
+    held = metrics(shared_run("contrast").folder)["reward/0"]["by_source"]
     found = {result.metric_name: result for result in data.eval_results}
     assert all(isinstance(result, EvalResult) for result in found.values())
     for source, report in held.items():
@@ -72,8 +72,8 @@ def test_a_rewards_metadata(folder: Callable[[str], Path]) -> None:
 
 def test_a_policys_metadata(folder: Callable[[str], Path]) -> None:
     data = ModelCard.load(folder("policy") / "README.md").data
-    assert data.pipeline_tag == "text-generation" and data.model_name == "best"
-    recorded = metrics(best_of_n().folder)
+    assert data.pipeline_tag == "text-generation" and data.model_name == "contrast"
+    recorded = metrics(shared_run("contrast").folder)
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     assert values == {
         f"slot_error_rate, T={t}": pytest.approx(
@@ -94,7 +94,7 @@ def test_a_data_sets_metadata(folder: Callable[[str], Path]) -> None:
 
 def test_a_rewards_card_tells_the_runs_numbers(folder: Callable[[str], Path]) -> None:
     text = (folder("reward") / "README.md").read_text()
-    recorded = metrics(best_of_n().folder)
+    recorded = metrics(shared_run("contrast").folder)
     report, data = recorded["reward/0"], recorded["data"]
     evaluation = section(text, "Evaluation")
     for name, key in {"length alone": "length", "mean log-prob under SFT": "logprob_mean"}.items():
@@ -119,17 +119,17 @@ def test_lineage_names_every_stage_that_the_reward_is_made_from(
     folder: Callable[[str], Path],
 ) -> None:
     origin = section((folder("reward") / "README.md").read_text(), "Where it comes from")
-    records = stage_records(best_of_n().folder)
+    records = stage_records(shared_run("contrast").folder)
     roles = {"reward/0", "pairs/0", "sft", "start"}
     for role in roles:
         assert f"| {role} | `{records[role]['name']}-{records[role]['key']}` |" in origin
     assert "policy-1" not in origin  # made later
-    for value in metrics(best_of_n().folder)["data"]["checksums"].values():
+    for value in metrics(shared_run("contrast").folder)["data"]["checksums"].values():
         assert value in origin
 
 
 def test_cards_tell_no_paths_of_this_machine(folder: Callable[[str], Path]) -> None:
-    home = str(best_of_n().folder.parent)
+    home = str(shared_run("contrast").folder.parent)
     for name in ("reward", "policy", "pairs", "selecting", "spin"):
         for file in folder(name).rglob("*"):
             if file.suffix in (".md", ".yaml", ".json", ".jinja"):
@@ -146,7 +146,7 @@ def test_a_policys_table_has_intervals_and_baselines(folder: Callable[[str], Pat
         *["| pi_0 (SFT)"] * 2,
         *["| pi_1"] * 2,
     ]
-    run = best_of_n()
+    run = shared_run("contrast")
     (head,) = (line for line in evaluation.splitlines() if line.startswith("| | temperature"))
     assert head.split(" | ")[2:] == ["slot error rate", "BLEU", "chrF", "KL to pi_0", "tokens |"]
     texts = metrics(run.folder)["evaluation/1/t1"]["metrics"]
@@ -162,7 +162,7 @@ def test_a_policys_table_has_intervals_and_baselines(folder: Callable[[str], Pat
 
 
 def test_numbers_that_were_not_finite_are_left_out() -> None:
-    facts = Facts.of(best_of_n().folder)
+    facts = Facts.of(shared_run("contrast").folder)
     for key, record in facts.metrics.items():
         if key.startswith("evaluation/"):
             nothing = dict.fromkeys(("slot_error_rate", "bleu"))
@@ -177,12 +177,12 @@ def test_special_policies_say_what_they_are(folder: Callable[[str], Path]) -> No
     text = (folder("selecting") / "README.md").read_text()
     assert "**The run's policy is best-of-3 selection**" in text
     # The weights are SFT's, and so are the results in the metadata; the table has both.
-    recorded = metrics(selecting().folder)["evaluation/0/t1"]["metrics"]["slot_error_rate"]
+    recorded = metrics(shared_run("select").folder)["evaluation/0/t1"]["metrics"]["slot_error_rate"]
     found = ModelCard.load(folder("selecting") / "README.md").data.eval_results
     values = {result.metric_name: result.metric_value for result in found}
     assert values["slot_error_rate, T=1"] == pytest.approx(recorded, abs=1e-4)
     assert "| pi_0 (SFT) | 1 |" in text and "| pi_1, selected | 1 |" in text
-    assert f"| sft | `sft-{stage_records(selecting().folder)['sft']['key']}` |" in text
+    assert f"| sft | `sft-{stage_records(shared_run('select').folder)['sft']['key']}` |" in text
     text = (folder("spin") / "README.md").read_text()
     assert "SPIN, arXiv:2401.01335" in section(text, "Method")
 
@@ -212,8 +212,8 @@ def test_the_rewards_snippets_run_and_agree(folder: Callable[[str], Path]) -> No
     known: dict[str, Any] = {"REPO": str(folder("reward")), "prompt": PROMPT, "answer": ANSWER}
     exec(plain, known)
     exec(ours, known)
-    assert best_of_n().reward is not None
-    reward = RewardModel.from_pretrained(best_of_n().reward)
+    assert shared_run("contrast").reward is not None
+    reward = RewardModel.from_pretrained(shared_run("contrast").reward)
     expected = float(reward.score([PROMPT], [ANSWER]))
     assert known["score"](PROMPT, ANSWER) == pytest.approx(expected, abs=1e-5)
     assert float(known["scores"]) == pytest.approx(expected, abs=1e-5)
@@ -262,7 +262,7 @@ def test_licence_without_a_base_is_the_datas() -> None:
 
 
 def facts_with(recipe: dict[str, Any], front: dict[str, Any]) -> Facts:
-    facts = Facts.of(best_of_n().folder)
+    facts = Facts.of(shared_run("contrast").folder)
     view = type(facts.view)(**{**vars(facts.view), "recipe": {**facts.view.recipe, **recipe}})
     return Facts(view, facts.card, front, facts.about, facts.metrics)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from support.hub_runs import best_of_n, selecting, spin
 from support.rows import Ids, random_ids, save
+from support.shared_runs import shared_run
 from support.tiny_models import TINY_ARCHITECTURES
 from support.tiny_runs import irl_align, the_line
 from transformers import (
@@ -28,7 +28,8 @@ from irl_align.data.loading import load_preferences
 from irl_align.hub.export import export
 from irl_align.hub.facts import ratio_interval
 from irl_align.hub.weights import chat_ids, chat_template, final_norm, fold_normaliser
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 pytestmark = pytest.mark.timeout(240)
 MakeModel = Callable[[str], PreTrainedModel]
@@ -146,15 +147,15 @@ def test_the_chat_template_refuses_what_was_never_trained(
 def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported reward."""
     folder = tmp_path_factory.mktemp("export") / "reward"
-    export(best_of_n().folder, "reward", folder)
+    export(shared_run("contrast").folder, "reward", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def expected() -> torch.Tensor:
     """The run's own scores of RESTAURANTS with ANSWERS."""
-    assert best_of_n().reward is not None
-    return RewardModel.from_pretrained(best_of_n().reward).score(RESTAURANTS, ANSWERS)
+    assert shared_run("contrast").reward is not None
+    return RewardModel.from_pretrained(shared_run("contrast").reward).score(RESTAURANTS, ANSWERS)
 
 
 def offset(folder: Path) -> float:
@@ -232,7 +233,7 @@ def test_trl_takes_it_as_a_reward_function(
         report_to="none",
     )
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(best_of_n().policy),
+        model=AutoModelForCausalLM.from_pretrained(shared_run("contrast").policy),
         processing_class=AutoTokenizer.from_pretrained(reward),
         reward_funcs=str(reward),
         args=args,
@@ -288,7 +289,7 @@ def test_our_own_commands_take_an_export_as_the_model_it_is(
 
 
 def test_a_policy_keeps_its_weights_and_gets_a_template(tmp_path: Path) -> None:
-    run = best_of_n()
+    run = shared_run("contrast")
     done = export(run.folder, "policy", tmp_path / "policy")
     assert done.iteration == 1
     file = "model.safetensors"
@@ -302,24 +303,24 @@ def test_a_policy_keeps_its_weights_and_gets_a_template(tmp_path: Path) -> None:
 
 
 def test_every_iteration_can_be_exported(tmp_path: Path) -> None:
-    run = best_of_n()
+    run = shared_run("contrast")
     export(run.folder, "policy", tmp_path / "zero", iteration=0)
     sft = run.folder / run.view().stages["sft"]["path"] / "model" / "model.safetensors"
     assert (tmp_path / "zero" / "model.safetensors").read_bytes() == sft.read_bytes()
     assert export(run.folder, "reward", tmp_path / "r", iteration=0).iteration == 0
-    done = export(spin().folder, "policy", tmp_path / "spin", iteration=1)
+    done = export(shared_run("spin").folder, "policy", tmp_path / "spin", iteration=1)
     weights = (done.folder / "model.safetensors").read_bytes()
-    assert weights == (spin().policy / "model.safetensors").read_bytes()
-    done = export(selecting().folder, "policy", tmp_path / "select")
+    assert weights == (shared_run("spin").policy / "model.safetensors").read_bytes()
+    done = export(shared_run("select").folder, "policy", tmp_path / "select")
     weights = (done.folder / "model.safetensors").read_bytes()
-    assert weights == (selecting().policy / "model.safetensors").read_bytes()
+    assert weights == (shared_run("select").policy / "model.safetensors").read_bytes()
 
 
 def test_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
-    export(best_of_n().folder, "pairs", tmp_path / "pairs")
+    export(shared_run("contrast").folder, "pairs", tmp_path / "pairs")
     cache = str(tmp_path / "cache")
     found = datasets.load_dataset(str(tmp_path / "pairs"), "pairs", cache_dir=cache)
-    record = best_of_n().view().metrics
+    record = shared_run("contrast").view().metrics
     made = next(r for r in record if r["key"] == "pairs/0")
     assert len(found["train"]) == made["train"]["pairs"]
     assert len(found["validation"]) == made["held_out"]["pairs"]
@@ -362,7 +363,7 @@ def test_ratio_interval_by_hand() -> None:
 
 def unfinished(tmp_path: Path) -> Path:
     run = tmp_path / "run"
-    shutil.copytree(best_of_n().folder, run)
+    shutil.copytree(shared_run("contrast").folder, run)
     (run / "summary.json").unlink()
     return run
 
@@ -380,7 +381,7 @@ def test_a_wrong_option_is_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     to = tmp_path / "out"
-    ended = irl_align(capsys, "export", best_of_n().folder, "--to", to, *arguments)
+    ended = irl_align(capsys, "export", shared_run("contrast").folder, "--to", to, *arguments)
     assert re.search(message, the_line(ended)) and not to.exists()
 
 
@@ -388,11 +389,11 @@ def test_runs_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixt
     to = tmp_path / "out"
     line = the_line(irl_align(capsys, "export", unfinished(tmp_path), "--to", to))
     assert "this run is not finished; run its recipe again" in line
-    line = the_line(irl_align(capsys, "export", spin().folder, "--to", to))
+    line = the_line(irl_align(capsys, "export", shared_run("spin").folder, "--to", to))
     assert "this run has no explicit reward" in line
     line = the_line(irl_align(capsys, "export", tmp_path / "none", "--to", to))
     assert "found no such folder, expected the folder of a run" in line
-    line = the_line(irl_align(capsys, "export", best_of_n().folder, "--to", tmp_path))
+    line = the_line(irl_align(capsys, "export", shared_run("contrast").folder, "--to", tmp_path))
     assert "--to" in line and "exists" in line
     assert not to.exists()
 
@@ -405,5 +406,5 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr("irl_align.hub.export.shutil.copyfile", full)
     arguments = ("--what", "policy", "--to", tmp_path / "out")
-    line = the_line(irl_align(capsys, "export", best_of_n().folder, *arguments))
+    line = the_line(irl_align(capsys, "export", shared_run("contrast").folder, *arguments))
     assert line.startswith("export: no space left for") and list(tmp_path.iterdir()) == []

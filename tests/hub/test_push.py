@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from support.hub_client import connected, main, push, repo
-from support.hub_runs import best_of_n
 from support.hub_server import TOKEN
 from support.hub_state import Hub, metadata
+from support.shared_runs import shared_run
 from support.tiny_runs import the_line
 
 from irl_align import RewardModel
@@ -49,11 +49,13 @@ def test_pushed_and_loaded_back_by_others(
     )
     assert loaded.returncode == 0, loaded.stderr
     found = json.loads(loaded.stdout)
-    assert best_of_n().reward is not None
-    expected = float(RewardModel.from_pretrained(best_of_n().reward).score([PROMPT], [ANSWER]))
+    assert shared_run("contrast").reward is not None
+    expected = float(
+        RewardModel.from_pretrained(shared_run("contrast").reward).score([PROMPT], [ANSWER])
+    )
     assert found["transformers"] == pytest.approx(expected, abs=1e-5)
     assert found["irl_align"] == pytest.approx(expected, abs=1e-5)
-    made = next(r for r in best_of_n().view().metrics if r["key"] == "pairs/0")
+    made = next(r for r in shared_run("contrast").view().metrics if r["key"] == "pairs/0")
     assert found["pairs"] == {
         "train": made["train"]["pairs"],
         "validation": made["held_out"]["pairs"],
@@ -102,14 +104,14 @@ def test_one_commit_with_a_valid_card_and_a_tag(
     assert metadata(main(hub)["README.md"])["license"] == "apache-2.0"
     stored = b"".join(main(hub).values())
     assert TOKEN.encode() not in stored
-    assert not (best_of_n().folder / ".push").exists()
+    assert not (shared_run("contrast").folder / ".push").exists()
 
 
 def test_the_same_again_is_no_commit_and_no_upload(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (best_of_n().folder / ".push").mkdir()  # what a killed push leaves
-    (best_of_n().folder / ".push" / "half.safetensors").write_bytes(b"half")
+    (shared_run("contrast").folder / ".push").mkdir()  # what a killed push leaves
+    (shared_run("contrast").folder / ".push" / "half.safetensors").write_bytes(b"half")
     push(capsys)
     uploads = hub.count("PUT", "/lfs/")
     assert not any("half" in name for name in main(hub))
@@ -132,7 +134,7 @@ def test_policies_by_iteration_are_commits_with_tags_of_their_own(
         for k in (0, 1)
     ]
     assert weights[0] != weights[1]
-    assert weights[1] == (best_of_n().policy / "model.safetensors").read_bytes()
+    assert weights[1] == (shared_run("contrast").policy / "model.safetensors").read_bytes()
 
 
 def test_a_tag_moves_with_its_iteration(
@@ -170,7 +172,7 @@ def test_dry_run_reaches_no_server(hub: Hub, capsys: pytest.CaptureFixture[str])
     ended = push(capsys, "--dry-run", "--revision", "try")
     assert ended.status == 0 and hub.requests == []
     assert "would push to the model me/model, branch try, tag iteration-1, licence" in ended.out
-    size = (best_of_n().policy / "model.safetensors").stat().st_size
+    size = (shared_run("contrast").policy / "model.safetensors").stat().st_size
     assert f"{size // 1000:,}" in ended.out and "model.safetensors" in ended.out
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from support.hub_client import connected, main, push
-from support.hub_runs import best_of_n, selecting
 from support.hub_server import READ_TOKEN
 from support.hub_state import Hub, metadata
+from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 pytestmark = pytest.mark.timeout(240)
@@ -80,7 +80,7 @@ def test_a_policy_does_not_overwrite_a_reward(hub: Hub, capsys: pytest.CaptureFi
     assert "of LlamaForSequenceClassification, and this is LlamaForCausalLM" in line
     assert main(hub) == before
     # Another run's reward does: it is of the same kind.
-    assert push(capsys, "--what", "reward", run=selecting().folder).status == 0
+    assert push(capsys, "--what", "reward", run=shared_run("select").folder).status == 0
 
 
 def test_pairs_do_not_overwrite_a_strangers_data(
@@ -106,7 +106,7 @@ def test_an_unfinished_run_and_no_run(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(best_of_n().folder, run)
+    shutil.copytree(shared_run("contrast").folder, run)
     (run / "summary.json").unlink()
     assert "this run is not finished" in the_line(push(capsys, run=run))
     assert "found no such folder" in the_line(push(capsys, run=tmp_path / "none"))
@@ -121,8 +121,8 @@ def test_data_without_a_licence(
 ) -> None:
     """A run whose data card has none: exported with a warning, pushed only with --license."""
     run = tmp_path / "runs" / "run"
-    shutil.copytree(best_of_n().folder, run)
-    store = best_of_n().folder.parent / "store"
+    shutil.copytree(shared_run("contrast").folder, run)
+    store = shared_run("contrast").folder.parent / "store"
     (tmp_path / "runs" / "store").symlink_to(store)
     card = tmp_path / "own.md"
     card.write_text(

@@ -33,7 +33,8 @@ from irl_align.models.trl import Guarded, Training
 from irl_align.policy.ppo.backbone import share_backbone
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 PROMPTS = [[1, 20, 21], [1, 30], [1, 20, 21]]
 COMPLETIONS = [[5, 6, 2], [7, 2], [9, 9, 9, 2]]
@@ -194,7 +195,9 @@ def test_a_training_of_an_adapter_that_was_killed_ends_at_the_same_bits(
         model = adapted(load_model(start), start, lora_dropout=0.2)
         if kind == "implicit":
             logps = reference_logps([(1.0, model)], pairs)
-            return model, fit_implicit(model, tiny_tokenizer, pairs, logps, FIT, where, True)
+            return model, fit_implicit(
+                model, tiny_tokenizer, pairs, logps, FIT, where, expect_ln2=True
+            )
         columns = sft_columns(list(pairs["prompt_ids"]), list(pairs["chosen_ids"]))
         return model, fit_sft(model, tiny_tokenizer, columns, FIT, where)
 
@@ -377,7 +380,7 @@ def test_a_policy_and_a_reward_learn_on_a_base_of_4_bits(
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     logps = reference_logps([(1.0, model)], pairs)
     few = {**FIT, "max_steps": 12, "learning_rate": 3e-2}
-    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, few, where, True)
+    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, few, where, expect_ln2=True)
     assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics["last_loss"] < 0.69
     save_model(model, tiny_tokenizer, tmp_path / "policy")

@@ -22,7 +22,8 @@ from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.models.trl import LengthGroups, Training, last_checkpoint, training_args
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 from irl_align.utils import hardware
 from irl_align.utils.files import seal
 
@@ -67,8 +68,8 @@ def make_fit(
                 columns = sft_columns(PROMPTS, COMPLETIONS)
                 return model, fit_sft(model, tiny_tokenizer, columns, options, training(work))
             if kind == "implicit":
-                arguments = (model, tiny_tokenizer, pairs, logps, options, training(work), True)
-                return model, fit_implicit(*arguments)
+                arguments = (model, tiny_tokenizer, pairs, logps, options, training(work))
+                return model, fit_implicit(*arguments, expect_ln2=True)
             settings = RewardSettings(lm_coef=0.5)  # with an output layer of its own
             reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=1)
             columns = pair_columns(pairs)

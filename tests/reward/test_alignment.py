@@ -30,8 +30,10 @@ from irl_align.reward.alignment import (
     same_tokenizer,
     shared_prefixes,
 )
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import ScoreRequest
 from irl_align.reward.scoring import score_tokens
+from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -225,8 +227,8 @@ def test_other_ids_of_the_same_tokens_change_nothing(
     prompts = [prompt[1:] for prompt in prompts]  # this tokenizer puts no BOS first
     for eos in (False, True):
         wanted = {"prefixes": True, "attention": True, "eos_prefixes": eos}
-        expected = score_tokens(reward, prompts, completions, **wanted)
-        scores = score_tokens(aligned, *rows(policy), **wanted)
+        expected = score_tokens(reward, ScoreRequest(prompts, completions, **wanted))
+        scores = score_tokens(aligned, ScoreRequest(*rows(policy), **wanted))
         assert torch.equal(scores.rewards, expected.rewards)
         assert torch.equal(scores.prefixes, expected.prefixes)
         torch.testing.assert_close(scores.attention, expected.attention, atol=1e-6, rtol=0)
@@ -252,14 +254,14 @@ def test_values_are_those_of_the_longest_shared_prefix(
         for text, stop in zip(texts, stops, strict=True)
     ]
     scores = aligned.score_tokens(
-        [ids(policy, prompt)] * 2, completions, prefixes=True, attention=True
+        ScoreRequest([ids(policy, prompt)] * 2, completions, prefixes=True, attention=True)
     )
     shared = carried = 0
     for row, (text, stop) in enumerate(zip(texts, stops, strict=True)):
         theirs = ids(tiny_tokenizer, text) + [tiny_tokenizer.eos_token_id] * stop
         their_scores = reward.prefix_scores_ids([ids(tiny_tokenizer, prompt)], [theirs])[0]
         weights = score_tokens(
-            reward, [ids(tiny_tokenizer, prompt)], [theirs], prefixes=False, attention=True
+            reward, ScoreRequest([ids(tiny_tokenizer, prompt)], [theirs], attention=True)
         ).attention[0]
         count = len(completions[row])
         own_texts = [policy.decode(completions[row][:t]) for t in range(count)]
@@ -338,7 +340,9 @@ def test_sampled_ids_of_any_kind_are_scored(
     completions = random_ids(6, 1, 12, seed=4, vocabulary=len(policy))
     completions[0] = [5, policy.bos_token_id, 6, policy.pad_token_id, 7]
     prompts = [ids(policy, "x")] * 6
-    scores = score_tokens(aligned, prompts, completions, prefixes=True, attention=True)
+    scores = score_tokens(
+        aligned, ScoreRequest(prompts, completions, prefixes=True, attention=True)
+    )
     torch.testing.assert_close(scores.rewards, aligned.score_ids(prompts, completions))
     for row, completion in enumerate(completions):
         assert scores.prefixes[row, len(completion)] == scores.rewards[row]
@@ -420,16 +424,16 @@ def test_a_pair_classifier_scores_texts(
             float(plain(**tokenizer(p, c, return_tensors="pt")).logits)
             for p, c in (("near", "the pub is here."), ("a cheap one", "no"))
         ]
-    scores = score_tokens(reward, prompts, completions, prefixes=False, attention=False)
+    scores = score_tokens(reward, ScoreRequest(prompts, completions))
     assert scores.rewards.tolist() == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(UserError, match=r"BertForSequenceClassification reads later tokens too"):
-        score_tokens(reward, prompts, completions, prefixes=True, attention=False)
+    with pytest.raises(UserError, match=r"BertForSequenceClassification \(bert\) reads later tok"):
+        score_tokens(reward, ScoreRequest(prompts, completions, prefixes=True))
     with pytest.raises(UserError, match=r"no attention to split by"):
-        score_tokens(reward, prompts, completions, prefixes=False, attention=True)
+        score_tokens(reward, ScoreRequest(prompts, completions, attention=True))
     longest = [[*ids(tiny_tokenizer, "the pub is here. " * 60), end]]
     context = r"completion 0, with its prompt, has 787 tokens, expected at most the 512"
     with pytest.raises(UserError, match=context):
-        score_tokens(reward, prompts[:1], longest, prefixes=False, attention=False)
+        score_tokens(reward, ScoreRequest(prompts[:1], longest))
 
 
 def test_what_is_no_reward_model_is_refused(

@@ -18,8 +18,11 @@ from irl_align.hub.weights import chat_ids, chat_template
 from irl_align.models.packing import pack_rows
 from irl_align.models.trl import Training
 from irl_align.reward.fit import fit_reward, margins, pair_columns
-from irl_align.reward.model import RewardModel, RewardSettings, score_head, whole_rewards
+from irl_align.reward.forward import score_head, whole_rewards
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import ScoreRequest
 from irl_align.reward.scoring import score_tokens
+from irl_align.reward.settings import RewardSettings
 
 PROMPTS = random_ids(5, 1, 9, seed=1)
 COMPLETIONS = random_ids(5, 0, 12, seed=2)
@@ -94,13 +97,13 @@ def test_the_log_prob_trains_what_it_is_read_from(reward: Callable[..., RewardMo
 
 def test_tokens_of_the_completion_have_no_rewards(reward: Callable[..., RewardModel]) -> None:
     ours = reward()
-    scores = score_tokens(ours, PROMPTS, COMPLETIONS, prefixes=False, attention=False)
+    scores = score_tokens(ours, ScoreRequest(PROMPTS, COMPLETIONS))
     assert scores.rewards.equal(ours.score_ids(PROMPTS, COMPLETIONS))
     with pytest.raises(UserError, match="reads the prompt again"):
         ours.prefix_scores_ids(PROMPTS, COMPLETIONS)
     for wanted in ({"prefixes": True, "attention": False}, {"prefixes": False, "attention": True}):
         with pytest.raises(UserError, match="expected credit sparse, uniform or random"):
-            score_tokens(ours, PROMPTS, COMPLETIONS, **wanted)
+            score_tokens(ours, ScoreRequest(PROMPTS, COMPLETIONS, **wanted))
 
 
 def test_a_short_context_is_told(reward: Callable[..., RewardModel]) -> None:

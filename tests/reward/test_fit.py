@@ -22,13 +22,15 @@ from irl_align.reward.audit import shortcut_audit, shortcut_warnings
 from irl_align.reward.fit import (
     PairCollator,
     PairRewardTrainer,
-    _sorted_by,
     fit_reward,
     margin_report,
     margins,
+    order_columns,
     pair_columns,
 )
-from irl_align.reward.model import RewardModel, RewardSettings, score_head
+from irl_align.reward.forward import score_head
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
 BATCH = {"per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
@@ -76,7 +78,7 @@ def plain_rewards(
 # --- columns and batches --------------------------------------------------------------------------
 
 
-def test_pairs_are_sorted_by_the_rows_they_take() -> None:
+def test_pairs_areorder_columns_the_rows_they_take() -> None:
     """Two pairs of one prompt share a row; contrast is as long as its longer side; without sharing
     every pair is."""
     columns = {
@@ -85,7 +87,7 @@ def test_pairs_are_sorted_by_the_rows_they_take() -> None:
         "rejected_prompt_ids": [[1, 2], [1, 2], [1, 2, 6, 7]],
         "rejected_ids": [[6], [7, 8, 9], [3, 4, 5]],
     }
-    together, apart = (_sorted_by(columns, share) for share in (True, False))
+    together, apart = (order_columns(columns, share) for share in (True, False))
     assert together["unit"][0] == together["unit"][1] != together["unit"][2]
     assert together["length"] == [2 + 3 + 1 + 2 + 3] * 2 + [4 + 3]
     assert len(set(apart["unit"])) == 3 and apart["length"] == [2 + 3, 2 + 3, 4 + 3]

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.evaluated_runs import evaluated_run
+from support.shared_runs import shared_run
 from support.tiny_runs import BEST, irl_align, metrics, tiny_recipe
 
 from irl_align.data.pairs import load_pairs
@@ -55,7 +55,7 @@ def folder_of(run: Path, role: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run() -> Result:
-    return evaluated_run("irl")
+    return shared_run("irl")
 
 
 def test_length_correlation_is_that_of_distinct_samples(run: Result) -> None:

@@ -214,7 +214,9 @@ def test_the_first_loss_of_a_fit_is_ln_2_and_the_fit_learns(
         "gradient_accumulation_steps": accumulate,
         "max_steps": 12,
     }
-    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, options, training(tmp_path), True)
+    metrics = fit_implicit(
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+    )
     assert metrics["first_loss"] == pytest.approx(LN2, abs=1e-5)
     assert metrics["steps"] == 12
     assert metrics["last_loss"] < 0.5
@@ -245,7 +247,9 @@ def test_the_loss_of_every_micro_batch_is_the_pure_loss(
         "num_train_epochs": 1,
     }
     logps = reference_logps([(1.0, reference)], pairs)
-    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, options, training(tmp_path), False)
+    metrics = fit_implicit(
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=False
+    )
     assert metrics["train_loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -262,7 +266,7 @@ def test_a_wrong_reference_is_told_at_the_first_step(
     }
     fit = (tiny_model("llama"), tiny_tokenizer, pairs, logps, options, training(tmp_path))
     with pytest.raises(UserError, match=r"spin: the first loss is .*, expected ln 2 = 0\.693147"):
-        fit_implicit(*fit, True)
+        fit_implicit(*fit, expect_ln2=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(
@@ -274,11 +278,15 @@ def test_a_loss_that_is_not_finite_stops_the_fit(
     options = {**OPTIONS, "per_device_train_batch_size": 4, "max_steps": 5}
     with pytest.raises(UserError, match=r"spin: the loss is nan at step [23]; lower learning_rate"):
         wild = {**options, "learning_rate": 1e30}
-        fit_implicit(model, tiny_tokenizer, pairs, logps, wild, training(tmp_path / "wild"), True)
+        fit_implicit(
+            model, tiny_tokenizer, pairs, logps, wild, training(tmp_path / "wild"), expect_ln2=True
+        )
     broken = tiny_model("llama")
     broken.get_output_embeddings().weight.data[3, 0] = float("nan")
     with pytest.raises(UserError, match="spin: the loss is nan at step 1"):
-        fit_implicit(broken, tiny_tokenizer, pairs, logps, options, training(tmp_path), True)
+        fit_implicit(
+            broken, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+        )
 
 
 def test_a_reference_that_is_wrong_alike_on_both_sides_is_told_too(
@@ -290,7 +298,9 @@ def test_a_reference_that_is_wrong_alike_on_both_sides_is_told_too(
     logps[0] += np.array([1, -1, 1, -1], np.float32)
     options = {**OPTIONS, "beta": 0.1, "per_device_train_batch_size": 4}
     with pytest.raises(UserError, match="ln 2"):
-        fit_implicit(model, tiny_tokenizer, pairs, logps, options, training(tmp_path), True)
+        fit_implicit(
+            model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+        )
 
 
 def test_rounding_is_allowed_for_in_nats_at_every_beta(
@@ -301,11 +311,11 @@ def test_rounding_is_allowed_for_in_nats_at_every_beta(
     options = {**OPTIONS, "beta": 5.0, "per_device_train_batch_size": 4, "max_steps": 1}
     logps[0] += 0.002  # moves the loss by 5 * 0.002 / 2
     fit = (tiny_tokenizer, pairs, logps, options)
-    metrics = fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "near"), True)
+    metrics = fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "near"), expect_ln2=True)
     assert metrics["first_loss"] == pytest.approx(LN2 + 0.005, abs=1e-3)
     logps[0] += 0.05
     with pytest.raises(UserError, match="ln 2"):
-        fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "far"), True)
+        fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "far"), expect_ln2=True)
 
 
 def test_rounding_of_weights_in_half_precision_is_allowed_for(
@@ -317,11 +327,13 @@ def test_rounding_of_weights_in_half_precision_is_allowed_for(
     fit = (tiny_tokenizer, pairs, logps, options)
     logps[0] += 0.05  # refused of weights in float32, above
     model = tiny_model("llama").bfloat16()
-    metrics = fit_implicit(model, *fit, training(tmp_path / "near"), True)
+    metrics = fit_implicit(model, *fit, training(tmp_path / "near"), expect_ln2=True)
     assert metrics["first_loss"] == pytest.approx(LN2 + 5 * 0.05 / 2, abs=0.1)
     logps[0] += 0.6
     with pytest.raises(UserError, match="ln 2"):
-        fit_implicit(tiny_model("llama").bfloat16(), *fit, training(tmp_path / "far"), True)
+        fit_implicit(
+            tiny_model("llama").bfloat16(), *fit, training(tmp_path / "far"), expect_ln2=True
+        )
 
 
 def test_dropout_does_not_part_policy_and_reference(
@@ -333,12 +345,20 @@ def test_dropout_does_not_part_policy_and_reference(
     pairs = random_pairs(4, seed=12)
     logps = reference_logps([(1.0, model)], pairs)
     options = {**OPTIONS, "max_steps": 1}
-    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, options, training(tmp_path), True)
+    metrics = fit_implicit(
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+    )
     assert metrics["first_loss"] == pytest.approx(LN2, abs=1e-5)
     refused = {**options, "disable_dropout": False}
     with pytest.raises(UserError, match="dropout"):
         fit_implicit(
-            model, tiny_tokenizer, pairs, logps, refused, training(tmp_path / "again"), True
+            model,
+            tiny_tokenizer,
+            pairs,
+            logps,
+            refused,
+            training(tmp_path / "again"),
+            expect_ln2=True,
         )
 
 
@@ -348,7 +368,9 @@ def test_other_losses_are_not_held_to_ln_2(
     pairs, model = random_pairs(4, seed=13), tiny_model("llama")
     logps = reference_logps([(1.0, model)], pairs)
     options = {**OPTIONS, "loss_type": ["hinge"], "max_steps": 1, "learning_rate": 0.0}
-    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, options, training(tmp_path), True)
+    metrics = fit_implicit(
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+    )
     assert metrics["train_loss"] == pytest.approx(1.0, abs=1e-5)  # relu(1 - 0)
     assert "first_loss" not in metrics
 
@@ -365,7 +387,7 @@ def test_no_pairs_are_refused(
             np.zeros((2, 0), np.float32),
             {},
             training(tmp_path),
-            True,
+            expect_ln2=True,
         )
 
 

@@ -22,7 +22,10 @@ from transformers import (
 )
 
 from irl_align.errors import UserError
-from irl_align.reward.model import ImplicitReward, RewardModel, RewardSettings, score_head
+from irl_align.reward.forward import score_head
+from irl_align.reward.implicit import ImplicitReward
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
 PROMPTS = random_ids(5, 1, 9, seed=1)
@@ -404,10 +407,10 @@ def test_implicit_reward_of_texts(
     models = moved("llama", 1), [(1.0, tiny_model("llama"))]
     implicit = ImplicitReward(*models, 0.3, explicit.tokenizer, explicit.settings)
     texts = (["near", "a cheap one"], ["the pub is here.", "no"])
-    ids = explicit._encode(*texts)
+    ids = explicit.encode_texts(*texts)
     assert implicit.score(*texts).tolist() == implicit.score_ids(*ids).tolist()
     assert [len(row) for row in implicit.prefix_scores(*texts)] == [len(c) + 1 for c in ids[1]]
-    with pytest.raises(UserError, match="an implicit reward of texts needs a tokenizer"):
+    with pytest.raises(UserError, match="an implicit reward needs a tokenizer to score texts"):
         ImplicitReward(*models, 0.3).score(*texts)
 
 

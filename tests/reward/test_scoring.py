@@ -18,8 +18,12 @@ from transformers import (
 )
 
 from irl_align.errors import UserError
-from irl_align.reward.model import ImplicitReward, RewardModel, RewardSettings, score_head
-from irl_align.reward.scoring import TokenScores, policy_attention, score_tokens
+from irl_align.reward.forward import score_head
+from irl_align.reward.implicit import ImplicitReward
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import ScoreRequest, TokenScores
+from irl_align.reward.scoring import policy_attention, score_tokens
+from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
 DISTINCT = random_ids(3, 2, 9, seed=1)
@@ -69,7 +73,7 @@ def eager_weights(model: PreTrainedModel, prompt: list, completion: list) -> Ten
 
 def ask(reward: object, **changes: bool) -> TokenScores:
     wanted = {"prefixes": True, "attention": True, **changes}
-    return score_tokens(reward, PROMPTS, COMPLETIONS, **wanted)
+    return score_tokens(reward, ScoreRequest(PROMPTS, COMPLETIONS, **wanted))
 
 
 def check_rows(values: Tensor, expected: list[list[float]], width: int) -> None:
@@ -200,9 +204,9 @@ def test_scores_do_not_depend_on_the_batch(arch: str, reward: Callable) -> None:
         prompts, completions = [p for p, _ in rows], [c for _, c in rows]
         wanted = {"prefixes": True, "attention": True, "eos_prefixes": eos}
         ours.max_batch_tokens = max_batch_tokens
-        together = score_tokens(ours, prompts, completions, **wanted)
+        together = score_tokens(ours, ScoreRequest(prompts, completions, **wanted))
         for row, (prompt, completion) in enumerate(rows):
-            single = score_tokens(ours, [prompt], [completion], **wanted)
+            single = score_tokens(ours, ScoreRequest([prompt], [completion], **wanted))
             count = len(completion)
             for name, width in (("rewards", None), ("prefixes", count + 1), ("attention", count)):
                 got, one = getattr(together, name)[row], getattr(single, name)[0]
@@ -214,10 +218,10 @@ def test_scores_do_not_depend_on_the_batch(arch: str, reward: Callable) -> None:
 
 def test_no_rows_and_empty_completions(reward: Callable) -> None:
     ours = reward("llama")
-    none = score_tokens(ours, [], [], prefixes=True, attention=True)
+    none = score_tokens(ours, ScoreRequest([], [], prefixes=True, attention=True))
     assert (none.rewards.shape, none.prefixes.shape) == ((0,), (0, 1))
     assert none.attention.shape == (0, 0)
-    empty = score_tokens(ours, [[5, 6]], [[]], prefixes=True, attention=True)
+    empty = score_tokens(ours, ScoreRequest([[5, 6]], [[]], prefixes=True, attention=True))
     assert empty.prefixes.tolist() == [empty.rewards.tolist()]
     assert empty.attention.shape == (1, 0)
 
@@ -278,7 +282,7 @@ class LengthReward:
 
 
 def test_a_users_reward_is_asked_by_its_own_methods() -> None:
-    scores = score_tokens(LengthReward(), [[5], [6]], [[7, 8], [9]], prefixes=True, attention=False)
+    scores = score_tokens(LengthReward(), ScoreRequest([[5], [6]], [[7, 8], [9]], prefixes=True))
     assert scores.rewards.tolist() == [2.0, 1.0]
     assert scores.prefixes.tolist() == [[0.0, 1.0, 2.0], [0.0, 1.0, 0.0]]
 
@@ -289,13 +293,15 @@ def test_scores_that_are_not_finite_are_refused(reward: Callable) -> None:
         ours.model.get_input_embeddings().weight[7] = float("nan")
     for dense in (True, False):
         with pytest.raises(UserError, match=r"rewards of completion 1 are not finite"):
-            score_tokens(ours, [[5], [6]], [[8, 9], [7]], prefixes=dense, attention=dense)
+            score_tokens(
+                ours, ScoreRequest([[5], [6]], [[8, 9], [7]], prefixes=dense, attention=dense)
+            )
 
 
 def test_bad_requests_are_refused(reward: Callable) -> None:
     ours = reward("llama")
     with pytest.raises(UserError, match=r"prompt 1 has no tokens"):
-        score_tokens(ours, [[5], []], [[6], [7]], prefixes=True, attention=False)
+        score_tokens(ours, ScoreRequest([[5], []], [[6], [7]], prefixes=True))
     with pytest.raises(UserError, match=r"eos_prefixes without prefixes"):
         ask(ours, prefixes=False, eos_prefixes=True)
     with pytest.raises(UserError, match=r"gemma2.*expected eos_prefixes: false"):

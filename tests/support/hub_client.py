@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from support.hub_runs import best_of_n
 from support.hub_server import TOKEN, environment, serve
 from support.hub_state import Hub, Repo
+from support.shared_runs import shared_run
 from support.tiny_runs import Ended, irl_align
 
 
@@ -43,7 +43,7 @@ def push(capsys: pytest.CaptureFixture[str], *arguments: object, run: Path | Non
     for option, value in (("--repo", "me/model"), ("--what", "policy")):
         if option not in given:
             given += [option, value]
-    ended = irl_align(capsys, "push", run or best_of_n().folder, *given)
+    ended = irl_align(capsys, "push", run or shared_run("contrast").folder, *given)
     assert TOKEN not in ended.out + ended.err
     return ended
 

@@ -1,4 +1,14 @@
-"""Tiny runs for tests of the loop, of resuming and of the command line: seconds on one core."""
+"""Tiny runs for tests: each takes seconds on one core.
+
+All tiny runs of a test session share one store of stages, also across the workers of pytest-xdist.
+Stages are found by content and locked, so a stage that one test has built (SFT above all) is only
+read by the others. How to use the store:
+
+- `shared_runs.shared_run(name)` is a finished run that several test files read.
+- The fixture `tiny_folder` is a folder for the runs of one test file: pass it to `tiny_recipe`,
+  and set `name=...` where the file makes more than one run. Its store is the session's.
+- A test that damages, deletes, kills or times stages takes `tmp_path`, where it has its own store.
+"""
 
 import json
 import os
@@ -57,6 +67,24 @@ SPIN = (
     "policy_update={kind: identity}",
     "pairs.truncated=keep",
 )
+
+
+_session: dict[str, Path] = {}
+
+
+def start_session(base: Path, shared: Path) -> None:
+    """Set where this worker's runs lie (`base`) and where the session's one store lies."""
+    (shared / "tiny-store").mkdir(exist_ok=True)
+    _session.update(base=base, store=shared / "tiny-store")
+
+
+def session_folder(name: str) -> Path:
+    """A folder for tiny runs of this worker, whose `runs/store` links to the session's store."""
+    folder = _session["base"] / name
+    if not folder.exists():
+        (folder / "runs").mkdir(parents=True)
+        (folder / "runs" / "store").symlink_to(_session["store"])
+    return folder
 
 
 def write_recipe(folder: Path) -> Path:

@@ -530,7 +530,7 @@ def test_a_reward_is_judged_on_the_pairs_of_its_policy(tmp_path: Path) -> None:
     }
     assert judge_reward(context, 0, fit) is None
     [sign] = told["signs/reward-0"]
-    assert "length alone tells 70.0% of the held-out pairs apart, the reward 71.0%" in sign
+    assert "length alone separates 70.0% of the held-out pairs, the reward 71.0%" in sign
     own.update(accuracy=0.5, loss=0.7)
     fit["audit"] = {"length": 0.5, "truncation": 0.5}
     assert judge_reward(context, 0, fit) is None

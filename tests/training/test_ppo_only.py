@@ -28,7 +28,9 @@ from irl_align.errors import UserError
 from irl_align.models.generation.samples import StoredSamples
 from irl_align.models.loading import load_model
 from irl_align.policy.ppo.critic import make_critic
-from irl_align.reward.model import ImplicitReward, RewardModel, RewardSettings
+from irl_align.reward.implicit import ImplicitReward
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 from irl_align.training.train import train as run_recipe
 
 MakeModel = Callable[[str], PreTrainedModel]

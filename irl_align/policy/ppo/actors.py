@@ -12,7 +12,7 @@ from irl_align.models.generation.protocol import Generator, Sampling
 from irl_align.policy import Demonstrations
 from irl_align.policy.ppo.backbone import Backbone
 from irl_align.policy.ppo.monitors import Judge
-from irl_align.reward.model import RewardFunction
+from irl_align.reward.protocol import RewardFunction
 
 
 @dataclass(frozen=True)

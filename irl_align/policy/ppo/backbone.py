@@ -29,10 +29,13 @@ from irl_align.models.lora import (
     load_adapter,
     train_only,
 )
+from irl_align.models.packing import Ids
 from irl_align.policy.ppo.critic import reward_for_critic, reward_head, zero_head
 from irl_align.policy.ppo.network import CRITIC, Critic
-from irl_align.reward.model import Ids, RewardModel, read_settings
-from irl_align.reward.scoring import TokenScores, score_tokens
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import ScoreRequest, TokenScores
+from irl_align.reward.scoring import score_tokens
+from irl_align.reward.settings import read_settings
 
 REFERENCE, REWARD = "reference", "reward"
 
@@ -54,25 +57,10 @@ class AdapterReward:
         with self._active():
             return self.reward.prefix_scores_ids(prompts, completions)
 
-    def score_tokens(
-        self,
-        prompts: Ids,
-        completions: Ids,
-        *,
-        prefixes: bool,
-        attention: bool,
-        eos_prefixes: bool = False,
-    ) -> TokenScores:
+    def score_tokens(self, request: ScoreRequest) -> TokenScores:
         """As :func:`irl_align.reward.scoring.score_tokens`."""
         with self._active():
-            return score_tokens(
-                self.reward,
-                prompts,
-                completions,
-                prefixes=prefixes,
-                attention=attention,
-                eos_prefixes=eos_prefixes,
-            )
+            return score_tokens(self.reward, request)
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:

@@ -13,7 +13,10 @@ from irl_align.errors import UserError
 from irl_align.models.lora import DEFAULT_ADAPTER, has_adapter, train_only
 from irl_align.policy.ppo.network import Critic
 from irl_align.reward.alignment import same_tokenizer
-from irl_align.reward.model import RewardFunction, RewardModel, RewardSettings, score_head
+from irl_align.reward.forward import score_head
+from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import RewardFunction
+from irl_align.reward.settings import RewardSettings
 
 
 def make_critic(

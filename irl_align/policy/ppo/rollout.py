@@ -25,7 +25,7 @@ from irl_align.models.generation.protocol import Completion, Generator, Sampling
 from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.reward import credit
 from irl_align.reward.distributed import spread
-from irl_align.reward.model import RewardFunction
+from irl_align.reward.protocol import RewardFunction, ScoreRequest
 from irl_align.reward.scoring import policy_attention, score_tokens
 from irl_align.utils import distributed
 
@@ -142,11 +142,13 @@ def score(
         )
     scores = score_tokens(
         spread(reward),
-        samples.prompts,
-        samples.completions,
-        prefixes=options.credit == "red",
-        attention=options.credit == "abc",
-        eos_prefixes=options.eos_prefixes,
+        ScoreRequest(
+            samples.prompts,
+            samples.completions,
+            prefixes=options.credit == "red",
+            attention=options.credit == "abc",
+            eos_prefixes=options.eos_prefixes,
+        ),
     )
     rewards, attention = scores.rewards.float(), scores.attention
     if not bool(rewards.isfinite().all()):

@@ -23,6 +23,7 @@ from irl_align.policy.ppo.checkpoint import Progress, checkpoints, load_checkpoi
 from irl_align.policy.ppo.learner import Diverged, Learner
 from irl_align.policy.ppo.rollout import at_missing_eos, collate, sample
 from irl_align.reward.distributed import spread
+from irl_align.reward.protocol import ScoreRequest
 from irl_align.reward.scoring import score_tokens
 from irl_align.utils import distributed
 from irl_align.utils.files import SEAL, atomic_folder, seal
@@ -142,9 +143,7 @@ class Selection:
                 seal(aside)
 
     def _rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
-        scores = score_tokens(
-            spread(self.actors.reward), prompts, completions, prefixes=False, attention=False
-        )
+        scores = score_tokens(spread(self.actors.reward), ScoreRequest(prompts, completions))
         return scores.rewards.float()
 
     def _replace_model(self) -> None:

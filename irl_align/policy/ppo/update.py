@@ -21,7 +21,7 @@ from irl_align.policy.ppo.learner import Learner, make_accelerator
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.reward.model import RewardFunction
+from irl_align.reward.protocol import RewardFunction
 from irl_align.utils.hardware import use_bf16
 
 

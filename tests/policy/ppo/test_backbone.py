@@ -24,7 +24,8 @@ from irl_align.models.lora import (
     train_only,
 )
 from irl_align.policy.ppo.backbone import share_backbone
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 LORA = LoraOptions(r=4, lora_alpha=8.0)
 PROMPTS = [[BOS, 3 + i, 5] for i in range(8)]

@@ -11,7 +11,8 @@ from support.rows import random_ids, save
 from transformers import PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 
 PROMPTS = random_ids(16, 2, 5, 0, vocabulary=12)
 REWARD = Scripted(lambda prompt, completion: completion.count(5) - 0.1 * len(completion))

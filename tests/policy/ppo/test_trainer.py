@@ -29,7 +29,8 @@ from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator, padde
 from irl_align.policy.ppo.monitors import find_alarms, rollout_report
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.rollout import RolloutBatch, collate, prompt_passes, score
-from irl_align.reward.model import RewardModel, RewardSettings
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
 from irl_align.utils.hardware import in_bf16
 
 MakeModel = Callable[[str], PreTrainedModel]

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
-from support.hub_runs import best_of_n, folder, selecting, spin
+from support.shared_runs import shared_run
 from support.tiny_runs import (
     BEST,
     irl_align,
@@ -58,21 +57,20 @@ def test_every_recipe_has_a_plan(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("run", [best_of_n, selecting, spin], ids=lambda run: run.__name__)
-def test_the_stages_are_those_of_the_run(run: Any) -> None:
-    plan = again(run())
-    made = stage_records(run().folder)
+@pytest.mark.parametrize("name", ["contrast", "select", "spin"])
+def test_the_stages_are_those_of_the_run(name: str) -> None:
+    run = shared_run(name)
+    plan = again(run)
+    made = stage_records(run.folder)
     assert {step.role for step in plan.steps} == set(made)
     assert plan.to_do == [] and plan.hours == 0 and plan.disk == 0
-    order = [
-        key.removeprefix("stage/") for key in metrics(run().folder) if key.startswith("stage/")
-    ]
+    order = [key.removeprefix("stage/") for key in metrics(run.folder) if key.startswith("stage/")]
     trained = [role for role in order if not role.startswith(("samples", "selected", "eval"))]
     assert [s.role for s in plan.steps if s.role in trained] == trained
 
 
 def test_rows_and_tokens_are_those_of_the_run() -> None:
-    run = best_of_n()
+    run = shared_run("contrast")
     plan, made = again(run), stage_records(run.folder)
     rows = {step.role: step.cost.rows for step in plan.steps}
     pairs = made["pairs/0"]["metrics"]["train"]["pairs"]
@@ -87,7 +85,7 @@ def test_rows_and_tokens_are_those_of_the_run() -> None:
 
 
 def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
-    run = best_of_n()
+    run = shared_run("contrast")
     contrast = (
         "pairs.sources=[demonstration/policy, demonstration/contrast]",
         "pairs.contrast=edit",
@@ -118,7 +116,7 @@ def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
 
 
 def test_only_what_the_change_touches_is_to_do() -> None:
-    plan = again(best_of_n(), "policy_update.args.learning_rate=0.005")
+    plan = again(shared_run("contrast"), "policy_update.args.learning_rate=0.005")
     to_do = {step.role for step in plan.to_do}
     assert to_do == {
         *("policy-1", "samples/held_out/policy-1/t1", "vitals/1"),
@@ -127,12 +125,12 @@ def test_only_what_the_change_touches_is_to_do() -> None:
     }
     assert plan.peak is not None and plan.peak.role == "policy-1"
     # another evaluation trains nothing again
-    other = again(best_of_n(), "evaluation.prompts=5")
+    other = again(shared_run("contrast"), "evaluation.prompts=5")
     assert {s.role for s in other.to_do if not s.role.startswith(("samples/eval", "eval"))} == set()
 
 
 def test_matching_entropy_samples_the_first_policy_a_few_times() -> None:
-    plan = again(best_of_n(), "evaluation.match_entropy=true")
+    plan = again(shared_run("contrast"), "evaluation.match_entropy=true")
     (step,) = plan.to_do
     assert step.role == "matched-entropy/1" and step.reads == ("sft", "evaluation/1/t1")
     at_one = next(s for s in plan.steps if s.role == "samples/evaluation/policy-0/t1")
@@ -141,8 +139,9 @@ def test_matching_entropy_samples_the_first_policy_a_few_times() -> None:
 
 
 def test_a_store_out_of_reach_is_said_and_searched_as_far_as_it_goes() -> None:
-    plan = again(best_of_n(), "generation.backend=vllm-server", "generation.server.urls=[http://x]")
-    assert plan.store.startswith(str(folder())) and "searched" in plan.store
+    run = shared_run("contrast")
+    plan = again(run, "generation.backend=vllm-server", "generation.server.urls=[http://x]")
+    assert plan.store.startswith(str(run.folder.parent)) and "searched" in plan.store
 
 
 def hub_recipe(*overrides: str) -> Recipe:
@@ -252,9 +251,11 @@ def test_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_finished_run_has_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    ended = irl_align(capsys, "plan", spin().folder / "recipe.yaml")
+    ended = irl_align(capsys, "plan", shared_run("spin").folder / "recipe.yaml")
     assert ended.status == 0 and "nothing is to do: the store has every stage" in ended.out
-    changed = irl_align(capsys, "plan", spin().folder / "recipe.yaml", "reward.args.beta=0.2")
+    changed = irl_align(
+        capsys, "plan", shared_run("spin").folder / "recipe.yaml", "reward.args.beta=0.2"
+    )
     assert "in part" in changed.out or "to do" in changed.out
 
 
