@@ -35,8 +35,8 @@ PROMPTS = ["name[the red lion], food[thai], area[suburbs]", "name[the blue heron
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli")
+def folder(tiny_folder: Path) -> Path:
+    return tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_an_unexpected_fault_is_one_line(
     def fault(folder: Path) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("irl_align.training.store.Run.load", fault)
+    monkeypatch.setattr("irl_align.training.run_folder.Run.load", fault)
     ended = irl_align(capsys, "show", tmp_path)
     assert ended.status == 1
     told = "unexpected fault: RuntimeError: two lines (run with --debug for the traceback)"

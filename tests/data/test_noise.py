@@ -61,10 +61,10 @@ def test_of_one_prompt_there_is_no_other() -> None:
         corrupt(ROWS[:2], 0.5, 0)
 
 
-def test_a_run_records_it(tmp_path: Path) -> None:
+def test_a_run_records_it(tiny_folder: Path) -> None:
     overrides = ("loop.iterations=0", "sft.args.num_train_epochs=1", "evaluation.prompts=2")
     records = [
-        next(r for r in train(tiny_recipe(tmp_path, *overrides, *more)).view().metrics
+        next(r for r in train(tiny_recipe(tiny_folder, *overrides, *more)).view().metrics
              if r["key"] == "data")
         for more in ((), ("data.noise=0.3", "name=noisy"))
     ]  # fmt: skip

@@ -142,13 +142,13 @@ def test_accumulated_batches_are_one_batch(trained: Trained) -> None:
     assert close(trained("whole", make), trained("parts", make, **parts))
 
 
-def test_as_the_loops_policy_step(tmp_path: Path) -> None:
+def test_as_the_loops_policy_step(tiny_folder: Path) -> None:
     update = (
         "reward.kind=none",
         "policy_update={kind: iqlearn, coef: 0.05}",
         "policy_update.args={max_steps: 4, per_device_train_batch_size: 16, logging_steps: 1}",
     )
-    result = train(tiny_recipe(tmp_path, *update))
+    result = train(tiny_recipe(tiny_folder, *update))
     view = result.view()
     record = next(r for r in view.metrics if r["key"] == "stage/policy-1")
     assert record["stage"] == "iqlearn"

@@ -136,11 +136,11 @@ def test_tokens_of_packed_rows_are_those_that_are_no_padding() -> None:
 
 
 def test_a_second_iteration_tells_agreement_and_show_has_it_all(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     signs = "loop.signs={fresh_accuracy: 0.0, unfit_loss: 100.0}"
-    result = train(tiny_recipe(tmp_path, *BEST, "loop.iterations=2", signs))
+    result = train(tiny_recipe(tiny_folder, *BEST, "loop.iterations=2", signs))
     report = metrics(result.folder)["reward/1"]
     assert set(report["agreement"]) == {"0"} and -1.0 <= report["agreement"]["0"] <= 1.0
     ended = irl_align(capsys, "show", result.folder)

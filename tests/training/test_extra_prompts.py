@@ -35,9 +35,9 @@ PROMPTS = tuple(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs share one store."""
-    return tmp_path_factory.mktemp("prompts")
+def folder(tiny_folder: Path) -> Path:
+    """Runs share the session's store."""
+    return tiny_folder
 
 
 def test_edited_prompts_are_the_cards_edits_in_a_row() -> None:
@@ -85,8 +85,8 @@ def test_an_edit_of_ones_own_makes_pairs_and_prompts(folder: Path) -> None:
 
 def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:
     options = ("name=no-edit", "pairs={contrast: edit, sources: [demonstration/contrast]}")
-    with pytest.raises(UserError, match=r"data\.edit: cannot import rows:nothing: .*nothing"):
-        train(tiny_recipe(folder, *options, "data.edit=rows:nothing"))
+    with pytest.raises(UserError, match=r"data\.edit: cannot import support\.rows:nothing: .*nothing"):
+        train(tiny_recipe(folder, *options, "data.edit=support.rows:nothing"))
     edit = "data.edit=irl_align.tasks.restaurant:PHRASES"
     with pytest.raises(UserError, match=r"data\.edit: found .*PHRASES, expected a function"):
         train(tiny_recipe(folder, *options, edit))
