@@ -1,16 +1,13 @@
 """A run that is killed, stopped or started twice: nothing is lost and every bit is the same."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from support.commands import Command
 from support.tiny_runs import BEST, stage_records, weights, write_recipe
 
 from irl_align.training.store import Store, stage_key
@@ -26,35 +23,22 @@ RECIPE = (
 KILLS = 6
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str) -> Command:
     """`irl-align train` on the tiny recipe, its run below the folder."""
-    command = [sys.executable, "-m", "irl_align", "train", str(write_recipe(folder))]
-    return subprocess.Popen(
-        [*command, f"output_dir={folder / 'runs'}", *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Ctrl-C does something, also where the tests run as a shell's background job.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    log = folder / f"{len(list(folder.glob('*.log')))}.log"
+    return Command(log, "train", write_recipe(folder), f"output_dir={folder / 'runs'}", *overrides)
 
 
-def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> bool:
-    """Poll until something is there; False when the process ended first."""
-    while not happened():
-        if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()[1]
-            return False
-        time.sleep(0.002)
-    return True
+def finish(command: Command) -> None:
+    """Wait for a command that ends well."""
+    status, printed = command.ended()
+    assert status == 0, printed
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    """Standard error of a process that ends well."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return errors
+def kill(command: Command) -> None:
+    """End a command as a crash of the machine does."""
+    command.send(signal.SIGKILL)
+    assert command.ended()[0] == -signal.SIGKILL
 
 
 def results(folder: Path) -> tuple[bytes, bytes]:
@@ -68,7 +52,7 @@ def results(folder: Path) -> tuple[bytes, bytes]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    finished(start(folder, *RECIPE))
+    finish(start(folder, *RECIPE))
     return folder
 
 
@@ -80,21 +64,24 @@ def files_seen(folder: Path) -> int:
         return 0
 
 
-def test_kills_lose_nothing_and_change_no_bit(whole: Path, tmp_path: Path) -> None:
+def has_files(folder: Path, count: int) -> bool:
+    return files_seen(folder) >= count
+
+
+def test_train_killed_six_times_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
     """Killed six times, after a random number of further events in the store."""
     rng = random.Random(7)
     total = files_seen(whole)
     kills = 0
     while kills < KILLS:
-        process = start(tmp_path, *RECIPE)
         target = files_seen(tmp_path) + rng.randint(1, max(2, total // KILLS))
-        if not wait_for(process, lambda goal=target: files_seen(tmp_path) >= goal):  # type: ignore[misc]
+        command = start(tmp_path, *RECIPE)
+        if not command.wait_for(partial(has_files, tmp_path, target)):
             break
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(command)
         kills += 1
     assert kills >= 3
-    finished(start(tmp_path, *RECIPE))
+    finish(start(tmp_path, *RECIPE))
 
     assert results(tmp_path) == results(whole)
     ours, theirs = (stage_records(folder / "runs/tiny-seed0") for folder in (tmp_path, whole))
@@ -106,7 +93,7 @@ def test_kills_lose_nothing_and_change_no_bit(whole: Path, tmp_path: Path) -> No
     assert leftovers == []
 
 
-def test_a_half_written_record_is_no_artefact(tmp_path: Path) -> None:
+def test_stage_forgets_a_half_written_record(tmp_path: Path) -> None:
     """A kill while the record is written leaves a partial file, which the next try must forget."""
     store = Store(tmp_path)
     work = tmp_path / ".work" / f"toy-{stage_key('toy', {}, {})}"
@@ -127,35 +114,35 @@ def checkpoints(folder: Path, stage: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_a_training_goes_on_from_its_checkpoint(whole: Path, tmp_path: Path, stage: str) -> None:
-    process = start(tmp_path, *RECIPE)
-    assert wait_for(process, lambda: bool(checkpoints(tmp_path, stage)))
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+def test_train_killed_in_a_stage_resumes_from_its_checkpoint(
+    whole: Path, tmp_path: Path, stage: str
+) -> None:
+    command = start(tmp_path, *RECIPE)
+    assert command.wait_for(lambda: bool(checkpoints(tmp_path, stage)))
+    kill(command)
     assert checkpoints(tmp_path, stage)
-    finished(start(tmp_path, *RECIPE))
+    finish(start(tmp_path, *RECIPE))
     assert results(tmp_path) == results(whole)
     role = {"sft": "sft", "reward": "reward/0"}[stage]
     assert stage_records(tmp_path / "runs/tiny-seed0")[role]["resumed"]
 
 
-def test_ctrl_c_says_one_line_and_a_second_process_is_refused(tmp_path: Path) -> None:
-    process = start(tmp_path, *RECIPE, "sft.args.num_train_epochs=2000")
-    assert wait_for(process, lambda: bool(checkpoints(tmp_path, "sft")) or _training(tmp_path))
-    second = start(tmp_path, *RECIPE, "sft.args.num_train_epochs=2000")
-    output, errors = second.communicate(timeout=60)
-    assert second.returncode == 2 and output == ""
-    line = errors.splitlines()[-1]
-    assert line.startswith("irl-align: run ") and f"in use by process {process.pid}" in line
+def test_train_refuses_a_second_process_and_ends_with_one_line_on_ctrl_c(tmp_path: Path) -> None:
+    first = start(tmp_path, *RECIPE, "sft.args.num_train_epochs=2000")
+    assert first.wait_for(lambda: is_training(tmp_path))
+    status, printed = start(tmp_path, *RECIPE, "sft.args.num_train_epochs=2000").ended()
+    assert status == 2
+    line = printed.splitlines()[-1]
+    assert line.startswith("irl-align: run ") and f"in use by process {first.pid}" in line
 
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and output == ""
-    said = [line for line in errors.splitlines() if "irl-align:" in line]
-    assert said == ["irl-align: stopped; the same command goes on from the last checkpoint"]
-    assert "Traceback" not in errors and errors.splitlines()[-1] == said[0]
+    first.send(signal.SIGINT)
+    status, printed = first.ended()
+    assert status == 130 and "Traceback" not in printed
+    messages = [line for line in printed.splitlines() if "irl-align:" in line]
+    assert messages == ["irl-align: stopped; the same command goes on from the last checkpoint"]
+    assert printed.splitlines()[-1] == messages[0]
 
 
-def _training(folder: Path) -> bool:
+def is_training(folder: Path) -> bool:
     """Whether SFT has begun to write in its work folder."""
     return bool(list((folder / "runs/store/.work").glob("sft-*/scratch")))
