@@ -138,7 +138,8 @@ def update_of(name: str) -> str:
 
 
 def test_no_update_of_policy_imports_another() -> None:
-    files = {name for name in MODULES if name.startswith("irl_align.policy.")}
+    shared = {"irl_align.policy.roles"}
+    files = {name for name in MODULES if name.startswith("irl_align.policy.")} - shared
     crossing = {
         (name, other)
         for name in files

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from irl_align.cli.terminal import Debug, console, set_up
-from irl_align.training.roles import classify
+from irl_align.policy.roles import Role
 
 if TYPE_CHECKING:
     from irl_align.training.plan.plan import Plan, Step
@@ -104,7 +104,7 @@ def _stages(plan: Plan) -> Table:
 
 def _lines(steps: Sequence[Step]) -> list[list[Step]]:
     """The steps in their order; neighbours that measure are one line."""
-    measures = [classify(step.role)[0] == "measuring" for step in steps]
+    measures = [Role.parse(step.role).part == "measuring" for step in steps]
     lines: list[list[Step]] = []
     for i, step in enumerate(steps):
         if measures[i] and i and measures[i - 1]:

@@ -155,10 +155,8 @@ def _benchmarks(source: Path, asked: Evaluation, device: str) -> list[dict[str, 
     """Results of lm-eval's tasks; they are kept in the run's folder, or beside the model's."""
     policy, kept = source, source.with_name(f"{source.name}-lm-eval")
     if is_run(source):
-        view = Run.load(source)
-        if view.summary is None:
-            raise UserError(f"{source}: this run is not finished; run its recipe again to go on")
-        policy, kept = source.parent / str(view.summary["policy"]), source / "lm-eval"
+        summary = Run.load(source).require_finished()
+        policy, kept = source.parent / str(summary["policy"]), source / "lm-eval"
     return run_benchmarks(
         policy,
         benchmarks(asked.benchmarks or ""),

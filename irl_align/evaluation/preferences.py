@@ -101,14 +101,13 @@ def _of_run(path: Path) -> Subject:
     """A finished run's last reward: an explicit one, or its policy against the one it began with;
     neither, where it had no reward."""
     view = Run.load(path)
-    if view.summary is None:
-        raise UserError(f"{path}: this run is not finished; run its recipe again to go on")
+    summary = view.require_finished()
     first, _ = first_policy(view)
     rewards, implicit = dict[str, Path](), dict[str, Implicit]()
-    if view.summary["reward"] is not None:
-        rewards[OWN_REWARD] = path.parent / str(view.summary["reward"])
+    if summary["reward"] is not None:
+        rewards[OWN_REWARD] = path.parent / str(summary["reward"])
     elif view.recipe["loop"]["iterations"] and view.recipe["reward"]["kind"] == "implicit":
-        implicit[IMPLICIT_REWARD] = Implicit(path.parent / str(view.summary["policy"]), first)
+        implicit[IMPLICIT_REWARD] = Implicit(path.parent / str(summary["policy"]), first)
     return Subject(rewards, implicit, first, view)
 
 

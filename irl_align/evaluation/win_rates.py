@@ -17,8 +17,7 @@ from irl_align.evaluation.compare.run_tables import policy_label
 from irl_align.evaluation.preferences import reward_of
 from irl_align.models.loading import pick_device
 from irl_align.reward.model import RewardModel
-from irl_align.training.run_folder import RERUN, Run, RunView
-from irl_align.utils.files import read_lines
+from irl_align.training.run_folder import Run, RunView
 from irl_align.utils.statistics import clustered_share
 
 
@@ -34,18 +33,12 @@ class SamplesOf:
 def last_samples(source: Path) -> SamplesOf:
     """The samples that a run left. Raises UserError: no finished run, or none with samples."""
     view = Run.load(source)
-    if view.summary is None:
-        raise UserError(f"{source}: this run is not finished; run its recipe again to go on")
-    last = int(view.summary["policy_number"])
-    found = []
-    for path in (source / "samples").glob(f"policy-{last}-t*.jsonl"):
-        temperature = path.stem.rpartition("-t")[2]
-        start = source / "samples" / f"policy-0-t{temperature}.jsonl"
-        first = read_lines(start, RERUN) if last and start.is_file() else []
-        found.append((float(temperature), read_lines(path, RERUN), first))
-    if not found:
+    last = int(view.require_finished()["policy_number"])
+    answers, first = view.answers(last), view.answers(0) if last else {}
+    if not answers:
         raise UserError(f"{source}: found no samples of policy {last}; run the recipe again")
-    return SamplesOf(policy_label(view, last), sorted(found, key=lambda one: -one[0]))
+    by_temperature = [(t, answers[t], first.get(t, [])) for t in sorted(answers, reverse=True)]
+    return SamplesOf(policy_label(view, last), by_temperature)
 
 
 def key_of(row: Mapping[str, Any]) -> str:
@@ -80,9 +73,9 @@ def _trained_on(view: RunView, reward: Path) -> str:
     own = (view.summary or {}).get("reward")
     if own is not None and folder == (view.folder.parent / str(own)).resolve():
         return "the reward"
-    for role, stage in view.stages.items():
-        if role.startswith("reward/") and folder == _model_of(view, stage):
-            return f"the reward of iteration {int(role.removeprefix('reward/')) + 1}"
+    for k, stage in view.numbered_stages("reward").items():
+        if folder == _model_of(view, stage):
+            return f"the reward of iteration {k + 1}"
     return ""
 
 

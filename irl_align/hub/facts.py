@@ -19,6 +19,7 @@ from huggingface_hub import DatasetCard
 from irl_align.config.resources import data_cards_dir
 from irl_align.data.cards import Card, load_card
 from irl_align.errors import UserError
+from irl_align.policy.roles import SFT, START, Role
 from irl_align.training.run_folder import RERUN, Run, RunView
 from irl_align.utils.files import read_json
 
@@ -57,8 +58,7 @@ class Facts:
     def of(cls, run: Path) -> Facts:
         """Facts of a finished run; UserError where it is not a run, or not finished."""
         view = Run.load(run)
-        if view.summary is None:
-            raise UserError(f"{run}: this run is not finished; run its recipe again to go on")
+        view.require_finished()
         name = str(view.recipe["data"]["card"])
         card, front, about = _data_card(name)
         return cls(view, card, front, about, {record["key"]: record for record in view.metrics})
@@ -66,8 +66,7 @@ class Facts:
     @property
     def summary(self) -> dict[str, Any]:
         """summary.json."""
-        assert self.view.summary is not None
-        return self.view.summary
+        return self.view.require_finished()
 
     @property
     def data_name(self) -> str:
@@ -96,11 +95,8 @@ class Facts:
 
     def reward(self, iteration: int | None = None) -> Artefact:
         """The explicit reward r_k, the last one by default."""
-        folders = {
-            int(role.removeprefix("reward/")): stage
-            for role, stage in self.view.stages.items()
-            if role.startswith("reward/") and stage["name"] == "reward"
-        }
+        rewards = self.view.numbered_stages("reward")
+        folders = {k: stage for k, stage in rewards.items() if stage["name"] == "reward"}
         if not folders:
             raise UserError(
                 f"{self.view.folder}: this run has no explicit reward; expected one with "
@@ -109,7 +105,7 @@ class Facts:
         k = max(folders) if iteration is None else iteration
         if k not in folders:
             raise self._no_iteration("reward", k, folders)
-        return Artefact(f"reward/{k}", self._folder(folders[k]) / "model", k, k)
+        return Artefact(str(Role.reward(k)), self._folder(folders[k]) / "model", k, k)
 
     def policy(self, iteration: int | None = None) -> Artefact:
         """The policy pi_k, the run's final one by default; 0 is the one before the loop."""
@@ -118,21 +114,18 @@ class Facts:
         # A policy that selects among an earlier one's samples has no weights of its own.
         selects = self.summary.get("ranking") is not None and k == last
         for number in range(k, -1 if selects else k - 1, -1):
-            roles = [f"policy-{number}", f"reward/{number - 1}"] if number else ["sft", "start"]
-            for role in roles:
+            roles = [Role.policy(number), Role.reward(number - 1)] if number else [SFT, START]
+            for role in map(str, roles):
                 stage = self.view.stages.get(role)
                 if stage is not None and stage["name"] != "reward":
                     return Artefact(role, self._folder(stage) / "model", k, number)
-        known = {0, last, *(int(r[7:]) for r in self.view.stages if re.fullmatch(r"policy-\d+", r))}
+        known = {0, last, *self.view.numbered_stages("policy")}
         raise self._no_iteration("policy", k, known)
 
     def pairs(self) -> dict[int, Path]:
         """Iteration -> folder of its pairs."""
-        found = {
-            int(role.removeprefix("pairs/")): self._folder(stage)
-            for role, stage in self.view.stages.items()
-            if role.startswith("pairs/")
-        }
+        pairs = self.view.numbered_stages("pairs")
+        found = {k: self._folder(stage) for k, stage in pairs.items()}
         if not found:
             raise UserError(f"{self.view.folder}: this run made no pairs; expected one with a loop")
         return dict(sorted(found.items()))
@@ -177,15 +170,6 @@ class Facts:
         recipe.pop("output_dir", None)
         text: str = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
         return text
-
-    def signs(self) -> list[str]:
-        """Warning signs of the run, one line each."""
-        return [
-            f"{key.removeprefix('signs/')}: {sign}"
-            for key, record in self.metrics.items()
-            if key.startswith("signs/")
-            for sign in record["signs"]
-        ]
 
     def _folder(self, stage: Mapping[str, str]) -> Path:
         return (self.view.folder / stage["path"]).resolve()

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
 from irl_align.hub.licences import Licence
 from irl_align.hub.snippets import Snippet
+from irl_align.policy.roles import DEMONSTRATIONS, Role
 from irl_align.reward.settings import RewardSettings
 from irl_align.utils.text_table import spelt
 from irl_align.utils.version import __version__
@@ -156,7 +157,7 @@ def _demonstrations(facts: Facts) -> str:
 
 def accuracy_section(facts: Facts, found: Artefact, measured: Measured) -> str:
     """Held-out accuracy beside the shortcut audit's."""
-    report = facts.metrics.get(f"reward/{found.iteration}", {})
+    report = facts.view.record(Role.reward(found.iteration))
     audit = report.get("audit", {})
     rows = [
         f"| this reward, {source} | {_percent(value)} |"
@@ -180,7 +181,7 @@ def accuracy_section(facts: Facts, found: Artefact, measured: Measured) -> str:
         if held.get("loss") is not None
         else ""
     )
-    fresh = facts.metrics.get(f"vitals/{found.iteration + 1}", {}).get("fresh_accuracy")
+    fresh = facts.view.record(Role.vitals(found.iteration + 1)).get("fresh_accuracy")
     after = (
         f" Against fresh samples of the policy improved on it: {fresh:.1%}."
         if fresh is not None
@@ -201,16 +202,11 @@ def gold_table(facts: Facts, found: Artefact) -> tuple[str, list[EvalResult]]:
     """Policies 0 to k and the demonstrations by the task's gold metric, and results of the weights
     of pi_k (those of the policy that it samples, where it selects)."""
     k, selects = found.iteration, found.weights != found.iteration
-    records = [
-        record
-        for key, record in facts.metrics.items()
-        if key.startswith("evaluation/") and "policy" in record and record["policy"] <= k
-    ]
+    records = [record for record in facts.view.evaluations() if record["policy"] <= k]
     texts = [name for name in TEXT_METRICS if any(name in r.get("metrics", {}) for r in records)]
-    samples = facts.view.samples()
     split = str(facts.view.recipe["evaluation"]["split"])
     rows, results = [], list[EvalResult]()
-    demonstrations = facts.metrics.get("evaluation/demonstrations", {})
+    demonstrations = facts.view.record(DEMONSTRATIONS)
     headline = str(demonstrations.get("headline", ""))
     if headline:
         value = _share(demonstrations["metrics"].get(headline))
@@ -218,7 +214,7 @@ def gold_table(facts: Facts, found: Artefact) -> tuple[str, list[EvalResult]]:
         rows.append(f"| demonstrations | | {value} |{blank} | {demonstrations['length']:.1f} |")
     for record in sorted(records, key=lambda r: (r["policy"], -r["temperature"])):
         number, temperature = record["policy"], record["temperature"]
-        said = samples.get(f"policy-{number}-t{temperature:g}", [])
+        said = facts.view.answers(number).get(temperature, [])
         gold = _interval(headline, said, record)
         if gold is not None and number == found.weights:
             name = f"{headline}, T={temperature:g}"
@@ -284,7 +280,7 @@ def _percent(interval: Interval) -> str:
 
 def limits_section(facts: Facts, limits: list[str]) -> str:
     """What is known to go wrong, of the method, the data and this run."""
-    signs = facts.signs()
+    signs = facts.view.signs()
     told = [f"Warned of in training: {sign}." for sign in signs] or [
         "No warning sign was raised in training."
     ]
@@ -298,7 +294,7 @@ def origin_section(
     facts: Facts, found: Artefact | None, checksum: str | None, licence: Licence
 ) -> str:
     """Stages, checksums, versions and licence."""
-    role = found.role if found is not None else f"pairs/{max(facts.pairs())}"
+    role = found.role if found is not None else str(Role.pairs(max(facts.pairs())))
     lineage = facts.lineage(role)
     rows = [f"| {r['role']} | `{r['name']}-{r['key']}` |" for r in lineage]
     sums = facts.metrics.get("data", {}).get("checksums", {})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from irl_align.models.generation.protocol import Generator, Sampling
     from irl_align.models.generation.samples import Samples
     from irl_align.models.trl import Training
+    from irl_align.policy.roles import Role
     from irl_align.reward.protocol import RewardFunction
 
 
@@ -94,7 +95,7 @@ class UpdateContext(Protocol):
 
     def stage(
         self,
-        role: str,
+        role: Role,
         name: str,
         settings: Mapping[str, Any],
         inputs: Mapping[str, str],

@@ -26,6 +26,7 @@ from irl_align.models.loading import save_model
 from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.models.trl import Training
 from irl_align.policy import Demonstrations, Policy, Ranking, Reward, UpdateContext
+from irl_align.policy.roles import Role
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.utils import distributed
@@ -76,7 +77,7 @@ class BestOfN:
             return {**score_report(scores), **metrics}
 
         stage = context.stage(
-            f"policy-{iteration + 1}",
+            Role.policy(iteration + 1),
             f"best-of-n-{options.use}",
             {
                 "sampling": vars(sampling),
@@ -130,7 +131,7 @@ def score_candidates(
         return {"samples": len(rewards)}
 
     stage = context.stage(
-        f"candidate-rewards/{iteration}",
+        Role.candidate_rewards(iteration),
         "candidate-rewards",
         settings,
         {**inputs, "reward": reward.key},

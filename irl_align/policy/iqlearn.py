@@ -14,6 +14,7 @@ from irl_align.config.policy_update import IQLearnOptions
 from irl_align.models.loading import save_model
 from irl_align.models.sft import GuardedSFTTrainer, fit_sft, sft_columns
 from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
+from irl_align.policy.roles import Role
 from irl_align.reward.losses import iq_learn
 from irl_align.utils import distributed
 
@@ -50,7 +51,7 @@ class IQLearn:
             return metrics
 
         stage = context.stage(
-            f"policy-{iteration + 1}",
+            Role.policy(iteration + 1),
             "iqlearn",
             {**options.model_dump(exclude={"kind"}), "iteration": iteration, **context.adapted},
             {"policy": policy.key, "demonstrations": demonstrations.checksum},

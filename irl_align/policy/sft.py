@@ -10,6 +10,7 @@ from typing import Any
 from irl_align.models.loading import save_model
 from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
+from irl_align.policy.roles import Role
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class MoreSFT:
             return metrics
 
         stage = context.stage(
-            f"policy-{iteration + 1}",
+            Role.policy(iteration + 1),
             "more-sft",
             {"args": dict(self.args), "iteration": iteration, **context.adapted},
             {"policy": policy.key, "demonstrations": demonstrations.checksum},

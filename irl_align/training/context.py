@@ -46,6 +46,7 @@ from irl_align.models.lora import (
 from irl_align.models.packing import context_length
 from irl_align.models.trl import Training
 from irl_align.policy import Policy, Reward
+from irl_align.policy.roles import Role, stage_key
 from irl_align.reward.implicit import ImplicitReward
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import RewardFunction
@@ -100,7 +101,7 @@ class RunContext:
 
     def stage(
         self,
-        role: str,
+        role: Role,
         name: str,
         settings: Mapping[str, Any],
         inputs: Mapping[str, str],
@@ -114,7 +115,7 @@ class RunContext:
         """
 
         def announced(work: Path) -> Mapping[str, Any] | None:
-            logger.info(role)
+            logger.info("%s", role)
             return build(work)
 
         def ask(how: Build) -> Stage:
@@ -132,7 +133,7 @@ class RunContext:
         tokens = ("tokens_trained", "tokens_sampled")
         costs |= {name: stage.metrics[name] for name in tokens if name in stage.metrics}
         self.run.log(
-            f"stage/{role}",
+            stage_key(role),
             {"stage": stage.name, "stage_key": stage.key, "reused": stage.reused, **costs},
         )
         return stage
@@ -241,7 +242,7 @@ class RunContext:
             return {"prompts": len(prompts), "samples": samples, "tokens_sampled": tokens}
 
         stage = self.stage(
-            f"samples/{role}/{self.name_of(policy)}/t{sampling.temperature:g}",
+            Role.samples(role, self.name_of(policy), sampling.temperature),
             "samples",
             {"sampling": vars(seeded), "max_batch_tokens": max_batch_tokens},
             {"policy": policy.key, "prompts": checksum(prompts)},
@@ -286,7 +287,7 @@ class RunContext:
             return {"samples": len(prompts) * sampling.n}
 
         stage = self.stage(
-            f"selected/{role}/{self.name_of(policy)}",
+            Role.selected(role, self.name_of(policy)),
             "selected",
             {"sampling": vars(many), "of": ranking.n, "score": ranking.score, "role": role},
             {"policy": policy.identity, "prompts": checksum(prompts)},

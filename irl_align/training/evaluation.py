@@ -23,6 +23,7 @@ from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.logprobs import best_of_n_kl_bound
 from irl_align.policy import Policy, Reward
+from irl_align.policy.roles import DEMONSTRATIONS, PICK, Role
 from irl_align.reward.audit import shortcut_audit, within_prompts
 from irl_align.reward.distributed import spread
 from irl_align.reward.fit import SIDES, margin_report, margins
@@ -88,8 +89,8 @@ def measure_reward(
     inputs = {"reward": reward.key, "initial": initial.key}
     inputs |= {"before": before.key} if before is not None else {}
     inputs |= {f"pairs-{i}": p.key for i, p in enumerate(pairs)}
-    stage = context.stage(f"reward-report/{k}", "reward-report", {"iteration": k}, inputs, build)
-    context.run.log(f"reward/{k}", stage.metrics)
+    stage = context.stage(Role.reward_report(k), "reward-report", {"iteration": k}, inputs, build)
+    context.run.log(str(Role.reward(k)), stage.metrics)
     return stage.metrics
 
 
@@ -148,8 +149,8 @@ def measure_policy(
     inputs = {"policy": policy.identity, "initial": initial.key, "data": data.checksums["held_out"]}
     inputs |= {"reward": reward.key} if reward is not None else {}
     settings = {"prompts": len(keys), "sampling": vars(sampling)}
-    stage = context.stage(f"vitals/{k}", "vitals", settings, inputs, build)
-    context.run.log(f"vitals/{k}", stage.metrics)
+    stage = context.stage(Role.vitals(k), "vitals", settings, inputs, build)
+    context.run.log(str(Role.vitals(k)), stage.metrics)
     return stage.metrics
 
 
@@ -228,8 +229,8 @@ def nearest_policy(
         return {"accuracy": [one["fresh_accuracy"] for one in found]}
 
     inputs = {f"policy-{i}": policy.identity for i, policy in enumerate(policies)}
-    stage = context.stage("pick", "pick", {}, {**inputs, "reward": reward.key}, build)
-    context.run.log("pick", stage.metrics)
+    stage = context.stage(PICK, "pick", {}, {**inputs, "reward": reward.key}, build)
+    context.run.log(str(PICK), stage.metrics)
     distance = [abs(accuracy - 0.5) for accuracy in stage.metrics["accuracy"]]
     return policies[int(np.argmin(distance))]
 
@@ -263,7 +264,7 @@ def evaluate_policy(
     for temperature, lines in told.items():
         known = rewards.get(temperature, [{}] * len(lines))
         both = [{**line, **value} for line, value in zip(lines, known, strict=True)]
-        context.run.save_samples(f"policy-{k}-t{temperature:g}", both)
+        context.run.save_answers(k, temperature, both)
     # What a selecting policy gives a sample is not known, so neither is its entropy.
     if options.match_entropy and k > 0 and policy.ranking is None:
         _evaluate_at_entropy(context, k, found[1.0]["entropy"], initial, rows, data)
@@ -296,9 +297,9 @@ def _evaluate_samples(
         gold = distributed.on_main(lambda: _gold(work, gold_path, rows, list(samples), texts))
         return {**report, **gold}
 
-    name = f"evaluation/{k}/t{temperature:g}"
+    role = Role.evaluation(k, temperature)
     stage = context.stage(
-        name,
+        role,
         "evaluation",
         {
             "gold": gold_path,
@@ -313,7 +314,7 @@ def _evaluate_samples(
         build,
     )
     record = {"policy": k, "temperature": temperature, "gold": gold_path, **stage.metrics}
-    context.run.log(name, record)
+    context.run.log(str(role), record)
     return stage
 
 
@@ -340,7 +341,7 @@ def _evaluate_at_entropy(
         return distributed.on_main(lambda: _gold(work, gold_path, rows, list(samples), texts))
 
     stage = context.stage(
-        f"matched-entropy/{k}",
+        Role.matched_entropy(k),
         "evaluation",
         {
             "gold": gold_path,
@@ -352,7 +353,7 @@ def _evaluate_at_entropy(
         build,
     )
     found = {"temperature": temperature, "entropy": entropy_at(temperature)}
-    context.run.log(f"matched-entropy/{k}", {**found, **stage.metrics})
+    context.run.log(str(Role.matched_entropy(k)), {**found, **stage.metrics})
 
 
 def _rewards_of_answers(
@@ -377,7 +378,7 @@ def _rewards_of_answers(
         return {"rewards": found.tolist()}
 
     stage = context.stage(
-        f"evaluation/{k}/rewards",
+        Role.evaluation_rewards(k),
         "evaluation-rewards",
         {
             "prompts": context.recipe.evaluation.prompts,
@@ -413,14 +414,14 @@ def _evaluate_demonstrations(
         return {"length": length, "truncated": 0.0, **report}
 
     stage = context.stage(
-        "evaluation/demonstrations",
+        DEMONSTRATIONS,
         "evaluation",
         {"gold": gold_path, "of": "demonstrations", "prompts": context.recipe.evaluation.prompts},
         {"data": data.checksums["evaluation"]},
         build,
         alone=True,
     )
-    context.run.log("evaluation/demonstrations", {"gold": gold_path, **stage.metrics})
+    context.run.log(str(DEMONSTRATIONS), {"gold": gold_path, **stage.metrics})
 
 
 def _gold(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from irl_align.policy import Policy, Reward
+from irl_align.policy.roles import signs_in, signs_key
 from irl_align.reward.audit import shortcut_warnings
 from irl_align.reward.health import audited_accuracy, policy_pair_loss
 from irl_align.training.context import RunContext
@@ -110,7 +111,7 @@ def judge_reward(context: RunContext, k: int, fit: dict[str, Any]) -> str | None
             f"held-out pair loss is {own:.4f} where policy samples are rejected: what the reward "
             "tells apart is the other pairs"
         )
-    _tell(context, f"signs/reward-{k}", signs)
+    _log_signs(context, "reward", k, signs)
     if unfit:
         return f"iteration {k}: the reward is unfit"
     return f"iteration {k}: {forgets[0]}" if forgets and bounds.action == "stop" else None
@@ -125,7 +126,7 @@ def judge_policy(
     signs = [f"{name}: not finite" for name, value in vitals.items() if value is None]
     finite = {name: v for name, v in vitals.items() if None not in (v, baseline.get(name, v))}
     signs += find_signs(bounds, finite, baseline)
-    _tell(context, f"signs/policy-{k + 1}", signs)
+    _log_signs(context, "policy", k + 1, signs)
     if signs and bounds.action == "stop":
         return f"iteration {k}: {signs[0]}; policy {k} is kept"
     return None
@@ -141,11 +142,12 @@ def judge_fresh(context: RunContext, k: int, vitals: dict[str, Any]) -> str | No
         f"fresh samples: the reward tells demonstrations from the new policy's samples in "
         f"{accuracy:.1%}, at most {bounds.fresh_accuracy:.1%}: nothing is left to learn from it"
     )
-    _tell(context, f"signs/fresh-{k + 1}", [sign])
+    _log_signs(context, "fresh", k + 1, [sign])
     return f"iteration {k}: {sign}" if bounds.action == "stop" else None
 
 
-def _tell(context: RunContext, key: str, signs: list[str]) -> None:
+def _log_signs(context: RunContext, subject: str, number: int, signs: list[str]) -> None:
+    key = signs_key(subject, number)
     context.run.log(key, {"signs": signs})
-    for sign in signs:
-        logger.warning("%s: %s", key.removeprefix("signs/"), sign)
+    for sign in signs_in({"key": key, "signs": signs}):
+        logger.warning("%s", sign)

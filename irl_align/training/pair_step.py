@@ -19,6 +19,7 @@ from irl_align.data.encoding import encode_prompts
 from irl_align.data.pairs import Pairs, load_pairs, policy_pairs, sample_pairs, save_pairs, stats
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.policy import Policy
+from irl_align.policy.roles import Role
 from irl_align.training.context import RunContext
 from irl_align.training.prepare import Data
 
@@ -74,9 +75,9 @@ def make_pairs(
             metrics[part] = stats(rows, dropped)
         return metrics
 
-    edit = context.recipe.data.edit
+    edit, role = context.recipe.data.edit, Role.pairs(k)
     stage = context.stage(
-        f"pairs/{k}",
+        role,
         "pairs",
         {
             "iteration": k,
@@ -91,7 +92,7 @@ def make_pairs(
         build,
         alone=True,
     )
-    context.run.log(f"pairs/{k}", stage.metrics)
+    context.run.log(str(role), stage.metrics)
     train, held_out = (load_pairs(stage.path / f"{part}.parquet") for part in USES)
     return IterationPairs(stage.key, train, held_out)
 

@@ -23,6 +23,7 @@ from irl_align.policy.best_of_n import BestOfN
 from irl_align.policy.identity import Identity
 from irl_align.policy.iqlearn import IQLearn
 from irl_align.policy.ppo.update import PPO
+from irl_align.policy.roles import Role
 from irl_align.policy.sft import MoreSFT
 from irl_align.tasks.gold import GoldMetric
 from irl_align.training.context import RunContext
@@ -38,7 +39,7 @@ def improve_policy(
     update = make_update(context.recipe, data)
     demonstrations = with_prompts(data.demonstrations(part), policy_prompts(context, data))
     improved = update(context, k, policy, initial, reward, demonstrations)
-    context.names.setdefault(improved.identity, f"policy-{k + 1}")
+    context.names.setdefault(improved.identity, str(Role.policy(k + 1)))
     return improved
 
 

@@ -17,6 +17,7 @@ from irl_align.data.loading import Prompt
 from irl_align.errors import UserError
 from irl_align.models.loading import pick_device
 from irl_align.policy import Policy, Reward
+from irl_align.policy.roles import Role
 from irl_align.reward.alignment import load_reward
 from irl_align.reward.protocol import RewardFunction
 from irl_align.training.context import RunContext, open_run
@@ -129,7 +130,7 @@ def _improve(
     update = make_update(context.recipe, data)
     demonstrations = with_prompts(data.demonstrations("reward"), extra)
     improved = update(context, 0, start, start, reward, demonstrations)
-    context.names.setdefault(improved.identity, "policy-1")
+    context.names.setdefault(improved.identity, str(Role.policy(1)))
     evaluate_policy(context, 1, improved, start, reward, data)
     return improved
 

@@ -32,6 +32,7 @@ from irl_align.models.loading import (
 from irl_align.models.packing import context_length
 from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.policy import Demonstrations, Policy
+from irl_align.policy.roles import DATA, SFT, START, Role
 from irl_align.training.context import RunContext, checksum, derive_seed
 from irl_align.training.extra_prompts import extra_prompts, unread_prompts
 from irl_align.training.store import Stage
@@ -96,7 +97,7 @@ def prepare(context: RunContext) -> tuple[Data, Policy]:
 
     stage = _encoded(context, card, start, rows, division.counts(), sums)
     found = {"checksums": sums, "licence": card.license, "noisy": noisy, **stage.metrics}
-    context.run.log("data", found)
+    context.run.log(str(DATA), found)
     parts = {
         part: Dataset.from_parquet(str(stage.path / f"{part}.parquet"), keep_in_memory=True)
         for part in PARTS
@@ -136,7 +137,7 @@ def _encoded(
 
     limits = ("max_prompt_tokens", "max_completion_tokens", "overlong")
     return context.stage(
-        "data",
+        DATA,
         "data",
         {
             "card": {"template": card.template, "lowercase": card.lowercase, "name": card.name},
@@ -201,8 +202,8 @@ def start_model(context: RunContext, card: Card, rows: Sequence[Any], rows_sum: 
         inputs = {"model": file_checksum(Path(options.path))}
     else:
         inputs = {"model": f"{options.path}@{options.revision or 'main'}"}
-    stage = context.stage("start", "start", settings, inputs, build, alone=True)
-    context.names[stage.key] = "start"
+    stage = context.stage(START, "start", settings, inputs, build, alone=True)
+    context.names[stage.key] = str(START)
     return Policy(stage.path / "model", stage.key)
 
 
@@ -224,13 +225,13 @@ def supervise(context: RunContext, start: Policy, data: Data) -> Policy:
         return metrics
 
     stage = context.stage(
-        "sft",
+        SFT,
         "sft",
         {"args": options.args, **({} if options.full else context.adapted)},
         {"start": start.key, "data": data.checksums["sft"]},
         build,
     )
-    context.names[stage.key] = "policy-0"
+    context.names[stage.key] = str(Role.policy(0))
     return Policy(stage.path / "model", stage.key)
 
 

@@ -21,6 +21,7 @@ from irl_align.data.pairs import window
 from irl_align.models.loading import save_model
 from irl_align.models.packing import context_length
 from irl_align.policy import Policy, Reward
+from irl_align.policy.roles import Role
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.forward import score_head
 from irl_align.reward.implicit import fit_implicit, reference_logps
@@ -108,7 +109,7 @@ def _log_prob(context: RunContext, k: int, initial: Policy, data: Data) -> Rewar
         return _normalise_and_save(reward, data, work)
 
     inputs = {"initial": initial.key, "demonstrations": data.checksums["reward"]}
-    stage = context.stage(f"reward/{k}", "log-prob", {}, inputs, build)
+    stage = context.stage(Role.reward(k), "log-prob", {}, inputs, build)
     std = float(stage.metrics["normaliser"][1])
     return Reward("explicit", stage.path / "model", stage.key, scale=std)
 
@@ -153,8 +154,8 @@ def _fit_explicit(
         metrics = fit_reward(reward, columns, context.recipe.reward.loss, fit.args, training)
         return {**metrics, **_normalise_and_save(reward, data, work)}
 
-    stage = context.stage(f"reward/{k}", "reward", fit.settings, inputs, build)
-    context.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
+    stage = context.stage(Role.reward(k), "reward", fit.settings, inputs, build)
+    context.run.log(str(Role.reward_fit(k)), _without_history(stage.metrics))
     std = float(stage.metrics["normaliser"][1])
     return Reward("explicit", stage.path / "model", stage.key, scale=std)
 
@@ -214,13 +215,13 @@ def _fit_implicit(
         return {**metrics, "history": [took, *metrics["history"]]}
 
     stage = context.stage(
-        f"reward/{k}",
+        Role.reward(k),
         "implicit-reward",
         {**fit.settings, **context.adapted},
         {**fit.inputs, "policy": policy.key},
         build,
     )
-    context.run.log(f"reward-fit/{k}", _without_history(stage.metrics))
+    context.run.log(str(Role.reward_fit(k)), _without_history(stage.metrics))
     beta = float(fit.args.get("beta", DPOConfig.beta))
     return Reward("implicit", stage.path / "model", stage.key, beta=beta, references=paths)
 

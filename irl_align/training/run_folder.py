@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import yaml
 
 from irl_align.config.yaml import load_plain
 from irl_align.errors import UserError
+from irl_align.policy.roles import Role, is_evaluation, signs_in
 from irl_align.utils.files import (
     atomic_write,
     full_disk_told,
@@ -118,14 +120,20 @@ class Run:
         self._metrics[key] = {"key": key, **record}
         self._write("metrics.jsonl", to_lines(self._metrics.values()))
 
-    def save_samples(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write ``samples/<name>.jsonl``, one row a line."""
+    def save_answers(
+        self, policy: int, temperature: float, rows: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Write the evaluation's samples of a policy, ``samples/policy-<k>-t<temperature>.jsonl``.
+
+        One row is one line.
+        """
+        name = f"{Role.policy(policy)}-t{temperature:g}"
         self._write(f"samples/{name}.jsonl", to_lines(rows))
 
-    def link(self, role: str, stage: Stage) -> None:
+    def link(self, role: Role, stage: Stage) -> None:
         """Note in ``stages.json`` which stage has this role in the run."""
         path = Path(os.path.relpath(stage.path, self.folder)).as_posix()
-        self._stages[role] = {"name": stage.name, "key": stage.key, "path": path}
+        self._stages[str(role)] = {"name": stage.name, "key": stage.key, "path": path}
         self._write("stages.json", to_json(self._stages, indent=2) + "\n")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -166,6 +174,56 @@ class RunView:
         """Rows of each ``samples/<name>.jsonl``, by name."""
         paths = sorted((self.folder / "samples").glob("[!.]*.jsonl"))
         return {path.stem: read_lines(path, RERUN) for path in paths}
+
+    def answers(self, policy: int) -> dict[float, list[dict[str, Any]]]:
+        """The evaluation's samples of policy k, by temperature in ascending order."""
+        prefix = f"{Role.policy(policy)}-t"
+        paths = (self.folder / "samples").glob(f"{prefix}*.jsonl")
+        by_temperature = {float(path.stem.removeprefix(prefix)): path for path in paths}
+        return {t: read_lines(by_temperature[t], RERUN) for t in sorted(by_temperature)}
+
+    @cached_property
+    def by_key(self) -> dict[str, dict[str, Any]]:
+        """The records of ``metrics.jsonl`` by key."""
+        return {record["key"]: record for record in self.metrics}
+
+    def record(self, role: Role) -> dict[str, Any]:
+        """The record of ``metrics.jsonl`` with this role as its key; empty if there is none."""
+        return self.by_key.get(str(role), {})
+
+    def records(self, kind: str) -> dict[int, dict[str, Any]]:
+        """Number -> record, for all roles of one kind."""
+        roles = {Role.parse(key): record for key, record in self.by_key.items()}
+        return {
+            role.number: record
+            for role, record in roles.items()
+            if role.kind == kind and role.number is not None
+        }
+
+    def numbered_stages(self, kind: str) -> dict[int, dict[str, str]]:
+        """Number -> stage, for all roles of one kind."""
+        roles = {Role.parse(role): stage for role, stage in self.stages.items()}
+        return {
+            role.number: stage
+            for role, stage in roles.items()
+            if role.kind == kind and role.number is not None
+        }
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Records of the evaluations of policies, of every temperature."""
+        return [record for record in self.metrics if is_evaluation(record)]
+
+    def signs(self) -> list[str]:
+        """Warning signs of the run, one line each."""
+        return [sign for record in self.metrics for sign in signs_in(record)]
+
+    def require_finished(self) -> dict[str, Any]:
+        """The summary. Raises UserError: the run is not finished."""
+        if self.summary is None:
+            raise UserError(
+                f"{self.folder}: this run is not finished; run its recipe again to resume it"
+            )
+        return self.summary
 
     def ppo_records(self, file: str = "metrics.jsonl") -> dict[str, list[dict[str, Any]]]:
         """Lines that each PPO training wrote into a file of its stage, by role: of metrics.jsonl
@@ -240,14 +298,12 @@ def artefact_folder(path: Path, what: str) -> Path:
     """The folder of a run's final `policy` or last `reward`; a model's folder stays as it is."""
     if not is_run(path):
         return path
-    view = Run.load(path)
-    if view.summary is None:
-        raise UserError(f"{path}: this run is not finished; run its recipe again to go on")
-    if view.summary[what] is None:
+    summary = Run.load(path).require_finished()
+    if summary[what] is None:
         raise UserError(
             f"{path}: this run has no explicit {what}; expected one with reward.kind explicit"
         )
-    folder = path.parent / str(view.summary[what])
+    folder = path.parent / str(summary[what])
     if not folder.is_dir():
         raise UserError(
             f"{path}: its {what} lies in {folder}, which is not there; a run is copied with the "

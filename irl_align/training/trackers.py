@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
@@ -15,6 +16,7 @@ from accelerate.tracking import (
 )
 
 from irl_align.config.schema import Recipe
+from irl_align.policy.roles import Role
 from irl_align.training.run_folder import Run
 from irl_align.utils import distributed
 
@@ -86,14 +88,13 @@ def by_policy(metrics: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float
     """
     steps: dict[int, dict[str, float]] = {}
     for record in metrics:
-        kind, _, rest = record["key"].partition("/")
-        number, _, rest = rest.partition("/")
-        if kind not in _OF_POLICY + _OF_REWARD or not number.isdecimal():
+        role = Role.parse(record["key"])
+        if role.kind not in _OF_POLICY + _OF_REWARD or role.number is None:
             continue
         values = {name: value for name, value in record.items() if name not in _WITHOUT}
-        numbers = dict(_numbers(values, "/".join(filter(None, (kind, rest)))))
+        numbers = dict(_numbers(values, str(replace(role, number=None))))
         if numbers:
-            steps.setdefault(int(number) + (kind in _OF_REWARD), {}).update(numbers)
+            steps.setdefault(role.number + (role.kind in _OF_REWARD), {}).update(numbers)
     return steps
 
 

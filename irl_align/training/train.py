@@ -22,7 +22,6 @@ from irl_align.models.loading import pick_device
 from irl_align.models.trl import Training, training_args
 from irl_align.training.context import RunContext, open_run
 from irl_align.training.loop import bilevel
-from irl_align.training.roles import is_evaluation
 from irl_align.training.run_folder import Run, RunView
 from irl_align.training.store import Store, environment
 from irl_align.training.trackers import LoopTrackers
@@ -106,7 +105,7 @@ def _tell(run: Run, k: int, evaluated: Callable[[RunView], None] | None) -> None
     if evaluated is None or not distributed.reports_errors():
         return
     view = Run.load(run.folder)
-    if not any(is_evaluation(record) and record["policy"] > k for record in view.metrics):
+    if not any(record["policy"] > k for record in view.evaluations()):
         evaluated(view)
 
 

@@ -255,7 +255,7 @@ def test_unfinished_and_unknown_runs(line: Line, sft: Result, tmp_path: Path) ->
     (unfinished / "summary.json").unlink()
     for command in ("score", "generate"):
         told = line(command, unfinished, "--input", rows)
-        assert told == f"{unfinished}: this run is not finished; run its recipe again to go on"
+        assert told == f"{unfinished}: this run is not finished; run its recipe again to resume it"
         assert str(tmp_path / "none") in line(command, tmp_path / "none", "--input", rows)
     assert "expected the folder of a run" in line("show", tmp_path)
     assert "expected the folder of a run" in line("show", tmp_path / "none")

@@ -241,7 +241,7 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path: Path) -> None:
 
     def write() -> None:
         with Run.open(run, {"name": "x"}, "name: x") as opened:
-            opened.save_samples("policy-0", [{"a": 1}])
+            opened.save_answers(0, 1.0, [{"a": 1}])
 
     assert refusal(write).startswith(f"{run / 'samples'}: found a link")
     assert list(elsewhere.iterdir()) == []

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from irl_align.policy.roles import Role
 from irl_align.training.run_folder import Run, RunView
 from irl_align.training.store import Stage
-from irl_align.utils.files import to_lines
+from irl_align.utils.files import atomic_write, to_lines
 
 CHECKSUMS = {"sft": "a", "reward": "a", "held_out": "b", "evaluation": "c"}
 
@@ -63,7 +64,7 @@ def synthetic_run(
             run.log(f"stage/{role}", {**record, "seconds": cost, "peak_rss_mib": 512.0})
             key = f"{owner}-{k}-t1"
             stage = Stage("evaluation", key, root / "store" / key, {}, {}, reused=False)
-            run.link(f"evaluation/{k}/t1", stage)
+            run.link(Role.evaluation(k, 1.0), stage)
             if k:
                 run.log(f"reward/{k - 1}", reward_record(0.70 + 0.05 * k))
             run.log(
@@ -85,7 +86,7 @@ def synthetic_run(
         for key, record in (extra or {}).items():
             run.log(key, record)
         for file, rows in (samples or {}).items():
-            run.save_samples(file, rows)
+            atomic_write(folder / "samples" / f"{file}.jsonl", to_lines(rows))
         if finished:
             number = len(errors) - 1 if final is None else final
             run.finish({"policy_number": number, "ended": "1 iterations done", "seconds": 1.0})

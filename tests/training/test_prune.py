@@ -88,7 +88,7 @@ def test_unfinished_work_is_kept_while_a_run_wants_it(runs: Path) -> None:
 HOLD = """
     import sys
     from pathlib import Path
-    from irl_align.files import locked
+    from irl_align.utils.files import locked
 
     with locked(Path(sys.argv[1]), print):
         print("held", flush=True)

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irl_align.errors import TryAgain, UserError
+from irl_align.policy.roles import SFT
 from irl_align.training import store as stages
 from irl_align.training.run_folder import Run
 from irl_align.training.store import Stage, Store, environment, stage_key
@@ -409,7 +410,7 @@ def test_other_errors_of_a_build_pass_unchanged(tmp_path: Path) -> None:
 SLOW_STAGE = """
     import sys
     from pathlib import Path
-    from irl_align.stages import Store
+    from irl_align.training.store import Store
 
     def build(work):
         print("building", flush=True)
@@ -456,7 +457,7 @@ def test_the_second_process_takes_over_when_the_first_is_killed(tmp_path: Path) 
 HOLD_RUN = """
     import sys
     from pathlib import Path
-    from irl_align.stages import Run
+    from irl_align.training.run_folder import Run
 
     with Run.open(Path(sys.argv[1]), {"name": "x"}, "name: x") as run:
         run.log("sft", {"loss": 1.0})
@@ -496,10 +497,10 @@ def test_a_run_reads_back_what_was_written(tmp_path: Path) -> None:
     stage = Store(tmp_path / "runs" / "stages").stage("sft", {}, {}, build_text())
     with open_run(folder, seed=0, price="£") as run:
         assert Run.load(folder).summary is None
-        run.link("sft", stage)
+        run.link(SFT, stage)
         run.log("sft", {"loss": 1.5, "entropy": math.inf})
         run.log("iteration-0", {"margin": [1.0, math.nan]})
-        run.save_samples("iteration-0", [{"prompt": "é\u2028", "completion": "£5\n"}])
+        run.save_answers(0, 0.7, [{"prompt": "é\u2028", "completion": "£5\n"}])
         run.finish({"accuracy": 0.75})
     view = Run.load(folder)
     assert view.recipe == {"name": "x", "seed": 0, "price": "£"}
@@ -508,7 +509,9 @@ def test_a_run_reads_back_what_was_written(tmp_path: Path) -> None:
         {"key": "sft", "loss": 1.5, "entropy": None},
         {"key": "iteration-0", "margin": [1.0, None]},
     ]
-    assert view.samples() == {"iteration-0": [{"prompt": "é\u2028", "completion": "£5\n"}]}
+    rows = [{"prompt": "é\u2028", "completion": "£5\n"}]
+    assert view.samples() == {"policy-0-t0.7": rows}
+    assert view.answers(0) == {0.7: rows} and view.answers(1) == {}
     assert view.summary == {"accuracy": 0.75}
     linked = view.stages["sft"]
     assert (linked["name"], linked["key"]) == ("sft", stage.key)
@@ -552,7 +555,7 @@ def test_a_changed_recipe_starts_the_results_afresh(
 ) -> None:
     with open_run(tmp_path, seed=0) as run:
         run.log("iteration-3", {"loss": 1})
-        run.save_samples("iteration-3", [{"completion": "old"}])
+        run.save_answers(3, 1.0, [{"completion": "old"}])
         run.finish({"loss": 1})
     with open_run(tmp_path, seed=0):
         assert Run.load(tmp_path).summary == {"loss": 1}
@@ -598,9 +601,11 @@ def test_a_damaged_run_names_the_file(tmp_path: Path, name: str, content: str, f
 
 def test_a_damaged_sample_file_names_the_line(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
-        run.save_samples("start", [{"completion": "a"}])
-    (tmp_path / "samples/start.jsonl").write_text('{"completion": "a"}\n[]\n')
-    with pytest.raises(UserError, match=r"start\.jsonl:2: found '\[\]', expected a JSON object"):
+        run.save_answers(0, 1.0, [{"completion": "a"}])
+    (tmp_path / "samples/policy-0-t1.jsonl").write_text('{"completion": "a"}\n[]\n')
+    with pytest.raises(
+        UserError, match=r"policy-0-t1\.jsonl:2: found '\[\]', expected a JSON object"
+    ):
         Run.load(tmp_path).samples()
 
 

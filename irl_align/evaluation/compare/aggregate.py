@@ -13,7 +13,7 @@ from typing import Any
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.costs import method_costs, seconds, sharing
 from irl_align.evaluation.compare.run_tables import policy_label
-from irl_align.training.roles import is_evaluation
+from irl_align.policy.roles import Role
 from irl_align.training.run_folder import RunView
 from irl_align.utils.files import read_json
 from irl_align.utils.statistics import (
@@ -147,8 +147,7 @@ def _check(views: Sequence[RunView]) -> None:
         raise UserError("compare: found no finished run, expected at least one")
     seen: dict[tuple[str, int], Path] = {}
     for view in views:
-        if view.summary is None:
-            raise UserError(f"{view.folder}: this run is not finished; run its recipe again")
+        view.require_finished()
         other = seen.setdefault((view.recipe["name"], view.recipe["seed"]), view.folder)
         if other != view.folder:
             raise UserError(
@@ -237,7 +236,7 @@ def _method_rows(
         if _ends_with_start(view) and start_is_shared:
             continue
         final.add(seed, policy_measures(view, last) | {"seconds": seconds(view)})
-        numbers = {r["policy"] for r in view.metrics if is_evaluation(r)} - {last}
+        numbers = {r["policy"] for r in view.evaluations()} - {last}
         for number in sorted(numbers - {0} if start_is_shared else numbers) if iterations else ():
             name = policy_label(view, number) if number else f"{method} 0"
             row = between.setdefault(number, Row(name, method, number, False))
@@ -252,39 +251,38 @@ def _final(view: RunView) -> int:
 
 
 def _evaluation_key(view: RunView, number: int) -> str:
-    stage = view.stages.get(f"evaluation/{number}/t1")
+    stage = view.stages.get(str(Role.evaluation(number, 1.0)))
     return stage["key"] if stage else f"{view.folder}/{number}"
 
 
 def policy_measures(view: RunView, number: int) -> dict[str, float]:
     """All that a run says of one of its policies, by measure; what is null is left out."""
-    by_key = {record["key"]: record for record in view.metrics}
-    records = [r for r in view.metrics if is_evaluation(r) and r["policy"] == number]
+    records = [r for r in view.evaluations() if r["policy"] == number]
     measures: dict[str, Any] = {}
     for record in records:
         measures |= _gold(record, record["temperature"])
         if record["temperature"] == 1.0:
             measures |= {name: record.get(name) for name in VITALS}
-    vitals = by_key.get(f"vitals/{number}", {})
-    fit = by_key.get(f"reward/{number - 1}", {})
+    vitals = view.record(Role.vitals(number))
+    fit = view.record(Role.reward(number - 1))
     measures["fresh_accuracy"] = vitals.get("fresh_accuracy")
     measures["demonstration_logp"] = vitals.get("demonstration_logp")
     measures["reward_gain"] = vitals.get("reward_gain")
-    measures |= _beyond_entropy(by_key, number)
+    measures |= _beyond_entropy(view, number)
     measures["reward_accuracy"] = fit.get("held_out", {}).get("accuracy")
     return {name: float(value) for name, value in measures.items() if value is not None}
 
 
-def _beyond_entropy(by_key: Mapping[str, Mapping[str, Any]], number: int) -> dict[str, Any]:
+def _beyond_entropy(view: RunView, number: int) -> dict[str, Any]:
     """Headline of the first policy at this one's entropy, and this one's at T=1 less that."""
     if number == 0:
-        return _first_at_its_entropy(by_key)
-    matched = by_key.get(f"matched-entropy/{number}")
-    if matched is None:
+        return _first_at_its_entropy(view)
+    matched = view.record(Role.matched_entropy(number))
+    if not matched:
         return {}
     headline = matched["headline"]
     start = matched["metrics"][headline]
-    own = by_key[f"evaluation/{number}/t1"]["metrics"][headline]
+    own = view.record(Role.evaluation(number, 1.0))["metrics"][headline]
     known = start is not None and own is not None
     return {
         "matched_temperature": matched["temperature"],
@@ -293,13 +291,13 @@ def _beyond_entropy(by_key: Mapping[str, Mapping[str, Any]], number: int) -> dic
     }
 
 
-def _first_at_its_entropy(by_key: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _first_at_its_entropy(view: RunView) -> dict[str, Any]:
     """The same of the first policy, which is itself there; nothing where no other was matched."""
-    found = next((r for k, r in by_key.items() if k.startswith("matched-entropy/")), None)
-    if found is None:
+    matched = view.records("matched-entropy")
+    if not matched:
         return {}
-    headline = found["headline"]
-    own = by_key.get("evaluation/0/t1", {}).get("metrics", {}).get(headline)
+    headline = next(iter(matched.values()))["headline"]
+    own = view.record(Role.evaluation(0, 1.0)).get("metrics", {}).get(headline)
     beyond = None if own is None else 0.0
     return {f"{headline}@{AT_ENTROPY}": own, f"{headline}@{BEYOND_ENTROPY}": beyond}
 

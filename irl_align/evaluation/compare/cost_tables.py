@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from irl_align.training.roles import PARTS
+from irl_align.policy.roles import PARTS
 from irl_align.utils.text_table import MISSING, Grid
 
 Analysis = Mapping[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from irl_align.training.roles import PARTS, classify
+from irl_align.policy.roles import PARTS, stage_role
 from irl_align.training.run_folder import RunView
 
 
@@ -34,19 +34,18 @@ def stage_costs(view: RunView) -> list[StageCost]:
     found: dict[str, StageCost] = {}
     trainings = view.ppo_records()
     for record in view.metrics:
-        if not record["key"].startswith("stage/"):
+        role = stage_role(record)
+        if role is None:
             continue
-        role = record["key"].removeprefix("stage/")
-        part, iteration = classify(role)
         peak = record.get("peak_cuda_mib", record.get("peak_rss_mib"))
         seconds = float(record.get("seconds") or 0.0)
-        trained, sampled = _tokens(view, trainings.get(role), record)
+        trained, sampled = _tokens(view, trainings.get(str(role)), record)
         found.setdefault(
             record["stage_key"],
             StageCost(
                 record["stage_key"],
-                part,
-                iteration,
+                role.part,
+                role.iteration,
                 seconds,
                 peak,
                 trained,

@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from irl_align.policy.roles import DEMONSTRATIONS, Role, stage_role
 from irl_align.reward.health import audited_accuracy
-from irl_align.training.roles import is_evaluation
 from irl_align.training.run_folder import RunView, records_told
 from irl_align.utils.text_table import spelt
 
@@ -85,26 +85,21 @@ def _rows(views: Sequence[RunView]) -> list[_Row]:
     rows: dict[str, _Row] = {}
     seeds = {view.recipe["seed"] for view in views}
     for view in views:
-        by_key = {record["key"]: record for record in view.metrics}
         stages = {role: stage["key"] for role, stage in view.stages.items()}
         seed = f", seed {view.recipe['seed']}" if len(seeds) > 1 else ""
-        if record := by_key.get("evaluation/demonstrations"):
-            stage = stages.get("evaluation/demonstrations", "demonstrations")
+        if record := view.record(DEMONSTRATIONS):
+            stage = stages.get(str(DEMONSTRATIONS), "demonstrations")
             rows.setdefault(stage, _Row("demonstrations", {1.0: record}, {}, {}))
-        numbers = [r["policy"] for r in view.metrics if is_evaluation(r)]
-        for number in sorted(set(numbers)):
-            found = {
-                r["temperature"]: r
-                for r in view.metrics
-                if is_evaluation(r) and r["policy"] == number
-            }
+        evaluations = view.evaluations()
+        for number in sorted({r["policy"] for r in evaluations}):
+            found = {r["temperature"]: r for r in evaluations if r["policy"] == number}
             rows.setdefault(
-                stages.get(f"evaluation/{number}/t1", f"{view.folder}/{number}"),
+                stages.get(str(Role.evaluation(number, 1.0)), f"{view.folder}/{number}"),
                 _Row(
                     f"{policy_label(view, number)}{seed}",
                     found,
-                    by_key.get(f"reward/{number - 1}", {}),
-                    by_key.get(f"vitals/{number}", {}),
+                    view.record(Role.reward(number - 1)),
+                    view.record(Role.vitals(number)),
                 ),
             )
     return list(rows.values())
@@ -143,7 +138,7 @@ def costs_table(view: RunView) -> Table:
     table = _table(f"costs of {view.folder.name}", "stage", columns)
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for record in view.metrics:
-        if record["key"].startswith("stage/"):
+        if stage_role(record) is not None:
             kinds.setdefault(str(record["stage"]), []).append(record)
     for kind, records in [*kinds.items(), ("total", [r for rs in kinds.values() for r in rs])]:
         reused = sum(bool(record["reused"]) for record in records)
@@ -176,11 +171,7 @@ def reward_table(view: RunView) -> Table:
     )
     title = f"rewards of {view.folder.name}, on held-out demonstrations"
     table = _table(title, "iteration", columns)
-    by_key = {record["key"]: record for record in view.metrics}
-    for key, record in by_key.items():
-        if not key.startswith("reward/"):
-            continue
-        k = int(key.removeprefix("reward/"))
+    for k, record in view.records("reward").items():
         held, audit = record["held_out"], record["audit"]
         audited = audited_accuracy(record)
         same = audited == held["accuracy"]
@@ -192,7 +183,7 @@ def reward_table(view: RunView) -> Table:
             _number(held["margin"], 3),
             _percent(held["calibration_error"]),
             older or MISSING,
-            _percent(by_key.get(f"vitals/{k + 1}", {}).get("fresh_accuracy")),
+            _percent(view.record(Role.vitals(k + 1)).get("fresh_accuracy")),
             _percent(audit["length"]),
             _percent(audit["truncation"]),
             _percent(max(audit["logprob_sum"], audit["logprob_mean"])),
@@ -204,30 +195,16 @@ def drift_table(view: RunView) -> Table:
     """What every iteration's reward leans to, and how far it is from the one before."""
     columns = ("correlation with length", "agreement with older", "score mean", "score std")
     table = _table("leaning and drift, the scores those of demonstrations", "iteration", columns)
-    by_key = {record["key"]: record for record in view.metrics}
-    for key, record in by_key.items():
-        if not key.startswith("reward/"):
-            continue
-        k = key.removeprefix("reward/")
+    for k, record in view.records("reward").items():
         agreement = [_number(one, 2) for one in record.get("agreement", {}).values()]
         table.add_row(
-            k,
+            str(k),
             _number(record["audit"].get("length_correlation"), 2),
             ", ".join(agreement) or MISSING,
             # Before they are normalised.
-            *(_number(one, 2) for one in by_key.get(f"reward-fit/{k}", {}).get("normaliser", NONE)),
+            *(_number(one, 2) for one in view.record(Role.reward_fit(k)).get("normaliser", NONE)),
         )
     return table
-
-
-def signs(view: RunView) -> list[str]:
-    """Every warning sign of a run, one line each."""
-    return [
-        f"{record['key'].removeprefix('signs/')}: {sign}"
-        for record in view.metrics
-        if record["key"].startswith("signs/")
-        for sign in record["signs"]
-    ]
 
 
 def show_runs(views: Sequence[RunView], console: Console) -> None:
@@ -245,11 +222,11 @@ def show_policies(views: Sequence[RunView], console: Console) -> None:
 def _show(views: Sequence[RunView], console: Console) -> None:
     show_policies(views, console)
     for view in views:
-        if any(record["key"].startswith("reward/") for record in view.metrics):
+        if view.records("reward"):
             console.print(reward_table(view))
             console.print(drift_table(view))
         console.print(costs_table(view))
-        for sign in signs(view):
+        for sign in view.signs():
             console.print(f"sign: {sign}", markup=False)
         ended = view.summary["ended"] if view.summary else "not finished: run the recipe again"
         console.print(f"{view.folder}: {ended}", markup=False, soft_wrap=True)

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from irl_align.evaluation.compare.run_tables import policy_label
 from irl_align.evaluation.report.curves import by_method
 from irl_align.evaluation.report.templates import render, script_json
-from irl_align.training.run_folder import RERUN, RunView
-from irl_align.utils.files import read_lines
+from irl_align.training.run_folder import RunView
 
 BUDGET = 2_500_000  # bytes of samples, as they are written, in a page that stays below 5 MB
 CREDITED = 8  # samples of the first update that kept some, and as many of the last
@@ -79,9 +78,7 @@ def _columns(views: Sequence[RunView]) -> dict[str, dict[str, list[dict[str, Any
             label = policy_label(view, shown)
             if label in columns:
                 continue
-            prefix = f"policy-{shown}-t"
-            files = sorted((view.folder / "samples").glob(f"{prefix}*.jsonl"))
-            found = {f.stem.removeprefix(prefix): read_lines(f, RERUN) for f in files}
+            found = {f"{t:g}": rows for t, rows in view.answers(shown).items()}
             if found:
                 columns[label] = found
     return columns

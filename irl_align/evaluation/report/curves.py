@@ -11,7 +11,7 @@ from irl_align.evaluation.compare.costs import method_costs
 from irl_align.evaluation.compare.tables import PLAIN, column_name, headline_measures
 from irl_align.evaluation.report.figures import Bars, Dots, Plot, Point, Series
 from irl_align.evaluation.tables import read_evaluation
-from irl_align.training.roles import is_evaluation
+from irl_align.policy.roles import Role
 from irl_align.training.run_folder import RunView
 from irl_align.utils.statistics import estimate
 from irl_align.utils.text_table import MISSING, Grid, spelt
@@ -75,7 +75,7 @@ def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> li
         name: [
             (number, policy_measures(view, number))
             for view in own
-            for number in sorted({r["policy"] for r in view.metrics if is_evaluation(r)})
+            for number in sorted({r["policy"] for r in view.evaluations()})
         ]
         for name, own in by_method(views).items()
     }
@@ -106,7 +106,7 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
     for at, (name, own) in enumerate(families.items()):
         points = []
         for view in own:
-            for number in sorted({r["policy"] for r in view.metrics if is_evaluation(r)}):
+            for number in sorted({r["policy"] for r in view.evaluations()}):
                 found = policy_measures(view, number)
                 kl = found.get("kl", found.get("kl_bound"))
                 if kl is not None and measure in found:
@@ -143,11 +143,8 @@ def reward_health(views: Sequence[RunView]) -> list[Plot]:
 
 def reward_reports(view: RunView) -> Iterator[tuple[int, dict[str, Any]]]:
     """(iteration, its reward's report, with `fresh`: accuracy on the next policy's samples)."""
-    by_key = {record["key"]: record for record in view.metrics}
-    for key, record in by_key.items():
-        if key.startswith("reward/"):
-            k = int(key.removeprefix("reward/"))
-            yield k, {**record, "fresh": by_key.get(f"vitals/{k + 1}", {}).get("fresh_accuracy")}
+    for k, record in view.records("reward").items():
+        yield k, {**record, "fresh": view.record(Role.vitals(k + 1)).get("fresh_accuracy")}
 
 
 def cost_bars(views: Sequence[RunView]) -> list[Bars]:
@@ -164,11 +161,10 @@ def reward_table(views: Sequence[RunView]) -> Grid:
     columns += ["correlation with length", "score mean", "score std"]
     grid = Grid("rewards, on held-out demonstrations", columns, [])
     for view in views:
-        by_key = {record["key"]: record for record in view.metrics}
         for k, report in reward_reports(view):
             held = report["held_out"]
             older = ", ".join(_percent(r["accuracy"]) for r in report["older"].values())
-            scores = by_key.get(f"reward-fit/{k}", {}).get("normaliser", (None, None))
+            scores = view.record(Role.reward_fit(k)).get("normaliser", (None, None))
             grid.rows.append(
                 [
                     view.folder.name,

@@ -11,7 +11,6 @@ from typing import Any
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.aggregate import FILE, analyse, compare_runs, read_comparison
 from irl_align.evaluation.compare.overoptimization import frontiers
-from irl_align.evaluation.compare.run_tables import signs
 from irl_align.evaluation.compare.tables import COST, GAINS, PPO, RESULTS, grids_by_section, notes
 from irl_align.evaluation.report.browser import (
     BUDGET,
@@ -158,5 +157,5 @@ def _ended(views: Sequence[RunView]) -> dict[str, Any]:
 
 
 def _told(views: Sequence[RunView]) -> dict[str, Any]:
-    rows = [(view.folder.name, sign) for view in views for sign in signs(view)]
+    rows = [(view.folder.name, sign) for view in views for sign in view.signs()]
     return {"title": "Warning signs", "rows": rows}

@@ -21,6 +21,7 @@ from irl_align.policy.ppo.learner import Learner, make_accelerator
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.trainer import PPOTrainer
+from irl_align.policy.roles import Role
 from irl_align.reward.protocol import RewardFunction
 from irl_align.utils.hardware import use_bf16
 
@@ -65,7 +66,7 @@ class PPO:
             return train_ppo(actors, options, context.training(work, f"PPO {iteration}"))
 
         stage = context.stage(
-            f"policy-{iteration + 1}",
+            Role.policy(iteration + 1),
             "ppo",
             {
                 "sampling": vars(sampling),
@@ -85,7 +86,7 @@ class PPO:
         )
         history = stage.metrics["history"]
         summary = {name: value for name, value in stage.metrics.items() if name != "history"}
-        context.log(f"ppo/{iteration}", {**summary, "last": history[-1] if history else None})
+        context.log(str(Role.ppo(iteration)), {**summary, "last": history[-1] if history else None})
         return Policy(stage.path / "model", stage.key)
 
     def _actors(

@@ -12,6 +12,7 @@ import torch
 
 from irl_align.config.schema import Recipe
 from irl_align.policy import Reward
+from irl_align.policy.roles import Role
 from irl_align.training.context import RunContext
 from irl_align.training.evaluation import evaluate_policy, measure_policy, measure_reward
 from irl_align.training.pair_step import IterationPairs, make_pairs
@@ -53,9 +54,9 @@ class _Notes:
         self.folder = folder
         self.found: set[str] = set()
 
-    def link(self, role: str, stage: Stage) -> None:
+    def link(self, role: Role, stage: Stage) -> None:
         """Note a stage."""
-        self.found.add(role)
+        self.found.add(str(role))
 
     def log(self, key: str, record: Mapping[str, Any]) -> None:
         """Nothing is written."""

@@ -10,6 +10,7 @@ from irl_align.config.policy_update import BestOfNOptions, MoreSFTOptions, PPOOp
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import load_card
 from irl_align.data.loading import load_prompts
+from irl_align.policy.roles import Role
 from irl_align.training.plan.costs import Cost, Costs
 from irl_align.training.plan.data import Counts, count_data
 from irl_align.training.plan.devices import GIB, Device
@@ -17,7 +18,6 @@ from irl_align.training.plan.dry_run import found_stages
 from irl_align.training.plan.memory import Shape
 from irl_align.training.plan.model_shapes import shape_of_recipe
 from irl_align.training.reward_step import NORMALISED, scheduled
-from irl_align.training.roles import classify
 
 MATCHING = 6
 """Temperatures at which pi_0 is sampled until its entropy is another policy's: 5 or 6 on E2E."""
@@ -330,7 +330,7 @@ def parts_of(plan: Plan) -> dict[str, Mapping[str, float]]:
     """Kind of stage -> bytes by part, of the stage to do of that kind that needs most."""
     largest: dict[str, Step] = {}
     for step in plan.to_do:
-        part, _ = classify(step.role)
+        part = Role.parse(step.role).part
         kind = "sampling" if step.role.startswith("samples/") else part
         known = largest.get(kind)
         if step.cost.use.parts and (known is None or step.cost.use.peak > known.cost.use.peak):

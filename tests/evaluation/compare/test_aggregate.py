@@ -21,7 +21,6 @@ from irl_align.evaluation.compare.tables import (
     to_csv,
     to_markdown,
 )
-from irl_align.training.roles import classify
 from irl_align.training.run_folder import Run, RunView
 
 
@@ -131,31 +130,6 @@ def test_memory_and_tokens_by_part_and_iteration(tmp_path: Path) -> None:
     assert told in notes(analysis)
     stored = json.loads(json.dumps(analysis))  # as the report reads it
     assert [g.rows for g in grids(stored)] == [g.rows for g in grids(analysis)]
-
-
-@pytest.mark.parametrize(
-    ("role", "expected"),
-    [
-        ("start", ("data", None)),
-        ("sft", ("SFT", None)),
-        ("samples/train/policy-1/t1", ("samples and pairs", 1)),
-        ("selected/train/policy-2", ("samples and pairs", 2)),
-        ("pairs/0", ("samples and pairs", 0)),
-        ("reward/3", ("reward", 3)),
-        ("policy-2", ("policy", 1)),
-        ("candidate-rewards/1", ("policy", 1)),
-        ("samples/best-of-n/policy-0/t1", ("policy", 0)),
-        ("samples/held_out-candidates/policy-0/t1", ("measuring", None)),
-        ("samples/evaluation/policy-0/t0.7", ("measuring", None)),
-        ("selected/held_out/policy-1", ("measuring", None)),
-        ("reward-report/0", ("measuring", None)),
-        ("vitals/1", ("measuring", None)),
-        ("matched-entropy/1", ("measuring", None)),
-        ("evaluation/demonstrations", ("measuring", None)),
-    ],
-)
-def test_stages_by_part(role: str, expected: tuple[str, int | None]) -> None:
-    assert classify(role) == expected
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
