@@ -85,9 +85,7 @@ def test_an_edit_of_ones_own_makes_pairs_and_prompts(folder: Path) -> None:
 
 def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:
     options = ("name=no-edit", "pairs={contrast: edit, sources: [demonstration/contrast]}")
-    with pytest.raises(
-        UserError, match=r"data\.edit: cannot import support\.rows:nothing: .*nothing"
-    ):
+    with pytest.raises(UserError, match=r"data\.edit: cannot import support\.rows:nothing: "):
         train(tiny_recipe(folder, *options, "data.edit=support.rows:nothing"))
     edit = "data.edit=irl_align.tasks.restaurant:PHRASES"
     with pytest.raises(UserError, match=r"data\.edit: found .*PHRASES, expected a function"):

@@ -234,7 +234,7 @@ def test_an_error_or_interrupt_passes_and_keeps_the_work(tmp_path: Path) -> None
 SUMMING = """
     import json, os, signal, sys
     from pathlib import Path
-    from irl_align import stages
+    from irl_align.training import store as stages
 
     root, point = Path(sys.argv[1]), sys.argv[2]
 
