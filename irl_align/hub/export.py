@@ -30,9 +30,9 @@ from irl_align.reward.model import RewardModel
 from irl_align.utils.files import (
     atomic_folder,
     atomic_write,
+    explains_full_disk,
     file_checksum,
     files_of,
-    full_disk_told,
 )
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def export(
         "policy": partial(_write_policy, form=form),
         "pairs": write_pairs,
     }
-    with full_disk_told("export", to.parent), atomic_folder(to) as folder:
+    with explains_full_disk("export", to.parent), atomic_folder(to) as folder:
         number = writers[what](folder, facts, iteration, derived)
         atomic_write(folder / "recipe.yaml", facts.recipe_text())
     return Exported(to, what, number, derived)
