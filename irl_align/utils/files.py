@@ -51,7 +51,7 @@ def require_writable(path: Path, option: str) -> None:
 
 
 def partial_name(name: str) -> str:
-    """Name of an unfinished file. It is fixed, so that the next try overwrites a kill's leftover."""
+    """Fixed name of an unfinished file, so that the next try overwrites what a kill left."""
     return f".{name}.partial"
 
 

@@ -34,7 +34,7 @@ def cpu_has_bf16() -> bool:
 
 
 def in_bf16(asked: bool, on_cpu: bool) -> bool:
-    """Whether to compute in bfloat16 where it is asked for: a CPU that only emulates it does not."""
+    """Whether to compute in bfloat16: if asked to, but not on a CPU that only emulates it."""
     return asked and (not on_cpu or cpu_has_bf16())
 
 

@@ -1,6 +1,6 @@
-"""Intervals, paired tests and probabilities of improvement over seeds; a thin layer over scipy.
+"""Intervals, paired tests and probabilities of improvement over seeds, by scipy.
 
-Values are one number per seed. With one seed there is no interval and no test, and None says so.
+Values are one number per seed. With one seed there is no interval and no test: they are None.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 Method = Literal["t", "bootstrap"]
 CONFIDENCE = 0.95
 RESAMPLES = 9999
-ROUNDING = 1e-12  # of values, as a share of the largest
+ROUNDING = 1e-12  # rounding error of values, as a share of the largest
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def estimate(values: Sequence[float], method: Method = "t") -> Estimate:
     mean, n = float(data.mean()), len(data)
     if n < 2:
         return Estimate(mean, None, None, n)
-    if np.ptp(data) == 0.0:  # scipy's answer would be NaN
+    if np.ptp(data) == 0.0:  # scipy returns NaN
         return Estimate(mean, mean, mean, n)
     if method == "t":
         interval = _stats().ttest_1samp(data, 0.0).confidence_interval(CONFIDENCE)
