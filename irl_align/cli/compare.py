@@ -300,11 +300,11 @@ def evaluate(
 ) -> None:
     """Measure rewards on preference sets and in best-of-n; policies by judges and benchmarks."""
     set_up(debug)
-    from irl_align.evaluation.evaluate import Evaluation, evaluate_source
+    from irl_align.evaluation.evaluate import EvaluationRequest, evaluate_source
     from irl_align.evaluation.tables import evaluation_grids, evaluation_notes
     from irl_align.utils.text_table import show_grid
 
-    asked = Evaluation(
+    request = EvaluationRequest(
         cards=card or [],
         subsets=subset or [],
         split=split,
@@ -321,7 +321,7 @@ def evaluate(
         tasks_folder=lm_eval_tasks,
         limit=lm_eval_limit,
     )
-    found = evaluate_source(source, asked, device, output)
+    found = evaluate_source(source, request, device, output)
     for grid in evaluation_grids(found):
         show_grid(grid, console())
     for line in evaluation_notes(found):

@@ -20,7 +20,7 @@ LicenceOption = Annotated[
     str | None,
     typer.Option(
         "--license",
-        help="Licence by the Hub's name, in place of the one that follows from data and model.",
+        help="Licence by the Hub's name; default: derived from those of the data and the model.",
         show_default=False,
     ),
 ]
@@ -44,7 +44,7 @@ def export(
     iteration: Iteration = None,
     license: LicenceOption = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a LoRA model the adapter alone, not merged.")
+        bool, typer.Option("--adapter", help="Write a LoRA adapter alone, not merged.")
     ] = False,
     base: Annotated[
         str | None,
@@ -55,15 +55,15 @@ def export(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a run's reward, policy or pairs with its card to a folder that any tool loads."""
+    """Export a run's reward, policy or pairs with a card to a folder that other tools load."""
     _set_up(debug)
     from irl_align.hub.export import Form, sizes
     from irl_align.hub.export import export as write
 
-    done = write(run, what, to, iteration, license, Form(adapter, base))
+    write(run, what, to, iteration, license, Form(adapter, base))
     for name, size in sizes(to):
         typer.echo(f"{size:>14,}  {name}")
-    typer.echo(f"{what}: {done.folder}")
+    typer.echo(f"{what}: {to}")
 
 
 def push(
@@ -71,10 +71,11 @@ def push(
     repo: Annotated[str, typer.Option("--repo", help="user/name, organisation/name, or name.")],
     what: What = "reward",
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
+        bool, typer.Option("--private", help="Create a new repository as private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch; made where it is missing.", show_default=False)
+        str | None,
+        typer.Option(help="Branch, which is created if it is missing.", show_default=False),
     ] = None,
     iteration: Iteration = None,
     license: LicenceOption = None,
@@ -82,26 +83,27 @@ def push(
         bool, typer.Option("--force", help="Overwrite a repository that holds something else.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be pushed; reach no server.")
+        bool, typer.Option("--dry-run", help="List what would be pushed; contact no server.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Push a run's reward, policy or pairs to the Hub, in one commit; again, it goes on.
+    """Push a run's reward, policy or pairs to the Hub, in one commit.
 
-    The token is the one of HF_TOKEN or of `hf auth login`.
+    The same command resumes an interrupted push. The token is that of HF_TOKEN or `hf auth login`.
     """
     _set_up(debug)
     from irl_align.hub import push as hub
 
     target = hub.Target(repo, revision, private, force)
     if not dry_run:
-        done = hub.push(run, what, target, iteration, license)
-        typer.echo(f"{done.url}: " + (f"commit {done.commit}" if done.changed else "nothing new"))
+        pushed = hub.push(run, what, target, iteration, license)
+        result = f"commit {pushed.commit}" if pushed.changed else "nothing new"
+        typer.echo(f"{pushed.url}: {result}")
         return
     from irl_align.hub.export import sizes
 
     hub.check_repo_name(repo)
-    with hub.exported_aside(run, what, iteration, license) as exported:
+    with hub.temporary_export(run, what, iteration, license) as exported:
         hub.require_licence(exported)
         for name, size in sizes(exported.folder):
             typer.echo(f"{size:>14,}  {name}")
@@ -117,22 +119,24 @@ def data(
     card: Annotated[str, typer.Argument(help="Data card: its name, or its file.")],
     path: Annotated[
         str | None,
-        typer.Option(help="Local files, in place of the card's source.", show_default=False),
+        typer.Option(help="Local files; default: the card's source.", show_default=False),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="One split; default: all.", show_default=False)
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE for a task that makes its data, as size=200; several times."),
+        typer.Option(
+            help="KEY=VALUE for a task that generates its data, such as size=200; repeatable."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Samples to show of each split.")] = 2,
+    samples: Annotated[int, typer.Option(min=0, help="Rows to show of each split.")] = 2,
     check: Annotated[
-        bool, typer.Option("--check", help="Fail where the data is not what the card says.")
+        bool, typer.Option("--check", help="Fail if the data differs from the card.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Load a data card's splits, count them, show samples, check them against the card."""
+    """Load the splits of a data card, count and show their rows, check them against the card."""
     _set_up(debug)
     from irl_align.data.summary import show
 
@@ -141,5 +145,5 @@ def data(
 
 def _set_up(debug: bool) -> None:
     set_up(debug)
-    if not debug:  # every failed try is told by us, in words
+    if not debug:  # push logs every failed try itself
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")

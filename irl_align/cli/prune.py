@@ -23,14 +23,14 @@ def prune(
     folder: Annotated[Path, typer.Argument(help="Folder of runs, or its store.")] = Path("runs"),
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List it only, as without --yes.")
+        bool, typer.Option("--dry-run", help="Only list; the default without --yes.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """List, and delete, what no run needs: stages without a run, damaged and unfinished ones.
+    """List or delete the stages that no run needs, and the damaged and unfinished stages.
 
-    What a run links is kept with all that it was made from, and what an unfinished run would go on
-    from. To give up a run, delete its folder first.
+    A stage stays if a run links it, if such a stage was made from it, or if an unfinished run would
+    resume from it. To give up a run, delete its folder first.
     """
     set_up(debug)
     if yes and dry_run:

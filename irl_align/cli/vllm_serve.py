@@ -22,10 +22,10 @@ def register(app: typer.Typer) -> None:
 
 def vllm_serve(
     model: Annotated[
-        Path, typer.Argument(help="Folder of a model, or of a run (its policy is taken).")
+        Path, typer.Argument(help="Folder of a model, or of a run, whose policy is served.")
     ],
     options: Annotated[
-        list[str] | None, typer.Argument(help="vLLM's own options, as name=value.")
+        list[str] | None, typer.Argument(help="Options of vLLM, as name=value.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 8000,
@@ -33,10 +33,10 @@ def vllm_serve(
         int, typer.Option(min=2, help="Most tokens of prompt and completion together.")
     ] = 1024,
     cache_tokens: Annotated[
-        int, typer.Option(min=1, help="Key-value positions of all sequences together.")
+        int, typer.Option(min=1, help="Size of the key-value cache in tokens, over all sequences.")
     ] = 65536,
     lora_rank: Annotated[
-        int, typer.Option(min=0, help="Of the largest LoRA adapter that policies may come as.")
+        int, typer.Option(min=0, help="Largest rank of the policies' LoRA adapters; 0 for none.")
     ] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="The recipe's model.dtype.")
@@ -46,8 +46,8 @@ def vllm_serve(
 ) -> None:
     """Serve a model for recipes with generation.backend vllm-server, which load their policies.
 
-    The recipes' machines must see this one's files under the same paths. The API key is taken from
-    VLLM_API_KEY, here and there.
+    Recipes on other machines must find the policies under the same paths. The server and the
+    recipes read the API key from VLLM_API_KEY.
     """
     set_up(debug)
     from irl_align.models.generation.vllm_common import EngineSettings

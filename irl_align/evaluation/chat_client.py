@@ -1,4 +1,4 @@
-"""A chat model behind any OpenAI-compatible endpoint: one question, one reply."""
+"""A client for a chat model behind any OpenAI-compatible endpoint: one question, one reply."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
 class NoReply(Exception):
-    """The endpoint did not answer, however often it was asked."""
+    """The endpoint did not answer in any of the tries."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the model is, and how patiently it is asked."""
+    """Address of a chat model, and how often and how long to wait for its replies."""
 
     url: str
-    """Address up to and with /v1."""
+    """Address, which ends with /v1."""
     model: str
     key: str = field(default="", repr=False)
     """Sent as a bearer token; empty for none."""
@@ -32,7 +32,7 @@ class Endpoint:
     """Seconds for one reply."""
     retries: int = 4
     pause: float = 1.0
-    """Seconds before the second try; they double."""
+    """Seconds before the second try; twice as long before each further try."""
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
@@ -42,17 +42,17 @@ class Endpoint:
         except ValueError:
             valid = False
         if not valid:
-            raise UserError("--judge: found an address that is none, expected https://HOST/v1")
+            raise UserError("--judge: found no valid address, expected https://HOST/v1")
         if parts.username or parts.password or parts.query:
             raise UserError(
                 f"--judge: found a user, password or query in the address of {parts.hostname}, "
-                "expected https://HOST/v1; give the key in the environment"
+                "expected https://HOST/v1; set the key in the environment (JUDGE_API_KEY)"
             )
 
     def reply(self, messages: list[dict[str, str]]) -> str:
-        """What the model says to a conversation, at temperature 0.
+        """The model's reply to a conversation, at temperature 0; empty if it is no chat completion.
 
-        Raises NoReply after all tries, and UserError where no try can help.
+        Raises NoReply after all tries, and UserError if another try cannot help.
         """
         body = {
             "model": self.model,
@@ -60,51 +60,51 @@ class Endpoint:
             "temperature": 0.0,
             "max_tokens": self.max_tokens,
         }
-        said, pause = "", self.pause
+        error, pause = "", self.pause
         for attempt in range(1 + self.retries):
             if attempt:
                 time.sleep(min(pause, LONGEST_PAUSE))
                 pause *= 2.0
             try:
                 status, wait, text = self._post(body)
-            except (OSError, HTTPException) as error:
-                said = f"{type(error).__name__} {error}".strip()
+            except (OSError, HTTPException) as fault:
+                error = f"{type(fault).__name__} {fault}".strip()
                 continue
             if status == 200:
                 return _content(text)
-            said = f"status {status}: {self._shown(text)}"
+            error = f"status {status}: {self._shown(text)}"
             if status not in RETRIED:
-                raise UserError(f"--judge: {self.url}: {said}; expected a reply of {self.model}")
+                raise UserError(f"--judge: {self.url}: {error}; expected a reply of {self.model}")
             pause = max(pause, wait)
-        raise NoReply(said)
+        raise NoReply(error)
 
     def _post(self, body: Any) -> tuple[int, float, str]:
-        """(status, seconds that the server asks to wait, text). Redirects are not followed: the key
-        is for this address."""
+        """(status, seconds that the server asks to wait, text). Redirects are not followed, so that
+        the key goes to this address only."""
         parts = urlsplit(self.url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        line = kind(str(parts.hostname), parts.port, timeout=self.timeout)
+        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout)
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         try:
             path = f"{parts.path.rstrip('/')}/chat/completions"
-            line.request("POST", path, json.dumps(body), headers)
-            answer = line.getresponse()
-            after = answer.getheader("Retry-After") or ""
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            after = response.getheader("Retry-After") or ""
             wait = float(after) if after.isdecimal() else 0.0
-            return answer.status, wait, answer.read().decode("utf-8", "replace")
+            return response.status, wait, response.read().decode("utf-8", "replace")
         finally:
-            line.close()
+            connection.close()
 
     def _shown(self, text: str) -> str:
-        """A server's words, short, without the key, which some repeat."""
+        """A server's message, shortened, without the key, which some servers repeat."""
         words = " ".join(text.split())[:200]
         return words.replace(self.key, "***") if self.key else words
 
 
 def _content(text: str) -> str:
-    """The reply in a chat completion; empty where it is none."""
+    """The reply in a chat completion; empty if the text is no chat completion."""
     try:
         content = json.loads(text)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):

@@ -1,32 +1,33 @@
-"""Use what a run left behind: score texts with its reward, sample its policy."""
+"""Use the models of a finished run: score texts with its reward, sample its policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trl import DPOConfig
 
 from irl_align.config.generation import GenerationOptions
-from irl_align.data.encoding import decode_batch, encode_prompts
+from irl_align.data.encoding import encode_prompts
 from irl_align.data.sources import file_rows
+from irl_align.data.tokenizer import decode_batch
 from irl_align.errors import UserError
-from irl_align.evaluation.preference_baseline import first_policy
 from irl_align.models.generation.backends import resolve_backend
 from irl_align.models.generation.offline import saved_sampler
-from irl_align.models.generation.protocol import Completion, Sampling
-from irl_align.models.generation.protocol import generate as sample
+from irl_align.models.generation.protocol import Completion, Sampling, generate
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
+from irl_align.policy.roles import SFT, START
 from irl_align.reward.implicit import ImplicitReward
 from irl_align.reward.model import RewardModel
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.training.reward_step import scheduled
-from irl_align.training.run_folder import Run, artefact_folder, is_run
+from irl_align.training.run_folder import Run, RunView, artefact_folder, is_run
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+"""A row of a file that a user gives or gets: field -> value."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,24 @@ class PromptFormat:
     lowercase: bool = False
 
 
-def read_rows(path: Path, shapes: Sequence[tuple[str, ...]]) -> Rows:
+def prompt_format(policy: Path) -> PromptFormat:
+    """The prompt format of a saved policy."""
+    return PromptFormat(**(getattr(load_config(policy), "irl_prompt", None) or {}))
+
+
+def first_policy(view: RunView) -> tuple[Path, str]:
+    """Folder and stage key of the model that a run's loop began with: SFT's, or the start model."""
+    stage = view.stages[str(SFT if str(SFT) in view.stages else START)]
+    return view.folder / stage["path"] / "model", stage["key"]
+
+
+def read_rows(path: Path, shapes: Sequence[tuple[str, ...]]) -> list[Row]:
     """Rows of a JSON, CSV or parquet file that all have the fields of one of `shapes`.
 
     Raises UserError that names the file and row.
     """
     expected = ", or ".join(" and ".join(shape) for shape in shapes)
-    rows: Rows = []
+    rows = []
     fitting = list(shapes)
     for raw in file_rows(path):
         fitting = [shape for shape in fitting if set(shape) <= set(raw.values)]
@@ -73,11 +85,9 @@ def read_rows(path: Path, shapes: Sequence[tuple[str, ...]]) -> Rows:
 
 
 def resolve_policy(path: Path) -> SavedPolicy:
-    """A run's final policy, with its ranking if it selects; or a model's folder."""
+    """The final policy of a run, with its ranking if it selects; or the model in a folder."""
     model = artefact_folder(path, "policy")
-    if model == path:
-        return SavedPolicy(path)
-    ranking = (Run.load(path).summary or {}).get("ranking")
+    ranking = (Run.load(path).summary or {}).get("ranking") if is_run(path) else None
     if ranking is None:
         return SavedPolicy(model)
     return SavedPolicy(
@@ -90,10 +100,10 @@ def resolve_policy(path: Path) -> SavedPolicy:
 
 
 def saved_reward(path: Path, device: str) -> RewardModel | ImplicitReward:
-    """A run's last reward, or the reward model in a folder.
+    """The last reward of a run, or the reward model in a folder.
 
-    Of a run whose reward is implicit (SPIN, DPO): beta log(pi/pi_0), its final policy against the
-    one that its loop began with, beta being the last iteration's.
+    For a run with an implicit reward (SPIN, DPO) it is beta log(pi/pi_0): pi is the run's final
+    policy, pi_0 the policy that its loop began with, and beta that of the last iteration.
     """
     where = pick_device(device)
     view = Run.load(path) if is_run(path) else None
@@ -112,30 +122,32 @@ def saved_reward(path: Path, device: str) -> RewardModel | ImplicitReward:
     )
 
 
-def prompt_format(policy: Path) -> PromptFormat:
-    """How the prompts of a saved policy are written."""
-    return PromptFormat(**(getattr(load_config(policy), "irl_prompt", None) or {}))
+def score_rows(path: Path, rows: Sequence[Row], device: str) -> tuple[list[Row], float | None]:
+    """Rows with their scores by the reward of a run or folder, and the accuracy on pairs.
 
-
-def score_rows(path: Path, rows: Rows, device: str) -> tuple[Rows, float | None]:
-    """Rows with their scores by the reward of a run or folder (see :func:`saved_reward`): `score`,
-    or `chosen_score` and `rejected_score` and accuracy."""
+    A row with a completion gets `score`; a pair gets `chosen_score` and `rejected_score`. The
+    accuracy counts equal scores as half; it is None for completions.
+    """
     reward = saved_reward(path, device)
     prompts = [row["prompt"] for row in rows]
     if not all("chosen" in row and "rejected" in row for row in rows):
         scores = reward.score(prompts, [row["completion"] for row in rows]).tolist()
         return [{**row, "score": s} for row, s in zip(rows, scores, strict=True)], None
-    both = [reward.score(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")]
-    wins = (both[0] > both[1]).double() + 0.5 * (both[0] == both[1]).double()
+    chosen = reward.score(prompts, [row["chosen"] for row in rows])
+    rejected = reward.score(prompts, [row["rejected"] for row in rows])
+    wins = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     scored = [
-        {**row, "chosen_score": chosen, "rejected_score": rejected}
-        for row, chosen, rejected in zip(rows, both[0].tolist(), both[1].tolist(), strict=True)
+        {**row, "chosen_score": c, "rejected_score": r}
+        for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
     ]
     return scored, float(wins.mean())
 
 
 def sampling_backend(backend: str, servers: Sequence[str]) -> GenerationOptions:
-    """Options of the command generate; UserError for servers of another backend."""
+    """Generation options of the command generate.
+
+    Raises UserError: servers are given for a backend that has none.
+    """
     if servers and backend != "vllm-server":
         raise UserError(f"--server: an option of --backend vllm-server, not of {backend}")
     return GenerationOptions.model_validate({"backend": backend, "server": {"urls": list(servers)}})
@@ -143,50 +155,46 @@ def sampling_backend(backend: str, servers: Sequence[str]) -> GenerationOptions:
 
 def generate_rows(
     policy: SavedPolicy,
-    rows: Rows,
+    rows: Sequence[Row],
     sampling: Sampling,
     device: str,
     options: GenerationOptions | None = None,
-) -> Rows:
+) -> list[Row]:
     """One row per sample: the prompt's row, with completion, sample and truncated added.
 
-    options: the backend and its own; transformers when None. What is sampled, `sampling` says.
+    options: the backend and its settings, transformers by default; `sampling` overrides the
+    settings that it has too.
     """
     where = pick_device(device)
-    options = GenerationOptions() if options is None else options
+    options = options or GenerationOptions()
     backend = resolve_backend(options, where)
     tokenizer = load_tokenizer(policy.model)
     prompts = encode_prompts(
         [row["prompt"] for row in rows], tokenizer, prompt_format(policy.model)
     )
-    many = Sampling(**{**vars(sampling), "n": sampling.n * policy.best_of})
     options = options.model_copy(update={"max_new_tokens": sampling.max_new_tokens})
+    candidates = replace(sampling, n=sampling.n * policy.best_of)
     with saved_sampler(policy.model, tokenizer, prompts, options, backend, where) as generator:
-        groups = sample(generator, prompts, many, progress=True)
+        groups = generate(generator, prompts, candidates, progress=True)
     if policy.reward is not None:
-        groups = _best(SampleSet(prompts, groups), policy, sampling.n, where)
-    out = []
-    for row, group in zip(rows, groups, strict=True):
-        texts = decode_batch(tokenizer, [c.token_ids for c in group])
-        for number, (completion, text) in enumerate(zip(group, texts, strict=True)):
-            out.append(
-                {
-                    **row,
-                    "completion": text,
-                    "sample": number,
-                    "truncated": completion.truncated,
-                }
-            )
-    return out
+        reward = RewardModel.from_pretrained(policy.reward, where)
+        groups = _select_best(SampleSet(prompts, groups), reward, policy, sampling.n)
+    return [
+        {**row, "completion": text, "sample": number, "truncated": completion.truncated}
+        for row, group in zip(rows, groups, strict=True)
+        for number, (completion, text) in enumerate(
+            zip(group, decode_batch(tokenizer, [c.token_ids for c in group]), strict=True)
+        )
+    ]
 
 
-def _best(samples: SampleSet, policy: SavedPolicy, n: int, device: Any) -> list[list[Completion]]:
-    """The best of each of n groups of best_of samples."""
-    assert policy.reward is not None
-    reward = RewardModel.from_pretrained(policy.reward, device)
+def _select_best(
+    samples: SampleSet, reward: RewardModel, policy: SavedPolicy, n: int
+) -> list[list[Completion]]:
+    """For each prompt the best of each of its n groups of best_of samples."""
     scores = rank_samples(samples, sample_rewards(samples, reward), policy.score)
-    scores = scores.reshape(-1, n, policy.best_of)
+    best = scores.reshape(-1, n, policy.best_of).argmax(2)
     return [
         [group[g * policy.best_of + int(j)] for g, j in enumerate(row)]
-        for group, row in zip(samples.completions, scores.argmax(2), strict=True)
+        for group, row in zip(samples.completions, best, strict=True)
     ]

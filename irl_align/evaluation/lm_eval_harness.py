@@ -1,6 +1,6 @@
 """Benchmarks by lm-eval (EleutherAI's harness) on a run's policy or a model's folder.
 
-Every task's result is kept on its own, so that a rerun goes on with the tasks that are missing.
+The result of each task is saved in a file of its own, so that a rerun does the missing tasks only.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from irl_align.models.loading import load_model, load_tokenizer, pick_device
 from irl_align.models.packing import context_length
 from irl_align.utils.files import atomic_write, file_checksum, read_json, to_json
 
-MEND = "delete it and run irl-align evaluate again"
-
 
 def run_benchmarks(
     policy: Path,
-    asked: Sequence[Benchmark],
-    kept: Path,
+    requested: Sequence[Benchmark],
+    results_folder: Path,
     device: str = "auto",
+    *,
     tasks_folder: Path | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Results of a language model's folder on tasks, one after another.
+    """Results of the language model in a folder on tasks, one after another.
 
-    kept: folder of finished results. tasks_folder: task files of your own. limit: rows per task,
-    to try things out. Raises UserError: no lm-eval, no such task, or data that cannot be had.
+    results_folder: where results are saved. tasks_folder: the user's own task files. limit: rows
+    per task, to try things out. Raises UserError: lm-eval is not installed, has no such task, or
+    fails, for example because a task's data cannot be loaded.
     """
     if find_spec("lm_eval") is None:
         raise UserError("--lm-eval: lm-eval is not installed; install irl-align[eval]")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks_folder) if tasks_folder else None)
-    for benchmark in asked:
+    for benchmark in requested:
         if benchmark.task not in manager.all_tasks:
             raise UserError(
-                f"--lm-eval: found {benchmark.task!r}, which lm-eval {version('lm_eval')} has not; "
-                "expected one of its tasks (`lm-eval ls tasks`)"
+                f"--lm-eval: found {benchmark.task!r}, which is no task of lm-eval "
+                f"{version('lm_eval')}; expected one of its tasks (`lm-eval ls tasks`)"
             )
     harness = {"lm_eval": version("lm_eval"), "limit": limit}
     identity = {**harness, "model": file_checksum(policy)}
@@ -52,19 +52,20 @@ def run_benchmarks(
         identity["tasks"] = file_checksum(tasks_folder)
     model: Any = None
     results = []
-    for benchmark in asked:
+    for benchmark in requested:
         key = hashlib.sha256(json.dumps([identity, benchmark.name]).encode()).hexdigest()[:16]
-        path = kept / f"{benchmark.task.replace('/', '-')}-{key}.json"
+        path = results_folder / f"{benchmark.task.replace('/', '-')}-{key}.json"
         if not path.is_file():
             model = model or _harness_model(policy, device)
-            found = _result(benchmark, model, manager, limit)
-            atomic_write(path, to_json(found, indent=2) + "\n")
-        results.append({**read_json(path, "a result of lm-eval", MEND), **harness})
+            result = _result(benchmark, model, manager, limit)
+            atomic_write(path, to_json(result, indent=2) + "\n")
+        fix = "delete it and run irl-align evaluate again"
+        results.append({**read_json(path, "a result of lm-eval", fix), **harness})
     return results
 
 
 def _harness_model(policy: Path, device: str) -> Any:
-    """The policy as the harness takes it."""
+    """The policy as a model of lm-eval."""
     from lm_eval.models.huggingface import HFLM
 
     where = pick_device(device)
@@ -92,11 +93,11 @@ def _result(benchmark: Benchmark, model: Any, manager: Any, limit: int | None) -
             task_manager=manager,
             log_samples=False,
         )
-    except Exception as error:  # datasets, the Hub and every task raise kinds of their own
+    except Exception as error:  # datasets, the Hub and every task raise their own types
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"--lm-eval: {benchmark.task} failed: {cause} (finished tasks are kept; the same "
-            "command goes on)"
+            f"--lm-eval: {benchmark.task} failed: {cause} (finished tasks are saved; the same "
+            "command resumes)"
         ) from error
     assert output is not None
     scores = output["results"][benchmark.task]
@@ -114,7 +115,7 @@ def _result(benchmark: Benchmark, model: Any, manager: Any, limit: int | None) -
 
 
 def _stderr(scores: Mapping[str, Any], name: str) -> float | None:
-    """Standard error of a metric `acc,none`, which the harness calls `acc_stderr,none`."""
+    """Standard error of a metric `acc,none`, which lm-eval calls `acc_stderr,none`."""
     metric, _, kind = name.partition(",")
-    found = scores.get(f"{metric}_stderr,{kind}")
-    return float(found) if isinstance(found, int | float) else None
+    error = scores.get(f"{metric}_stderr,{kind}")
+    return float(error) if isinstance(error, int | float) else None

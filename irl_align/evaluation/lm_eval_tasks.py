@@ -1,4 +1,4 @@
-"""Tasks of lm-eval by name, and what the Open LLM Leaderboard asked of them."""
+"""Tasks of lm-eval by name, and the shots and metrics of the Open LLM Leaderboard."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ LEADERBOARD: dict[str, tuple[int, str]] = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of the harness with its number of examples; None is the task's own."""
+    """A task of lm-eval with its number of examples; None is the task's own number."""
 
     task: str
     shots: int | None
 
     @property
     def name(self) -> str:
-        """Task and shots, as they are asked for."""
+        """TASK or TASK@SHOTS."""
         return self.task if self.shots is None else f"{self.task}@{self.shots}"
 
 
-def benchmarks(asked: str) -> list[Benchmark]:
+def benchmarks(text: str) -> list[Benchmark]:
     """Tasks of a list `TASK[@SHOTS],...`; the preset's name stands for all of its tasks.
 
-    Without @SHOTS a task of the leaderboard has the leaderboard's, another one its own. Raises
-    UserError.
+    The default shots of a task on the leaderboard are the leaderboard's. Raises UserError: an item
+    of another form.
     """
-    found: list[Benchmark] = []
-    for item in asked.split(","):
+    tasks: list[Benchmark] = []
+    for item in text.split(","):
         task, at, shots = item.strip().partition("@")
         if task == PRESET and not at:
-            found += [Benchmark(name, number) for name, (number, _) in LEADERBOARD.items()]
+            tasks += [Benchmark(name, number) for name, (number, _) in LEADERBOARD.items()]
         elif task in ("", PRESET) or (at and not shots.isdecimal()):
             raise UserError(
                 f"--lm-eval: found {item.strip()!r}, expected TASK or TASK@SHOTS, or {PRESET}"
             )
         else:
             usual = LEADERBOARD[task][0] if task in LEADERBOARD else None
-            found.append(Benchmark(task, int(shots) if at else usual))
-    return list(dict.fromkeys(found))
+            tasks.append(Benchmark(task, int(shots) if at else usual))
+    return list(dict.fromkeys(tasks))

@@ -1,8 +1,8 @@
-"""The rival of a run's reward: the same backbone and settings, trained on human preferences."""
+"""The baseline of a run's reward: the same backbone and settings, trained on preferences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from irl_align.config.schema import Recipe
 from irl_align.data.columns import column
 from irl_align.data.loading import data_checksum
 from irl_align.errors import UserError
+from irl_align.evaluation.inference import first_policy, prompt_format
 from irl_align.evaluation.preference_data import PreferenceSet, encode, fits
 from irl_align.models.loading import load_tokenizer
 from irl_align.models.lora import quantization_config
@@ -22,9 +23,9 @@ from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.context import derive_seed
+from irl_align.training.reward_step import scheduled
 from irl_align.training.run_folder import RunView
 from irl_align.training.store import Store
-from irl_align.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,32 @@ class PreferenceBaseline:
     """Card, split, number of pairs, and how many of them were too long for the context."""
 
 
-def first_policy(view: RunView) -> tuple[Path, str]:
-    """Folder and stage key of the model that a run's loop began with: SFT's, or the start model."""
-    stage = view.stages["sft" if "sft" in view.stages else "start"]
-    return view.folder / stage["path"] / "model", stage["key"]
-
-
 def preference_reward(
     view: RunView | None, pairs: PreferenceSet, device: torch.device
 ) -> PreferenceBaseline:
     """A reward fitted on preference pairs from a run's first policy, with the settings of the run's
     own reward; a stage of the run's store, so it is trained once.
 
-    Raises UserError: no run whose reward was fitted on pairs, or no pair fits into the context.
+    Raises UserError: the run has no explicit reward, or no pair fits into the context.
     """
-    view, recipe = with_reward(view)
-    options, (policy, key) = recipe.reward, first_policy(view)
-    rows, dropped = _rows(pairs, policy, options.echo)
-    config = read_json(policy / "config.json", "a model's config", "run the recipe again")
-    prompt_of = config["irl_prompt"]
-    args = {**options.args, **{name: values[0] for name, values in options.schedule.items()}}
+    view, recipe = require_explicit_reward(view)
+    options, (policy, policy_key) = recipe.reward, first_policy(view)
+    rows, dropped = _training_rows(pairs, policy, options.echo)
+    prompt = asdict(prompt_format(policy))
+    args = scheduled(options.args, options.schedule, 0)
+    quantization = recipe.model.quantization if options.lora is not None else None
+    seed = derive_seed(recipe.seed, "head of the preference reward")
 
     def build(work: Path) -> dict[str, Any]:
-        settings = RewardSettings(options.lm_coef, options.bound, options.echo, **prompt_of)
-        reward = _unfitted(recipe, policy, settings, device)
-        training = Training(work, _seed(recipe) % 2**31, device, label="preference reward")
+        settings = RewardSettings(options.lm_coef, options.bound, options.echo, **prompt)
+        loading: dict[str, Any] = {}
+        if quantization is not None:
+            loading["quantization_config"] = quantization_config(quantization)
+        tokenizer = load_tokenizer(policy)
+        reward = RewardModel.from_policy(
+            policy, tokenizer, settings, seed % 2**63, device, options.lora, **loading
+        )
+        training = Training(work, seed % 2**31, device, label="preference reward")
         metrics = fit_reward(reward, pair_columns(rows), options.loss, args, training)
         reward.fit_normaliser(column(rows, "prompt_ids"), column(rows, "chosen_ids"))
         reward.save_pretrained(work / "model")
@@ -71,19 +73,21 @@ def preference_reward(
         {
             "seed": recipe.seed,
             "args": args,
-            "reward": options.model_dump(include={"loss", "bound", "lm_coef"}),
-            "prompt": prompt_of,
-            **_unusual(recipe),
+            "reward": options.model_dump(include={"loss", "bound", "lm_coef", "echo", "lora"}),
+            "quantization": None if quantization is None else quantization.model_dump(),
+            "prompt": prompt,
         },
-        {"sft": key, "pairs": data_checksum(pairs.rows)},  # sft, or the start model without it
+        {"sft": policy_key, "pairs": data_checksum(pairs.rows)},
         build,
     )
-    told = {"card": pairs.card.name, "split": pairs.split, "pairs": len(rows), "dropped": dropped}
-    return PreferenceBaseline(stage.path / "model", told)
+    counts = {"pairs": len(rows), "dropped": dropped}
+    trained_on = {"card": pairs.card.name, "split": pairs.split, **counts}
+    return PreferenceBaseline(stage.path / "model", trained_on)
 
 
-def with_reward(view: RunView | None) -> tuple[RunView, Recipe]:
-    """A run and its recipe; UserError where it fitted no explicit reward, which a rival goes by."""
+def require_explicit_reward(view: RunView | None) -> tuple[RunView, Recipe]:
+    """A run and its recipe. Raises UserError if there is no run, or the run has no explicit reward,
+    whose settings the baseline takes."""
     if view is not None and (view.summary or {}).get("reward") is not None:
         recipe = Recipe.model_validate(view.recipe)
         if recipe.reward.kind == "explicit":
@@ -94,7 +98,7 @@ def with_reward(view: RunView | None) -> tuple[RunView, Recipe]:
     )
 
 
-def _rows(pairs: PreferenceSet, policy: Path, echo: bool) -> tuple[Dataset, int]:
+def _training_rows(pairs: PreferenceSet, policy: Path, echo: bool) -> tuple[Dataset, int]:
     """Pairs as token ids for the fit, and how many were too long for the context."""
     encoded = encode(pairs, policy, is_reward=False)
     rows = encoded.select(np.flatnonzero(fits(encoded, policy, echo)))
@@ -103,33 +107,5 @@ def _rows(pairs: PreferenceSet, policy: Path, echo: bool) -> tuple[Dataset, int]
             f"{pairs.card.name}, {pairs.split}: all {len(encoded)} pairs to train on are longer "
             "than the model's context"
         )
-    both = rows.map(lambda row: {"rejected_prompt_ids": row["prompt_ids"]})
-    return both, len(encoded) - len(rows)
-
-
-def _seed(recipe: Recipe) -> int:
-    return derive_seed(recipe.seed, "head of the preference reward")
-
-
-def _unfitted(
-    recipe: Recipe, policy: Path, settings: RewardSettings, device: torch.device
-) -> RewardModel:
-    """The reward that the fit starts from; as the run's own, of 4 bits only under an adapter."""
-    lora, quantization = recipe.reward.lora, recipe.model.quantization
-    options: dict[str, Any] = {}
-    if lora is not None and quantization is not None:
-        options["quantization_config"] = quantization_config(quantization)
-    tokenizer = load_tokenizer(policy)
-    seed = _seed(recipe) % 2**63
-    return RewardModel.from_policy(policy, tokenizer, settings, seed, device, lora, **options)
-
-
-def _unusual(recipe: Recipe) -> dict[str, Any]:
-    """Settings that a plain reward has not, so that its key says nothing of them."""
-    options, quantization = recipe.reward, recipe.model.quantization
-    found: dict[str, Any] = {"echo": True} if options.echo else {}
-    if options.lora is not None:
-        found["lora"] = options.lora.model_dump()
-        if quantization is not None:
-            found["quantization"] = quantization.model_dump()
-    return found
+    rows = rows.map(lambda row: {"rejected_prompt_ids": row["prompt_ids"]})
+    return rows, len(encoded) - len(rows)

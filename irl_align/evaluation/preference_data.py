@@ -9,32 +9,32 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card, load_card
+from irl_align.data.columns import column
 from irl_align.data.encoding import encode_preferences
 from irl_align.data.loading import Preference, load_preferences
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer
 from irl_align.utils.files import read_json
 
-UNLIMITED = 2**31 - 1  # tokens; what is too long for a model is dropped here, and counted
+UNLIMITED = 2**31 - 1  # tokens; `fits` finds the pairs that are too long for a model
 
 
 @dataclass(frozen=True)
 class PreferenceSet:
-    """A card's split: its rows, loaded once."""
+    """A card's split with its rows."""
 
     card: Card
     split: str
     rows: list[Preference]
     only: tuple[str, ...] = ()
-    """Subsets that it was restricted to; nothing is all."""
+    """Subsets that it was restricted to; empty for all."""
 
 
 def load_set(spec: str, split: str | None = None) -> PreferenceSet:
-    """The pairs of `CARD` or `CARD=PATH`; split: default test, or the card's only one."""
+    """The pairs of `CARD` or `CARD=PATH`; the default split is test, or the card's only one."""
     name, _, path = spec.partition("=")
     card = load_card(name)
     if split is None:
@@ -43,10 +43,10 @@ def load_set(spec: str, split: str | None = None) -> PreferenceSet:
 
 
 def restricted(pairs: PreferenceSet, names: Sequence[str]) -> PreferenceSet:
-    """The pairs of any of these subsets; no name is all of them.
+    """The pairs of any of these subsets; all pairs where no name is given.
 
-    Where columns make the subset together (SFRES/quality), one column's value is a name too (SFRES,
-    or quality). Raises UserError: a subset that the set has not.
+    Where several columns make the subset (SFRES/quality), the value of one column is a name too
+    (SFRES, or quality). Raises UserError: the set has no such subset.
     """
     if not names:
         return pairs
@@ -68,44 +68,40 @@ def axes_of(card: Card, subsets: Sequence[str]) -> dict[str, list[str]]:
     """Column -> its value in each row, where the card joins several columns into the subset."""
     columns = [name for name in card.columns.get("subset", "").split("+") if name]
     parts = [subset.split("/") for subset in subsets]
-    # A value may hold a slash itself: then it is not known where one ends.
+    # If a value itself holds a slash, nothing says where the value ends.
     if len(columns) < 2 or any(len(one) != len(columns) for one in parts):
         return {}
     return {column: [one[at] for one in parts] for at, column in enumerate(columns)}
 
 
 def encode(pairs: PreferenceSet, path: Path, is_reward: bool) -> Dataset:
-    """A set's pairs as a model's token ids, by the prompt template that the model was trained with;
-    by the card's own where the model tells none."""
+    """The pairs as token ids of the model in a folder, by the prompt template that the model was
+    trained with; by the card's template if the model's config has none."""
     own = _config(path).get("irl_reward" if is_reward else "irl_prompt") or {}
     changed = {k: own[k] for k in ("template", "lowercase") if k in own}
     card = pairs.card.model_copy(update=changed)
-    return _encode(pairs.rows, load_tokenizer(path), card)
-
-
-def _encode(rows: list[Preference], tokenizer: PreTrainedTokenizerBase, card: Card) -> Dataset:
     limits = DataOptions(
         card=card.name, max_prompt_tokens=UNLIMITED, max_completion_tokens=UNLIMITED
     )
-    return encode_preferences(rows, tokenizer, card, limits).rows
+    return encode_preferences(pairs.rows, load_tokenizer(path), card, limits).rows
 
 
 def reads_prompt_again(path: Path) -> bool:
-    """Whether a reward's folder is of one that reads x again after y (reward.echo)."""
+    """Whether the reward in a folder reads x again after y (reward.echo)."""
     return bool((_config(path).get("irl_reward") or {}).get("echo"))
 
 
 def fits(rows: Dataset, path: Path, echo: bool = False) -> np.ndarray:
-    """Which pairs fit into the context of a model's folder, both completions: (B,).
+    """Which pairs fit with both completions into the context of the model in a folder: (B,) bool.
 
-    echo: the prompt and an EOS come once more after each completion.
+    echo: the model reads the prompt and an EOS again after each completion.
     """
     config = _config(path)
-    text: Mapping[str, Any] = config.get("text_config") or config  # of a model that also sees
+    text: Mapping[str, Any] = config.get("text_config") or config  # of a multimodal model
     limit = text.get("max_position_embeddings") or text.get("n_positions") or UNLIMITED
     prompt, chosen, rejected = (
-        np.array([len(ids) for ids in rows[column]])
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids")
+        np.array([len(ids) for ids in column(rows, name)])
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
     again = prompt + 1 if echo else 0
     return prompt + np.maximum(chosen, rejected) + again <= limit

@@ -1,6 +1,6 @@
-"""`irl-align evaluate`: rewards on preference sets, beside what length and log-probs tell alone.
+"""Score preference sets with rewards, and with baselines from length and log-probs alone.
 
-Preferences are for reporting only: no run selects by what is measured here.
+Preferences are for reporting only: no run selects anything by these numbers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ from datasets import Dataset
 from irl_align.data.columns import column
 from irl_align.data.loading import prompt_key
 from irl_align.errors import UserError
-from irl_align.evaluation.preference_baseline import (
-    PreferenceBaseline,
-    first_policy,
-    preference_reward,
-)
+from irl_align.evaluation.inference import first_policy
+from irl_align.evaluation.preference_baseline import preference_reward
 from irl_align.evaluation.preference_data import (
     PreferenceSet,
     axes_of,
@@ -45,7 +42,7 @@ from irl_align.training.run_folder import Run, RunView, is_run
 
 OWN_REWARD, IMPLICIT_REWARD = "reward", "implicit reward"
 RESERVED = (OWN_REWARD, IMPLICIT_REWARD, PREFERENCE_REWARD, *BASELINES)
-"""Names of scorers that no run beside can have."""
+"""Names that no run given with --beside can have."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ class Implicit:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What of a run or a model folder is evaluated."""
+class Scorers:
+    """The models that score a preference set."""
 
     rewards: Mapping[str, Path]
     """Name -> folder of an explicit reward."""
@@ -72,34 +69,34 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Margins of every scorer on the same pairs, and the calibration of those that are logits."""
+class ModelInput:
+    """A model's folder, and whether it is read as a reward or as a language model."""
 
-    margins: dict[str, np.ndarray]
-    calibration: dict[str, float]
+    path: Path
+    is_reward: bool
 
 
-def subject(path: Path, sft: Path | None = None, beside: Sequence[Path] = ()) -> Subject:
-    """What is at `path`: a run, or a model's folder (a reward, or a policy where `sft` is given).
+def find_scorers(path: Path, sft: Path | None = None, beside: Sequence[Path] = ()) -> Scorers:
+    """The scorers of a run or of a model's folder: a reward, or a policy where `sft` is given.
 
-    beside: other runs or rewards, to score the same pairs; of SPIN and DPO the implicit reward.
-    Raises UserError: an unfinished run, or nothing to evaluate.
+    beside: other runs or rewards that score the same pairs; SPIN and DPO give their implicit
+    reward. Raises UserError: an unfinished run, or nothing to evaluate.
     """
-    what = _of_run(path) if is_run(path) else _of_model(path, sft)
-    rewards, implicit = dict(what.rewards), dict(what.implicit)
+    own = _of_run(path) if is_run(path) else _of_model(path, sft)
+    rewards, implicit = dict(own.rewards), dict(own.implicit)
     for other in beside:
-        found = _beside(other)
+        reward = _reward_beside(other)
         name = _unused(other.name, {*RESERVED, *rewards, *implicit})
-        if isinstance(found, Implicit):
-            implicit[name] = found
+        if isinstance(reward, Implicit):
+            implicit[name] = reward
         else:
-            rewards[name] = found
-    return replace(what, rewards=rewards, implicit=implicit, sft=sft or what.sft)
+            rewards[name] = reward
+    return replace(own, rewards=rewards, implicit=implicit, sft=sft or own.sft)
 
 
-def _of_run(path: Path) -> Subject:
-    """A finished run's last reward: an explicit one, or its policy against the one it began with;
-    neither, where it had no reward."""
+def _of_run(path: Path) -> Scorers:
+    """The last reward of a finished run: an explicit one, or the final policy against the first
+    one; neither if the run has no reward."""
     view = Run.load(path)
     summary = view.require_finished()
     first, _ = first_policy(view)
@@ -108,52 +105,51 @@ def _of_run(path: Path) -> Subject:
         rewards[OWN_REWARD] = path.parent / str(summary["reward"])
     elif view.recipe["loop"]["iterations"] and view.recipe["reward"]["kind"] == "implicit":
         implicit[IMPLICIT_REWARD] = Implicit(path.parent / str(summary["policy"]), first)
-    return Subject(rewards, implicit, first, view)
+    return Scorers(rewards, implicit, first, view)
 
 
-def _of_model(path: Path, sft: Path | None) -> Subject:
+def _of_model(path: Path, sft: Path | None) -> Scorers:
     if is_classifier(path):
-        return Subject({OWN_REWARD: path}, {})
+        return Scorers({OWN_REWARD: path}, {})
     if sft is None:
         raise UserError(
             f"{path}: found a language model, whose implicit reward needs --sft, the model "
-            "that it started from; expected that, a reward or a run"
+            "that it started from; expected --sft as well, or a reward, or a run"
         )
-    return Subject({}, {IMPLICIT_REWARD: Implicit(path, sft)})
+    return Scorers({}, {IMPLICIT_REWARD: Implicit(path, sft)})
 
 
-def _beside(path: Path) -> Path | Implicit:
-    """The reward of another run, explicit or implicit, or one in a folder."""
+def _reward_beside(path: Path) -> Path | Implicit:
+    """The reward of another run, explicit or implicit, or the reward in a folder."""
     if not is_run(path):
         if not is_classifier(path):
             raise UserError(f"--beside: {path}: found a language model, expected a run or a reward")
         return path
-    found = _of_run(path)
-    rewards: list[Path | Implicit] = [*found.rewards.values(), *found.implicit.values()]
+    scorers = _of_run(path)
+    rewards: list[Path | Implicit] = [*scorers.rewards.values(), *scorers.implicit.values()]
     if not rewards:
-        raise UserError(f"--beside: {path}: this run has no reward; expected one that has")
+        raise UserError(f"--beside: {path}: this run has no reward; expected a run with one")
     return rewards[0]
 
 
 def is_classifier(path: Path) -> bool:
-    """Whether a model's folder says that it holds a sequence classifier."""
-    file = path / "config.json"
+    """Whether a model's folder holds a sequence classifier, by its config.json."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: found no config.json to read, expected the folder of a run or a model"
         ) from error
-    names = (config.get("architectures") or [""]) if isinstance(config, dict) else [""]
+    names = (config.get("architectures") or []) if isinstance(config, dict) else []
     return any("ForSequenceClassification" in str(name) for name in names)
 
 
 def reward_of(path: Path) -> Path:
-    """Folder of the explicit reward of a run, or a reward's own."""
-    found = _of_run(path).rewards if is_run(path) else {OWN_REWARD: path}
-    if OWN_REWARD not in found:
-        raise UserError(f"{path}: this run has no explicit reward; expected one that has")
-    return found[OWN_REWARD]
+    """Folder of the explicit reward of a run, or of the reward in a folder."""
+    rewards = _of_run(path).rewards if is_run(path) else {OWN_REWARD: path}
+    if OWN_REWARD not in rewards:
+        raise UserError(f"{path}: this run has no explicit reward; expected a run with one")
+    return rewards[OWN_REWARD]
 
 
 def _unused(name: str, taken: Collection[str]) -> str:
@@ -161,66 +157,60 @@ def _unused(name: str, taken: Collection[str]) -> str:
     return next(n for n in numbered if n not in taken)
 
 
-def evaluate(
-    what: Subject,
+def evaluate_preferences(
+    scorers: Scorers,
     pairs: PreferenceSet,
     device: str = "auto",
     train: PreferenceSet | None = None,
 ) -> dict[str, Any]:
     """Report of all scorers on a preference set (see preference_report).
 
-    train: pairs on which a reward of the run's own backbone is trained by the run's own settings;
-    its accuracy is what the others' excess over chance is a share of.
+    train: pairs on which a reward is trained for comparison, from the run's own backbone with the
+    run's own settings; the excess of the others over chance is given as a share of its excess.
     """
     where = pick_device(device)
-    rival = None if train is None else preference_reward(what.view, train, where)
-    if rival is not None:
-        what = replace(what, rewards={**what.rewards, PREFERENCE_REWARD: rival.path})
-    rows, dropped = _encoded(what, pairs)
-    scored = _score(what, rows, where)
-    some = next(iter(rows.values()))
-    subsets = list(some["subset"])
+    baseline = None if train is None else preference_reward(scorers.view, train, where)
+    if baseline is not None:
+        scorers = replace(scorers, rewards={**scorers.rewards, PREFERENCE_REWARD: baseline.path})
+    encoded, dropped = _encode_for_all(scorers, pairs)
+    margins, calibration = _score(scorers, encoded, where)
+    rows = next(iter(encoded.values()))
+    subsets = column(rows, "subset")
     described = PairSet(
         pairs.card.name,
         pairs.split,
-        list(some["prompt_key"]),
+        column(rows, "prompt_key"),
         subsets,
-        list(some["margin"]),
+        column(rows, "margin"),
         dropped,
         pairs.only,
         axes_of(pairs.card, subsets),
     )
-    report = preference_report(described, scored.margins, scored.calibration)
-    if rival is not None and train is not None:
-        report |= {"trained_on": _told(rival, train, described.prompts)}
+    report = preference_report(described, margins, calibration)
+    if baseline is not None and train is not None:
+        trained_prompts = {prompt_key(row["prompt"]) for row in train.rows}
+        shared = sum(key in trained_prompts for key in described.prompts)
+        report["trained_on"] = {**baseline.trained_on, "shared_prompts": shared}
         best = report["scorers"][PREFERENCE_REWARD]["overall"]["mean"]
-        for found in report["scorers"].values():
-            found["excess_share"] = excess_share(found["overall"]["mean"], best)
+        for scorer in report["scorers"].values():
+            scorer["excess_share"] = excess_share(scorer["overall"]["mean"], best)
     return report
 
 
-def _told(
-    rival: PreferenceBaseline, train: PreferenceSet, prompts: Sequence[str]
-) -> dict[str, Any]:
-    """What the rival was trained on, and of how many pairs it has seen the prompt."""
-    seen = {prompt_key(row["prompt"]) for row in train.rows}
-    return {**rival.trained_on, "shared_prompts": sum(key in seen for key in prompts)}
-
-
-Rows = dict[tuple[Path, bool], Dataset]
-"""(A model's folder, whether it is a reward) -> the pairs as its token ids."""
-
-
-def _encoded(what: Subject, pairs: PreferenceSet) -> tuple[Rows, int]:
-    """The pairs that fit into the context of every model, and how many do not."""
-    models = [(path, True) for path in what.rewards.values()]
-    for one in what.implicit.values():
-        models += [(one.policy, False), (one.reference, False)]
-    models += [(what.sft, False)] if what.sft is not None else []
-    rows = {(path, is_reward): encode(pairs, path, is_reward) for path, is_reward in models}
+def _encode_for_all(
+    scorers: Scorers, pairs: PreferenceSet
+) -> tuple[dict[ModelInput, Dataset], int]:
+    """The pairs that fit into the context of every model, as each model's token ids, and the
+    number of pairs that do not fit."""
+    models = [ModelInput(path, True) for path in scorers.rewards.values()]
+    for one in scorers.implicit.values():
+        models += [ModelInput(one.policy, False), ModelInput(one.reference, False)]
+    if scorers.sft is not None:
+        models.append(ModelInput(scorers.sft, False))
+    rows = {model: encode(pairs, model.path, model.is_reward) for model in models}
     fitting = [
-        fits(data, path, is_reward and reads_prompt_again(path))
-        for (path, is_reward), data in rows.items()
+        fits(data, model.path, model.is_reward and reads_prompt_again(model.path))
+        for model, data in rows.items()
     ]
     kept = np.flatnonzero(np.all(fitting, axis=0))
     if not len(kept):
@@ -230,59 +220,60 @@ def _encoded(what: Subject, pairs: PreferenceSet) -> tuple[Rows, int]:
     return {model: data.select(kept) for model, data in rows.items()}, len(pairs.rows) - len(kept)
 
 
-def _score(what: Subject, rows: Rows, device: torch.device) -> Scored:
-    """Margins of the rewards, explicit and implicit, and the baselines, one model at a time."""
-    scored = Scored({}, {})
-    for name, path in what.rewards.items():
+def _score(
+    scorers: Scorers, encoded: Mapping[ModelInput, Dataset], device: torch.device
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Scorer -> margins (B,), one model at a time, and scorer -> calibration error of logits."""
+    margins: dict[str, np.ndarray] = {}
+    calibration: dict[str, float] = {}
+    for name, path in scorers.rewards.items():
         reward = RewardModel.from_pretrained(path, device)
-        prompts, completions, at = _distinct(rows[path, True])
+        prompts, completions, at = _distinct(encoded[ModelInput(path, True)])
         chosen, rejected = reward.score_ids(prompts, completions)[at]
         margin = (chosen - rejected).double()
-        scored.margins[name] = margin.numpy()
-        # The normaliser divided by std: its logits are what Bradley-Terry was fitted with.
-        scored.calibration[name] = calibration_error(margin * reward.settings.std)
-    logps = {
-        path: _logprobs(path, data, device)
-        for (path, is_reward), data in rows.items()
-        if not is_reward
+        margins[name] = margin.numpy()
+        # The normaliser divided by std: Bradley-Terry was fitted with the logits before that.
+        calibration[name] = calibration_error(margin * reward.settings.std)
+    logprobs = {
+        model.path: _logprobs(model.path, rows, device)
+        for model, rows in encoded.items()
+        if not model.is_reward
     }
-    for name, one in what.implicit.items():
-        # In pairs of one prompt log Z(x) cancels: log pi/pi_0 of one side less that of the other.
-        chosen_ratio, rejected_ratio = _sums(logps[one.policy]) - _sums(logps[one.reference])
-        scored.margins[name] = chosen_ratio - rejected_ratio
-    sft = logps[what.sft] if what.sft is not None else None
-    scored.margins.update(_baselines(next(iter(rows.values())), sft))
-    return scored
-
-
-def _baselines(some: Dataset, sft: list[list[np.ndarray]] | None) -> dict[str, np.ndarray]:
-    """Margins of what needs no reward: length in some model's tokens, the SFT model's log-probs."""
-    lengths = [np.array([len(ids) for ids in some[c]]) for c in ("chosen_ids", "rejected_ids")]
-    longer = (lengths[0] - lengths[1]).astype(np.float64)
-    margins = {"longer wins": longer, "shorter wins": -longer}
-    if sft is not None:
-        for name in ("sum", "mean"):
-            by_side = [[getattr(logp.astype(np.float64), name)() for logp in side] for side in sft]
-            margins[f"SFT log-prob, {name}"] = np.subtract(by_side[0], by_side[1])
-    return margins
+    for name, one in scorers.implicit.items():
+        # Within one prompt log Z(x) cancels: the margin is the difference of log pi/pi_0.
+        chosen_ratio, rejected_ratio = _sums(logprobs[one.policy]) - _sums(logprobs[one.reference])
+        margins[name] = chosen_ratio - rejected_ratio
+    rows = next(iter(encoded.values()))
+    chosen_lengths, rejected_lengths = (
+        np.array([len(ids) for ids in column(rows, f"{side}_ids")], dtype=np.float64)
+        for side in ("chosen", "rejected")
+    )
+    longer = chosen_lengths - rejected_lengths
+    margins |= {"longer wins": longer, "shorter wins": -longer}
+    if scorers.sft is not None:
+        sums = _sums(logprobs[scorers.sft])
+        means = sums / [[len(logprob) for logprob in side] for side in logprobs[scorers.sft]]
+        margins["SFT log-prob, sum"] = sums[0] - sums[1]
+        margins["SFT log-prob, mean"] = means[0] - means[1]
+    return margins, calibration
 
 
 def _sums(sides: list[list[np.ndarray]]) -> np.ndarray:
     """Log-prob of both sides' completions: (2, B)."""
-    return np.array([[logp.sum(dtype=np.float64) for logp in side] for side in sides])
+    return np.array([[logprob.sum(dtype=np.float64) for logprob in side] for side in sides])
 
 
 def _logprobs(path: Path, rows: Dataset, device: torch.device) -> list[list[np.ndarray]]:
     """Per-token log-probs of both sides' completions, preferred first."""
     prompts, completions, at = _distinct(rows)
     model = load_model(path, device)
-    found = completion_logprobs(model, prompts, completions, progress="log-probs")
-    return [[found[number] for number in side] for side in at]
+    logprobs = completion_logprobs(model, prompts, completions, progress="log-probs")
+    return [[logprobs[number] for number in side] for side in at]
 
 
 def _distinct(rows: Dataset) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
-    """Prompts and completions of the M texts that pairs are made of, each once, and of every pair
-    the numbers of its two, preferred first: (2, B). A text of several pairs is read once."""
+    """Prompts and completions of the M distinct texts in B pairs, and the numbers of each pair's
+    two texts, preferred first: (2, B). A text of several pairs is scored once."""
     numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     prompts = [tuple(ids) for ids in column(rows, "prompt_ids")]
     at = []

@@ -1,12 +1,12 @@
-"""RewardBench's sections (arXiv:2403.13787): its subsets, their weights, and the scores of both."""
+"""RewardBench's sections (arXiv:2403.13787): their subsets, the subsets' weights, and scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Number of pairs of each subset, by which a section weighs it. math-prm has 447 pairs and is
-# weighed as all the code together.
+# Section -> subset -> its number of pairs, which is its weight. math-prm has 447 pairs, but weighs
+# as much as all six code subsets together.
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -38,8 +38,8 @@ SECTIONS: dict[str, dict[str, int]] = {
 
 
 def section_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """Score of every section of which all subsets are there, and `RewardBench`, their mean, if
-    all sections are. Nothing where the subsets are not RewardBench's.
+    """Score of every section whose subsets are complete, and their mean `RewardBench` if all
+    sections are; empty for the subsets of another data set.
 
     accuracies: subset -> accuracy in [0, 1].
     """
@@ -55,19 +55,19 @@ def section_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
 
 
 def section_gaps(subsets: Iterable[str]) -> dict[str, Any]:
-    """What keeps scores of RewardBench from being whole: nothing if nothing does, or if none of the
-    subsets is RewardBench's.
+    """Why RewardBench's scores are incomplete; empty if they are complete, or for the subsets of
+    another data set.
 
-    missing: section -> subsets that are not there, of each section without a score. unknown:
-    subsets that are in no section.
+    missing: section without a score -> the subsets that it lacks. unknown: subsets that are in no
+    section.
     """
-    found = set(subsets)
+    given = set(subsets)
     known = {subset for weights in SECTIONS.values() for subset in weights}
-    if not found & known:
+    if not given & known:
         return {}
-    lacking = {name: [one for one in own if one not in found] for name, own in SECTIONS.items()}
+    lacking = {name: [one for one in own if one not in given] for name, own in SECTIONS.items()}
     gaps = {
         "missing": {section: names for section, names in lacking.items() if names},
-        "unknown": sorted(found - known),
+        "unknown": sorted(given - known),
     }
     return {name: value for name, value in gaps.items() if value}

@@ -1,95 +1,115 @@
-"""Cards of what a run made: the Hub's metadata, and the sections in their order."""
+"""Cards of the exported models and pairs: the Hub's metadata, and a text with the run's numbers.
+
+The texts are the templates reward.md.j2, policy.md.j2 and pairs.md.j2.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from irl_align.hub.facts import Artefact, Facts, card_name
 from irl_align.hub.licences import Licence
-from irl_align.hub.sections import (
-    Measured,
-    accuracy_section,
-    gold_table,
-    limits_section,
-    load_section,
-    method_section,
-    origin_section,
-    result,
-    scores_section,
-)
-from irl_align.hub.snippets import adapter_snippets, policy_snippets, reward_snippets
+from irl_align.hub.results import Measured, accuracy_table, eval_result, gold_table, share
+from irl_align.policy.roles import Role
 from irl_align.reward.settings import RewardSettings
+from irl_align.utils.version import __version__
 
 REPOSITORY_TAGS = ["irl-align", "inverse-reinforcement-learning"]
+LOSSES = {
+    "bradley_terry": "Bradley-Terry, -log sigmoid(r(x, y_E) - r(x, y)): arXiv:2503.13538, eq. 11",
+    "linear": "linear, r(x, y) - r(x, y_E) of a bounded reward: arXiv:2503.13538, eq. 10",
+}
+LEVELS = {
+    "implicit": "implicit, r = beta log(pi / pi_reference): SPIN, arXiv:2401.01335",
+    "log_prob": "none: the SFT model's mean log-prob, a control",
+}
+UPDATES = {
+    "best_of_n": "Best-of-N on the reward",
+    "ppo": "PPO on the reward with a KL penalty",
+    "identity": "none besides the fit of the implicit reward (SPIN, arXiv:2401.01335)",
+    "sft": "more supervised fine-tuning",
+    "iqlearn": "offline IQLearn on the demonstrations (arXiv:2409.01369)",
+}
+POLICY_LIMITS = [
+    "It was trained to answer like the demonstrations and knows nothing of safety beyond them.",
+    "Prompts must be written as in training: the chat template does it.",
+]
+REWARD_LIMITS = [
+    "It separates demonstrations from the samples of one policy, and is untested far from both: as "
+    "a policy is optimised against it, its scores rise beyond what they mean.",
+    "It compares answers to one prompt. Scores of different prompts cannot be compared.",
+    "It learned the taste of one data set, with its mistakes and biases, and nothing of safety "
+    "beyond it.",
+]
 
 
 def reward_card(
     facts: Facts,
-    found: Artefact,
+    artefact: Artefact,
     settings: RewardSettings,
     measured: Measured,
     licence: Licence,
-    adapter_base: str | None = None,
+    *,
+    adapter: bool = False,
 ) -> str:
     """README.md of an exported reward model, or of its adapter on a base."""
     results = [
-        result(facts, "text-classification", "accuracy", f"{source}, held out", interval.value)
+        eval_result(facts, "text-classification", "accuracy", f"{source}, held out", interval.value)
         for source, interval in measured.held_out.items()
     ]
-    metadata = _model_data(facts, licence, "text-classification", ["reward-model"], results)
+    metadata = _model_data(facts, licence, "text-classification", results, adapter)
+    metadata.tags = ["reward-model", *REPOSITORY_TAGS]
     metadata.metrics = ["accuracy"]
-    snippets = reward_snippets(settings, measured.difference is not None)
-    if adapter_base is not None:
-        metadata.library_name = "peft"
-        snippets = adapter_snippets("reward", settings.mean)
-    sections = [
-        f"# Reward model learned from {facts.data_name}",
-        f"A scalar reward r(x, y) for a prompt x and an answer y, learned {_learned(facts)}.",
-        load_section(snippets),
-        scores_section(settings, measured),
-        method_section(facts, found),
-        accuracy_section(facts, found, measured),
-        limits_section(facts, _reward_limits(facts)),
-        origin_section(facts, found, measured.source_checksum, licence),
-    ]
-    return _join(metadata, sections)
+    cut = "An answer that is cut off before its EOS is outside what the reward was fitted on"
+    dropped = facts.view.recipe["pairs"]["truncated"] == "drop"
+    cut += " (truncated samples were left out)." if dropped else "."
+    return _render(
+        "reward.md.j2",
+        metadata,
+        facts=facts,
+        settings=settings,
+        measured=measured,
+        adapter=adapter,
+        preferences=facts.view.recipe["reward"].get("preferences"),
+        accuracy=accuracy_table(facts, artefact, measured),
+        method=_method(facts, artefact),
+        limits=_limits(facts, [*REWARD_LIMITS, cut]),
+        origin=_origin(facts, artefact.role, measured.source_checksum),
+        licence=licence,
+    )
 
 
 def policy_card(
-    facts: Facts,
-    found: Artefact,
-    checksum: str,
-    licence: Licence,
-    adapter_base: str | None = None,
+    facts: Facts, artefact: Artefact, checksum: str, licence: Licence, *, adapter: bool = False
 ) -> str:
-    """README.md of an exported policy, or of its adapter on a base."""
-    table, results = gold_table(facts, found)
-    metadata = _model_data(facts, licence, "text-generation", ["text-generation"], results)
-    k = found.iteration
-    snippets = policy_snippets(facts)
-    if adapter_base is not None:
-        metadata.library_name = "peft"
-        snippets = adapter_snippets("policy")
-    sections = [
-        f"# Policy learned from {facts.data_name}",
-        f"Policy pi_{k} of a run of irl-align: a causal language model "
-        + (
-            f"after {k} outer iteration{'s' if k > 1 else ''} of inverse reinforcement learning "
-            "from demonstrations alone."
-            if k
-            else "before the loop of inverse reinforcement learning, supervised only."
-        )
-        + _selecting(facts, k),
-        load_section(snippets),
-        method_section(facts, found),
-        "## Evaluation\n\n" + table,
-        limits_section(facts, _policy_limits()),
-        origin_section(facts, found, checksum, licence),
-    ]
-    return _join(metadata, sections)
+    """README.md of an exported policy, or of its adapter on a base.
+
+    checksum: SHA-256 of the run's own model folder.
+    """
+    gold = gold_table(facts, artefact)
+    metadata = _model_data(facts, licence, "text-generation", gold.results, adapter)
+    metadata.tags = ["text-generation", *REPOSITORY_TAGS]
+    is_last = artefact.iteration == facts.summary["policy_number"]
+    return _render(
+        "policy.md.j2",
+        metadata,
+        facts=facts,
+        artefact=artefact,
+        adapter=adapter,
+        ranking=facts.summary.get("ranking") if is_last else None,
+        longest=facts.view.recipe["generation"]["max_new_tokens"],
+        gold=gold,
+        method=_method(facts, artefact),
+        limits=_limits(facts, POLICY_LIMITS),
+        origin=_origin(facts, artefact.role, checksum),
+        licence=licence,
+    )
 
 
 def pairs_card(facts: Facts, counts: Mapping[str, int], licence: Licence) -> str:
@@ -115,19 +135,27 @@ def pairs_card(facts: Facts, counts: Mapping[str, int], licence: Licence) -> str
         configs=_configs(counts["samples"] > 0),
         irl_align=options,
     )
-    rows = "\n".join(f"- `{name}`: {count:,} rows" for name, count in counts.items())
-    sections = [
-        f"# {facts.data_name}: demonstrations against samples",
-        "Pairs that a reward was learned from: `chosen` is a demonstration, `rejected` what a "
-        "policy said (source `demonstration/policy`), the same demonstration under another prompt "
-        "(`demonstration/contrast`, with `rejected_prompt`), or a pair of two models' samples. "
-        "**No person compared them.** `rejected_truncated` marks samples cut at the longest "
-        "length. The configuration `samples` has every policy's answers to evaluation prompts with "
-        "the gold metrics of each.",
-        f"## Contents\n\n{rows}",
-        origin_section(facts, None, None, licence),
-    ]
-    return _join(metadata, sections)
+    origin = _origin(facts, str(Role.pairs(max(facts.pairs()))), None)
+    return _render(
+        "pairs.md.j2", metadata, facts=facts, counts=counts, origin=origin, licence=licence
+    )
+
+
+def _render(template: str, metadata: CardData, **values: Any) -> str:
+    text = _environment().get_template(template).render(**values)
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"share": share, "card_name": card_name}
+    return environment
 
 
 def _configs(samples: bool) -> list[dict[str, Any]]:
@@ -142,7 +170,7 @@ def _configs(samples: bool) -> list[dict[str, Any]]:
 
 
 def _model_data(
-    facts: Facts, licence: Licence, task: str, tags: list[str], results: list[EvalResult]
+    facts: Facts, licence: Licence, task: str, results: list[EvalResult], adapter: bool
 ) -> ModelCardData:
     return ModelCardData(
         base_model=facts.base_hub_id,
@@ -150,62 +178,63 @@ def _model_data(
         eval_results=results or None,
         model_name=str(facts.view.recipe["name"]) if results else None,
         language=facts.front.get("language"),
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         license=licence.name,
         license_name=licence.other,
         pipeline_tag=task,
-        tags=[*tags, *REPOSITORY_TAGS],
     )
 
 
-def _join(metadata: Any, sections: Sequence[str]) -> str:
-    body = "\n\n".join(section.rstrip() for section in sections if section)
-    return f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
-
-
-def _learned(facts: Facts) -> str:
-    """From what a reward was learned: demonstrations, preferences, or both."""
-    preferences = facts.view.recipe["reward"].get("preferences") or {}
-    name = f"`{card_name(preferences['card'])}`" if preferences else ""
-    if preferences.get("use") == "alone":
-        return f"**from human preferences alone**, those of {name}: no inverse RL, for comparison"
-    besides = f", besides those of {name} (weight {preferences['weight']:g})" if preferences else ""
-    return (
-        "by inverse reinforcement learning **from demonstrations alone**: it was fitted to score "
-        "demonstrations above what a policy trained on the same data says. No human preference was "
-        f"used{besides}"
-    )
-
-
-def _selecting(facts: Facts, k: int) -> str:
-    ranking = facts.summary.get("ranking")
-    if ranking is None or k != facts.summary["policy_number"]:
-        return ""
-    return (
-        f" **The run's policy is best-of-{ranking['n']} selection**: it samples this model "
-        f"{ranking['n']} times at temperature {ranking['temperature']:g} and keeps the best by "
-        f"{ranking['score']}. These are the weights that it samples; export the reward too."
-    )
-
-
-def _policy_limits() -> list[str]:
+def _method(facts: Facts, artefact: Artefact) -> list[tuple[str, str]]:
+    """Rows of a table: data, base model, losses, settings."""
+    recipe = facts.view.recipe
+    reward, update, pairs = recipe["reward"], recipe["policy_update"], recipe["pairs"]
+    scratch = recipe["model"]["from_scratch"]
+    base = facts.base_model or f"from scratch ({scratch['architecture']})"
+    starts = {"cold": "from SFT", "warm": "from the previous reward"}[reward["init"]]
     return [
-        "It was trained to answer like the demonstrations and knows nothing of safety beyond them.",
-        "Prompts must be written as in training: the chat template does it.",
+        ("demonstrations", _demonstrations(facts)),
+        ("base model", base),
+        ("negatives", ", ".join(pairs["sources"]) + f"; window {pairs['window']}"),
+        ("reward level", LEVELS.get(reward["kind"]) or LOSSES[reward["loss"]]),
+        *([("reward starts", starts)] if reward["kind"] == "explicit" else []),
+        ("policy level", UPDATES.get(update["kind"], f"`{update['kind']}`")),
+        ("outer iteration", f"{artefact.iteration} of {recipe['loop']['iterations']}"),
+        ("seed", str(recipe["seed"])),
     ]
 
 
-def _reward_limits(facts: Facts) -> list[str]:
-    return [
-        "It tells demonstrations from one policy's samples. Far from both it is unknown: as a "
-        "policy is optimised against it, its scores rise beyond what they mean.",
-        "It compares answers to one prompt. Scores of different prompts cannot be compared.",
-        "It learned one data set's taste, its mistakes and biases included, and nothing of safety "
-        "beyond it.",
-        "An answer cut off before its EOS is outside what it was fitted on"
-        + (
-            " (truncated samples were left out)."
-            if facts.view.recipe["pairs"]["truncated"] == "drop"
-            else "."
-        ),
+def _demonstrations(facts: Facts) -> str:
+    data = facts.metrics.get("data", {})
+    name = facts.data_name
+    if facts.data_hub_id:
+        name = f"[{name}](https://huggingface.co/datasets/{facts.data_hub_id})"
+    used = ", ".join(
+        f"{data[f'{part}_rows']:,} rows of {data[f'{part}_prompts']:,} prompts for {use}"
+        for part, use in (("sft", "SFT"), ("reward", "the reward"), ("held_out", "holding out"))
+        if f"{part}_rows" in data
+    )
+    return f"{name}: {used}" if used else name
+
+
+def _limits(facts: Facts, limits: list[str]) -> list[str]:
+    """Known limits of the method, of the data, and of this run."""
+    warnings = [f"Warning in training: {sign}." for sign in facts.view.signs()]
+    problems = facts.about.partition("**Known problems.**")[2].split("\n\n")[0]
+    data = [f"The demonstrations: {' '.join(problems.split())}"] if problems.strip() else []
+    return [*limits, *data, *(warnings or ["No warning sign was raised in training."])]
+
+
+def _origin(facts: Facts, role: str, checksum: str | None) -> dict[str, Any]:
+    """Stages and checksums as rows of a table, and the versions of all libraries."""
+    rows = [(stage["role"], f"`{stage['name']}-{stage['key']}`") for stage in facts.lineage(role)]
+    sums = facts.metrics.get("data", {}).get("checksums", {})
+    rows += [(f"{part} demonstrations", f"sha256 `{value}`") for part, value in sums.items()]
+    if checksum is not None:
+        rows.append(("the run's model folder", f"sha256 `{checksum}`"))
+    versions = [
+        f"{name} {value}"
+        for name, value in facts.metrics.get("environment", {}).items()
+        if name not in ("key", "device", "seed")
     ]
+    return {"rows": rows, "versions": ", ".join(versions), "exporter": __version__}

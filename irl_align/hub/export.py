@@ -1,28 +1,26 @@
-"""Write what a run made to a folder that others can load: `irl-align export`."""
+"""Export a reward, a policy or pairs of a run to a folder that other tools load."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 
 from irl_align.data.columns import column
-from irl_align.data.encoding import Templated
+from irl_align.data.pairs import load_pairs
 from irl_align.errors import UserError
-from irl_align.evaluation.inference import PromptFormat
+from irl_align.evaluation.inference import prompt_format
 from irl_align.hub.adapter import base_name, rename_base, require_whole
 from irl_align.hub.card import policy_card, reward_card
-from irl_align.hub.facts import KINDS, Artefact, Facts, ratio_interval
+from irl_align.hub.facts import KINDS, Artefact, Facts, Interval, ratio_interval
 from irl_align.hub.licences import UNKNOWN, Licence, derive
-from irl_align.hub.pairs import read_pairs, write_pairs
-from irl_align.hub.sections import Measured
+from irl_align.hub.pairs import write_pairs
+from irl_align.hub.results import Measured
 from irl_align.hub.weights import chat_ids, chat_template, fold_normaliser, plain_scores
 from irl_align.models.loading import load_model, load_tokenizer, pick_device
 from irl_align.models.lora import base_of, is_adapter
@@ -30,20 +28,19 @@ from irl_align.reward.model import RewardModel
 from irl_align.utils.files import (
     atomic_folder,
     atomic_write,
-    explains_full_disk,
     file_checksum,
     files_of,
+    full_disk_told,
 )
 
 logger = logging.getLogger(__name__)
 CHECKED = 256  # held-out demonstrations on which an exported reward is compared with ours
 TOLERANCE = 1e-5
-_TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
+TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written."""
+class Exported(NamedTuple):
+    """An exported folder and its content."""
 
     folder: Path
     what: str
@@ -72,9 +69,9 @@ def export(
     """Write the reward, the policy or the pairs of a finished run to the new folder `to`.
 
     iteration: which reward or policy; the last by default. licence: in place of the one derived
-    from data and base model. form: of a model that is an adapter. The folder appears whole or not
-    at all. Raises UserError: the run is not finished or has no such thing, `to` exists, the disk is
-    full, an adapter alone is asked for and cannot be had.
+    from data and base model. form: how a LoRA model is written. The folder appears whole or not at
+    all. Raises UserError: the run is not finished or has no such artefact, `to` exists, the disk is
+    full, or the model is no adapter that can be exported alone.
     """
     if what not in KINDS:
         raise UserError(f"--what: found {what!r}, expected one of {', '.join(KINDS)}")
@@ -94,41 +91,45 @@ def export(
             "a push needs one",
             derived.why,
         )
-    writers: dict[str, Callable[..., int | None]] = {
-        "reward": partial(_write_reward, form=form),
-        "policy": partial(_write_policy, form=form),
-        "pairs": write_pairs,
-    }
-    with explains_full_disk("export", to.parent), atomic_folder(to) as folder:
-        number = writers[what](folder, facts, iteration, derived)
+    with full_disk_told("export", to.parent), atomic_folder(to) as folder:
+        number = None
+        if what == "pairs":
+            write_pairs(folder, facts, derived)
+        else:
+            artefact = facts.reward(iteration) if what == "reward" else facts.policy(iteration)
+            number = artefact.iteration
+            write = _write_reward if what == "reward" else _write_policy
+            write(folder, facts, artefact, derived, form)
         atomic_write(folder / "recipe.yaml", facts.recipe_text())
     return Exported(to, what, number, derived)
 
 
 def _write_reward(
-    folder: Path, facts: Facts, iteration: int | None, licence: Licence, form: Form
-) -> int:
-    found = facts.reward(iteration)
+    folder: Path, facts: Facts, artefact: Artefact, licence: Licence, form: Form
+) -> None:
     rows = _held_out(facts)
-    base = base_name(facts, found.path, form.base) if form.adapter else None
-    ours = _save_folded(found.path, folder, rows, form.adapter)
-    again: dict[str, Any] = {}
+    base = base_name(facts, artefact.path, form.base) if form.adapter else None
+    ours = _save_folded(artefact.path, folder, rows, form.adapter)
+    local: dict[str, Any] = {}
     if base is not None:
         rename_base(folder, base, _revision(facts, form))
-        again = {"merge": False, "base": base_of(found.path)}  # as it lies here
-    reward = RewardModel.from_pretrained(folder, pick_device("auto"), **again)  # as others load it
-    measured = _measure(facts, found, reward, rows, ours)
-    text = reward_card(facts, found, reward.settings, measured, licence, base)
+        local = {"merge": False, "base": base_of(artefact.path)}  # the base's folder in this store
+    reward = RewardModel.from_pretrained(folder, pick_device("auto"), **local)
+    measured = _measure(facts, artefact, reward, rows, ours)
+    text = reward_card(
+        facts, artefact, reward.settings, measured, licence, adapter=base is not None
+    )
     atomic_write(folder / "README.md", text)
-    return found.iteration
 
 
 def _revision(facts: Facts, form: Form) -> str | None:
-    return facts.view.recipe["model"]["revision"] if form.base is None else None
+    """Revision of the base model on the Hub; None for a base that the user names."""
+    revision: str | None = facts.view.recipe["model"]["revision"]
+    return revision if form.base is None else None
 
 
 def _save_folded(source: Path, folder: Path, rows: Dataset, adapter: bool) -> torch.Tensor:
-    """Write a reward with its normaliser folded in; its scores of the rows (B,) before that."""
+    """Write a reward with its normaliser folded in. Returns the scores (B,) before folding."""
     reward = RewardModel.from_pretrained(source, pick_device("auto"), merge=not adapter)
     if not adapter:
         require_whole(reward.model, source)
@@ -144,22 +145,23 @@ def _save_folded(source: Path, folder: Path, rows: Dataset, adapter: bool) -> to
 
 
 def _held_out(facts: Facts) -> Dataset:
-    """Held-out demonstrations, evenly spaced, CHECKED at most."""
+    """At most CHECKED held-out demonstrations, evenly spaced."""
     path = facts.stage_folder("data") / "held_out.parquet"
     rows = Dataset.from_parquet(str(path), keep_in_memory=True)
     return rows.select(range(0, len(rows), -(-len(rows) // CHECKED)))
 
 
 def _measure(
-    facts: Facts, found: Artefact, reward: RewardModel, rows: Dataset, ours: torch.Tensor
+    facts: Facts, artefact: Artefact, reward: RewardModel, rows: Dataset, ours: torch.Tensor
 ) -> Measured:
-    """The exported reward against the run's own on demonstrations, and on held-out pairs."""
+    """Compare the exported reward with the run's own scores `ours` (B,) of demonstrations, and
+    measure its accuracy on held-out pairs."""
     settings = reward.settings
     prompts = column(rows, "prompt_ids")
     read = reward.as_read(prompts, column(rows, "completion_ids"))
     ids = [[*p, *c] for p, c in zip(prompts, read, strict=True)]
     difference = None
-    as_chat = not (settings.echo and settings.template == "chat")  # the model's own has no echo
+    as_chat = not (settings.echo and settings.template == "chat")  # its template has no echo
     if not settings.lm_coef and settings.bound is None and as_chat:
         plain = plain_scores(reward.model, ids) - settings.mean
         difference = float((plain - ours).abs().max())
@@ -171,19 +173,19 @@ def _measure(
     if settings.template != "chat":
         chats = chat_ids(reward.tokenizer, column(rows, "prompt"), column(rows, "completion"))
         same = sum(a == b for a, b in zip(chats, ids, strict=True))
-    pairs = read_pairs(facts.pairs()[found.iteration] / "held_out.parquet")
+    pairs = load_pairs(facts.pairs()[artefact.iteration] / "held_out.parquet")
     return Measured(
         rows=len(rows),
         difference=difference,
         same_ids=same,
         held_out=_accuracy(reward, pairs),
         pairs=len(pairs),
-        source_checksum=file_checksum(found.path),
+        source_checksum=file_checksum(artefact.path),
     )
 
 
-def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
-    """Pair source -> accuracy with its interval, pairs of one prompt counted as one group."""
+def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Interval]:
+    """Pair source -> accuracy with its interval, with the pairs of one prompt as one group."""
     chosen = reward.score_ids(column(pairs, "prompt_ids"), column(pairs, "chosen_ids"), None)
     rejected = reward.score_ids(
         column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids"), None
@@ -200,45 +202,30 @@ def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
 
 
 def _write_policy(
-    folder: Path, facts: Facts, iteration: int | None, licence: Licence, form: Form
-) -> int:
-    """The policy's weights as they are, with a chat template where its own template is plain."""
-    found = facts.policy(iteration)
-    base = base_name(facts, found.path, form.base) if form.adapter else None
-    if is_adapter(found.path) and base is None:
-        model = load_model(found.path)
-        require_whole(model, found.path)
+    folder: Path, facts: Facts, artefact: Artefact, licence: Licence, form: Form
+) -> None:
+    """Write the policy's weights unchanged, with a chat template where its own is plain."""
+    base = base_name(facts, artefact.path, form.base) if form.adapter else None
+    if is_adapter(artefact.path) and base is None:
+        model = load_model(artefact.path)
+        require_whole(model, artefact.path)
         model.save_pretrained(folder)
     else:
-        _copy_model(found.path, folder)
+        for file in artefact.path.iterdir():
+            if not file.name.startswith(TOKENIZER):
+                shutil.copyfile(file, folder / file.name)
     if base is not None:
         rename_base(folder, base, _revision(facts, form))
-    tokenizer = load_tokenizer(found.path)
-    template = chat_template(prompt_format(found.path), tokenizer)
+    tokenizer = load_tokenizer(artefact.path)
+    template = chat_template(prompt_format(artefact.path), tokenizer)
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    checksum = file_checksum(found.path)
-    atomic_write(folder / "README.md", policy_card(facts, found, checksum, licence, base))
-    return found.iteration
+    checksum = file_checksum(artefact.path)
+    text = policy_card(facts, artefact, checksum, licence, adapter=base is not None)
+    atomic_write(folder / "README.md", text)
 
 
-def _copy_model(source: Path, folder: Path) -> None:
-    for file in files_of(source):
-        if not file.name.startswith(_TOKENIZER):
-            to = folder / file.relative_to(source)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, to)
-
-
-def prompt_format(policy: Path) -> Templated:
-    """How a saved policy's prompts are written."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(policy, trust_remote_code=False)
-    return PromptFormat(**(getattr(config, "irl_prompt", None) or {}))
-
-
-def sizes(folder: Path) -> Sequence[tuple[str, int]]:
-    """Files of an exported folder and their bytes."""
+def sizes(folder: Path) -> list[tuple[str, int]]:
+    """Files of an exported folder and their sizes in bytes."""
     return [(f.relative_to(folder).as_posix(), f.stat().st_size) for f in files_of(folder)]

@@ -1,4 +1,4 @@
-"""The licence of what a run made, from those of its demonstrations and of its base model."""
+"""The licence of an export, derived from those of its demonstrations and of its base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 
 from irl_align.hub.facts import Facts
 
-# Licences that let a derived work carry another one, as long as the notice is kept.
+# Licences under which a derived work may have another licence if it keeps the notice.
 PERMISSIVE = frozenset(
     {
         "afl-3.0",
@@ -44,33 +44,38 @@ class Licence(NamedTuple):
 
 
 def derive(facts: Facts, given: str | None = None) -> Licence:
-    """Licence of a model or of pairs made by a run; `unknown` where the data or base has none."""
+    """Licence of a run's models and pairs; `unknown` where that of the data or base is unknown.
+
+    given: the publisher's choice, which takes precedence.
+    """
     data = _joined(facts.front.get("license"))
     base = _base_licence(facts)
-    found = f"the demonstrations: {data or UNKNOWN}; the base model: {base or UNKNOWN}"
+    sources = f"the demonstrations: {data or UNKNOWN}; the base model: {base or UNKNOWN}"
     if facts.base_model is None:
-        found = f"the demonstrations: {data or UNKNOWN}; no base model (trained from scratch)"
+        sources = f"the demonstrations: {data or UNKNOWN}; no base model (trained from scratch)"
     if given is not None:
-        return Licence(given, f"chosen by the publisher. {found[0].upper()}{found[1:]}")
-    return combine(data, base, facts.base_model is not None, found)
+        return Licence(given, f"chosen by the publisher. {sources[0].upper()}{sources[1:]}")
+    return combine(data, base, facts.base_model is not None, sources)
 
 
-def combine(data: str, base: str, has_base: bool, found: str) -> Licence:
-    """The one restrictive licence among the two, else the base model's, else the data's.
+def combine(data: str, base: str, has_base: bool, sources: str) -> Licence:
+    """The restrictive licence of the two if one is restrictive, else the base's, else the data's.
 
-    Two different restrictive ones give `other`, both named. Either unknown makes all unknown.
+    Two different restrictive licences give `other`, which names both. One unknown licence makes the
+    result unknown. sources: the two licences in words.
     """
     if not data or (has_base and not base):
-        return Licence(UNKNOWN, f"unknown: {found}")
+        return Licence(UNKNOWN, f"unknown: {sources}")
     parts = [part for part in dict.fromkeys((base, data)) if part]
     restrictive = [part for part in parts if part not in PERMISSIVE]
     if len(restrictive) > 1:
-        return Licence("other", f"both apply. From {found}", " + ".join(restrictive))
+        return Licence("other", f"both apply. From {sources}", " + ".join(restrictive))
     name = (restrictive or parts)[0]
-    return Licence(name, f"from {found}", "that-of-the-sources" if name == "other" else None)
+    return Licence(name, f"from {sources}", "that-of-the-sources" if name == "other" else None)
 
 
 def _base_licence(facts: Facts) -> str:
+    """The licence in the base model's card; empty if it cannot be read."""
     path = facts.view.recipe["model"]["path"]
     if path is None:
         return ""
@@ -80,7 +85,7 @@ def _base_licence(facts: Facts) -> str:
             readme = Path(
                 hf_hub_download(path, "README.md", revision=facts.view.recipe["model"]["revision"])
             )
-        except Exception:  # offline, no card, gated: the licence is then not known
+        except Exception:  # offline, no card, or gated
             return ""
     if not readme.is_file():
         return ""

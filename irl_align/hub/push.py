@@ -1,4 +1,4 @@
-"""Push what a run made to the Hub: `irl-align push`. One commit a push, the same again or none."""
+"""Push a reward, a policy or pairs of a run to the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from irl_align.errors import UserError
 from irl_align.hub.licences import UNKNOWN
-from irl_align.utils.files import locked
+from irl_align.utils.files import files_of, locked
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TRIES = 4
-"""Times that a step is tried when the server or the connection fails."""
+"""Tries of a step when the server or the connection fails."""
 WAIT = 2.0
 """Seconds before the second try; twice as long before each further one."""
-_RETRIED = (408, 429, 500, 502, 503, 504)
-# What an earlier push may have left and this one may not have: other shards, other iterations.
-_STALE = re.compile(r"(model.*\.safetensors(\.index\.json)?|(pairs|samples)/[^/]+\.parquet)")
-_FAMILY = ("model_type", "architectures")
+RETRIED = (408, 429, 500, 502, 503, 504)
+# Files of an earlier push that this push may not have: other shards, other iterations.
+STALE = re.compile(r"(model.*\.safetensors(\.index\.json)?|(pairs|samples)/[^/]+\.parquet)")
+RESUMES = "the same command resumes"
+Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
 
 
@@ -41,21 +42,21 @@ class Target:
     repo: str
     """user/name, org/name, or name alone for the token's own user."""
     revision: str | None = None
-    """Branch; the repository's main one if None. Made where it is missing."""
+    """Branch, which is created if it is missing; None is the main branch."""
     private: bool = False
-    """A new repository is made private; an existing public one is refused."""
+    """Create a new repository as private; refuse an existing public one."""
     force: bool = False
     """Overwrite a repository of another model family or of another origin."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did."""
+    """The result of a push."""
 
     url: str
     commit: str
     changed: bool
-    """Whether there was anything new to commit."""
+    """Whether the push made a new commit."""
     tag: str | None
 
 
@@ -64,10 +65,10 @@ def push(
 ) -> Pushed:
     """Export a run's reward, policy or pairs and commit it to a Hub repository.
 
-    The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`). Doing it again
-    after a cut goes on: what was uploaded is not uploaded again. A reward or policy is tagged
-    iteration-K. Raises UserError: no token or a wrong one, no rights, no licence, a repository of
-    another family, and whatever the server or the connection still refuses after TRIES tries.
+    The token is that of huggingface_hub (HF_TOKEN, or `hf auth login`). An interrupted push can be
+    repeated: files that were uploaded are not uploaded again. A reward or policy is tagged
+    iteration-K. Raises UserError: no token or a wrong one, no rights, no licence, a repository with
+    another kind of model, or a server or connection that still fails after TRIES tries.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -75,19 +76,20 @@ def push(
     token = get_token()
     if token is None:
         raise UserError("push: found no Hub token; set HF_TOKEN, or log in with `hf auth login`")
-    with told(target.repo):
+    with hub_errors(target.repo):
         api = HfApi(token=token)
-        repo = _full_name(api, target.repo)
-        with exported_aside(run, what, iteration, licence) as exported:
+        user = str(retried(api.whoami)["name"])  # checks the token too
+        repo = target.repo if "/" in target.repo else f"{user}/{target.repo}"
+        with temporary_export(run, what, iteration, licence) as exported:
             require_licence(exported)
             return _Push(api, repo, target, exported).run()
 
 
 @contextmanager
-def exported_aside(
+def temporary_export(
     run: Path, what: str, iteration: int | None, licence: str | None
 ) -> Iterator[Exported]:
-    """An export in a folder of the run that is gone afterwards; one push of a run at a time."""
+    """An export in the run's folder, which is deleted afterwards; one push of a run at a time."""
     from irl_align.hub.export import export
 
     def refuse(holder: str) -> None:
@@ -95,17 +97,17 @@ def exported_aside(
 
     if not run.is_dir():
         raise UserError(f"{run}: found no such folder, expected the folder of a run")
-    aside = run / ".push"
+    folder = run / ".push"
     with locked(run / ".push.lock", refuse):
-        shutil.rmtree(aside, ignore_errors=True)  # what a kill left
+        shutil.rmtree(folder, ignore_errors=True)  # left over from a push that was killed
         try:
-            yield export(run, what, aside, iteration, licence)
+            yield export(run, what, folder, iteration, licence)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_licence(exported: Exported) -> None:
-    """UserError where the licence is not known: what is published must say how it may be used."""
+    """Raise UserError where the licence is unknown: a publication must say how it may be used."""
     if exported.licence.name == UNKNOWN:
         raise UserError(
             f"licence: {exported.licence.why}; give `license` in the data card or in the base "
@@ -114,7 +116,7 @@ def require_licence(exported: Exported) -> None:
 
 
 def check_repo_name(repo: str) -> None:
-    """UserError where `repo` is no name of a repository."""
+    """Raise UserError where `repo` is not the name of a repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -140,38 +142,32 @@ class _Push:
         self.at: dict[str, Any] = {"repo_id": repo, "repo_type": self.kind}
 
     def run(self) -> Pushed:
-        """Check what is there, make what is missing, commit, tag."""
+        """Check an existing repository, create what is missing, commit, tag."""
         info = self._existing()
         if info is not None:
             self._check_existing(info)
-        url = retried(
-            lambda: self.api.create_repo(**self.at, private=self.target.private, exist_ok=True)
-        )
-        if self.target.revision is not None:
-            branch = self.target.revision
-            retried(lambda: self.api.create_branch(**self.at, branch=branch, exist_ok=True))
-        before = self._head()
+        url = retried(self.api.create_repo, **self.at, private=self.target.private, exist_ok=True)
+        branch = self.target.revision
+        if branch is not None:
+            retried(self.api.create_branch, **self.at, branch=branch, exist_ok=True)
+        before = retried(self.api.repo_info, **self.at, revision=branch).sha
         commit = retried(self._commit)
         return Pushed(str(url), commit, commit != before, self._tag(commit))
 
     def _existing(self) -> Any | None:
-        """What the Hub says of the branch, or of the main one where it is missing."""
+        """The Hub's record of the branch, or of the main branch if it is missing; None if the
+        repository is missing."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-        branch = self.target.revision
         try:
             with suppress(RevisionNotFoundError):
-                return retried(lambda: self.api.repo_info(**self.at, revision=branch))
-            return retried(lambda: self.api.repo_info(**self.at))
+                return retried(self.api.repo_info, **self.at, revision=self.target.revision)
+            return retried(self.api.repo_info, **self.at)
         except RepositoryNotFoundError:
             return None
 
-    def _head(self) -> str:
-        info = retried(lambda: self.api.repo_info(**self.at, revision=self.target.revision))
-        return str(info.sha)
-
     def _check_existing(self, info: Any) -> None:
-        """Refuse to put private data in public, and to overwrite what is something else."""
+        """Refuse a public repository for private data, and one that holds something else."""
         if self.target.private and not info.private:
             raise UserError(
                 f"--private: {self.repo} exists and is public; make it private in its settings, or "
@@ -189,38 +185,36 @@ class _Push:
                     "irl-align; choose another name, or overwrite it with --force"
                 )
             return
-        there, ours = self._family(info.sha), _family_of(self.exported.folder / "config.json")
-        if there != ours:
+        theirs = self._architecture(info.sha)
+        ours = _architecture(self.exported.folder / "config.json")
+        if theirs != ours:
             raise UserError(
-                f"--repo: {self.repo} holds {_some(names)} of {_described(there)}, and this is "
-                f"{_described(ours)}; choose another name, or overwrite it with --force"
+                f"--repo: {self.repo} holds {_some(names)} of {theirs}, and this is {ours}; choose "
+                "another name, or overwrite it with --force"
             )
 
-    def _family(self, commit: str) -> dict[str, Any]:
+    def _architecture(self, commit: str) -> str:
         from huggingface_hub.errors import EntryNotFoundError
 
-        where = {**self.at, "filename": "config.json", "revision": commit}
+        file = {**self.at, "filename": "config.json", "revision": commit}
         try:
-            path = retried(lambda: self.api.hf_hub_download(**where))
+            return _architecture(Path(retried(self.api.hf_hub_download, **file)))
         except EntryNotFoundError:
-            return {}
-        return _family_of(Path(path))
+            return "no known model"
 
     def _commit(self) -> str:
-        """One commit of all files; none where the repository has them already. Its hash.
+        """Commit all files, unless the repository has them already. Returns the commit's hash.
 
-        Operations are made anew for every try: a try whose answer was lost has changed the head,
-        and then there is nothing left to commit.
+        One create_commit: upload_folder may split an upload into several commits. Every try makes
+        its own operations: a try whose response was lost has changed the head, and then nothing
+        is left to commit.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        files = {
-            file.relative_to(self.exported.folder).as_posix(): file
-            for file in sorted(self.exported.folder.rglob("*"))
-            if file.is_file()
-        }
-        there = self.api.list_repo_files(**self.at, revision=self.target.revision)
-        stale = [name for name in there if _STALE.fullmatch(name) and name not in files]
+        folder = self.exported.folder
+        files = {file.relative_to(folder).as_posix(): file for file in files_of(folder)}
+        existing = self.api.list_repo_files(**self.at, revision=self.target.revision)
+        stale = [name for name in existing if STALE.fullmatch(name) and name not in files]
         operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
         operations += [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file))
@@ -235,43 +229,31 @@ class _Push:
         return str(done.oid)
 
     def _tag(self, commit: str) -> str | None:
-        """Tag the commit iteration-K; the tag moves where this iteration was pushed before."""
+        """Tag the commit iteration-K; the tag moves if this iteration was pushed before."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
         if self.exported.iteration is None:
             return None
         tag = f"iteration-{self.exported.iteration}"
-        refs = retried(lambda: self.api.list_repo_refs(**self.at))
+        refs = retried(self.api.list_repo_refs, **self.at)
         old = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
         if old == commit:
             return tag
         if old is not None:
             logger.warning("%s: tag %s moves from %s to %s", self.repo, tag, old[:8], commit[:8])
-            retried(lambda: self._delete_tag(tag))
-        retried(lambda: self.api.create_tag(**self.at, tag=tag, revision=commit, exist_ok=True))
+            with suppress(RevisionNotFoundError):  # the response to an earlier try was lost
+                retried(self.api.delete_tag, **self.at, tag=tag)
+        retried(self.api.create_tag, **self.at, tag=tag, revision=commit, exist_ok=True)
         return tag
 
-    def _delete_tag(self, tag: str) -> None:
-        from huggingface_hub.errors import RevisionNotFoundError
 
-        with suppress(RevisionNotFoundError):  # the answer to an earlier try was lost
-            self.api.delete_tag(**self.at, tag=tag)
-
-
-def _full_name(api: HfApi, repo: str) -> str:
-    """repo with its owner; asks the Hub whose the token is, which also checks the token."""
-    user = str(retried(api.whoami)["name"])
-    return repo if "/" in repo else f"{user}/{repo}"
-
-
-def _family_of(config: Path) -> dict[str, Any]:
+def _architecture(config: Path) -> str:
+    """The classes of a model, or its type, by its config.json."""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:
-        return {}
-    return {name: values.get(name) for name in _FAMILY}
-
-
-def _described(family: dict[str, Any]) -> str:
-    names = family.get("architectures") or [family.get("model_type")]
+        return "no known model"
+    names = values.get("architectures") or [values.get("model_type")]
     return ", ".join(map(str, names)) if any(names) else "no known model"
 
 
@@ -280,44 +262,46 @@ def _some(names: set[str]) -> str:
     return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
-def retried(step: Callable[[], Value]) -> Value:
-    """Do one step, again after a wait where the server or the connection failed.
+def retried(
+    step: Callable[Parameters, Value], *args: Parameters.args, **options: Parameters.kwargs
+) -> Value:
+    """Do one step, and repeat it after a wait if the server or the connection failed.
 
-    Every step here has the same effect when it is done twice.
+    A repeated step must have the same effect as a single one.
     """
     for number in range(1, TRIES):
         try:
-            return step()
+            return step(*args, **options)
         except Exception as error:
-            if not _passing(error):
+            if not _is_temporary(error):
                 raise
             wait = WAIT * 2 ** (number - 1)
             logger.warning("push: %s; trying again in %g s", _line(error), wait)
             time.sleep(wait)
-    return step()
+    return step(*args, **options)
 
 
-def _passing(error: BaseException) -> bool:
-    """Whether a fault may be gone the next time."""
+def _is_temporary(error: BaseException) -> bool:
+    """Whether the next try may succeed."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError):
-            return cause.response.status_code in _RETRIED
-        if _of_connection(cause):
+            return cause.response.status_code in RETRIED
+        if _is_connection_error(cause):
             return type(cause).__name__ != "OfflineModeIsEnabled"
     return False
 
 
-def _of_connection(error: BaseException) -> bool:
+def _is_connection_error(error: BaseException) -> bool:
     # By name: huggingface_hub has changed its HTTP library (requests, httpx, httpx2) and may again.
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
 
 
 @contextmanager
-def told(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line that says what to do, without the token."""
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn errors of huggingface_hub into a UserError that says what to do, without the token."""
     try:
         yield
     except UserError:
@@ -337,24 +321,23 @@ def _message(repo: str, error: Exception) -> str | None:
         RevisionNotFoundError,
     )
 
-    again = "the same command goes on from there"
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return "push: HF_HUB_OFFLINE is set; unset it to reach the Hub"
         if isinstance(cause, RepositoryNotFoundError):
             return f"push: the Hub has no {repo} that this token may see; check the name and rights"
         if isinstance(cause, RevisionNotFoundError):
-            return f"--revision: {repo} has no such revision, and it could not be made"
+            return f"--revision: {repo} has no such branch, and it could not be created"
         if isinstance(cause, HfHubHTTPError):
-            return _status_message(repo, cause, again)
+            return _status_message(repo, cause)
         if type(cause).__name__ == "XetAuthenticationError":  # hf_xet sends large files
             return f"push: the token may not write to {repo}; use one with the right to write there"
-        if _of_connection(cause):
-            return f"push: the connection to the Hub failed ({_line(cause)}); {again}"
+        if _is_connection_error(cause):
+            return f"push: the connection to the Hub failed ({_line(cause)}); {RESUMES}"
     return None
 
 
-def _status_message(repo: str, error: Any, again: str) -> str:
+def _status_message(repo: str, error: Any) -> str:
     status = error.response.status_code
     if status == 401:
         return "push: the Hub does not accept the token; renew it with `hf auth login --force`"
@@ -363,9 +346,9 @@ def _status_message(repo: str, error: Any, again: str) -> str:
     if status == 429:
         wait = error.response.headers.get("Retry-After")
         when = f"in {wait} s" if wait else "later"
-        return f"push: the Hub's rate limit is reached; try again {when}: {again}"
+        return f"push: the Hub's rate limit is reached; try again {when}: {RESUMES}"
     if status >= 500:
-        return f"push: the Hub failed {TRIES} times (status {status}); try later: {again}"
+        return f"push: the Hub failed {TRIES} times (status {status}); try later: {RESUMES}"
     return f"push: the Hub refused {repo}: {_line(error)}"
 
 

@@ -1,4 +1,5 @@
-"""Models that any tool loads: a reward whose normaliser is in its weights, and chat templates.
+"""Make models loadable by any tool: fold a reward's normaliser into its weights, write chat
+templates.
 
 Legend of shapes: B rows, L tokens, H width.
 """
@@ -42,14 +43,13 @@ _ECHO = """
 
 
 def fold_normaliser(reward: RewardModel) -> None:
-    """Move as much of the normaliser as can be into the weights; scores stay the same.
+    """Move as much of the normaliser as possible into the weights; scores stay the same.
 
-    (r - mean) / std with r = w.h + a lm, perhaps bounded by b tanh(r / b):
-    std divides w, a and b (exact, since b tanh(u / b) / s = (b / s) tanh((u / s) / (b / s))).
-    mean goes into the bias c of the norm before the head, c' = c - mean w / |w|^2, where there is
-    one (LayerNorm of GPT-2, GPT-NeoX) and the head is all there is. An RMSNorm has no bias, nor
-    has the head: there the mean stays in the settings, and where the norm is that of an adapter's
-    base.
+    The score is (r - mean) / std with r = w.h + a lm, perhaps bounded by b tanh(r / b). std divides
+    w, a and b; this is exact, since b tanh(u / b) / s = (b / s) tanh((u / s) / (b / s)). The mean
+    goes into the bias c of the norm before the head, c' = c - mean w / |w|^2, if that norm has a
+    bias (LayerNorm of GPT-2, GPT-NeoX) and r is the head's output only. Otherwise the mean stays in
+    the settings: the head and an RMSNorm have no bias, and an adapter's base must not change.
     """
     settings, head = reward.settings, score_head(reward.model)
     std = settings.std
@@ -72,10 +72,10 @@ def fold_normaliser(reward: RewardModel) -> None:
 
 
 def final_norm(model: PreTrainedModel) -> torch.nn.LayerNorm | None:
-    """The LayerNorm with a bias whose output is the last hidden state, if there is one."""
+    """The LayerNorm with a bias whose output is the last hidden state; None if there is none."""
     outputs: dict[torch.nn.LayerNorm, Tensor] = {}
 
-    def keep(module: Any, _: Any, output: Tensor) -> None:
+    def record(module: Any, _: Any, output: Tensor) -> None:
         outputs[module] = output
 
     norms = [
@@ -83,23 +83,23 @@ def final_norm(model: PreTrainedModel) -> torch.nn.LayerNorm | None:
         for module in model.base_model.modules()
         if isinstance(module, torch.nn.LayerNorm) and module.bias is not None
     ]
-    hooks = [norm.register_forward_hook(keep) for norm in norms]
+    hooks = [norm.register_forward_hook(record) for norm in norms]
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids).last_hidden_state
     for hook in hooks:
         hook.remove()
-    found = [norm for norm, output in outputs.items() if torch.equal(output, hidden)]
-    return found[-1] if found else None
+    final = [norm for norm, output in outputs.items() if torch.equal(output, hidden)]
+    return final[-1] if final else None
 
 
 def chat_template(
     card: Templated, tokenizer: PreTrainedTokenizerBase, echo: bool = False
 ) -> str | None:
-    """A chat template that writes what the card's plain template does, finished by EOS.
+    """A chat template that writes the same as the card's plain template, with EOS at the end.
 
-    None where the card's template is the tokenizer's own. echo: the prompt and EOS once more, as a
-    reward with that setting reads them.
+    None where the card uses the tokenizer's own chat template. echo: the prompt and EOS follow
+    again, as a reward with that setting reads them.
     """
     if card.template == "chat":
         return None
@@ -120,7 +120,7 @@ def chat_template(
 
 @torch.no_grad()
 def plain_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Logits (B,) of rows of L token ids by transformers alone: what any other tool computes."""
+    """Logits (B,) of rows of L token ids by transformers alone, as any other tool computes them."""
     scores = torch.empty(len(rows))
     for batch in batches_by_tokens([len(row) for row in rows], TOKENS_PER_BATCH):
         ids, mask = pad_right([rows[i] for i in batch], int(model.config.pad_token_id))

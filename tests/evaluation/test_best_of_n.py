@@ -13,7 +13,7 @@ from lxml import html
 from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
-from irl_align.evaluation.best_of_n import LOWER_IS_BETTER, curve, expected_best, gao_fit
+from irl_align.evaluation.best_of_n import LOWER_IS_BETTER, curve, expected_best
 from irl_align.evaluation.tables import curve_grid, curve_notes
 from irl_align.training.train import Result
 
@@ -42,14 +42,6 @@ def test_samples_that_are_truncated_come_last() -> None:
     scores = np.array([[-math.inf, 0.0], [-math.inf, -math.inf]])
     values = np.array([[5.0, 1.0], [2.0, 4.0]])
     assert expected_best(scores, values, 2).tolist() == [1.0, 3.0]
-
-
-def test_gao_fit_finds_the_coefficients() -> None:
-    kls = [0.0, 0.25, 1.0, 4.0]
-    values = [2.0 + d * (3.0 - 0.5 * d) for d in (0.0, 0.5, 1.0, 2.0)]
-    found = gao_fit(kls, values)
-    assert found == pytest.approx({"alpha": 3.0, "beta": 0.5})
-    assert gao_fit(kls[:2], values[:2]) is None
 
 
 def test_overoptimisation_is_flagged_where_gold_falls_while_the_reward_rises() -> None:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from irl_align.errors import UserError
 from irl_align.evaluation.chat_client import Endpoint, NoReply
-from irl_align.evaluation.llm_judge import Pair, Verdicts, judged_by
+from irl_align.evaluation.llm_judge import Pair, Verdicts, chat_win_rates
 
 ASKED = re.compile(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\n\[Which", re.DOTALL)
 
@@ -63,7 +63,7 @@ def test_wins_ties_and_losses_by_hand(tmp_path: Path) -> None:
         demos=["s", "s", "s", "s"],
     )
     with chat_server(longer_wins) as server:
-        report = judged_by(run, endpoint(server.url))
+        report = chat_win_rates(run, endpoint(server.url))
         # Of the four pairs against the start one is not asked; four against the demonstrations.
         assert len(server.requests) == 2 * 3 + 2 * 4
         assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
@@ -81,7 +81,7 @@ def test_wins_ties_and_losses_by_hand(tmp_path: Path) -> None:
 def test_a_judge_that_likes_the_first_answer_only_ties(tmp_path: Path) -> None:
     run = run_of(tmp_path, ["a", "b"], ["c", "d"], ["e", "f"])
     with chat_server(lambda body: "[[A]]") as server:
-        row = judged_by(run, endpoint(server.url))["rows"][0]
+        row = chat_win_rates(run, endpoint(server.url))["rows"][0]
     assert (row["wins"], row["ties"], row["inconsistent"]) == (0, 2, 2)
     assert row["win_rate"]["mean"] == 0.5
 
@@ -93,7 +93,7 @@ def test_a_rerun_asks_for_what_is_missing(tmp_path: Path) -> None:
         return "I cannot say." if "xyz" in answers(body) else longer_wins(body)
 
     with chat_server(silent_of_xyz) as server:
-        row = judged_by(run, endpoint(server.url))["rows"][0]
+        row = chat_win_rates(run, endpoint(server.url))["rows"][0]
         assert (row["pairs"], row["judged"], row["unreadable"]) == (2, 1, 1)
         assert row["win_rate"] == {"mean": 1.0, "low": None, "high": None, "n": 1}
         (kept,) = (run / "judgements").glob("judge-1-*.jsonl")
@@ -101,11 +101,11 @@ def test_a_rerun_asks_for_what_is_missing(tmp_path: Path) -> None:
         kept.write_bytes(whole[:-9])  # killed while it wrote
         server.requests.clear()
         server.answer = longer_wins
-        rows = judged_by(run, endpoint(server.url))["rows"]
+        rows = chat_win_rates(run, endpoint(server.url))["rows"]
         assert [row["judged"] for row in rows] == [2, 2]
         assert len(server.requests) == 4 + 1  # both pairs of xyz, and the line that was cut off
         server.requests.clear()
-        assert judged_by(run, endpoint(server.url))["rows"] == rows
+        assert chat_win_rates(run, endpoint(server.url))["rows"] == rows
         assert server.requests == []
 
 
@@ -113,9 +113,9 @@ def test_prompts_are_chosen_and_fewer_are_among_more(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(10)]
     run = run_of(tmp_path, texts, ["x"] * 10, ["y"] * 10)
     with chat_server(longer_wins) as server:
-        assert judged_by(run, endpoint(server.url), prompts=3)["rows"][0]["pairs"] == 3
+        assert chat_win_rates(run, endpoint(server.url), prompts=3)["rows"][0]["pairs"] == 3
         assert len(server.requests) == 3 * 2 * 2
-        judged_by(run, endpoint(server.url), prompts=5)
+        chat_win_rates(run, endpoint(server.url), prompts=5)
         assert len(server.requests) == 5 * 2 * 2
 
 
@@ -151,8 +151,8 @@ def test_time_outs_are_no_reply() -> None:
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("http://", "an address that is none"),
-        ("http://h:port/v1", "an address that is none"),
+        ("http://", "no valid address"),
+        ("http://h:port/v1", "no valid address"),
         ("https://me:word@h/v1", "a user, password or query in the address of h"),
         ("https://h/v1?key=secret", "a user, password or query in the address of h"),
     ],
@@ -170,7 +170,7 @@ def test_silence_ends_it_and_keeps_the_verdicts(tmp_path: Path) -> None:
         there = endpoint(server.url, retries=0)
         Verdicts(tmp_path, there).ask(pairs[:3])
         server.answer = lambda body: 500
-        with pytest.raises(UserError, match=r"does not answer: status 500.*; 6 verdicts are kept"):
+        with pytest.raises(UserError, match=r"does not answer: status 500.*; 6 verdicts are saved"):
             Verdicts(tmp_path, there).ask(pairs)
         assert len(server.requests) < 6 + 40  # it was not asked for all
 
@@ -216,6 +216,7 @@ def test_what_fails_later_loses_nothing(
     monkeypatch.setattr("irl_align.evaluation.lm_eval_harness.find_spec", lambda name: None)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     (run / "summary.json").write_text(json.dumps(summary | {"policy": "model"}), encoding="utf-8")
+    (run.parent / "model").mkdir()
     with chat_server(longer_wins) as server:
         judge = ("--judge", server.url, "--judge-model", "m")
         line = the_line(irl_align(capsys, "evaluate", run, *judge, "--lm-eval", "piqa"))
@@ -235,7 +236,7 @@ def test_a_local_vllm_server(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     pytest.importorskip("vllm")
     run = run_of(tmp_path / "known", ["a cheap pub", "near"], ["a pub", "far off"], ["s", "s"])
     with chat_server(longer_wins) as rule:
-        expected = judged_by(run, endpoint(rule.url))["rows"]
+        expected = chat_win_rates(run, endpoint(rule.url))["rows"]
         asked = [body for _, body, _ in rule.requests]
     assert [(row["wins"], row["losses"]) for row in expected] == [(1, 1), (2, 0)]
     folder = tmp_path / "judge"
@@ -243,10 +244,10 @@ def test_a_local_vllm_server(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     _learn_by_heart(asked, [longer_wins(body)[-5:] for body in asked], tiny_tokenizer, folder)
     with _vllm_serving(folder, tmp_path / "log") as url:
         there = Endpoint(f"{url}/v1", "tiny", max_tokens=8)
-        assert judged_by(run, there)["rows"] == expected
+        assert chat_win_rates(run, there)["rows"] == expected
         nonsense = Endpoint(f"{url}/v1", "tiny", max_tokens=1)  # "[[" is no verdict
         with pytest.raises(UserError, match="none of 8 replies has a verdict"):
-            judged_by(run_of(tmp_path / "cut", ["a", "b"], ["c", "d"], ["e", "f"]), nonsense)
+            chat_win_rates(run_of(tmp_path / "cut", ["a", "b"], ["c", "d"], ["e", "f"]), nonsense)
         with pytest.raises(UserError, match="status 404"):
             Endpoint(f"{url}/v1", "another", max_tokens=8).reply([{"role": "user", "content": "a"}])
 

@@ -110,11 +110,11 @@ def test_bad_input_is_one_line(tasks: Path, capsys: pytest.CaptureFixture[str]) 
     pytest.importorskip("lm_eval")
     run = shared_run("sft")
     told = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "no_such_task"))
-    assert told.startswith("--lm-eval: found 'no_such_task', which lm-eval ")
+    assert told.startswith("--lm-eval: found 'no_such_task', which is no task of lm-eval ")
     (tasks / "rows.jsonl").unlink()
     options = ("--lm-eval", "toy_choice", "--lm-eval-tasks", tasks)
     told = the_line(irl_align(capsys, "evaluate", run.folder, *options))
-    assert told.startswith("--lm-eval: toy_choice failed: ") and "goes on" in told
+    assert told.startswith("--lm-eval: toy_choice failed: ") and "resumes" in told
 
 
 def test_without_the_harness_the_extra_is_named(

@@ -18,11 +18,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from irl_align import RewardModel
 from irl_align.config.recipe import load_recipe
 from irl_align.errors import UserError
+from irl_align.hub.card import reward_card
 from irl_align.hub.export import export
 from irl_align.hub.facts import Facts
 from irl_align.hub.licences import combine, derive
-from irl_align.hub.sections import gold_table, scores_section
-from irl_align.hub.snippets import reward_snippets
+from irl_align.hub.results import Measured, gold_table
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.train import train
 
@@ -46,6 +46,11 @@ def section(text: str, title: str) -> str:
     return text.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks."""
+    return " ".join(text.split())
+
+
 def code(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
@@ -53,7 +58,7 @@ def code(text: str, language: str) -> list[str]:
 # --- metadata -------------------------------------------------------------------------------------
 
 
-def test_a_rewards_metadata(folder: Callable[[str], Path]) -> None:
+def test_reward_card_has_the_metadata_of_a_model(folder: Callable[[str], Path]) -> None:
     data = ModelCard.load(folder("reward") / "README.md").data
     assert (data.license, data.library_name) == ("apache-2.0", "transformers")
     assert data.pipeline_tag == "text-classification" and data.language == ["en"]
@@ -70,7 +75,7 @@ def test_a_rewards_metadata(folder: Callable[[str], Path]) -> None:
     assert yaml.safe_load(front) == data.to_dict()
 
 
-def test_a_policys_metadata(folder: Callable[[str], Path]) -> None:
+def test_policy_card_has_the_metadata_of_a_model(folder: Callable[[str], Path]) -> None:
     data = ModelCard.load(folder("policy") / "README.md").data
     assert data.pipeline_tag == "text-generation" and data.model_name == "contrast"
     recorded = metrics(shared_run("contrast").folder)
@@ -83,7 +88,7 @@ def test_a_policys_metadata(folder: Callable[[str], Path]) -> None:
     }
 
 
-def test_a_data_sets_metadata(folder: Callable[[str], Path]) -> None:
+def test_pairs_card_has_the_metadata_of_a_data_set(folder: Callable[[str], Path]) -> None:
     data = DatasetCard.load(folder("pairs") / "README.md").data
     assert data.license == "apache-2.0" and "preferences" in data.tags
     assert [config["config_name"] for config in data.configs] == ["pairs", "samples"]
@@ -92,7 +97,7 @@ def test_a_data_sets_metadata(folder: Callable[[str], Path]) -> None:
 # --- text -----------------------------------------------------------------------------------------
 
 
-def test_a_rewards_card_tells_the_runs_numbers(folder: Callable[[str], Path]) -> None:
+def test_reward_card_has_the_numbers_of_the_run(folder: Callable[[str], Path]) -> None:
     text = (folder("reward") / "README.md").read_text()
     recorded = metrics(shared_run("contrast").folder)
     report, data = recorded["reward/0"], recorded["data"]
@@ -115,7 +120,7 @@ def test_a_rewards_card_tells_the_runs_numbers(folder: Callable[[str], Path]) ->
         assert sign in limits
 
 
-def test_lineage_names_every_stage_that_the_reward_is_made_from(
+def test_reward_card_names_every_stage_that_the_reward_is_made_from(
     folder: Callable[[str], Path],
 ) -> None:
     origin = section((folder("reward") / "README.md").read_text(), "Where it comes from")
@@ -128,7 +133,7 @@ def test_lineage_names_every_stage_that_the_reward_is_made_from(
         assert value in origin
 
 
-def test_cards_tell_no_paths_of_this_machine(folder: Callable[[str], Path]) -> None:
+def test_cards_have_no_paths_of_this_machine(folder: Callable[[str], Path]) -> None:
     home = str(shared_run("contrast").folder.parent)
     for name in ("reward", "policy", "pairs", "selecting", "spin"):
         for file in folder(name).rglob("*"):
@@ -138,7 +143,9 @@ def test_cards_tell_no_paths_of_this_machine(folder: Callable[[str], Path]) -> N
     assert recipe["seed"] == 0 and "output_dir" not in recipe
 
 
-def test_a_policys_table_has_intervals_and_baselines(folder: Callable[[str], Path]) -> None:
+def test_policy_card_has_a_table_with_intervals_and_baselines(
+    folder: Callable[[str], Path],
+) -> None:
     evaluation = section((folder("policy") / "README.md").read_text(), "Evaluation")
     rows = [line for line in evaluation.splitlines() if line.startswith("| ") and "%" in line]
     assert [row.split(" | ")[0] for row in rows] == [
@@ -147,7 +154,7 @@ def test_a_policys_table_has_intervals_and_baselines(folder: Callable[[str], Pat
         *["| pi_1"] * 2,
     ]
     run = shared_run("contrast")
-    (head,) = (line for line in evaluation.splitlines() if line.startswith("| | temperature"))
+    (head,) = (line for line in evaluation.splitlines() if "| temperature |" in line)
     assert head.split(" | ")[2:] == ["slot error rate", "BLEU", "chrF", "KL to pi_0", "tokens |"]
     texts = metrics(run.folder)["evaluation/1/t1"]["metrics"]
     assert f"| {texts['bleu']:.1f} | {texts['chrf']:.1f} |" in rows[3]
@@ -161,20 +168,21 @@ def test_a_policys_table_has_intervals_and_baselines(folder: Callable[[str], Pat
     assert f"{rate:.1%} (" in rows[3] and f" to {high:.1%})" in rows[3]
 
 
-def test_numbers_that_were_not_finite_are_left_out() -> None:
+def test_gold_table_leaves_out_numbers_that_are_not_finite() -> None:
     facts = Facts.of(shared_run("contrast").folder)
     for record in facts.view.metrics:
         if record["key"].startswith("evaluation/"):
             record |= {"kl": None, "metrics": dict.fromkeys(("slot_error_rate", "bleu"))}
-    table, results = gold_table(facts, facts.policy())
-    assert (
-        results == [] and "| pi_1 | 1 |  |  |  |" in table and "| demonstrations | | - |" in table
-    )
+    table = gold_table(facts, facts.policy())
+    assert table.results == []
+    (first, *_, last) = table.rows
+    assert first[:3] == ["demonstrations", "", "-"]
+    assert last[:3] == ["pi_1", "0", ""] and set(last[3:-1]) == {""}
 
 
-def test_special_policies_say_what_they_are(folder: Callable[[str], Path]) -> None:
+def test_policy_card_describes_selecting_and_spin_policies(folder: Callable[[str], Path]) -> None:
     text = (folder("selecting") / "README.md").read_text()
-    assert "**The run's policy is best-of-3 selection**" in text
+    assert "**The run's policy is best-of-3 selection**" in one_line(text)
     # The weights are SFT's, and so are the results in the metadata; the table has both.
     recorded = metrics(shared_run("select").folder)["evaluation/0/t1"]["metrics"]["slot_error_rate"]
     found = ModelCard.load(folder("selecting") / "README.md").data.eval_results
@@ -186,26 +194,30 @@ def test_special_policies_say_what_they_are(folder: Callable[[str], Path]) -> No
     assert "SPIN, arXiv:2401.01335" in section(text, "Method")
 
 
-def test_scores_that_transformers_cannot_give_are_told() -> None:
-    class Plain:
-        rows, difference, same_ids = 3, None, None
-
-    measured: Any = Plain()
-    mixed = scores_section(RewardSettings(lm_coef=0.5), measured)
-    assert "0.5 times the answer's mean log-prob" in mixed and "load it with irl-align" in mixed
-    bounded = scores_section(RewardSettings(bound=2.0, mean=0.25), measured)
-    assert "b tanh(u / b) - 0.25 with b = 2" in bounded
-    assert "The logit that transformers gives is the score:" in scores_section(
-        RewardSettings(), measured
-    )
-    (only,) = reward_snippets(RewardSettings(lm_coef=0.5), plain=False)
-    assert "RewardModel.from_pretrained(REPO)" in only[2]
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (RewardSettings(lm_coef=0.5), "adds 0.5 times the answer's mean log-prob"),
+        (RewardSettings(bound=2.0, mean=0.25), "b tanh(u / b) - 0.25 with b = 2 and u the logit"),
+        (RewardSettings(mean=0.25), "**The logit that transformers gives is the score plus 0.25**"),
+        (RewardSettings(), "The logit that transformers gives is the score: nothing is to be"),
+    ],
+)
+def test_reward_card_says_how_logit_and_score_differ(
+    settings: RewardSettings, expected: str
+) -> None:
+    facts = Facts.of(shared_run("contrast").folder)
+    measured = Measured(3, None, None, {}, 0, "0")
+    text = reward_card(facts, facts.reward(), settings, measured, derive(facts))
+    assert expected in one_line(section(text, "What a score is"))
+    (snippet,) = code(text, "python")  # transformers alone was not measured to give the score
+    assert "RewardModel.from_pretrained(REPO)" in snippet and "```sh" not in text
 
 
 # --- snippets -------------------------------------------------------------------------------------
 
 
-def test_the_rewards_snippets_run_and_agree(folder: Callable[[str], Path]) -> None:
+def test_reward_card_snippets_run_and_agree(folder: Callable[[str], Path]) -> None:
     text = (folder("reward") / "README.md").read_text()
     plain, ours, trl = code(text, "python")
     known: dict[str, Any] = {"REPO": str(folder("reward")), "prompt": PROMPT, "answer": ANSWER}
@@ -223,7 +235,7 @@ def test_the_rewards_snippets_run_and_agree(folder: Callable[[str], Path]) -> No
     assert pooler == {"use_activation": False, "logit_mean": config["irl_reward"]["mean"]}
 
 
-def test_the_policys_snippet_runs(folder: Callable[[str], Path]) -> None:
+def test_policy_card_snippet_runs(folder: Callable[[str], Path]) -> None:
     (snippet,) = code((folder("policy") / "README.md").read_text(), "python")
     known: dict[str, Any] = {"REPO": str(folder("policy")), "prompt": PROMPT}
     exec(snippet, known)
@@ -248,13 +260,13 @@ def test_the_policys_snippet_runs(folder: Callable[[str], Path]) -> None:
         ("mit", "", "unknown"),
     ],
 )
-def test_licence_of_data_and_base(data: str, base: str, expected: str) -> None:
+def test_combine_prefers_the_restrictive_licence(data: str, base: str, expected: str) -> None:
     found = combine(data, base, True, "facts")
     assert found.name == expected
     assert found.other == ("llama3.1 + cc-by-nc-4.0" if expected == "other" else None)
 
 
-def test_licence_without_a_base_is_the_datas() -> None:
+def test_combine_without_a_base_gives_the_licence_of_the_data() -> None:
     assert combine("other", "mit", True, "").other == "that-of-the-sources"
     assert combine("cc-by-sa-4.0", "", False, "").name == "cc-by-sa-4.0"
     assert combine("", "", False, "").name == "unknown"
@@ -266,7 +278,7 @@ def facts_with(recipe: dict[str, Any], front: dict[str, Any]) -> Facts:
     return Facts(view, facts.card, front, facts.about, facts.metrics)
 
 
-def test_licence_of_a_local_base_model_is_its_cards(tmp_path: Path) -> None:
+def test_derive_reads_the_card_of_a_local_base_model(tmp_path: Path) -> None:
     recipe = {"model": {"path": str(tmp_path), "revision": None, "from_scratch": None}}
     facts = facts_with(recipe, {"license": "mit"})
     assert derive(facts).name == "unknown" and facts.base_model == tmp_path.name
@@ -277,14 +289,14 @@ def test_licence_of_a_local_base_model_is_its_cards(tmp_path: Path) -> None:
     assert "chosen by the publisher" in derive(facts, "cc0-1.0").why
 
 
-def test_a_base_model_of_the_hub_is_named(tmp_path: Path) -> None:
+def test_facts_name_a_base_model_of_the_hub(tmp_path: Path) -> None:
     recipe = {"model": {"path": "org/base", "revision": None, "from_scratch": None}}
     facts = facts_with(recipe, {"license": "mit"})
     assert facts.base_model == facts.base_hub_id == "org/base"
     assert derive(facts).name == "unknown"  # offline: its card cannot be read
 
 
-def test_a_published_recipe_has_no_paths_and_no_servers(tmp_path: Path) -> None:
+def test_recipe_text_has_no_paths_and_no_servers(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     changes = {
@@ -304,7 +316,7 @@ def test_a_published_recipe_has_no_paths_and_no_servers(tmp_path: Path) -> None:
     }
 
 
-def test_facts_of_a_card_that_is_gone(tmp_path: Path) -> None:
+def test_facts_of_a_run_whose_data_card_is_gone(tmp_path: Path) -> None:
     facts = facts_with({"data": {"card": str(tmp_path / "gone.md"), "path": None}}, {})
     assert facts.data_name == "gone"
     with pytest.raises(UserError, match="found no such folder"):
@@ -320,7 +332,7 @@ CHAT = (
 )
 
 
-def test_a_reward_on_a_chat_model_keeps_its_template_and_both_licences(
+def test_export_of_a_reward_on_a_chat_model_keeps_its_template_and_both_licences(
     tiny_model: Callable[[str], PreTrainedModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,

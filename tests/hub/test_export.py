@@ -53,7 +53,7 @@ def joined() -> Ids:
 
 
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_the_normaliser_folds_into_the_weights(
+def test_fold_normaliser_moves_it_into_the_weights(
     arch: str, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """LayerNorm takes mean and std; RMSNorm has no bias, so the mean stays in the settings."""
@@ -79,7 +79,7 @@ def test_the_normaliser_folds_into_the_weights(
     "options", [{"lm_coef": 0.7}, {"bound": 1.5}, {"lm_coef": 0.7, "bound": 1.5}], ids=str
 )
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_folding_keeps_bounded_and_mixed_scores(
+def test_fold_normaliser_keeps_bounded_and_mixed_scores(
     arch: str,
     options: dict[str, float],
     tiny_model: MakeModel,
@@ -98,7 +98,7 @@ def test_folding_keeps_bounded_and_mixed_scores(
     torch.testing.assert_close(folded, ours, atol=1e-5, rtol=1e-6)
 
 
-def test_the_last_norm_is_found_only_where_it_has_a_bias(tiny_model: MakeModel) -> None:
+def test_final_norm_is_a_last_norm_with_a_bias(tiny_model: MakeModel) -> None:
     gpt2, llama = tiny_model("gpt2"), tiny_model("llama")
     assert final_norm(gpt2) is gpt2.transformer.ln_f
     assert final_norm(llama) is None
@@ -115,7 +115,7 @@ def test_the_last_norm_is_found_only_where_it_has_a_bias(tiny_model: MakeModel) 
         ('"é😀\\ {{x}} {prompt} {{% raw %}}', False, '"é😀\\ {x} food[Thé] {% raw %}Served.<eos>'),
     ],
 )
-def test_the_chat_template_writes_the_cards_template(
+def test_chat_template_writes_the_same_as_the_cards_template(
     template: str, lowercase: bool, expected: str, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     settings = RewardSettings(template=template, lowercase=lowercase)
@@ -126,11 +126,11 @@ def test_the_chat_template_writes_the_cards_template(
     assert begun == expected.removesuffix("served.<eos>" if lowercase else "Served.<eos>")
 
 
-def test_a_chat_card_keeps_the_tokenizers_template(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_template_of_a_chat_card_is_none(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert chat_template(RewardSettings(template="chat"), tiny_tokenizer) is None
 
 
-def test_the_chat_template_refuses_what_was_never_trained(
+def test_chat_template_refuses_system_messages_and_further_turns(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     tiny_tokenizer.chat_template = chat_template(RewardSettings(), tiny_tokenizer)
@@ -170,7 +170,7 @@ def chats() -> list[list[dict[str, str]]]:
     ]
 
 
-def test_the_folder_holds_what_any_tool_needs(reward: Path) -> None:
+def test_exported_reward_has_the_files_that_other_tools_need(reward: Path) -> None:
     names = {file.name for file in reward.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert {"README.md", "recipe.yaml"} <= names
@@ -180,12 +180,12 @@ def test_the_folder_holds_what_any_tool_needs(reward: Path) -> None:
     assert config["id2label"] == {"0": "reward"} and config["irl_reward"]["std"] == 1.0
 
 
-def test_our_own_load_gives_the_runs_scores(reward: Path, expected: torch.Tensor) -> None:
+def test_exported_reward_gives_the_runs_scores(reward: Path, expected: torch.Tensor) -> None:
     scores = RewardModel.from_pretrained(reward).score(RESTAURANTS, ANSWERS)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
-def test_the_chat_template_gives_the_ids_of_training(reward: Path) -> None:
+def test_exported_chat_template_gives_the_ids_of_training(reward: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(reward)
     ours = RewardModel.from_pretrained(reward)
     prompts = encode_prompts(RESTAURANTS, tokenizer, ours.settings)
@@ -197,7 +197,9 @@ def test_the_chat_template_gives_the_ids_of_training(reward: Path) -> None:
 
 
 @torch.no_grad()
-def test_transformers_alone_gives_the_scores(reward: Path, expected: torch.Tensor) -> None:
+def test_exported_reward_gives_the_scores_with_transformers_alone(
+    reward: Path, expected: torch.Tensor
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(reward)
     model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
     inputs = tokenizer.apply_chat_template(
@@ -208,7 +210,9 @@ def test_transformers_alone_gives_the_scores(reward: Path, expected: torch.Tenso
 
 
 @torch.no_grad()
-def test_the_layout_of_rewardbench(reward: Path, expected: torch.Tensor) -> None:
+def test_exported_reward_gives_the_scores_in_the_layout_of_rewardbench(
+    reward: Path, expected: torch.Tensor
+) -> None:
     """Its default path: the chat as text, tokenized with special tokens, a second BOS cut off."""
     tokenizer = AutoTokenizer.from_pretrained(reward)
     model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
@@ -220,7 +224,7 @@ def test_the_layout_of_rewardbench(reward: Path, expected: torch.Tensor) -> None
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
-def test_trl_takes_it_as_a_reward_function(
+def test_exported_reward_is_a_reward_function_of_trl(
     reward: Path, expected: torch.Tensor, tmp_path: Path
 ) -> None:
     prompts = [{"prompt": chat[:1]} for chat in chats()]
@@ -244,7 +248,7 @@ def test_trl_takes_it_as_a_reward_function(
     torch.testing.assert_close(found[:, 0] - offset(reward), expected, atol=1e-5, rtol=0)
 
 
-def test_trl_takes_it_as_the_start_of_a_reward(reward: Path, tmp_path: Path) -> None:
+def test_exported_reward_can_be_trained_further_by_trl(reward: Path, tmp_path: Path) -> None:
     """At learning rate 0 its first loss is that of the exported scores."""
     (good, bad), prompt = ANSWERS, RESTAURANTS[0]
     row = {
@@ -274,7 +278,7 @@ def test_trl_takes_it_as_the_start_of_a_reward(reward: Path, tmp_path: Path) -> 
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss), abs=1e-4)
 
 
-def test_our_own_commands_take_an_export_as_the_model_it_is(
+def test_score_command_takes_an_exported_reward(
     reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.jsonl"
@@ -288,7 +292,7 @@ def test_our_own_commands_take_an_export_as_the_model_it_is(
 # --- policies and pairs ---------------------------------------------------------------------------
 
 
-def test_a_policy_keeps_its_weights_and_gets_a_template(tmp_path: Path) -> None:
+def test_exported_policy_keeps_its_weights_and_gets_a_template(tmp_path: Path) -> None:
     run = shared_run("contrast")
     done = export(run.folder, "policy", tmp_path / "policy")
     assert done.iteration == 1
@@ -302,7 +306,7 @@ def test_a_policy_keeps_its_weights_and_gets_a_template(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").config.irl_prompt
 
 
-def test_every_iteration_can_be_exported(tmp_path: Path) -> None:
+def test_export_of_every_iteration(tmp_path: Path) -> None:
     run = shared_run("contrast")
     export(run.folder, "policy", tmp_path / "zero", iteration=0)
     sft = run.folder / run.view().stages["sft"]["path"] / "model" / "model.safetensors"
@@ -316,7 +320,7 @@ def test_every_iteration_can_be_exported(tmp_path: Path) -> None:
     assert weights == (shared_run("select").policy / "model.safetensors").read_bytes()
 
 
-def test_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
+def test_exported_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
     export(shared_run("contrast").folder, "pairs", tmp_path / "pairs")
     cache = str(tmp_path / "cache")
     found = datasets.load_dataset(str(tmp_path / "pairs"), "pairs", cache_dir=cache)
@@ -344,7 +348,7 @@ def test_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
 # --- intervals ------------------------------------------------------------------------------------
 
 
-def test_ratio_interval_by_hand() -> None:
+def test_ratio_interval_equals_the_interval_by_hand() -> None:
     # Accuracies of three prompts with 2, 1 and 3 pairs: 1 of 2, 1 of 1, 1 of 3; R = 1/2.
     # Residuals 0, 1/2, -1/2; variance (3/2)(1/2) / 36; standard error 0.144338.
     found = ratio_interval([1, 1, 1], [2, 1, 3])
@@ -377,7 +381,7 @@ def unfinished(tmp_path: Path) -> Path:
         (["--what", "pairs", "--iteration", "0"], r"pairs are exported together"),
     ],
 )
-def test_a_wrong_option_is_one_line(
+def test_export_refuses_a_wrong_option(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     to = tmp_path / "out"
@@ -385,7 +389,9 @@ def test_a_wrong_option_is_one_line(
     assert re.search(message, the_line(ended)) and not to.exists()
 
 
-def test_runs_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_unfinished_runs_and_missing_artefacts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     to = tmp_path / "out"
     line = the_line(irl_align(capsys, "export", unfinished(tmp_path), "--to", to))
     assert "this run is not finished; run its recipe again" in line
@@ -398,7 +404,7 @@ def test_runs_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not to.exists()
 
 
-def test_a_full_disk_leaves_nothing(
+def test_export_on_a_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object, **__: object) -> None:

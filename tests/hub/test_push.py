@@ -30,10 +30,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 # --- what arrives ---------------------------------------------------------------------------------
 
 
-def test_pushed_and_loaded_back_by_others(
+def test_pushed_reward_and_pairs_load_in_another_process(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Reward and pairs go up; in a new process transformers and datasets get them back."""
+    """In a new process, transformers and datasets load a pushed reward and pushed pairs."""
     ended = push(capsys, "--repo", "me/reward", "--what", "reward")
     assert ended.status == 0, ended.err
     commit = repo(hub, "me/reward").branches["main"]
@@ -85,7 +85,7 @@ print(json.dumps({
 """
 
 
-def test_one_commit_with_a_valid_card_and_a_tag(
+def test_push_makes_one_commit_with_a_valid_card_and_a_tag(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push(capsys, "--private")
@@ -107,7 +107,7 @@ def test_one_commit_with_a_valid_card_and_a_tag(
     assert not (shared_run("contrast").folder / ".push").exists()
 
 
-def test_the_same_again_is_no_commit_and_no_upload(
+def test_push_again_makes_no_commit_and_no_upload(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (shared_run("contrast").folder / ".push").mkdir()  # what a killed push leaves
@@ -121,7 +121,7 @@ def test_the_same_again_is_no_commit_and_no_upload(
     assert list(repo(hub).tags) == ["iteration-1"]
 
 
-def test_policies_by_iteration_are_commits_with_tags_of_their_own(
+def test_push_of_two_iterations_makes_a_commit_and_a_tag_each(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for iteration in (0, 1):
@@ -137,7 +137,7 @@ def test_policies_by_iteration_are_commits_with_tags_of_their_own(
     assert weights[1] == (shared_run("contrast").policy / "model.safetensors").read_bytes()
 
 
-def test_a_tag_moves_with_its_iteration(
+def test_push_moves_the_tag_of_its_iteration(
     hub: Hub, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     push(capsys)
@@ -148,7 +148,7 @@ def test_a_tag_moves_with_its_iteration(
     assert metadata(main(hub)["README.md"])["license"] == "mit"
 
 
-def test_a_branch_of_its_own(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_to_a_branch(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert push(capsys, "--revision", "try").status == 0
     assert "model.safetensors" in repo(hub).at("try").files  # type: ignore[union-attr]
     assert set(main(hub)) == {".gitattributes"}
@@ -157,7 +157,9 @@ def test_a_branch_of_its_own(hub: Hub, capsys: pytest.CaptureFixture[str]) -> No
     assert "of LlamaForCausalLM, and this is LlamaForSequenceClassification" in line
 
 
-def test_shards_of_an_earlier_push_go(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_deletes_shards_of_an_earlier_push(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     push(capsys)
     config = main(hub)["config.json"]
     old = {"config.json": config, "model-00001-of-00002.safetensors": b"x", "notes.txt": b"mine"}
@@ -168,7 +170,7 @@ def test_shards_of_an_earlier_push_go(hub: Hub, capsys: pytest.CaptureFixture[st
     assert {"model.safetensors", "notes.txt"} <= names
 
 
-def test_dry_run_reaches_no_server(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_contacts_no_server(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     ended = push(capsys, "--dry-run", "--revision", "try")
     assert ended.status == 0 and hub.requests == []
     assert "would push to the model me/model, branch try, tag iteration-1, licence" in ended.out
@@ -179,17 +181,19 @@ def test_dry_run_reaches_no_server(hub: Hub, capsys: pytest.CaptureFixture[str])
 # --- cuts and faults ------------------------------------------------------------------------------
 
 
-def test_cut_in_the_upload_then_again(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_resumes_after_a_cut_in_the_upload(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.fail("PUT", "/lfs/", status=0, times=10**6)
     line = the_line(push(capsys))
-    assert "the connection to the Hub failed" in line and "the same command goes on" in line
+    assert "the connection to the Hub failed" in line and "the same command resumes" in line
     assert set(main(hub)) == {".gitattributes"} and repo(hub).tags == {}  # nothing half pushed
     hub.faults.clear()
     assert push(capsys).status == 0
     assert len(repo(hub).commits) == 2 and "model.safetensors" in main(hub)
 
 
-def test_cut_before_the_commit_uploads_nothing_twice(
+def test_push_after_a_cut_before_the_commit_uploads_nothing_twice(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.fail("POST", "/commit/", status=0, times=10**6)
@@ -200,7 +204,7 @@ def test_cut_before_the_commit_uploads_nothing_twice(
     assert hub.count("PUT", "/lfs/") == 1 and "model.safetensors" in main(hub)
 
 
-def test_a_commit_whose_answer_is_lost_is_made_once(
+def test_push_makes_one_commit_if_the_response_is_lost(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.fail("POST", "/commit/", status=0, after=True)
@@ -209,7 +213,9 @@ def test_a_commit_whose_answer_is_lost_is_made_once(
     assert repo(hub).tags == {"iteration-1": repo(hub).branches["main"]}
 
 
-def test_server_errors_that_pass(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_repeats_every_step_after_a_temporary_error(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every step is tried again."""
     steps = [
         ("GET", "/api/whoami-v2"),
@@ -235,7 +241,7 @@ def test_server_errors_that_pass(hub: Hub, capsys: pytest.CaptureFixture[str]) -
     ("status", "message"),
     [(503, "the Hub failed 4 times (status 503)"), (429, "limit is reached; try again in 77 s")],
 )
-def test_server_errors_that_stay(
+def test_push_reports_a_permanent_server_error(
     status: int, message: str, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.fail("POST", "/commit/", status, times=10**6, headers={"Retry-After": "77"})

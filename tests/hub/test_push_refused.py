@@ -23,7 +23,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_no_token(
+def test_push_without_a_token(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
@@ -31,7 +31,7 @@ def test_no_token(
     assert hub.requests == []
 
 
-def test_wrong_token(
+def test_push_with_a_wrong_token(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -40,7 +40,7 @@ def test_wrong_token(
     assert "hf_wrong" not in ended.err and hub.repos == {}
 
 
-def test_no_rights(
+def test_push_without_the_right_to_write(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = the_line(push(capsys, "--repo", "stranger/model"))
@@ -56,12 +56,16 @@ def test_no_rights(
 @pytest.mark.parametrize(
     "name", ["a/b/c", "me/has space", "-me/x", "datasets/me/x", "https://huggingface.co/me/x", ""]
 )
-def test_names_that_are_none(name: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_refuses_an_invalid_name(
+    name: str, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = the_line(push(capsys, "--repo", name))
     assert f"--repo: found {name!r}, expected user/name" in line and hub.requests == []
 
 
-def test_another_model_family_needs_force(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_needs_force_over_another_architecture(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
     there = {"config.json": json.dumps(config).encode(), "model.safetensors": b"theirs"}
     hub.add("model", "me/model", there)
@@ -73,7 +77,7 @@ def test_another_model_family_needs_force(hub: Hub, capsys: pytest.CaptureFixtur
     assert main(hub)["model.safetensors"] != b"theirs"
 
 
-def test_a_policy_does_not_overwrite_a_reward(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_refuses_a_policy_over_a_reward(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     push(capsys, "--what", "reward")
     before = dict(main(hub))
     line = the_line(push(capsys))
@@ -83,7 +87,7 @@ def test_a_policy_does_not_overwrite_a_reward(hub: Hub, capsys: pytest.CaptureFi
     assert push(capsys, "--what", "reward", run=shared_run("select").folder).status == 0
 
 
-def test_pairs_do_not_overwrite_a_strangers_data(
+def test_push_needs_force_over_another_data_set(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("dataset", "me/data", {"train.csv": b"a,b\n", "README.md": b"---\ntags: [x]\n---\n"})
@@ -95,14 +99,16 @@ def test_pairs_do_not_overwrite_a_strangers_data(
     assert push(capsys, *arguments).out.endswith("nothing new\n")  # now it is ours
 
 
-def test_a_public_repository_is_not_private(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_private_refuses_a_public_repository(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.add("model", "me/model", {})
     line = the_line(push(capsys, "--private"))
     assert "me/model exists and is public" in line
     assert set(main(hub)) == {".gitattributes"}
 
 
-def test_an_unfinished_run_and_no_run(
+def test_push_refuses_an_unfinished_and_a_missing_run(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -113,13 +119,13 @@ def test_an_unfinished_run_and_no_run(
     assert hub.repos == {}
 
 
-def test_data_without_a_licence(
+def test_push_refuses_data_without_a_licence(
     hub: Hub,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A run whose data card has none: exported with a warning, pushed only with --license."""
+    """Without a licence in the data card, export warns and push needs --license."""
     run = tmp_path / "runs" / "run"
     shutil.copytree(shared_run("contrast").folder, run)
     store = shared_run("contrast").folder.parent / "store"
@@ -147,7 +153,7 @@ def test_data_without_a_licence(
         ("ENDPOINT", "http://127.0.0.1:9", "the connection to the Hub failed"),
     ],
 )
-def test_no_server(
+def test_push_without_a_server(
     name: str,
     value: object,
     message: str,

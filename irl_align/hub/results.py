@@ -1,0 +1,171 @@
+"""The numbers on a card, as rows of its tables and as the Hub's evaluation results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
+from irl_align.policy.roles import DEMONSTRATIONS, Role
+from irl_align.utils.text_table import spelt
+
+AUDIT = {
+    "length": "length alone",
+    "truncation": "missing EOS alone",
+    "logprob_sum": "summed log-prob under SFT",
+    "logprob_mean": "mean log-prob under SFT",
+}
+"""Shortcut of the reward's audit -> its name in the table."""
+TEXT_METRICS = ("bleu", "chrf")  # of completions against references, where there are any
+# Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
+RATIOS = {"slot_error_rate": ("slot_errors", "slots")}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an export measured of a reward."""
+
+    rows: int
+    """Held-out demonstrations that were scored by transformers alone and by irl-align."""
+    difference: float | None
+    """Largest difference of the two; None where transformers alone cannot give the score."""
+    same_ids: int | None
+    """Rows that the chat template encodes as in training; None if it is the tokenizer's own."""
+    held_out: dict[str, Interval]
+    """Source of held-out pairs -> accuracy."""
+    pairs: int
+    """Number of held-out pairs."""
+    source_checksum: str
+    """SHA-256 of the run's own model folder."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of a reward on held-out pairs, next to the shortcuts of its audit."""
+
+    rows: list[list[str]]
+    held_out: dict[str, float] | None
+    """Pair loss and calibration error; None where the run did not measure them."""
+    fresh: float | None
+    """Accuracy against samples of the policy that was improved on the reward."""
+
+
+@dataclass(frozen=True)
+class GoldTable:
+    """Policies and demonstrations by the task's gold metric."""
+
+    split: str
+    name: str
+    """The gold metric; empty if the task has none."""
+    better: str
+    columns: list[str]
+    rows: list[list[str]]
+    results: list[EvalResult]
+    """Results of the artefact's weights, for the Hub."""
+
+
+def eval_result(facts: Facts, task: str, metric: str, name: str, value: float) -> EvalResult:
+    """One entry of the model index."""
+    recipe = facts.view.recipe
+    return EvalResult(
+        task_type=task,
+        dataset_type=facts.data_hub_id or card_name(recipe["data"]["card"]),
+        dataset_name=facts.data_name,
+        dataset_split=recipe["evaluation"]["split"] if task == "text-generation" else "train",
+        metric_type=metric,
+        metric_name=name,
+        metric_value=round(value, 4),
+    )
+
+
+def accuracy_table(facts: Facts, artefact: Artefact, measured: Measured) -> Accuracy:
+    """Accuracy of a reward on held-out pairs, by source, by shortcut and by iteration."""
+    k = artefact.iteration
+    report = facts.view.record(Role.reward(k))
+    audit, held_out = report.get("audit", {}), report.get("held_out", {})
+    rows = [
+        [f"this reward, {source}", percent(value)] for source, value in measured.held_out.items()
+    ]
+    rows += [[name, share(audit[key])] for key, name in AUDIT.items() if key in audit]
+    rows += [
+        [f"this reward, on samples of iteration {number}", share(older["accuracy"])]
+        for number, older in report.get("older", {}).items()
+    ]
+    fresh = facts.view.record(Role.vitals(k + 1)).get("fresh_accuracy")
+    return Accuracy(rows, held_out if held_out.get("loss") is not None else None, fresh)
+
+
+def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
+    """Policies 0 to k and the demonstrations by the task's gold metric.
+
+    The results for the Hub are those of the artefact's weights: where pi_k selects among the
+    samples of an earlier policy, those of the earlier policy.
+    """
+    k, selects = artefact.iteration, artefact.weights != artefact.iteration
+    records = [record for record in facts.view.evaluations() if record["policy"] <= k]
+    texts = [name for name in TEXT_METRICS if any(name in r.get("metrics", {}) for r in records)]
+    demonstrations = facts.view.record(DEMONSTRATIONS)
+    headline = str(demonstrations.get("headline", ""))
+    rows, results = [], list[EvalResult]()
+    if headline:
+        value, length = demonstrations["metrics"].get(headline), demonstrations["length"]
+        blank = [""] * len(texts)
+        rows.append(["demonstrations", "", share(value), *blank, "", f"{length:.1f}"])
+    for record in sorted(records, key=lambda r: (r["policy"], -r["temperature"])):
+        number, temperature = record["policy"], f"{record['temperature']:g}"
+        samples = facts.view.answers(number).get(record["temperature"], [])
+        gold = _interval(headline, samples, record)
+        if gold is not None and number == artefact.weights:
+            name = f"{headline}, T={temperature}"
+            results.append(eval_result(facts, "text-generation", headline, name, gold.value))
+        label = "pi_0 (SFT)" if number == 0 else f"pi_{number}"
+        label = f"{label}, selected" if selects and number == k else label
+        rows.append([label, temperature, "" if gold is None else percent(gold)])
+        values = [record.get("metrics", {}).get(name) for name in texts]
+        rows[-1] += ["" if value is None else f"{value:.1f}" for value in values]
+        rows[-1] += [_kl(record), f"{record['length']:.1f}"]
+    title = spelt(headline)
+    columns = ["policy", "temperature", title or "gold", *map(spelt, texts), "KL to pi_0", "tokens"]
+    better = "lower" if demonstrations.get("lower_is_better") else "higher"
+    split = str(facts.view.recipe["evaluation"]["split"])
+    return GoldTable(split, title, better, columns, rows, results)
+
+
+def _kl(record: Mapping[str, Any]) -> str:
+    if record.get("kl") is None:
+        return ""
+    return f"{round(record['kl'], 2) + 0.0:.2f} ± {1.96 * record['kl_se']:.2f}"  # + 0.0: no -0.00
+
+
+def _interval(
+    metric: str, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]
+) -> Interval | None:
+    """A corpus metric with its interval from its rows; NaN bounds where the rows do not give it."""
+    value = record.get("metrics", {}).get(metric)
+    if value is None:
+        return None
+    top, bottom = RATIOS.get(metric, (metric, ""))
+    names = [name for name in (top, bottom) if name]
+    if not rows or any(row.get(name) is None for row in rows for name in names):
+        return Interval(value, math.nan, math.nan)
+    interval = ratio_interval(
+        [row[top] for row in rows], [row[bottom] if bottom else 1.0 for row in rows]
+    )
+    same = math.isclose(interval.value, value, rel_tol=1e-6, abs_tol=1e-9)
+    return interval if same else Interval(value, math.nan, math.nan)
+
+
+def share(value: float | None) -> str:
+    """A share in percent."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def percent(interval: Interval) -> str:
+    """A share in percent, with its interval if there is one."""
+    if math.isnan(interval.low):
+        return f"{interval.value:.1%}"
+    return f"{interval.value:.1%} ({max(0.0, interval.low):.1%} to {interval.high:.1%})"
