@@ -1,10 +1,11 @@
-"""What a comparison saves by sharing stages: the built-in task, six methods, some seeds.
+"""What does a comparison save by sharing stages? The built-in task, six methods, several seeds.
 
     python tests/benchmarks/comparison.py --seeds 2 --folder comparison
 
-Methods are the restaurant recipes' at a small size. Told are the seconds of the stages that the
-runs share and of every run by itself (both as the stages took them), what one run of each method by
-itself took where --alone runs them so, and the seconds that the report took.
+The methods are those of the restaurant recipes at a small size. The output has the seconds of all
+stages with sharing and the seconds that the runs would take without it (both as the stages took
+them), with --alone the measured seconds of one run of each method without sharing, and the seconds
+of the report.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ METHODS = {
     "irl-best-of-n": ("irl-best-of-n.yaml", "loop: {iterations: 1}\n"),
     "irl-rloo": ("irl-best-of-n.yaml", f"policy_update: {RLOO}\nloop: {{iterations: 1}}\n"),
 }
-"""Name -> its recipe of the built-in task, and what it changes there."""
+"""Name -> its recipe of the built-in task, and the changes to it."""
 
 
 def write_recipes(folder: Path) -> list[str]:
-    """The methods as recipe files of their own names."""
+    """Write one recipe file per method and return their paths."""
     paths = []
     for name, (parent, changes) in METHODS.items():
         path = folder / f"{name}.yaml"
@@ -58,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--alone", action="store_true", help="every method of seed 1 by itself too")
+    parser.add_argument(
+        "--alone", action="store_true", help="also run every method of seed 1 without sharing"
+    )
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -79,14 +82,14 @@ def main() -> None:
 
 
 def alone(folder: Path, recipes: list[str]) -> None:
-    """Every method of seed 1 with a store of its own, one after another."""
+    """Run every method of seed 1 with its own store, one after another."""
     total = 0.0
     for path in recipes:
         began = time.monotonic()
         output = folder / "alone" / Path(path).stem
         compare([path, *SMALL, f"output_dir={output}"], CompareOptions((1,)))
         total += time.monotonic() - began
-    print(f"six methods of seed 1, each by itself: {total:.0f} s")
+    print(f"six methods of seed 1, without sharing: {total:.0f} s")
 
 
 if __name__ == "__main__":

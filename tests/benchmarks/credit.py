@@ -1,14 +1,14 @@
-"""What token-level credit costs over sparse rewards: time and peak memory of the reward pass.
+"""Cost of token-level credit relative to sparse rewards: time and peak memory of the reward pass.
 
     python tests/benchmarks/credit.py
     python tests/benchmarks/credit.py --device cuda --dtype bfloat16 --width 2048 --layers 16
 
-A random Llama reward scores completions of geometric lengths, several of each prompt. All kinds
-score the same rows in turn, round after round; times are medians over rounds, and so are the ratios
-to sparse of the same round. Times are CPU seconds on the CPU, where other processes then count
-little, and wall seconds on CUDA. Peak memory is what torch held at most during a pass beyond what
-it held before. `eager` is what others do for the attention row: eager attention with the weights of
-every layer and query kept.
+A random Llama reward scores completions of geometric lengths, several for each prompt. All kinds
+score the same rows in turn, round after round. Times are medians over rounds, and ratios are
+medians of the ratio to sparse in the same round. Times are CPU seconds on the CPU, so that other
+processes count little, and wall seconds on CUDA. Peak memory is the most that torch held during a
+pass minus what it held before. `eager` is the usual way to the attention row: eager attention that
+stores the weights of every layer and query.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Kind = Callable[[RewardModel, Ids, Ids], object]
 
 
 def ask(prefixes: bool, attention: bool, eos: bool = False) -> Kind:
-    """Score with these parts."""
+    """A pass that computes these parts."""
     return lambda reward, prompts, completions: score_tokens(
         reward,
         ScoreRequest(
@@ -68,7 +68,7 @@ def eager(reward: RewardModel, prompts: Ids, completions: Ids) -> list[torch.Ten
 
 
 def abc_policy(reward: RewardModel, prompts: Ids, completions: Ids) -> object:
-    """A sparse pass of the reward, and one of a policy of the same size for its attention."""
+    """A sparse pass of the reward, and a pass of a policy of the same size for its attention."""
     ask(False, False)(reward, prompts, completions)
     return policy_attention(reward.model, prompts, completions, reward.max_batch_tokens)
 
@@ -85,7 +85,7 @@ KINDS: dict[str, Kind] = {
 
 
 def make_reward(args: argparse.Namespace) -> RewardModel:
-    """A random reward of the wanted size."""
+    """A random reward of the given size."""
     tokenizer: PreTrainedTokenizerFast = train_tokenizer(["a b c"], 300)
     config = LlamaConfig(
         vocab_size=args.vocabulary,
@@ -104,11 +104,11 @@ def make_reward(args: argparse.Namespace) -> RewardModel:
 
 
 def make_rows(args: argparse.Namespace) -> tuple[Ids, Ids]:
-    """Prompts of one length about, and completions of geometric lengths, 4 tokens at least."""
+    """Prompts of similar length, and completions of geometric lengths, at least 4 tokens."""
     draw = np.random.default_rng(0)
 
     def tokens(count: int) -> list[int]:
-        return draw.integers(3, args.vocabulary, count).tolist()
+        return list(map(int, draw.integers(3, args.vocabulary, count)))
 
     prompts, completions = [], []
     for _ in range(args.prompts):
@@ -121,7 +121,7 @@ def make_rows(args: argparse.Namespace) -> tuple[Ids, Ids]:
 
 
 def peak(kind: str, reward: RewardModel, rows: tuple[Ids, Ids]) -> int:
-    """Bytes that torch holds at most during one pass, beyond what it held before."""
+    """Most bytes that torch holds during one pass, minus what it held before."""
     if reward.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -135,7 +135,7 @@ def peak(kind: str, reward: RewardModel, rows: tuple[Ids, Ids]) -> int:
 
 
 def seconds(reward: RewardModel, rows: tuple[Ids, Ids], rounds: int) -> dict[str, list[float]]:
-    """Time of each kind in each round; the order turns from round to round."""
+    """Time of each kind in each round. The order rotates from round to round."""
     cuda = reward.model.device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -1,12 +1,13 @@
-"""Slot errors of a run's policies on E2E prompts that nobody demonstrated: edits of a split's own.
+"""Slot errors of a run's policies on edited E2E prompts, which nobody demonstrated.
 
     python tests/benchmarks/edited_gold.py runs/e2e-irl-rloo-edits-seed1 [--edits 2] [--split test]
 
-The validation prompts ask for nothing that train does not, so they hardly tell policies apart; the
-test prompts do, which are not for choosing. Each distinct validation prompt gives one of so many
-edits in a row (the same for every run), those of any split are left out. Greedy, a line per policy:
-errors over the slots asked for in all; of `near` where train has that name with that neighbour and
-where not; of all but the latter; and the mean length in tokens.
+The validation prompts ask for nothing that the train split does not have, so they hardly
+distinguish policies. The test prompts do, but settings must not be chosen on them. Each distinct
+prompt of the split is edited `--edits` times (the same for every run); prompts of any split are
+left out. Samples are greedy. The output has a line per policy: errors over all slots asked for;
+errors without `near` of pairs that train never has; errors of `near` for pairs that train has and
+for pairs that it never has; and the mean length in tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SEED = 0
 
 
 def edited_prompts(prompts: list[str], edits: int, known: set[str]) -> list[str]:
-    """Every distinct prompt after so many edits in a row, where that is not known."""
+    """Every distinct prompt after this many edits, without the known prompts."""
     edited = []
     for prompt in sorted(set(prompts)):
         rng = random.Random(f"{SEED}/{prompt}")

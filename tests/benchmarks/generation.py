@@ -1,14 +1,14 @@
-"""Samples per second of every way to sample, in one run: a table with ratios.
+"""Samples per second of every way to sample: a table with ratios.
 
     python tests/benchmarks/generation.py --data path/to/e2e --size 3M
 
 Contenders: plain ``model.generate``, the generation of TRL's RLOOTrainer, our transformers backend,
 vLLM in this process where it is installed, and a bare decoding loop over equal lengths as a floor.
 Without ``--model`` a random Llama of the given size is used, whose completions end with the same
-chance after every token (a mean of about 25). ``--data`` is a folder with ``train.jsonl.gz`` (E2E
-meaning representations under ``mr``); without it prompt lengths are drawn at random. All contenders
-get the same prompts and, but for vLLM, the same number of rows per batch. Ours and vLLM return
-log-probabilities too, ``model.generate`` and TRL do not.
+probability after every token (after about 25 tokens on average). ``--data`` is a folder with
+``train.jsonl.gz`` (E2E meaning representations under ``mr``); without it prompt lengths are drawn
+at random. All contenders get the same prompts and, except for vLLM, the same number of rows per
+batch. Ours and vLLM also return log-probabilities; ``model.generate`` and TRL do not.
 """
 
 import argparse
@@ -64,7 +64,7 @@ SIZES = {  # width, layers, feed-forward, heads
 def random_llama(
     size: str, vocab: int, max_new_tokens: int, kv_heads: int | None = None, mean: float = 25.0
 ) -> PreTrainedModel:
-    """A Llama that ends a completion with a constant chance per token."""
+    """A Llama that ends a completion with a constant probability per token."""
     torch.manual_seed(0)
     width, layers, feed_forward, heads = SIZES[size]
     config = LlamaConfig(
@@ -84,8 +84,8 @@ def random_llama(
     truncated_means = (1 - (1 - chances) ** max_new_tokens) / chances
     chance = chances[np.abs(truncated_means - mean).argmin()]
     # Channel 0 of the residual stream is large and no layer writes to it, so that after the last
-    # norm it is sqrt(width) at every place. The other logits are near 0, so this weight gives EOS
-    # that chance against the other V - 1 tokens.
+    # norm it is sqrt(width) at every position. The other logits are near 0, so this weight gives
+    # EOS that probability against the other V - 1 tokens.
     head = model.lm_head.weight.data
     model.model.embed_tokens.weight.data[:, 0] = 100.0
     for layer in model.model.layers:
@@ -94,7 +94,8 @@ def random_llama(
     head[:, 0] = 0
     head[EOS] = 0
     head[EOS, 0] = float(np.log(chance / (1 - chance) * (vocab - 1))) / width**0.5
-    return model.eval()
+    model.eval()
+    return model
 
 
 def e2e_prompts(folder: Path, count: int, encode: Callable[[str], list[int]]) -> Prompts:
@@ -111,7 +112,7 @@ def random_prompts(count: int, vocab: int) -> Prompts:
 
 
 def word_encoder(vocab: int) -> Callable[[str], list[int]]:
-    """Words and signs as hashed ids: E2E's lengths without a tokenizer."""
+    """Map words and punctuation to hashed ids: E2E's lengths without a tokenizer."""
 
     def encode(text: str) -> list[int]:
         return [2 + zlib.crc32(w.encode()) % (vocab - 2) for w in re.findall(r"\w+|[^\w\s]", text)]
@@ -127,7 +128,7 @@ def left_pad(prompts: Prompts, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_plain(setting: Setting, prompts: Prompts, n: int) -> tuple[int, int]:
-    """``model.generate`` in the prompts' order; samples and tokens."""
+    """Sample with ``model.generate`` in the prompts' order; numbers of samples and tokens."""
     samples = tokens = 0
     per_batch = max(1, setting.rows // n)
     for start in range(0, len(prompts), per_batch):
@@ -155,7 +156,7 @@ def run_ours(setting: Setting, prompts: Prompts, n: int, top_p: float = 1.0) -> 
         setting.model,
         [setting.eos],
         setting.pad,
-        max_batch_tokens=10**9,  # the rows alone bound the batch, as for the others
+        max_batch_tokens=10**9,  # only the rows bound the batch, as for the others
         max_batch_rows=setting.rows,
     )
     sampling = Sampling(n=n, top_p=top_p, max_new_tokens=setting.max_new_tokens)
@@ -164,7 +165,7 @@ def run_ours(setting: Setting, prompts: Prompts, n: int, top_p: float = 1.0) -> 
 
 
 class ByTRL:
-    """The generation of RLOOTrainer, which is that of its other online trainers."""
+    """The generation of RLOOTrainer, which TRL's other online trainers share."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         from datasets import Dataset
@@ -236,7 +237,7 @@ class ByVLLM:
 
 @torch.inference_mode()
 def run_floor(setting: Setting, prompts: Prompts, steps: int) -> tuple[int, int]:
-    """Prompts of one length; forward, multinomial, ``steps`` times; nobody stops early."""
+    """Decode prompts of one length for ``steps`` steps; no completion stops early."""
     width = round(sum(map(len, prompts)) / len(prompts))
     ids = torch.randint(2, setting.model.config.vocab_size, (len(prompts), width))
     for batch in ids.split(setting.rows):
@@ -255,7 +256,7 @@ def time_in_turn(
     contenders: dict[str, Callable[[], tuple[int, int]]],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, tuple[int, int, float]]:
-    """Samples, tokens and the least seconds of each; in turn, so that noise hits all alike."""
+    """Samples, tokens and least seconds of each; in turn, so that noise affects all alike."""
     results: dict[str, tuple[int, int, float]] = {}
     for _ in range(repeats):
         for name, run in contenders.items():
@@ -281,7 +282,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument(
-        "--cpu-seconds", action="store_true", help="of one thread, where the machine has other work"
+        "--cpu-seconds",
+        action="store_true",
+        help="CPU seconds of one thread, for a machine that has other work",
     )
     options = parser.parse_args()
 
@@ -313,7 +316,7 @@ def compare(
     trl = ByTRL(setting, folder)
     vllm = ByVLLM(setting, folder) if vllm_importable() else None
     contenders: dict[str, Callable[[], tuple[int, int]]] = {}
-    for some, n in ((prompts, 1), (few, 8)):
+    for subset, n in ((prompts, 1), (few, 8)):
         each: dict[str, Callable[[Prompts, int], tuple[int, int]]] = {
             "model.generate": lambda p, n: run_plain(setting, p, n),
             "TRL's generation": trl,
@@ -323,7 +326,7 @@ def compare(
             vllm(few[:4], n)  # the first call of a shape is slower
             each["ours, vllm"] = vllm
         for name, run in each.items():
-            contenders[f"{name}, n={n}"] = functools.partial(run, some, n)
+            contenders[f"{name}, n={n}"] = functools.partial(run, subset, n)
     contenders["bare loop, equal lengths"] = lambda: run_floor(setting, prompts, steps)
     results = time_in_turn(repeats, contenders, clock)
 

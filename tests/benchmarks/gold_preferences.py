@@ -1,12 +1,12 @@
-"""A preference set judged by a task's gold metric: pairs of a policy's samples for one prompt.
+"""Write a preference set from a task's gold metric: pairs of a policy's samples for one prompt.
 
     python tests/benchmarks/gold_preferences.py runs/e2e-irl-best-of-n-seed1 gold1
     irl-align evaluate runs/e2e-irl-best-of-n-seed1 --card gold1/gold.md --train-set gold1/gold.md
 
-The first policy's samples of the run's train and held-out prompts, which share no prompt, are split
-`train` and `test`; of two samples the one with fewer slot errors is preferred, and the kind of
-error in which they differ most is the pair's subset. So a reward trained on preferences that are
-exact, and as many as one likes, is what a reward from demonstrations is held to.
+The splits `train` and `test` have the first policy's samples for the run's train and held-out
+prompts, which are disjoint. The sample with fewer slot errors is preferred, and the kind of error
+in which the two differ most is the pair's subset. With this set a reward from demonstrations can be
+compared with a reward trained on any number of exact preferences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from irl_align.models.loading import load_tokenizer
 from irl_align.training.run_folder import Run, RunView
 
 PARTS = {"train": ("train", "reward"), "test": ("held_out", "held_out")}
-"""Split -> file of the run's pairs, and of its demonstrations."""
+"""Split -> file of the run's pairs, and file of its demonstrations."""
 CARD = """---
 irl_align:
   kind: preferences
@@ -36,7 +36,7 @@ irl_align:
 
 
 def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
-    """All pairs of one split that gold tells apart, by prompt, without empty texts."""
+    """All pairs of one split whose slot errors differ, by prompt, without empty texts."""
     stage = stages_of(view)
     of_pairs, of_data = PARTS[split]
     texts = prompt_texts(stage["data"] / f"{of_data}.parquet")
@@ -50,8 +50,8 @@ def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
         if row["source"] == "demonstration/policy"
     }
     keys, sampled = zip(*sorted(s for s in samples if s[1].strip()), strict=True)
-    found = gold_rows(view, [texts[key] for key in keys], list(sampled))
-    count = {k: np.array([row[k] for row in found]) for k in (*KINDS, "slots", "slot_errors")}
+    judged = gold_rows(view, [texts[key] for key in keys], list(sampled))
+    count = {k: np.array([row[k] for row in judged]) for k in (*KINDS, "slots", "slot_errors")}
     rates = count["slot_errors"] / count["slots"]
     numbers = np.unique(keys, return_inverse=True)[1]
     for better, worse in zip(*gold_pairs(rates, numbers), strict=True):
@@ -65,7 +65,7 @@ def preferences(view: RunView, split: str) -> Iterator[dict[str, str | int]]:
 
 
 def main(run: Path, output: Path, number: int) -> None:
-    """Write card and splits: of train `number` pairs drawn at random, of test all."""
+    """Write the card, `number` random pairs of train, and all pairs of test."""
     view = Run.load(run)
     output.mkdir(parents=True, exist_ok=True)
     for split in PARTS:

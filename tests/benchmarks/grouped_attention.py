@@ -1,9 +1,9 @@
-"""One layer's attention of a decoding step where query heads share key-value heads, CPU seconds.
+"""CPU time of one layer's attention in a decoding step where query heads share key-value heads.
 
     python tests/benchmarks/grouped_attention.py [--rows 32 --heads 14 --kv-heads 2 --columns 300]
 
-transformers' sdpa attention against ours (models/attention.py), one thread, a padding
-mask; the two take turns, so that what else the machine does falls on both alike.
+Compares transformers' sdpa attention with ours (models/attention.py) on one thread with a padding
+mask. The two take turns, so that other work on the machine affects both alike.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     theirs = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with grouped_attention():
         ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    print(f"{'':10}{'sdpa, ms':>10}{'ours, ms':>10}{'ratio':>8}{'apart by':>10}")
+    print(f"{'':10}{'sdpa, ms':>10}{'ours, ms':>10}{'ratio':>8}{'max diff':>10}")
     for dtype in (torch.float32, torch.bfloat16):
         query = torch.randn(args.rows, args.heads, 1, args.head_size, dtype=dtype)
         shape = (args.rows, args.kv_heads, args.columns, args.head_size)
@@ -54,11 +54,11 @@ def main() -> None:
             name: functools.partial(attend, module, query, key, value, mask)
             for name, attend in (("theirs", theirs), ("ours", ours))
         }
-        apart = float((calls["theirs"]()[0] - calls["ours"]()[0]).abs().max())
+        gap = float((calls["theirs"]()[0] - calls["ours"]()[0]).abs().max())
         took = milliseconds(calls, args.steps)
         ratio = took["theirs"] / took["ours"]
         name = str(dtype).removeprefix("torch.")
-        print(f"{name:10}{took['theirs']:10.2f}{took['ours']:10.2f}{ratio:8.1f}{apart:10.1e}")
+        print(f"{name:10}{took['theirs']:10.2f}{took['ours']:10.2f}{ratio:8.1f}{gap:10.1e}")
 
 
 if __name__ == "__main__":

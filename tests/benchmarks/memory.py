@@ -1,13 +1,13 @@
-"""Memory of PPO on one shared backbone against four models of their own.
+"""Memory of PPO on one shared backbone against four separate models.
 
     python tests/benchmarks/memory.py [--sizes 3M 30M 100M] [--updates 2]
 
-For each size three trainings, each in a process of its own, on the same prompts and batch: four
-whole models of which policy and critic are trained (full); four models of which adapters are
-trained (separate); one model with four adapters (shared). Weights: bytes of all distinct parameters
-as training starts. Peak: on a GPU torch's own count; on a CPU the highest resident set less the one
+For each size there are three trainings, each in its own process, on the same prompts and batch.
+full: four models, all weights of policy and critic are trained. separate: four models, adapters are
+trained. shared: one model with four adapters. Weights: bytes of all distinct parameters when
+training starts. Peak: torch's own count on a GPU; on a CPU the highest resident set minus that
 before any model was made, which is Python's and the libraries'. Separate and shared start from the
-same adapters; the largest difference of their losses is told.
+same adapters; the last column has the largest difference of their losses.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 from generation import EOS, PAD, SIZES, random_llama, random_prompts
@@ -38,7 +39,7 @@ from irl_align.policy import Demonstrations
 from irl_align.policy.ppo import update
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import share_backbone
-from irl_align.policy.ppo.network import Critic
+from irl_align.policy.ppo.network import Critic, Network
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 from irl_align.utils.hardware import peak_memory
@@ -56,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_models(size: str, folder: Path, longest: int) -> None:
-    """The base, and on it the adapters of a policy and of a reward; the same, whole."""
+    """Write the base, adapters of a policy and a reward on it, and a reward without adapter."""
     own = tokenizer()
     save_model(random_llama(size, VOCABULARY, longest), own, folder / "base")
     policy = load_model(folder / "base")
@@ -99,13 +100,13 @@ def actors(kind: str, folder: Path, options: PPOOptions, longest: int) -> Actors
 
 
 def weight_bytes(*modules: nn.Module | None) -> int:
-    """Of all distinct weights."""
+    """Bytes of all distinct weights."""
     weights = {w.data_ptr(): w for m in modules if m is not None for w in m.parameters()}
     return sum(w.numel() * w.element_size() for w in weights.values())
 
 
 def train_one(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One training in this process: bytes of weights, peak, and the losses of its updates."""
+    """Train once in this process: MiB of weights, peak MiB, and the losses of the updates."""
     before = psutil.Process().memory_info().rss
     options = PPOOptions.model_validate(
         {
@@ -115,28 +116,27 @@ def train_one(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[st
         }
     )
     cast = actors(kind, folder, options, arguments.max_new_tokens)
-    found: dict[str, Any] = {}
-    whole = update.Network
+    result: dict[str, Any] = {}
 
-    def watched(policy: PreTrainedModel, critic: Critic | None, temperature: float) -> nn.Module:
+    def watched(policy: PreTrainedModel, critic: Critic | None, temperature: float) -> Network:
         judge: Any = cast.reward
         reward = judge.reward if kind == "shared" else judge
         models = (policy, critic, cast.reference, reward.model)
-        found["weights"] = weight_bytes(*models) / 2**20
-        return whole(policy, critic, temperature)
+        result["weights"] = weight_bytes(*models) / 2**20
+        return Network(policy, critic, temperature)
 
-    update.Network = watched  # type: ignore[assignment,misc]
     work = Path(tempfile.mkdtemp(dir=folder))
     training = Training(work, 0, cast.policy.device, label="PPO")
-    history = update.train_ppo(replace(cast, judge=None), options, training)["history"]
+    with mock.patch.object(update, "Network", watched):
+        history = update.train_ppo(replace(cast, judge=None), options, training)["history"]
     memory = peak_memory()
     peak = memory.get("peak_cuda_mib", memory["peak_rss_mib"] - before / 2**20)
-    found |= {"peak": peak, "losses": [[record[name] for name in LOSSES] for record in history]}
-    return found
+    result |= {"peak": peak, "losses": [[record[name] for name in LOSSES] for record in history]}
+    return result
 
 
 def measured(kind: str, folder: Path, given: list[str]) -> dict[str, Any]:
-    """The same in a process of its own."""
+    """Run :func:`train_one` in its own process."""
     command = [sys.executable, __file__, "--worker", kind, "--folder", str(folder), *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -164,13 +164,13 @@ def main() -> None:
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             write_models(size, Path(folder), arguments.max_new_tokens)
-            told = {kind: measured(kind, Path(folder), given) for kind in KINDS}
+            results = {kind: measured(kind, Path(folder), given) for kind in KINDS}
         for kind in KINDS:
-            own, apart = told[kind], told["separate"]
-            rows = zip(own["losses"], apart["losses"], strict=True)
+            own, separate = results[kind], results["separate"]
+            rows = zip(own["losses"], separate["losses"], strict=True)
             gap = max(abs(a - b) for one, other in rows for a, b in zip(one, other, strict=True))
             difference = f"{gap:.1e}" if kind == "shared" else ""
-            shares = [f"{own[n]:.1f} | {own[n] / apart[n]:.2f}" for n in ("weights", "peak")]
+            shares = [f"{own[n]:.1f} | {own[n] / separate[n]:.2f}" for n in ("weights", "peak")]
             print(f"| {size} | {kind} | {' | '.join(shares)} | {difference} |", flush=True)
 
 

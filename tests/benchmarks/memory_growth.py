@@ -2,9 +2,9 @@
 
     python tests/benchmarks/memory_growth.py --updates 200
 
-A tiny model, so that a leak of a few kilobytes per update is not lost in what a large one needs.
-The slope is fitted by least squares after a warm-up, with a 95% interval over blocks of ten updates
-(neighbouring readings are not independent). Noise is the spread of the readings around the line.
+The model is tiny, so that a leak of a few kilobytes per update is visible. The slope is fitted by
+least squares after a warm-up, with a 95% interval over blocks of ten updates (neighbouring readings
+are not independent). Noise is the spread of the readings around the line.
 """
 
 import argparse
@@ -49,10 +49,10 @@ def slope(readings: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train, read the memory after every update, and print what came of it as JSON."""
+    """Train, read the memory after every update, and print the fitted slope as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=200)
-    parser.add_argument("--warm-up", type=int, default=40, help="updates that are not looked at")
+    parser.add_argument("--warm-up", type=int, default=40, help="updates that are left out")
     given = parser.parse_args()
     torch.set_num_threads(1)
     process, readings = psutil.Process(), list[float]()
@@ -72,17 +72,17 @@ def main() -> None:
     cast = actors(small_llama(12), reward, cached_tokenizer(), prompts, chosen)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(cast, chosen, training(Path(folder)))
-    found = slope(np.asarray(readings[given.warm_up :]))
-    grown = found["slope"] * (given.updates - given.warm_up)
+    growth = slope(np.asarray(readings[given.warm_up :]))
+    grown = growth["slope"] * (given.updates - given.warm_up)
     print(
         json.dumps(
             {
                 "updates": len(readings),
                 "rss_mib": round(readings[-1] / 1024, 1),
-                **{f"{name}_kib": round(value, 3) for name, value in found.items()},
+                **{f"{name}_kib": round(value, 3) for name, value in growth.items()},
                 "grown_kib": round(grown, 1),
                 "below_noise": bool(
-                    abs(grown) < found["noise"] or found["low"] <= 0 <= found["high"]
+                    abs(grown) < growth["noise"] or growth["low"] <= 0 <= growth["high"]
                 ),
             },
             indent=1,

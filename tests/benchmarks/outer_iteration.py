@@ -1,11 +1,12 @@
-"""One outer iteration, SFT given: ours in one process against a chain of TRL's commands.
+"""Seconds of one outer iteration after SFT: ours in one process against a chain of TRL's commands.
 
     python tests/benchmarks/outer_iteration.py --model SFT_MODEL --data path/to/e2e --backend vllm
 
-Both sample the policy once per prompt, fit a reward on demonstration against sample, sample n
-candidates of some prompts, score them, and fine-tune on the best. The chain is what a user would
-write: ``trl_generate.py`` (beside this file), ``trl reward``, ``trl_generate.py``, ``trl sft``.
-Rows, epochs, batch sizes and lengths are the same; starting processes and loading models counts.
+Both sample the policy once per prompt, fit a reward on demonstrations against samples, sample n
+candidates for a subset of the prompts, score them, and fine-tune on the best. The chain is what a
+user would write: ``trl_generate.py`` (in this folder), ``trl reward``, ``trl_generate.py``, ``trl
+sft``. Rows, epochs, batch sizes and lengths are the same. Starting processes and loading models
+counts.
 """
 
 import argparse
@@ -48,8 +49,8 @@ policy_update:
 """
 
 
-def open_lab(folder: Path, options: argparse.Namespace) -> tuple[RunContext, Data, Policy]:
-    """The recipe's run, with data encoded and the policy in the store."""
+def open_context(folder: Path, options: argparse.Namespace) -> tuple[RunContext, Data, Policy]:
+    """Open the recipe's run, encode its data and put the SFT policy into the store."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(**vars(options)))
@@ -60,8 +61,8 @@ def open_lab(folder: Path, options: argparse.Namespace) -> tuple[RunContext, Dat
 
 
 def ours(folder: Path, options: argparse.Namespace) -> None:
-    """One iteration, as bilevel() runs it; then a few samples of the new policy, for its sync."""
-    context, data, policy = open_lab(folder, options)
+    """One iteration as bilevel() runs it; then sample the new policy, to time its sync."""
+    context, data, policy = open_context(folder, options)
     begin = time.perf_counter()
     pairs = make_pairs(context, 0, policy, policy, policy, data)
     reward = fit_reward_level(context, 0, policy, policy, None, [pairs], data)
@@ -81,7 +82,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
 
 
 def chain(folder: Path, rows: Path, options: argparse.Namespace) -> dict[str, list[str]]:
-    """The commands of the chain, by what they do."""
+    """What a command of the chain does -> the command."""
     script = [sys.executable, str(HERE / "trl_generate.py")]
     trl = [str(Path(sys.executable).with_name("trl"))]
     common: dict[str, Any] = {
@@ -111,7 +112,7 @@ def chain(folder: Path, rows: Path, options: argparse.Namespace) -> dict[str, li
 
 
 def timed(command: list[str]) -> float:
-    """Seconds of a command; its output is shown where it fails."""
+    """Seconds of a command. If it fails, its output is printed."""
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -126,9 +127,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of the SFT model")
     parser.add_argument("--data", required=True, help="folder of E2E")
     parser.add_argument("--backend", default="vllm", help="transformers or vllm")
-    parser.add_argument("--share", type=float, default=0.03, help="of the training prompts")
+    parser.add_argument("--share", type=float, default=0.03, help="share of the training prompts")
     parser.add_argument("--n", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=128, help="that get n candidates")
+    parser.add_argument(
+        "--prompts", type=int, default=128, help="number of prompts that get n candidates"
+    )
     parser.add_argument("--ours-in", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ours_in is not None:
@@ -136,7 +139,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        context, data, _ = open_lab(folder / "ours", options)
+        context, data, _ = open_context(folder / "ours", options)
         context.close()
         columns = [decode_batch(context.tokenizer, data.reward[f"{c}_ids"]) for c in SIDES]
         rows = [dict(zip(SIDES, pair, strict=True)) for pair in zip(*columns, strict=True)]
@@ -144,8 +147,8 @@ def main() -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         distinct = len({row["prompt"] for row in rows})
         print(f"{len(rows)} demonstrations of {distinct} prompts; {os.cpu_count()} cores")
-        again = [sys.executable, *sys.argv, "--ours-in", str(folder / "ours")]
-        mine = timed(again)
+        rerun = [sys.executable, *sys.argv, "--ours-in", str(folder / "ours")]
+        mine = timed(rerun)
         print(f"ours, {options.backend:33}{mine:8.1f} s")
         total = 0.0
         for name, command in chain(folder, file, options).items():

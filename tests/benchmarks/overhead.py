@@ -1,14 +1,14 @@
-"""How much of a run's time our own code takes around TRL's trainers and around the stages.
+"""Share of a run's time that our own code takes around TRL's trainers and between stages.
 
     irl-align train recipes/restaurant/irl-best-of-n.yaml output_dir=runs-fresh
     python tests/benchmarks/overhead.py runs-fresh/restaurant-irl-best-of-n-seed0
 
-Reads a run that was finished in one go (stages of other runs may have been reused). Two shares of
-the run's wall time: around trainers, what the training stages (SFT, reward, implicit reward,
-Best-of-N) took beyond `trainer.train()`, that is loading, columns, the normaliser, saving,
-committing; and between stages, what is left of the wall time when all stages are taken off. The
-reference's log-probs before SPIN's training, which TRL would compute in a pass of its own as well
-(`precompute_ref_log_probs`), are told apart.
+Reads a run that finished without an interruption (it may have reused stages of other runs). The
+output has two shares of the run's wall time. Around trainers: the time of the training stages (SFT,
+reward, implicit reward, Best-of-N) outside of `trainer.train()`, which is loading, columns, the
+normaliser, saving and committing. Between stages: the wall time minus the time of all stages. The
+reference's log-probs before SPIN's training are listed separately; TRL also computes them in a pass
+of their own (`precompute_ref_log_probs`).
 """
 
 from __future__ import annotations

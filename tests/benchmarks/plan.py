@@ -1,13 +1,12 @@
-"""`irl-align plan` against what stages take: peak memory of SFT, reward fit, SPIN's fit and PPO.
+"""Peak memory by `irl-align plan` and as measured: SFT, the reward's fit, SPIN's fit and PPO.
 
     python tests/benchmarks/plan.py DIR [--width 384] [--layers 8]
 
-A model from scratch on the built-in task, float32 on a CPU. Each stage is built alone, in a process
-of its own whose other stages are found in the store in DIR. Measured: the high-water mark of
-resident memory (VmHWM of Linux) above what the process had after its imports, with an allocator
-told to give freed arrays back at once, so that it is what is held and not what once was. What is
-compared is how much more a model takes than one of a single layer of width 64: libraries, data and
-trainers take the same in both.
+A model from scratch on the built-in task, float32 on a CPU. Each stage is built in its own process,
+which reuses the other stages from the store in DIR. Measured is the high-water mark of resident
+memory (VmHWM of Linux) minus the memory after the imports. The allocator returns freed arrays to
+the system at once, so that only memory in use counts. Compared is the difference between the model
+and a model with one layer of width 64: libraries, data and trainers take the same in both.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ STAGES = {
     "64 samples an update: policy-1": "ppo-64",
     "SPIN's reward/0": "spin",
 }
-"""What is measured -> the recipe that it is of; the stage's role is the last word."""
+"""Label, whose last word is the stage's role -> recipe."""
 
 
 def main() -> None:
-    """Run the recipes, then build each stage once more and compare its peak with the plan's."""
+    """Run the recipes, then build each stage again and compare its peak with the plan's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=384)
@@ -77,13 +76,14 @@ def main() -> None:
     large = peaks(options.folder / "large", options.width, options.layers, options.vocabulary)
     print("| stage | planned, MiB | measured, MiB | planned / measured |")
     print("| --- | ---: | ---: | ---: |")
-    for stage, (planned, found) in large.items():
-        more, taken = planned - small[stage][0], found - small[stage][1]
-        print(f"| {stage} | {more / 2**20:.0f} | {taken / 2**20:.0f} | {more / taken:.2f} |")
+    for stage, peak in large.items():
+        planned, actual = (a - b for a, b in zip(peak, small[stage], strict=True))
+        ratio = planned / actual
+        print(f"| {stage} | {planned / 2**20:.0f} | {actual / 2**20:.0f} | {ratio:.2f} |")
 
 
 def peaks(folder: Path, width: int, layers: int, vocabulary: int) -> dict[str, tuple[float, float]]:
-    """Stage -> peak bytes by the plan, and measured."""
+    """Stage -> planned and measured peak bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rest in RECIPES.items():
         text = RECIPE.format(
@@ -97,17 +97,17 @@ def peaks(folder: Path, width: int, layers: int, vocabulary: int) -> dict[str, t
         )
         (folder / f"{name}.yaml").write_text(text + rest)
         measured(folder, name)
-    found = {}
+    both = {}
     for stage, name in STAGES.items():
         role = stage.split()[-1]
         run = folder / "runs" / f"{name}-seed0"
         shutil.rmtree(run / json.loads((run / "stages.json").read_text())[role]["path"])
-        found[stage] = (plan(folder / f"{name}.yaml", role), measured(folder, name))
-    return found
+        both[stage] = (plan(folder / f"{name}.yaml", role), measured(folder, name))
+    return both
 
 
 def plan(recipe: Path, role: str) -> float:
-    """Peak bytes of a stage by the plan."""
+    """Peak bytes of a stage in the plan."""
     from irl_align.config.recipe import load_recipe
     from irl_align.training.plan.devices import device_named
     from irl_align.training.plan.plan import Assumptions, make_plan
@@ -117,16 +117,16 @@ def plan(recipe: Path, role: str) -> float:
 
 
 def measured(folder: Path, name: str) -> float:
-    """Bytes above the imports that a process takes for what of the recipe is not in the store."""
+    """Peak bytes above the imports of a process that builds the recipe's missing stages."""
     command = [sys.executable, __file__, str(folder), "--build", name]
-    # Arrays from 64 KiB on are mapped by themselves, which also keeps this bound from moving.
+    # Arrays from 64 KiB on get their own mapping; setting the bound also keeps it from moving.
     one = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one)
     return float(done.stdout.splitlines()[-1])
 
 
 def build(recipe: Path) -> None:
-    """In a process of its own: run the recipe; print the peak above the imports."""
+    """Run the recipe in this process and print its peak above the imports."""
     import transformers.models.llama.modeling_llama  # noqa: F401
     import trl.trainer.dpo_trainer
     import trl.trainer.reward_trainer
@@ -140,7 +140,7 @@ def build(recipe: Path) -> None:
 
 
 def status(name: str) -> int:
-    """Bytes by a line of Linux's /proc/self/status."""
+    """Bytes of one line of Linux's /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 

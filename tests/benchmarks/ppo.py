@@ -1,17 +1,16 @@
-"""PPO's learner against a bare training step, and the whole step against TRL's RLOOTrainer.
+"""Time of PPO's learner against a bare training step, and of a full step against TRL's RLOOTrainer.
 
     python tests/benchmarks/ppo.py --model RUNS/store/sft-KEY/model --data path/to/e2e
 
-Without --model a random Llama of 2M parameters is used, whose completions have lengths like those
-of a geometric distribution; with it those that the model has. --data is a folder with
-train.jsonl.gz of E2E.
+Without --model a random Llama of 2M parameters is used, whose completions have geometrically
+distributed lengths. --data is a folder with train.jsonl.gz of E2E.
 
-Learner: our update of a rollout (all of it: packing, losses, monitors, clipping, AdamW) against a
-bare forward, cross-entropy, backward and AdamW step on as many tokens and completion tokens in rows
-of one length, so that nothing is padded; policy alone, and with a critic.
-Whole step: draw, score by a reward model of the policy's size, reference, update once (4 samples
-per prompt, KL in the reward, one epoch) in both. Everything in one process, the least of several
-counts. Seconds are of the CPU (all threads), so that other work on the machine does not count.
+Learner: our update of a rollout (packing, losses, monitors, clipping, AdamW) against a bare
+forward, cross-entropy, backward and AdamW step on the same number of tokens and completion tokens,
+in rows of one length without padding; for the policy, and for policy and critic. Full step: sample,
+score with a reward model of the policy's size, run the reference, update once (4 samples per
+prompt, KL in the reward, one epoch) in both. All run in one process, and the least of several times
+counts. Times are CPU seconds of all threads, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def rollout(
 def our_update(
     model: PreTrainedModel, samples: RolloutBatch, options: PPOOptions
 ) -> Callable[[], None]:
-    """Updates on one rollout; each call packs and trains it anew."""
+    """An update on one rollout; each call packs and trains it again."""
     policy = copy.deepcopy(model)
     network = Network(policy, make_critic(options, policy, None, None), 1.0)  # type: ignore[arg-type]
     learner = Learner(network, options, CPU, 0, PAD, make_accelerator(CPU, options.bf16))
@@ -88,11 +87,11 @@ def our_update(
 def bare_update(
     model: PreTrainedModel, samples: RolloutBatch, options: PPOOptions, critic: bool
 ) -> Callable[[], None]:
-    """The same tokens in rows of one length: forward, loss on completion places, backward, step."""
+    """A bare step on as many tokens in rows of one length, with the loss on completion tokens."""
     tokens = sum(map(len, samples.prompts)) + int(samples.mask.sum())
     rows = len(samples.prompts)
     length = round(tokens / rows)
-    told = round(float(samples.mask.sum()) / rows)
+    reply = round(float(samples.mask.sum()) / rows)
     nets = [copy.deepcopy(model)] + ([copy.deepcopy(model)] if critic else [])
     heads = [torch.nn.Linear(model.config.hidden_size, 1) for _ in nets[1:]]
     modules = [*nets[:1], *[net.base_model for net in nets[1:]], *heads]
@@ -104,15 +103,15 @@ def bare_update(
     def run() -> None:
         for _ in range(options.epochs):
             for batch in ids.split(per_batch):
-                states = nets[0].base_model(input_ids=batch, use_cache=False)[0][:, -told - 1 : -1]
-                logits = nets[0].lm_head(states).flatten(0, 1).float()  # type: ignore[operator]
+                states = nets[0].base_model(input_ids=batch, use_cache=False)[0][:, -reply - 1 : -1]
+                logits = nets[0].lm_head(states).flatten(0, 1).float()
                 loss = torch.nn.functional.cross_entropy(
-                    logits, batch[:, -told:].flatten(), reduction="sum"
+                    logits, batch[:, -reply:].flatten(), reduction="sum"
                 )
                 for net, head in zip(nets[1:], heads, strict=True):
-                    hidden = net.base_model(input_ids=batch, use_cache=False)[0][:, -told - 1 : -1]
+                    hidden = net.base_model(input_ids=batch, use_cache=False)[0][:, -reply - 1 : -1]
                     loss = loss + head(hidden).square().sum()
-                (loss / (rows * told)).backward()
+                (loss / (rows * reply)).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -120,7 +119,7 @@ def bare_update(
     return run
 
 
-# --- the whole step -------------------------------------------------------------------------------
+# --- the full step --------------------------------------------------------------------------------
 
 
 def our_step(
@@ -218,13 +217,13 @@ def trl_step(
     times = [b - a for a, b in zip([began, *clock], clock, strict=False)]
     processor, dataset = cast("Any", trainer.processing_class), cast("Any", trainer.train_dataset)
     their_ids = processor(dataset["prompt"][:8])["input_ids"]
-    assert their_ids == prompts[:8], "TRL tokenises the prompts otherwise"
+    assert their_ids == prompts[:8], "TRL tokenises the prompts differently"
     logs = [log for log in trainer.state.log_history if "completions/mean_length" in log]
     return min(times), round(sum(log["completions/mean_length"] for log in logs) / len(logs))
 
 
 def fastest(repeats: int, contenders: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Least seconds of each, in turn, after one warm-up."""
+    """Least CPU seconds of each contender; they take turns, after one warm-up."""
     for run in contenders.values():
         run()
     best: dict[str, float] = {}
@@ -241,10 +240,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train.jsonl.gz of E2E")
     parser.add_argument("--model", help="model folder, tokenizer included")
-    parser.add_argument("--samples", type=int, default=256, help="of a rollout")
+    parser.add_argument("--samples", type=int, default=256, help="samples per rollout")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
-    parser.add_argument("--skip-trl", action="store_true", help="the learner alone")
+    parser.add_argument("--skip-trl", action="store_true", help="measure only the learner")
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.model:
@@ -254,7 +253,7 @@ def main() -> None:
         encode: Callable[[str], list[int]] = lambda text: encode_prompts([text], tokenizer, form)[0]  # noqa: E731
     else:
         if not args.skip_trl:
-            parser.error("the whole step needs --model, or give --skip-trl")
+            parser.error("the full step needs --model, or give --skip-trl")
         model, eos = random_llama("3M", 1200, args.max_new_tokens), EOS
         encode = word_encoder(1200)
     if args.data:
@@ -278,19 +277,19 @@ def learner_table(model: PreTrainedModel, prompts: Prompts, eos: int, args: Any)
     common: dict[str, Any] = {"kind": "ppo", "epochs": 4, "epoch_kl": None}
     common["learning_rate"] = 1e-12  # so that every repeat starts at the rollout's own log-probs
     critic = PPOOptions(**common)
-    alone = PPOOptions(**common, advantage="reinforce")
-    found = fastest(
+    policy_only = PPOOptions(**common, advantage="reinforce")
+    best = fastest(
         args.repeats,
         {
-            "bare, policy": bare_update(model, samples, alone, False),
-            "ours, policy": our_update(model, samples, alone),
+            "bare, policy": bare_update(model, samples, policy_only, False),
+            "ours, policy": our_update(model, samples, policy_only),
             "bare, policy and critic": bare_update(model, samples, critic, True),
             "ours, policy and critic": our_update(model, samples, critic),
         },
     )
     print(f"{'update, 4 epochs':28}{'seconds':>9}{'tokens/s':>10}{'of bare':>9}")
-    for name, seconds in found.items():
-        bare = found[name.replace("ours", "bare")]
+    for name, seconds in best.items():
+        bare = best[name.replace("ours", "bare")]
         print(f"{name:28}{seconds:9.2f}{4 * tokens / seconds:10.0f}{bare / seconds:9.1%}")
 
 
@@ -329,7 +328,7 @@ def step_table(
     parts = ", ".join(
         f"{name} {record[f'seconds_{name}']:.2f}" for name in ("generate", "score", "update")
     )
-    print(f"{'whole step, RLOO':28}{'seconds':>9}{'length':>9}{'ratio':>8}")
+    print(f"{'full step, RLOO':28}{'seconds':>9}{'length':>9}{'ratio':>8}")
     print(f"{'TRL RLOOTrainer':28}{theirs:9.2f}{length:9d}{1.0:8.2f}")
     print(f"{'ours':28}{ours:9.2f}{record['length']:9.0f}{theirs / ours:8.2f}")
     print(f"ours: {parts}; padding {record['padding']:.1%}")

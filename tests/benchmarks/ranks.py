@@ -1,7 +1,7 @@
-"""Two processes against one: samples and PPO updates per second, beside what the cores allow.
+"""Speed of two processes against one for sampling and PPO updates, and the cores' ceiling.
 
-Every process has one thread. The ceiling is what two runs that know nothing of each other reach
-together: two virtual cores of one physical core give far less than twice one.
+Every process has one thread. The ceiling is the speed of two unrelated runs at the same time: two
+virtual cores of one physical core give far less than twice the speed of one.
 
     python tests/benchmarks/ranks.py [--width 256] [--updates 4]
 """
@@ -24,7 +24,7 @@ KINDS = ("generation", "PPO updates")
 
 
 def main() -> None:
-    """Measure one process, two together and two apart, in this order, `repeat` times."""
+    """Measure one process, two of one run and two unrelated ones, in this order, `repeat` times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -39,13 +39,13 @@ def main() -> None:
         return
     best: dict[str, list[float]] = {}
     for _ in range(options.repeat):
-        for name, found in {
+        for name, seconds in {
             "one": started([{}], options)[0],
             "together": slowest(started(together(), options)),
             "apart": slowest(started([{}, {}], options)),
         }.items():
-            before = best.get(name, found)
-            best[name] = [min(pair) for pair in zip(before, found, strict=True)]
+            before = best.get(name, seconds)
+            best[name] = [min(pair) for pair in zip(before, seconds, strict=True)]
     for number, kind in enumerate(KINDS):
         one, both, apart = (best[name][number] for name in ("one", "together", "apart"))
         print(
@@ -65,7 +65,7 @@ def together() -> list[dict[str, str]]:
 
 
 def started(environments: list[dict[str, str]], options: Any) -> list[list[float]]:
-    """Seconds of the two kinds of work in processes that run at the same time."""
+    """Seconds of both kinds of work in processes that run at the same time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         own = [f"--{n}={getattr(options, n)}" for n in ("width", "layers", "samples", "tokens")]
@@ -81,20 +81,20 @@ def started(environments: list[dict[str, str]], options: Any) -> list[list[float
         return [json.loads((folder / f"{n}.json").read_text()) for n in range(len(running))]
 
 
-def slowest(found: list[list[float]]) -> list[float]:
-    """Of every kind of work the longest."""
-    return [max(kind) for kind in zip(*found, strict=True)]
+def slowest(seconds: list[list[float]]) -> list[float]:
+    """The longest time of every kind of work over processes."""
+    return [max(kind) for kind in zip(*seconds, strict=True)]
 
 
 def meet(folder: Path, name: str) -> None:
-    """Wait until all workers are here, those of separate runs too."""
+    """Wait until all workers are here, also those of unrelated runs."""
     (folder / f"{name}-{os.environ['NUMBER']}").touch()
     while len(list(folder.glob(f"{name}-*"))) < int(os.environ["START"]):
         time.sleep(0.002)
 
 
 def work(options: Any) -> None:
-    """One worker: the same rollouts and updates, alone or as one of two processes."""
+    """One worker: the same rollouts and updates, as the only process or as one of two."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -156,7 +156,7 @@ def work(options: Any) -> None:
 
 
 def replaced(batch: Any, learner: Any, micro: Any) -> Any:
-    """The batch as if it had been drawn from the policy as it is now: part of an update's work."""
+    """The batch with the current policy's log-probs, which are part of an update's work."""
     from dataclasses import replace
 
     logps, _ = learner.infer(micro, learner.whole(micro), logps=True, values=False)

@@ -1,11 +1,10 @@
-"""The reward's fit on a run's pairs against a bare forward, backward and step on the same tokens.
+"""Time of the reward's fit on a run's pairs against bare training steps on as many tokens.
 
     python tests/benchmarks/reward_fit.py RUN [--pairs 3200]
 
-One thread, CPU seconds. RUN has fitted an explicit reward with fresh pairs (iteration 0); the fit
-is done again from its SFT model, by its recipe, on a few of them. The floor knows no padding, no
-masks and no trainer: rows of one length, as long as the mean, with as many tokens in all, each
-sequence of each pair once.
+One thread, CPU seconds. RUN has fitted an explicit reward in iteration 0. The fit is repeated from
+its SFT model, with its recipe, on a part of the pairs. The bare steps have no padding, no masks and
+no trainer: rows of the mean length, and as many tokens as the distinct sequences of the pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from irl_align.training.run_folder import Run
 
 
 def floor(reward: RewardModel, tokens: int, length: int, rows: int, bf16: bool) -> float:
-    """CPU seconds of bare steps on so many tokens, in rows of one length."""
+    """CPU seconds of bare steps on this many tokens, in rows of one length."""
     model = reward.model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0)
@@ -53,7 +52,7 @@ def floor(reward: RewardModel, tokens: int, length: int, rows: int, bf16: bool) 
 
 
 def main(folder: Path, count: int) -> None:
-    """Print pairs per second of both, and their ratio."""
+    """Print pairs per CPU second of both, and their ratio."""
     view = Run.load(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     stage = {role: folder / where["path"] for role, where in view.stages.items()}

@@ -1,15 +1,19 @@
-"""What a learned reward sees of a task's gold errors, within a prompt.
+"""How well do rewards agree with a task's gold metric among samples of one prompt?
 
     python tests/benchmarks/reward_gold.py runs/e2e-irl-rloo-seed1 runs/e2e-irl-rloo-seed2
 
-Of each run's first reward, explicit or SPIN's, on the held-out prompts' samples that it was judged
-by: the correlation of reward and error count of each kind, and with length, after both lost their
-prompt's mean; the slot errors of the sample that the reward likes best and least, beside the mean
-sample's; and gold pairs, two samples of a prompt of which one has fewer slot errors: the share that
-the reward tells apart, beside the SFT model's log-prob and length, ties counting half. "both" is
-the sum of the reward and the mean log-prob, each by its deviation within prompts. --beside, a run
-or a reward's folder: further rewards of the same samples, each alone and with the mean log-prob;
-"beside" is the sum of these and the mean log-prob, "all" has the run's own reward in it as well.
+Judges each run's first reward, explicit or SPIN's, on its samples for held-out prompts. A line has:
+
+- the correlation of the reward with the number of errors of each kind, and with length, after the
+  prompt's mean is subtracted from both;
+- the slot errors of the samples with the highest and the lowest reward, and of the mean sample;
+- the share of gold pairs (two samples of one prompt, one with fewer slot errors) that the reward
+  ranks right, and the same for the SFT model's log-prob and for length; ties count half.
+
+"both" is the sum of the reward and the mean log-prob, each divided by its standard deviation within
+prompts. --beside, a run or a reward's folder, adds further rewards of the same samples, each
+without and with the mean log-prob. "beside" is the sum of these and the mean log-prob; "all" also
+includes the run's own reward.
 """
 
 from __future__ import annotations
@@ -34,12 +38,13 @@ KINDS = ("missing", "wrong", "hallucinated")
 
 
 def centred(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    """Values less their prompt's mean; prompts are numbers from 0."""
-    return values - (np.bincount(prompts, values) / np.bincount(prompts))[prompts]
+    """Values (N,) minus the mean of their prompt; prompts (N,) are numbers from 0."""
+    means = np.bincount(prompts, values) / np.bincount(prompts)
+    return np.asarray(values - means[prompts])
 
 
 def gold_pairs(errors: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the better and of the worse sample (M,) of all pairs of a prompt that differ."""
+    """Indices (M,) of the better and of the worse sample of all pairs of a prompt that differ."""
     better, worse = [], []
     for prompt in range(int(prompts.max()) + 1):
         rows = np.flatnonzero(prompts == prompt)
@@ -50,31 +55,31 @@ def gold_pairs(errors: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def accuracy(scores: np.ndarray, better: np.ndarray, worse: np.ndarray) -> float:
-    """Share of pairs whose better side has the higher score; a tie is half."""
+    """Share of pairs whose better sample has the higher score; a tie counts half."""
     gap = scores[better] - scores[worse]
     return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
 
 
 def summed(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Sum of scores (N,), each by its deviation."""
-    return np.sum([values / values.std() for values in scores], axis=0)
+    """Sum of scores (N,), each divided by its standard deviation."""
+    return np.asarray(np.sum([values / values.std() for values in scores], axis=0))
 
 
 def prompt_texts(file: Path) -> dict[str, str]:
-    """Prompt key -> prompt, of a file of the data stage."""
+    """Prompt key -> prompt, from a file of the data stage."""
     data = pq.read_table(file, columns=["prompt_key", "prompt"])
     return {row["prompt_key"]: row["prompt"] for row in data.to_pylist()}
 
 
 def gold_rows(view: RunView, prompts: list[str], texts: list[str]) -> list[dict[str, float]]:
-    """What gold says of each text: errors of every kind, and slots asked for."""
+    """The gold metric's row of each text: errors of every kind, and slots asked for."""
     gold = import_object(load_card(view.recipe["data"]["card"]).gold or "", "gold")
     rows: list[dict[str, float]] = gold(prompts, texts, [[] for _ in prompts]).rows
     return rows
 
 
 def first_reward(stage: dict[str, Path]) -> RewardFunction:
-    """The explicit reward of a run's first iteration, or SPIN's log-ratio (of beta 1)."""
+    """The explicit reward of a run's first iteration, or SPIN's log-ratio (with beta 1)."""
     if stage["reward/0"].name.startswith("implicit"):
         policy, reference = (load_model(stage[role] / "model") for role in ("reward/0", "sft"))
         return ImplicitReward(policy, [(1.0, reference)], 1.0)
@@ -87,7 +92,7 @@ def stages_of(view: RunView) -> dict[str, Path]:
 
 
 def load_reward(folder: Path) -> RewardFunction:
-    """The first reward of a run, or that of a reward's own folder."""
+    """The first reward of a run, or the reward in a folder."""
     if (folder / "stages.json").exists():
         return first_reward(stages_of(Run.load(folder)))
     return RewardModel.from_pretrained(folder)
@@ -96,17 +101,17 @@ def load_reward(folder: Path) -> RewardFunction:
 def further_scores(
     further: Mapping[str, np.ndarray], own: np.ndarray, mean_logp: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What a line has of further rewards (N,), centred like own and mean_logp."""
+    """Scores of further rewards and of their sums; all are (N,) and centred by prompt."""
     rewards = list(further.values())
-    told = dict(further)
-    told |= {f"{name} and mean log-prob": summed([v, mean_logp]) for name, v in further.items()}
+    scores = dict(further)
+    scores |= {f"{name} and mean log-prob": summed([v, mean_logp]) for name, v in further.items()}
     if len(rewards) > 1:
-        told["beside"] = summed([mean_logp, *rewards])
-    return told | ({"all": summed([own, mean_logp, *rewards])} if rewards else {})
+        scores["beside"] = summed([mean_logp, *rewards])
+    return scores | ({"all": summed([own, mean_logp, *rewards])} if rewards else {})
 
 
 def main(folder: Path, beside: Sequence[Path] = ()) -> None:
-    """Print one run's line; beside: folders of further rewards of its prompts and samples."""
+    """Print one run's line; beside: folders of further rewards."""
     view = Run.load(folder)
     stage = stages_of(view)
     pairs = load_pairs(stage["pairs/0"] / "held_out.parquet").to_list()
@@ -125,7 +130,7 @@ def main(folder: Path, beside: Sequence[Path] = ()) -> None:
     measures = {kind: np.array([row[kind] for row in rows]) for kind in KINDS}
     measures["length"] = np.array([float(len(row)) for row in ids])
     own = centred(scores, prompts)
-    seen = {
+    correlations = {
         name: np.corrcoef(own, centred(values, prompts))[0, 1] for name, values in measures.items()
     }
     errors, slots = (np.array([row[name] for row in rows]) for name in ("slot_errors", "slots"))
@@ -144,14 +149,16 @@ def main(folder: Path, beside: Sequence[Path] = ()) -> None:
         for path in beside
     }
     others |= further_scores(further, own, mean_logp)
-    told = {name: accuracy(values, *pair) for name, values in {"reward": scores, **others}.items()}
+    shares = {
+        name: accuracy(values, *pair) for name, values in {"reward": scores, **others}.items()
+    }
     print(
         f"{folder.name}: correlation with "
-        + ", ".join(f"{name} {value:.2f}" for name, value in seen.items())
+        + ", ".join(f"{name} {value:.2f}" for name, value in correlations.items())
         + "; slot errors of "
         + ", ".join(f"{name} {value:.1%}" for name, value in rates.items())
         + f"; of {len(pair[0])} gold pairs "
-        + ", ".join(f"{name} {value:.1%}" for name, value in told.items())
+        + ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
     )
 
 

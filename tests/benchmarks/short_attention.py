@@ -1,9 +1,10 @@
-"""A bfloat16 training step, attention in bfloat16 against float32 (short_attention), CPU seconds.
+"""CPU time of a bfloat16 training step with attention in bfloat16 and in float32.
 
     python tests/benchmarks/short_attention.py [--steps 6]
 
-The bare forward, backward and step of E2E's 2M-parameter Llama on 4,096 tokens, one thread; the two
-take turns, so that what else the machine does falls on both alike.
+Measures forward, backward and optimiser step of E2E's 2M-parameter Llama on 4,096 tokens and one
+thread, with torch's attention and with models/attention.py's short_attention. The two take turns,
+so that other work on the machine affects both alike.
 """
 
 import argparse
@@ -21,7 +22,7 @@ TOKENS = 4096
 
 
 def seconds(length: int, steps: int) -> tuple[float, float]:
-    """Median CPU seconds of a step: fused, short."""
+    """Median CPU seconds of a step: with torch's attention, with short_attention."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
     sizes |= {"num_attention_heads": 6, "max_position_embeddings": 256, "vocab_size": 1200}
@@ -41,8 +42,8 @@ def seconds(length: int, steps: int) -> tuple[float, float]:
             optimizer.zero_grad()
         return time.process_time() - begin
 
-    found = [(step(False), step(True)) for _ in range(steps + 1)][1:]
-    fused, short = zip(*found, strict=True)
+    times = [(step(False), step(True)) for _ in range(steps + 1)][1:]
+    fused, short = zip(*times, strict=True)
     return statistics.median(fused), statistics.median(short)
 
 

@@ -1,12 +1,13 @@
-"""Whether a reward checks E2E's slots: the same text under two prompts that differ in one slot.
+"""Does a reward check E2E's slots? Scores the same text under two prompts that differ in one slot.
 
     python tests/benchmarks/slot_contrast.py DATA SPLIT REWARD_MODEL [REWARD_MODEL ...]
 
-By slot: how often the reward of a demonstration is higher under its own prompt than with another
-value of that slot, half of it for ties; and how often that of a demonstration with the other value
-is higher under the changed prompt. A reward that only tells prompts that nobody demonstrated gets
-the first right and the second wrong. Also the mean of both gaps, in the reward's units.
-A second line is of prompts with one slot more than the text answers, in place of another value.
+The first line has for each slot: how often the reward of a demonstration is higher under its own
+prompt than under the prompt with another value of that slot (ties count half); how often the reward
+of a demonstration with the other value is higher under the changed prompt; and the mean of both
+gaps in the reward's units. A reward that only recognises prompts that nobody demonstrated gets the
+first right and the second wrong. The second line has the same for prompts with one slot more than
+the text answers, instead of another value.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from irl_align.tasks import e2e
 from irl_align.tasks import e2e_patterns as patterns
 from irl_align.tasks import mr as meaning
 
-TEXTS = 600  # demonstrations; those whose prompt asks for a slot are compared under it
-SLOTS = [slot for slot in e2e.ORDER if slot != "eatType"]
+TEXTS = 600  # demonstrations; a slot uses those whose prompt asks for it
+SLOTS = [slot for slot in patterns.ORDER if slot != "eatType"]
 
 Edit = Callable[[str, random.Random], str]
 Pair = tuple[str, str, str]  # preferred prompt, rejected prompt, the text of both
 
 
 def changing(slot: str) -> Edit:
-    """An edit that gives a slot another value; nothing where the prompt does not ask for it."""
+    """An edit that gives a slot another value, if the prompt asks for that slot."""
     venues = {"name": patterns.NAMES, "near": patterns.NEIGHBOURS}
 
     def edit(prompt: str, rng: random.Random) -> str:
@@ -52,7 +53,7 @@ def changing(slot: str) -> Edit:
 
 
 def adding(slot: str) -> Edit:
-    """An edit that asks for a slot too; nothing where the prompt has it."""
+    """An edit that adds a slot, if the prompt does not have it."""
     values = patterns.NEIGHBOURS if slot == "near" else list(patterns.CLOSED.get(slot, ()))
 
     def edit(prompt: str, rng: random.Random) -> str:
@@ -60,14 +61,14 @@ def adding(slot: str) -> Edit:
         if slot in slots or not values:
             return prompt
         slots[slot] = rng.choice(values)
-        text = meaning.render({name: slots[name] for name in e2e.ORDER if name in slots})
+        text = meaning.render({name: slots[name] for name in patterns.ORDER if name in slots})
         return text.lower() if prompt == prompt.lower() else text
 
     return edit
 
 
 def both_ways(rows: list[dict[str, str]], edit: Edit) -> tuple[list[Pair], list[Pair]]:
-    """Pairs of texts of the prompt's own, and of texts that answer the edit."""
+    """Pairs whose text answers the original prompt, and pairs whose text answers the edited one."""
     demonstrations = [
         {
             "prompt": row["prompt"],
@@ -85,14 +86,14 @@ def both_ways(rows: list[dict[str, str]], edit: Edit) -> tuple[list[Pair], list[
         encode=lambda texts: [[*map(ord, text)] for text in texts],
     ).rows
     own = {row["prompt"] for row in rows}
-    found: tuple[list[Pair], list[Pair]] = ([], [])
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
     for row in pairs:
         preferred, rejected, text = (
             "".join(map(chr, row[part]))
             for part in ("prompt_ids", "rejected_prompt_ids", "chosen_ids")
         )
-        found[preferred not in own].append((preferred, rejected, text))
-    return found
+        sides[preferred not in own].append((preferred, rejected, text))
+    return sides
 
 
 def right(reward: RewardModel, pairs: list[Pair]) -> tuple[float, float]:
@@ -118,11 +119,11 @@ def main(data: str, split: str, *models: str) -> None:
     for path in models:
         reward = RewardModel.from_pretrained(path)
         for how, by_slot in pairs.items():
-            found = []
+            cells = []
             for slot, sides in by_slot.items():
-                (own, gap), (other, other_gap) = (right(reward, some) for some in sides)
-                found.append(f"{slot} {own:.1%} / {other:.1%} ({(gap + other_gap) / 2:+.2f})")
-            print(f"{path}, {how}: {', '.join(found)}", flush=True)
+                (own, gap), (other, other_gap) = (right(reward, side) for side in sides)
+                cells.append(f"{slot} {own:.1%} / {other:.1%} ({(gap + other_gap) / 2:+.2f})")
+            print(f"{path}, {how}: {', '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

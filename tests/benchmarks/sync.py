@@ -1,9 +1,9 @@
-"""What it costs to give vLLM new weights: start, sync, comparison with the learner.
+"""Time to give vLLM new weights: start, sync, comparison with the learner.
 
     python tests/benchmarks/sync.py --size 100M --syncs 5
 
-Every sync is of other weights, from a folder as the store of a run has it; ``save`` is what a
-policy in training pays on top (PPO), and ``compare`` the check of log-probs that follows each sync.
+Every sync loads other weights from a folder like those in the store of a run. ``save`` is the extra
+cost for a policy in training (PPO), and ``compare`` the check of log-probs after each sync.
 """
 
 import argparse
@@ -58,8 +58,8 @@ def main() -> None:
                 seconds[name].append(float(took))
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{parameters:.0f}M parameters, {options.syncs} syncs, {torch.get_num_threads()} threads")
-    for name, all_of_it in seconds.items():
-        print(f"{name:8} median {np.median(all_of_it):.3f} s, most {max(all_of_it):.3f} s")
+    for name, each in seconds.items():
+        print(f"{name:8} median {np.median(each):.3f} s, max {max(each):.3f} s")
     print(f"largest gap of a log-prob after a sync: {max(gaps):.1e}")
     sampler.close()
 

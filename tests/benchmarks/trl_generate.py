@@ -1,4 +1,4 @@
-"""The script that a user writes between TRL's commands: sample, score, keep the best.
+"""A script that a user would write between TRL's commands: sample, score, select the best.
 
     python trl_generate.py pairs POLICY rows.jsonl FOLDER
     python trl_generate.py best POLICY rows.jsonl FOLDER --reward REWARD --n 8 --prompts 128
@@ -25,7 +25,7 @@ ROWS = 64
 def sample(
     path: str, tokenizer: PreTrainedTokenizerBase, prompts: list[str], n: int, longest: int
 ) -> list[list[str]]:
-    """n completions of each prompt, in batches in the order that is given."""
+    """n completions of each prompt, in batches in the given order."""
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     out: list[list[str]] = []
@@ -49,7 +49,7 @@ def sample(
 
 @torch.inference_mode()
 def score(path: str, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[float]:
-    """The reward model's score of whole texts."""
+    """The reward model's scores of full texts."""
     tokenizer.padding_side = "right"
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).eval()
     model.config.pad_token_id = tokenizer.pad_token_id
