@@ -28,9 +28,9 @@ from irl_align.reward.model import RewardModel
 from irl_align.utils.files import (
     atomic_folder,
     atomic_write,
+    explains_full_disk,
     file_checksum,
     files_of,
-    full_disk_told,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def export(
             "a push needs one",
             derived.why,
         )
-    with full_disk_told("export", to.parent), atomic_folder(to) as folder:
+    with explains_full_disk("export", to.parent), atomic_folder(to) as folder:
         number = None
         if what == "pairs":
             write_pairs(folder, facts, derived)

@@ -22,7 +22,7 @@ from irl_align.errors import UserError
 from irl_align.policy.roles import Role, is_evaluation, signs_in
 from irl_align.utils.files import (
     atomic_write,
-    full_disk_told,
+    explains_full_disk,
     locked,
     read_json,
     read_lines,
@@ -66,7 +66,7 @@ class Run:
         def refuse(holder: str) -> None:
             raise UserError(f"run {folder} is in use by {holder}: wait for it, or stop it")
 
-        with full_disk_told(f"run {folder.name}", folder.parent):
+        with explains_full_disk(f"run {folder.name}", folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
                 if path.is_symlink():

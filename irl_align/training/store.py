@@ -22,10 +22,10 @@ from irl_align.errors import TryAgain, UserError
 from irl_align.utils.files import (
     atomic_write,
     content_hash,
+    explains_full_disk,
     files_of,
     fsync,
     fsync_tree,
-    full_disk_told,
     locked,
     partial_name,
     read_json,
@@ -87,7 +87,7 @@ class Store:
             with suppress(Damaged):
                 return _read_stage(final, key, reused=True)
         work = self.root / WORK / final.name
-        with full_disk_told(f"stage {name}", self.root):
+        with explains_full_disk(f"stage {name}", self.root):
             work.parent.mkdir(parents=True, exist_ok=True)
             with locked(work.with_name(f"{final.name}.lock"), _say_waiting(name)):
                 if final.exists():

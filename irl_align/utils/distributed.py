@@ -1,9 +1,9 @@
-"""The processes of one run: which one this is, and what they tell each other.
+"""The processes of one run: which one this is, and how they share work and exchange results.
 
-`accelerate launch` starts them, and :func:`joined` brings them together. All of them run the same
-code. What one alone must do, the first does (:func:`is_main`); rows are spread over all, and what
-comes of them is gathered in order, so that every process knows the same and decides the same. A
-run of one process pays nothing for any of it.
+`accelerate launch` starts the processes, and :func:`joined` connects them. All of them run the same
+code. Work for one process only is done by the main one (:func:`is_main`). Rows are divided among
+all, and their results are gathered in order, so that every process has the same results and makes
+the same decisions. With one process, none of this costs anything.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ T = TypeVar("T")
 Ids = Sequence[Sequence[int]]
 
 WAIT = ("IRL_ALIGN_WAIT", 7200.0)
-"""Seconds that a process waits for another's part of the work, at most."""
+"""Environment variable and default: longest wait in seconds for another process's result."""
 SILENCE = ("IRL_ALIGN_SILENCE", 120.0)
-"""Seconds without a sign of life from a process after which the others end."""
+"""Environment variable and default: seconds without a heartbeat from a process after which the
+others end."""
 
 
 @dataclass
 class _State:
     rank: int = 0
     count: int = 1
-    told: bool | None = None
-    """Whether an error is told by this process and not by another; None before there is one."""
+    reports: bool | None = None
+    """Whether this process reports the error, and not another; None before there is an error."""
     group: Any = field(default=None, repr=False)
-    """Of messages, beside the group of gradients."""
+    """Process group of Python objects, apart from the group of gradients."""
 
 
 _here = _State()
@@ -49,7 +50,7 @@ def rank() -> int:
 
 
 def count() -> int:
-    """How many processes share the work; 1 inside :func:`alone`."""
+    """Number of processes that share the work; 1 inside :func:`alone`."""
     return _here.count
 
 
@@ -59,12 +60,12 @@ def is_main() -> bool:
 
 
 def reports_errors() -> bool:
-    """Whether this process is the one that tells what went wrong."""
-    return launched()[0] == 0 if _here.told is None else _here.told
+    """Whether this process is the one that prints an error."""
+    return launched()[0] == 0 if _here.reports is None else _here.reports
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of processes that a launcher has given this one; (0, 1) without one."""
+    """Rank and number of processes that the launcher has set; (0, 1) without a launcher."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names):
         return 0, 1
@@ -72,7 +73,7 @@ def launched() -> tuple[int, int]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process among those of its machine, for a kind of device."""
+    """This process's own device of the same kind as `device`."""
     import torch
 
     if launched()[1] == 1 or device.type == "cpu":
@@ -84,9 +85,10 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Bring the launched processes together for the block; inside another such block, nothing.
+    """Connect the launched processes for the block. A nested block has no effect.
 
-    device: of this one's models. An error in one process ends all of them: the first tells it.
+    device: where this process's models run. An error in one process ends all of them, and the first
+    one that fails reports it.
     """
     if _here.count > 1 or launched()[1] == 1:
         yield
@@ -97,7 +99,7 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
         barrier()
     except BaseException:
-        _here.told = watch.fault()
+        _here.reports = watch.fault()
         raise
     finally:
         watch.end()
@@ -115,7 +117,7 @@ def _join(cpu: bool) -> None:
 
 
 def seconds(name: str, default: float) -> float:
-    """Value of an environment variable that holds seconds."""
+    """Seconds given by an environment variable. Raises UserError unless they are above 0."""
     text = os.environ.get(name, "")
     try:
         value = float(text) if text else default
@@ -128,7 +130,7 @@ def seconds(name: str, default: float) -> float:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """A block that one process runs while the others wait elsewhere: nothing in it is spread."""
+    """A block that one process runs while the others wait elsewhere: its work is not divided."""
     before = _here.count
     _here.count = 1
     try:
@@ -153,8 +155,8 @@ def broadcast(value: T) -> T:
 
     box: list[Any] = [value if is_main() else None]
     torch.distributed.broadcast_object_list(box, src=0, group=_here.group)
-    found: T = box[0]
-    return found
+    result: T = box[0]
+    return result
 
 
 def gather(value: T) -> list[T]:
@@ -163,18 +165,18 @@ def gather(value: T) -> list[T]:
         return [value]
     import torch.distributed
 
-    found: list[Any] = [None] * _here.count
-    torch.distributed.all_gather_object(found, value, group=_here.group)
-    return found
+    values: list[Any] = [None] * _here.count
+    torch.distributed.all_gather_object(values, value, group=_here.group)
+    return values
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns in the main process, which alone runs it, in every process."""
+    """Run `work` in the main process only. Every process gets its result, or raises its error."""
     if _here.count == 1:
         return work()
     with alone():
-        found = _outcome(work) if is_main() else None
-    return _result(broadcast(found))
+        outcome = _outcome(work) if is_main() else None
+    return _result(broadcast(outcome))
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -182,43 +184,72 @@ def total(values: torch.Tensor) -> torch.Tensor:
     if _here.count > 1:
         import torch.distributed
 
-        own = _here.group if values.device.type == "cpu" else None  # NCCL knows GPUs alone
+        own = _here.group if values.device.type == "cpu" else None  # NCCL sums on GPUs only
         torch.distributed.all_reduce(values, group=own)
     return values
 
 
 def shares(weights: Sequence[float], parts: int) -> list[list[int]]:
-    """Numbers of the rows in as many parts of about equal weight; in a part they are in order.
+    """Divide rows into parts of about equal weight; gives the rows' numbers, in order in a part.
 
     The heaviest row that is left goes to the part that is lightest so far.
     """
-    loads, found = [0.0] * parts, [list[int]() for _ in range(parts)]
+    loads, rows = [0.0] * parts, [list[int]() for _ in range(parts)]
     for number in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
         lightest = min(range(parts), key=lambda p: (loads[p], p))
-        found[lightest].append(number)
+        rows[lightest].append(number)
         loads[lightest] += weights[number]
-    return [sorted(part) for part in found]
+    return [sorted(part) for part in rows]
 
 
 def over_rows(work: Callable[[list[int]], Sequence[T]], weights: Sequence[float]) -> list[T]:
-    """What `work` makes of each row: it gets the numbers of this process's rows, one result each.
+    """Divide rows among the processes; every process gets all results, in the order of the rows.
 
-    All results, in the order of the rows, in every process; weights: of the rows' work.
+    work: gets the numbers of this process's rows and returns one result for each. weights: the
+    amount of work of each row.
     """
     if _here.count == 1:
         return list(work(list(range(len(weights)))))
+    return _over_parts(work, shares(weights, _here.count))
+
+
+def over_sequences(
+    work: Callable[[list[list[int]], list[list[int]]], Sequence[T]], prompts: Ids, completions: Ids
+) -> list[T]:
+    """Divide prompts and completions among the processes by their tokens; as :func:`over_rows`.
+
+    Rows of one prompt stay together. work: gets prompts and completions, and returns one result for
+    each row.
+    """
+
+    def work_on(rows: Sequence[int]) -> Sequence[T]:
+        return work([list(prompts[i]) for i in rows], [list(completions[i]) for i in rows])
+
+    if _here.count == 1:
+        return list(work_on(range(len(prompts))))
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt), []).append(row)
+    groups = list(by_prompt.values())
+    weights = [sum(len(prompts[i]) + len(completions[i]) for i in rows) for rows in groups]
     parts = shares(weights, _here.count)
+    return _over_parts(
+        work_on, [[row for group in part for row in groups[group]] for part in parts]
+    )
+
+
+def _over_parts(work: Callable[[list[int]], Sequence[T]], parts: list[list[int]]) -> list[T]:
+    """Run `work` on this process's part; all results in the order of the rows."""
     mine = parts[_here.rank]
-    found: list[Any] = [None] * len(weights)
     outcomes = gather(_outcome(lambda: list(work(mine)) if mine else []))
-    for part, values in zip(parts, map(_result, outcomes), strict=True):
-        for number, value in zip(part, values, strict=True):
-            found[number] = value
-    return found
+    results: dict[int, T] = {}
+    for part, outcome in zip(parts, outcomes, strict=True):
+        results.update(zip(part, _result(outcome), strict=True))
+    return [results[row] for row in range(len(results))]
 
 
 def _outcome(work: Callable[[], T]) -> T | UserError | TryAgain:
-    """What work returns, or the error that it raises: then every process is to raise it."""
+    """The result of `work`, or its error as a value, so that every process can raise it."""
     try:
         return work()
     except (UserError, TryAgain) as error:
@@ -229,29 +260,3 @@ def _result(outcome: Any) -> Any:
     if isinstance(outcome, UserError | TryAgain):
         raise outcome
     return outcome
-
-
-def over_sequences(
-    work: Callable[[list[list[int]], list[list[int]]], Sequence[T]], prompts: Ids, completions: Ids
-) -> list[T]:
-    """What `work` makes of prompts and completions, a result per row, in every process.
-
-    Each gets rows of about as many tokens; those of one prompt stay together.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt), []).append(number)
-    rows = list(groups.values())
-    if _here.count == 1:
-        return list(work([list(p) for p in prompts], [list(c) for c in completions]))
-
-    def of_groups(numbers: list[int]) -> list[list[T]]:
-        mine = [row for number in numbers for row in rows[number]]
-        values = iter(work([list(prompts[i]) for i in mine], [list(completions[i]) for i in mine]))
-        return [[next(values) for _ in rows[number]] for number in numbers]
-
-    weights = [sum(len(prompts[i]) + len(completions[i]) for i in row) for row in rows]
-    found = over_rows(of_groups, weights)
-    order = {i: value for row, values in zip(rows, found, strict=True)
-             for i, value in zip(row, values, strict=True)}  # fmt: skip
-    return [order[i] for i in range(len(prompts))]

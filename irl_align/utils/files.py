@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, their checksums, locks, and a full disk told plainly.
+"""Atomic writes, checksums, locks, JSON, and a clear message when the disk is full.
 
-SHA-256 names what comes from outside; what this package wrote is checked for damage by xxh3, which
-is as fast as a disk.
+Files from outside are identified by SHA-256. Files that this package wrote are checked for damage
+by xxh3, which is as fast as a disk.
 """
 
 import errno
@@ -25,9 +25,9 @@ SEAL = ".seal.json"
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write ``path`` so that a kill or a power cut leaves the old file or the new, whole.
+    """Write ``path`` so that a kill or a power cut leaves either the old file or the new one.
 
-    Missing parent folders are made. One writer at a time: callers hold a lock.
+    Makes missing parent folders. Callers hold a lock: there must be one writer at a time.
     """
     aside = path.with_name(partial_name(path.name))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Raise UserError where no file can be written at ``path``: told before the work, not after."""
+    """Raise UserError before any work where no file can be written at ``path``."""
     if path.is_dir():
         raise UserError(f"{option}: {path} is a folder, expected a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -51,7 +51,7 @@ def require_writable(path: Path, option: str) -> None:
 
 
 def partial_name(name: str) -> str:
-    """Name of what is being written; fixed, so that the next try overwrites what a kill leaves."""
+    """Fixed name of an unfinished file, so that the next try overwrites what a kill left."""
     return f".{name}.partial"
 
 
@@ -60,7 +60,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill, which becomes ``path`` when the block ends without error.
 
     Raises:
-        FileExistsError: there is something at ``path``; it is left as it is.
+        FileExistsError: ``path`` exists; it is not changed.
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -81,8 +81,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def file_checksum(path: Path) -> str:
     """SHA-256 in hex of a file, or of a folder such as a saved model.
 
-    A folder's is that of the text that ``sha256sum`` prints for its files, sorted by path; hidden
-    files and folders (download caches) do not count.
+    The checksum of a folder is that of the text that ``sha256sum`` prints for its files, sorted by
+    path, without hidden files and folders (download caches). Raises UserError where there is none.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -96,26 +96,23 @@ def file_checksum(path: Path) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """XXH3 (128 bits, in hex) of a file's content: tells damage, and is no defence."""
-    digest = xxhash.xxh3_128()
+    """XXH3 (128 bits, in hex) of a file's content: it detects damage, not tampering."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def text_hash(text: str) -> str:
-    """The same of a text."""
+    """XXH3 (128 bits, in hex) of a text."""
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
 
 
 def seal(path: Path) -> None:
-    """Write beside a file, or into a folder, what :func:`is_sealed` compares it with."""
+    """Write the hashes of a file or folder, next to the file or into the folder."""
     atomic_write(_seal_of(path), to_json(_hashes(path)))
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file or folder is there with a seal, byte for byte as it was sealed."""
+    """Whether a file or folder exists with a seal and has not changed since."""
     try:
         return read_json(_seal_of(path), "a seal", "") == _hashes(path)
     except (OSError, UserError):
@@ -137,7 +134,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, reach the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,14 +143,14 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Have everything below ``folder`` reach the disk, and ``folder`` itself."""
+    """Flush ``folder`` and everything below it to the disk."""
     for path in folder.rglob("*"):
         fsync(path)
     fsync(folder)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON of plain data: NaN and infinity become null, NumPy and torch scalars numbers."""
+    """Strict JSON: NaN and infinity become null, NumPy and torch scalars become numbers."""
     return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -174,8 +171,8 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path, what: str, mend: str) -> dict[str, Any]:
-    """Content of a JSON file; ``what`` it should be and how to ``mend`` it go into the message.
+def read_json(path: Path, what: str, fix: str) -> dict[str, Any]:
+    """Content of a JSON file. The message of an error says ``what`` it should be and the ``fix``.
 
     Raises:
         UserError: the file is missing or holds no JSON object.
@@ -183,17 +180,17 @@ def read_json(path: Path, what: str, mend: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: found no such file, expected {what}; {mend}") from error
+        raise UserError(f"{path}: found no such file, expected {what}; {fix}") from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError among them
-        raise UserError(f"{path}: found no JSON ({error}), expected {what}; {mend}") from error
+        raise UserError(f"{path}: found no JSON ({error}), expected {what}; {fix}") from error
     if not isinstance(value, dict):
-        found = type(value).__name__
-        raise UserError(f"{path}: found a JSON {found}, expected {what}, an object; {mend}")
+        kind = type(value).__name__
+        raise UserError(f"{path}: found a JSON {kind}, expected {what}, an object; {fix}")
     return value
 
 
-def read_lines(path: Path, mend: str) -> list[dict[str, Any]]:
-    """Records of a JSON Lines file.
+def read_lines(path: Path, fix: str) -> list[dict[str, Any]]:
+    """Records of a JSON Lines file. The message of an error ends with the ``fix``.
 
     Raises:
         UserError: a line is not a JSON object.
@@ -205,17 +202,17 @@ def read_lines(path: Path, mend: str) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            found = line[:40].decode("utf-8", "replace")
-            raise UserError(f"{path}:{number}: found {found!r}, expected a JSON object; {mend}")
+            shown = line[:40].decode("utf-8", "replace")
+            raise UserError(f"{path}:{number}: found {shown!r}, expected a JSON object; {fix}")
         records.append(record)
     return records
 
 
 @contextmanager
 def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file ``path``; it is free again when this process ends in any way.
+    """Hold the lock file ``path``; the end of this process, of any kind, frees it.
 
-    When another process has it, ``busy(holder)`` is called with words for that process: it raises
+    When another process holds it, ``busy(holder)`` is called with words for that process. It raises
     to give up, or returns to wait.
     """
     lock, owner = FileLock(path), path.with_suffix(".pid")
@@ -234,14 +231,14 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk_told(task: str, folder: Path) -> Iterator[None]:
-    """Turn whatever a library makes of a full disk below ``folder`` into a UserError."""
+def explains_full_disk(task: str, folder: Path) -> Iterator[None]:
+    """Raise UserError for any error that is caused by a full disk below ``folder``."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        kept = "nothing already computed is lost"
+        kept = "finished work is not lost"
         if _has_errno(error, errno.EFBIG):
             raise UserError(
                 f"{task}: a file below {folder} grew past the largest that is allowed; {kept}: "
@@ -257,12 +254,12 @@ def full_disk_told(task: str, folder: Path) -> Iterator[None]:
 
 
 def _is_full_disk(error: BaseException, folder: Path) -> bool:
-    # torch.save and NumPy do not say why, but leave what they managed to write.
+    # torch.save and NumPy give no reason, but the disk is full after they fail.
     return _has_errno(error, errno.ENOSPC, errno.EDQUOT) or _free_bytes(folder) < 2**20
 
 
 def _has_errno(error: BaseException | None, *numbers: int) -> bool:
-    """Whether an error or what led to it is one of these of the system's."""
+    """Whether an error, or one of its causes, has one of these numbers of the system."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in numbers:
             return True

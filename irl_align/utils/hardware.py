@@ -1,4 +1,4 @@
-"""The machine: versions and peak memory for a stage's record, and whether bfloat16 is any use."""
+"""The machine: library versions, peak memory, and whether it computes in bfloat16."""
 
 import logging
 import platform
@@ -11,7 +11,7 @@ from typing import Any
 
 from irl_align.utils.version import __version__
 
-logger = logging.getLogger("irl_align.utils.hardware")
+logger = logging.getLogger(__name__)
 
 
 def environment() -> dict[str, str]:
@@ -25,8 +25,8 @@ def environment() -> dict[str, str]:
 
 @cache
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16; where it cannot that is emulated, at a twentieth of
-    the speed of float32."""
+    """Whether this CPU multiplies in bfloat16. Others emulate it at a twentieth of the speed of
+    float32."""
     import torch
 
     mkldnn: Any = torch.ops.mkldnn
@@ -34,36 +34,35 @@ def cpu_has_bf16() -> bool:
 
 
 def in_bf16(asked: bool, on_cpu: bool) -> bool:
-    """Whether what asks for bf16 computes in it: that is for speed, so where a CPU only emulates it
-    float32 takes its place."""
+    """Whether to compute in bfloat16: if asked to, but not on a CPU that only emulates it."""
     return asked and (not on_cpu or cpu_has_bf16())
 
 
 def use_bf16(asked: bool, on_cpu: bool) -> bool:
-    """The same, and told, once a process, where float32 takes its place."""
-    found = in_bf16(asked, on_cpu)
-    if asked and not found:
-        _say_float32()
-    return found
+    """As :func:`in_bf16`, with a warning, once per process, where float32 is used instead."""
+    use = in_bf16(asked, on_cpu)
+    if asked and not use:
+        _warn_of_float32()
+    return use
 
 
 @cache
-def _say_float32() -> None:
+def _warn_of_float32() -> None:
     logger.warning(
-        "bf16: this CPU has no instructions for bfloat16 and would take many times as long; it "
+        "bf16: this CPU has no instructions for bfloat16 and would take many times as long, so it "
         "computes in float32"
     )
 
 
 def reset_peak_memory() -> None:
-    """Have the GPU's peak counted from here on, where one is in use."""
+    """Start a new measurement of the GPU's peak memory, if a GPU is in use."""
     if cuda := _cuda():
         cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> dict[str, float]:
     """Peak memory in MiB: of this process so far, and of the current GPU since the reset."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes there, KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     memory = {"peak_rss_mib": round(peak, 1)}
     if cuda := _cuda():
@@ -72,6 +71,6 @@ def peak_memory() -> dict[str, float]:
 
 
 def _cuda() -> Any:
-    """``torch.cuda`` if it is in use; a process that has not imported torch does not for this."""
+    """``torch.cuda`` if it is in use; does not import torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

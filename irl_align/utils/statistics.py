@@ -1,6 +1,6 @@
-"""Intervals, paired tests and probabilities of improvement over seeds; a thin layer over scipy.
+"""Intervals, paired tests and probabilities of improvement over seeds, by scipy.
 
-Values are one number per seed. With one seed there is no interval and no test, and None says so.
+Values are one number per seed. With one seed there is no interval and no test: they are None.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 Method = Literal["t", "bootstrap"]
 CONFIDENCE = 0.95
 RESAMPLES = 9999
-ROUNDING = 1e-12  # of values, as a share of the largest
+ROUNDING = 1e-12  # rounding error of values, as a share of the largest
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` values with the bounds of its interval, None where there is no interval."""
+    """A mean over `n` values with the bounds of its 95% interval; None where there is none."""
 
     mean: float
     low: float | None
@@ -29,7 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences, and two p-values of its being zero (two-sided)."""
+    """Mean of paired differences, with two-sided p-values of no difference."""
 
     mean: float
     low: float | None
@@ -38,21 +38,21 @@ class Difference:
     p_t: float | None
     """Paired t-test."""
     p_sign_flip: float | None
-    """Exact test over all 2^n signs of the differences; with n pairs it is 2^(1-n) at least."""
+    """Exact test over all 2^n signs of the differences. With n pairs it is at least 2^(1-n)."""
 
 
 def estimate(values: Sequence[float], method: Method = "t") -> Estimate:
     """Mean of at least one value with its 95% interval.
 
-    t: mean ± t_{n-1} s / sqrt(n), right for few seeds if they are about normal. bootstrap:
-    percentiles of resampled means (Efron 1979), without that assumption, but too narrow for fewer
-    than about ten seeds.
+    t: mean ± t_{n-1} s / sqrt(n), which suits few seeds that are about normal. bootstrap:
+    percentiles of resampled means (Efron 1979), which assumes no distribution but is too narrow for
+    fewer than about ten seeds.
     """
     data = np.asarray(values, dtype=np.float64)
     mean, n = float(data.mean()), len(data)
     if n < 2:
         return Estimate(mean, None, None, n)
-    if np.ptp(data) == 0.0:  # scipy's answer would be NaN
+    if np.ptp(data) == 0.0:  # scipy returns NaN
         return Estimate(mean, mean, mean, n)
     if method == "t":
         interval = _stats().ttest_1samp(data, 0.0).confidence_interval(CONFIDENCE)
@@ -67,22 +67,22 @@ def paired_difference(
     """Differences values - baseline, paired by position (the same seed), and tests of no
     difference."""
     differences = _rounded(np.asarray(values, np.float64), np.asarray(baseline, np.float64))
-    found = estimate(differences.tolist(), method)
-    if found.n < 2:
-        return Difference(found.mean, None, None, found.n, None, None)
+    mean = estimate(differences.tolist(), method)
+    if mean.n < 2:
+        return Difference(mean.mean, None, None, mean.n, None, None)
     flipped = _stats().permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=0
     )
     if np.ptp(differences) == 0.0:  # no spread to test against, unless there is no difference
-        p_t = 1.0 if found.mean == 0.0 else None
+        p_t = 1.0 if mean.mean == 0.0 else None
     else:
         p_t = float(_stats().ttest_1samp(differences, 0.0).pvalue)
-    return Difference(found.mean, found.low, found.high, found.n, p_t, float(flipped.pvalue))
+    return Difference(mean.mean, mean.low, mean.high, mean.n, p_t, float(flipped.pvalue))
 
 
 def _rounded(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Differences [n]; those that differ by no more than rounding are made equal, since a test
-    would take that for spread and find any difference significant."""
+    """Differences [n]. If they differ only by rounding they are made equal: a test would take the
+    rounding for spread and call any difference significant."""
     differences = values - baseline
     error = ROUNDING * max(np.abs(values).max(), np.abs(baseline).max())
     if np.ptp(differences) > error:
@@ -94,9 +94,9 @@ def _rounded(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 def probability_of_improvement(
     values: Sequence[float], others: Sequence[float], lower_is_better: bool
 ) -> Estimate:
-    """P(X better than Y) of a run of each, ties counting half, with a bootstrap interval.
+    """P(X better than Y) for one run of each, where a tie counts half, with a bootstrap interval.
 
-    (1 / NM) sum_ij S(x_i, y_j), the Mann-Whitney statistic (arXiv:2108.13264, section 4.3); both
+    (1 / NM) sum_ij S(x_i, y_j), the Mann-Whitney statistic (arXiv:2108.13264, section 4.3). Both
     sides are resampled.
     """
 
@@ -143,10 +143,10 @@ def _bootstrap(data: tuple[np.ndarray, ...], statistic: Any) -> Any:
 
 
 def clustered_share(outcomes: Sequence[float], clusters: Sequence[str]) -> Estimate:
-    """Mean of outcomes in [0, 1] whose rows are alike within a cluster (the pairs of one prompt).
+    """Mean of outcomes in [0, 1] whose rows are correlated within a cluster (pairs of one prompt).
 
-    Wilson's interval for as many rows as would, if independent, have the variance that the clusters
-    show: n_eff = p(1 - p) / V, with V the ratio estimator's variance (Dean and Pagano 2015).
+    Wilson's interval for the number of independent rows that would have the clusters' variance:
+    n_eff = p(1 - p) / V, with V the ratio estimator's variance (Dean and Pagano 2015).
     """
     values = np.asarray(outcomes, dtype=np.float64)
     share, n = float(values.mean()), len(values)
@@ -156,8 +156,8 @@ def clustered_share(outcomes: Sequence[float], clusters: Sequence[str]) -> Estim
     effective = float(groups)
     if variance > 0.0:
         effective = min(max(share * (1.0 - share) / variance, 1.0), float(n))
-    found = proportion(share * effective, effective)
-    return Estimate(share, found.low, found.high, n)
+    interval = proportion(share * effective, effective)
+    return Estimate(share, interval.low, interval.high, n)
 
 
 def clustered_difference(differences: Sequence[float], clusters: Sequence[str]) -> Difference:
@@ -176,7 +176,7 @@ def clustered_difference(differences: Sequence[float], clusters: Sequence[str]) 
 
 
 def _stats() -> Any:
-    """scipy.stats, imported when it is needed: it takes longer than all else a table needs."""
+    """scipy.stats, imported on use: its import takes longer than everything else in a table."""
     from scipy import stats
 
     return stats

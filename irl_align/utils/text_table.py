@@ -1,4 +1,4 @@
-"""A table of texts, on the console and as Markdown; the report makes HTML of it."""
+"""A table of texts, for the console and as Markdown."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 MISSING = "-"
-LABEL_WIDTH = 30  # of columns of text, which may wrap
-GAP = 2  # between columns
+LABEL_WIDTH = 30  # largest width of a text column, which may wrap
+GAP = 2  # characters between columns
 SPELT = {"bleu": "BLEU", "chrf": "chrF"}
-# Columns that are no numbers.
+# Columns that hold text and not numbers.
 TEXTS = ("policy", "metric", "gold", "rank", "scorer", "group", "baseline", "against", "task")
 
 
 def spelt(metric: str) -> str:
-    """A metric as people write it: `slot_error_rate` as `slot error rate`, `bleu` as `BLEU`."""
+    """The usual name of a metric: `slot error rate` for `slot_error_rate`, `BLEU` for `bleu`."""
     return SPELT.get(metric, metric.replace("_", " "))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table before it is text, Markdown or HTML: the first column is a label."""
+    """A table of texts, whatever its output format. The first column is a label."""
 
     title: str
     columns: list[str]
@@ -34,7 +34,7 @@ class Grid:
 
 
 def show_grid(grid: Grid, console: Console) -> None:
-    """Print one table, its columns of numbers narrow; what is wider than the console in parts."""
+    """Print a table with narrow number columns, in parts if it is wider than the console."""
     for number, columns in enumerate(_parts(grid, console.width)):
         table = Table(
             title=None if number else Text(grid.title),
@@ -59,8 +59,8 @@ def _is_text(grid: Grid, at: int) -> bool:
 
 
 def _parts(grid: Grid, width: int) -> list[list[int]]:
-    """Columns of each part of a grid that is at most `width` wide, if one column can be; every part
-    starts with the columns of text."""
+    """Columns of each part of a grid. A part starts with the text columns and is at most `width`
+    wide, unless one column is wider."""
     texts = [at for at in range(len(grid.columns)) if _is_text(grid, at)]
     room = width - 2 - sum(min(_width(grid, at), LABEL_WIDTH) + GAP for at in texts)
     parts, used = [list(texts)], 0
@@ -77,13 +77,13 @@ def _parts(grid: Grid, width: int) -> list[list[int]]:
 
 
 def _width(grid: Grid, at: int) -> int:
-    """Characters that a column needs: a header of numbers breaks at its spaces."""
+    """Characters that a column needs. The header of a number column breaks at its spaces."""
     head = [grid.columns[at]] if _is_text(grid, at) else grid.columns[at].split()
     return max(map(len, [*head, *(row[at] for row in grid.rows)]))
 
 
 def grid_markdown(grid: Grid) -> str:
-    """One table as GitHub's Markdown, below its title."""
+    """A table as GitHub's Markdown, below its title."""
     text = sum(name in TEXTS for name in grid.columns)
     rule = ["---"] * text + ["---:"] * (len(grid.columns) - text)
     lines = [_markdown_row(row) for row in (grid.columns, rule, *grid.rows)]
@@ -95,6 +95,6 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text whose characters mean nothing to Markdown or HTML."""
+    """Text in which all characters that are special in Markdown or HTML are escaped."""
     marks = r"[\\|<>&`*_]|\](?=\()"
     return re.sub(marks, lambda mark: f"&#{ord(mark[0])};", " ".join(text.split()))

@@ -1,8 +1,8 @@
-"""Signs of life between the processes of a run: one that dies or hangs ends the others, told.
+"""Heartbeats between the processes of a run: when one dies or hangs, the others end with a message.
 
-A thread of each process counts up in the launcher's key-value store and looks at the others'. The
-main thread may be waiting for a process that is no more, so the thread itself ends the process:
-what is on the disk is whole at any moment.
+A thread in each process counts up in the launcher's key-value store and checks the others' counts.
+The main thread may be waiting for a dead process, so the thread itself ends the process. This is
+safe because files on the disk are complete at any moment.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import threading
 import time
 from typing import Any
 
-GRACE = 3.0  # seconds in which the process with a fault tells it before the others end
+GRACE = 3.0  # seconds for the failed process to report its error before the others end
 _ENDED = b"ended"
 
 
 class Watch:
-    """Watches the other processes from the moment it is made until :meth:`end`.
+    """Watches the other processes from its creation until :meth:`end`.
 
-    silence: seconds without a sign of life after which a process is taken for lost.
+    silence: seconds without a heartbeat after which a process counts as lost.
     """
 
     def __init__(self, rank: int, count: int, silence: float) -> None:
@@ -30,7 +30,7 @@ class Watch:
         self.rank, self.silence = rank, silence
         self.others = [other for other in range(count) if other != rank]
         shared: Any = _get_default_store()
-        # A connection of its own: collectives may hold the other one while they wait.
+        # This thread needs its own connection: collectives may block the other one.
         self.store: Any = PrefixStore("irl-align", shared.clone())
         self.beats = 0
         self.over = threading.Event()
@@ -39,14 +39,14 @@ class Watch:
         self.thread.start()
 
     def fault(self) -> bool:
-        """Tell the others that this process ends with an error; whether it was the first to."""
+        """Signal that this process ends with an error; True if it is the first one to do so."""
         try:
             return bool(self.store.add("faults", 1) == 1)
         except RuntimeError:  # the launcher is gone, and the store with it
             return True
 
     def end(self) -> None:
-        """Stop watching, and have the others not miss this process."""
+        """Stop watching, and let the others know that this process ended normally."""
         self.over.set()
         self.thread.join()
         try:
@@ -62,7 +62,7 @@ class Watch:
                 self._look(seen)
             except RuntimeError as error:
                 if not self.over.wait(GRACE):
-                    self._leave(f"the processes' store is out of reach ({_line(error)})")
+                    self._leave(f"the processes' store cannot be reached ({_line(error)})")
 
     def _beat(self) -> None:
         self.beats += 1
@@ -77,16 +77,16 @@ class Watch:
                 seen[other] = (beat, now)
             elif now - since > self.silence:
                 self._leave(
-                    f"process {other} of {len(self.others) + 1} has given no sign of life for "
+                    f"process {other} of {len(self.others) + 1} has sent no heartbeat for "
                     f"{now - since:.0f} s: it hangs or was killed"
                 )
         if self.store.check(["faults"]) and not self.over.wait(GRACE):
-            os._exit(1)  # the process with the fault tells it
+            os._exit(1)  # the failed process reports the error
 
     def _leave(self, fault: str) -> None:
-        """End this process; the first one to do so says why."""
+        """End this process; the first one to do so prints why."""
         if self.fault():
-            message = f"irl-align: {fault}; the same command goes on from the last checkpoint"
+            message = f"irl-align: {fault}; the same command resumes from the last checkpoint"
             print(f"\n{message}", file=sys.stderr, flush=True)
         os._exit(1)
 

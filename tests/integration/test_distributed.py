@@ -263,8 +263,8 @@ def test_one_that_hangs_or_dies_ends_the_other_and_a_rerun_ends_the_same(
     second.communicate()
     line = [line for line in errors.splitlines() if line.startswith("irl-align: ")]
     assert first.returncode == 1 and len(line) == 1
-    assert "process 1 of 2 has given no sign of life for 8 s" in line[0], errors
-    assert line[0].endswith("the same command goes on from the last checkpoint")
+    assert "process 1 of 2 has sent no heartbeat for 8 s" in line[0], errors
+    assert line[0].endswith("the same command resumes from the last checkpoint")
 
     # The first, which keeps the store of their messages, is killed.
     first, second = ranks_by_hand(tmp_path)

@@ -359,7 +359,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path, fail: Callable[
     told = str(error.value)
     assert told.startswith(f"stage sft: no space left for {tmp_path} (")
     assert told.endswith(
-        " MiB free); nothing already computed is lost: free space and run the same command again"
+        " MiB free); finished work is not lost: free space and run the same command again"
     )
 
     def go_on(work: Path) -> dict[str, Any]:

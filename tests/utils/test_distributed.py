@@ -9,13 +9,13 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 
-from irl_align.errors import TryAgain, UserError
+from irl_align.errors import UserError
 from irl_align.utils import distributed
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 
 
-def test_shares_lose_nothing_and_are_about_equal() -> None:
+def test_shares_divide_all_rows_about_equally() -> None:
     draw = random.Random(0)
     for _ in range(50):
         weights = [draw.randint(1, 200) for _ in range(draw.randint(0, 40))]
@@ -29,13 +29,16 @@ def test_shares_lose_nothing_and_are_about_equal() -> None:
     assert distributed.shares([7], 3) == [[0], [], []]
 
 
-def test_one_process_is_all_there_is() -> None:
+def test_one_process_does_all_the_work() -> None:
     assert (distributed.rank(), distributed.count(), distributed.is_main()) == (0, 1, True)
     assert distributed.broadcast("a") == "a"
     assert distributed.gather(2) == [2]
     assert distributed.on_main(lambda: 3) == 3
-    found = distributed.over_sequences(lambda p, c: [len(x) for x in c], [[1], [2]], [[1, 2], [3]])
-    assert found == [2, 1]
+    lengths = distributed.over_sequences(
+        lambda p, c: [len(x) for x in c], [[1], [2]], [[1, 2], [3]]
+    )
+    assert lengths == [2, 1]
+    assert distributed.over_rows(lambda numbers: numbers, [1.0, 2.0]) == [0, 1]
     numbers = torch.arange(3)
     assert distributed.total(numbers) is numbers and numbers.tolist() == [0, 1, 2]
     with distributed.joined(torch.device("cpu")):
@@ -43,7 +46,7 @@ def test_one_process_is_all_there_is() -> None:
         assert distributed.count() == 1
 
 
-def test_a_launcher_is_seen_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launched_and_own_device_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.launched() == (0, 1)
@@ -59,7 +62,7 @@ def test_a_launcher_is_seen_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert distributed.own_device(cuda) == torch.device("cpu")
 
 
-def test_seconds_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IRL_ALIGN_WAIT", raising=False)
     assert distributed.seconds("IRL_ALIGN_WAIT", 5.0) == 5.0
     monkeypatch.setenv("IRL_ALIGN_WAIT", "2.5")
@@ -70,19 +73,8 @@ def test_seconds_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             distributed.seconds("IRL_ALIGN_WAIT", 5.0)
 
 
-@pytest.mark.parametrize("error", [UserError("mend it"), TryAgain("once more")])
-def test_an_error_that_all_are_to_raise_is_a_value_on_its_way(error: Exception) -> None:
-    def fail() -> None:
-        raise error
-
-    outcome = distributed._outcome(fail)
-    assert outcome is error
-    with pytest.raises(type(error), match=str(error)):
-        distributed._result(outcome)
-
-
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"])
-def test_accelerate_knows_the_configs(name: str) -> None:
+def test_shipped_configs_are_valid_for_accelerate(name: str) -> None:
     path = RECIPES / f"{name}.yaml"
     config = ClusterConfig.from_yaml_file(yaml_file=str(path))
     assert config.num_processes == 8 and config.mixed_precision == "no"

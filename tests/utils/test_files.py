@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; checksums are those of sha256sum; JSON is strict."""
+"""Atomic writes, checksums as by sha256sum, and strict JSON."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from irl_align.utils import files
 from irl_align.utils.files import atomic_folder, atomic_write, file_checksum, to_json
 
 
-def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     atomic_write(path, "é")
     assert path.read_bytes() == b"\xc3\xa9"
@@ -23,7 +23,7 @@ def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_failed_write_leaves_the_old_file(
+def test_a_failed_atomic_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.txt"
@@ -57,14 +57,14 @@ def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
         raise AssertionError("entered")
 
 
-def test_atomic_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_atomic_folder_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as aside:
         (aside / "a.bin").write_text("a")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+def test_file_checksum_equals_sha256sum(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_text("")
     (tmp_path / "a.txt").write_text("abc")
@@ -82,7 +82,7 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
         file_checksum(tmp_path / "missing")
 
 
-def test_json_is_strict_and_plain() -> None:
+def test_to_json_is_strict() -> None:
     value = {
         "nan": math.nan,
         "inf": [-math.inf, np.float32("inf")],

@@ -19,12 +19,12 @@ from irl_align.utils.statistics import (
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=6)
 
 
-def test_t_interval() -> None:
+def test_estimate_gives_a_t_interval() -> None:
     # mean 2, s = 1, n = 3; t of 0.975 with 2 degrees of freedom is 4.302653 (tables).
     half = 4.302653 / math.sqrt(3)
-    found = estimate([1.0, 2.0, 3.0])
-    assert (found.mean, found.n) == (2.0, 3)
-    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
+    result = estimate([1.0, 2.0, 3.0])
+    assert (result.mean, result.n) == (2.0, 3)
+    assert (result.low, result.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
 
 
 def test_one_value_has_no_interval() -> None:
@@ -37,50 +37,50 @@ def test_one_value_has_no_interval() -> None:
 
 @pytest.mark.parametrize("method", ["t", "bootstrap"])
 def test_equal_values_have_an_interval_of_no_width(method: str) -> None:
-    found = estimate([0.1, 0.1, 0.1], method)  # type: ignore[arg-type]
-    assert found.low == found.high == found.mean == pytest.approx(0.1)
+    result = estimate([0.1, 0.1, 0.1], method)  # type: ignore[arg-type]
+    assert result.low == result.high == result.mean == pytest.approx(0.1)
 
 
 @settings(max_examples=25, deadline=None)
 @given(VALUES)
-def test_bootstrap_stays_within_the_values_and_holds_the_mean(values: list[float]) -> None:
-    found = estimate(values, "bootstrap")
-    assert found.low is not None and found.high is not None
+def test_bootstrap_interval_lies_within_the_values(values: list[float]) -> None:
+    result = estimate(values, "bootstrap")
+    assert result.low is not None and result.high is not None
     slack = 1e-9 + 1e-9 * max(map(abs, values))
-    assert min(values) - slack <= found.low <= found.high <= max(values) + slack
-    assert estimate(values, "bootstrap") == found  # the resamples are seeded
+    assert min(values) - slack <= result.low <= result.high <= max(values) + slack
+    assert estimate(values, "bootstrap") == result  # the resamples are seeded
 
 
-def test_paired_t_test() -> None:
+def test_paired_difference_gives_a_t_test() -> None:
     # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641 with 2 degrees of freedom, whose two-sided
     # p is 1 - t / sqrt(2 + t^2) (closed form for 2 degrees of freedom).
     t = 2.0 * math.sqrt(3.0)
-    found = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert found.mean == 2.0
-    assert found.p_t == pytest.approx(1.0 - t / math.sqrt(2.0 + t * t))
+    result = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert result.mean == 2.0
+    assert result.p_t == pytest.approx(1.0 - t / math.sqrt(2.0 + t * t))
 
 
 @settings(max_examples=25, deadline=None)
 @given(VALUES)
-def test_sign_flip_test_counts_all_signs(differences: list[float]) -> None:
+def test_paired_difference_counts_all_signs(differences: list[float]) -> None:
     total = abs(sum(differences))
     flips = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
              for signs in product((1, -1), repeat=len(differences))]  # fmt: skip
     expected = sum(flip >= total - 1e-9 for flip in flips) / len(flips)
-    found = paired_difference(differences, [0.0] * len(differences))
-    assert found.p_sign_flip == pytest.approx(expected, abs=1e-9)
+    result = paired_difference(differences, [0.0] * len(differences))
+    assert result.p_sign_flip == pytest.approx(expected, abs=1e-9)
 
 
-def test_no_difference_at_all_is_not_significant() -> None:
+def test_equal_values_are_not_significant() -> None:
     same = paired_difference([1.0, 2.0], [1.0, 2.0])
     assert (same.mean, same.p_t, same.p_sign_flip) == (0.0, 1.0, 1.0)
     constant = paired_difference([2.0, 3.0], [1.0, 2.0])  # no spread: a t-test has no answer
     assert constant.p_t is None and constant.p_sign_flip == 0.5
 
 
-def test_differences_that_rounding_alone_tells_apart_are_equal() -> None:
-    found = paired_difference([0.31, 0.32, 0.33], [0.26, 0.27, 0.28])  # 0.05, to rounding
-    assert found.low == found.mean == found.high == pytest.approx(0.05) and found.p_t is None
+def test_paired_difference_ignores_rounding() -> None:
+    result = paired_difference([0.31, 0.32, 0.33], [0.26, 0.27, 0.28])  # 0.05, to rounding
+    assert result.low == result.mean == result.high == pytest.approx(0.05) and result.p_t is None
     assert paired_difference([0.1 + 0.2, 0.3], [0.3, 0.3]).p_t == 1.0
 
 
@@ -93,35 +93,35 @@ def test_differences_that_rounding_alone_tells_apart_are_equal() -> None:
         ([5.0], [5.0, 6.0, 4.0], False, 1.5 / 3),
     ],
 )
-def test_probability_of_improvement(
+def test_probability_of_improvement_counts_wins_and_half_ties(
     values: list[float], others: list[float], lower: bool, expected: float
 ) -> None:
-    found = probability_of_improvement(values, others, lower)
-    assert found.mean == pytest.approx(expected)
-    if found.low is not None and found.high is not None:
-        assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
+    result = probability_of_improvement(values, others, lower)
+    assert result.mean == pytest.approx(expected)
+    if result.low is not None and result.high is not None:
+        assert 0.0 <= result.low <= result.mean <= result.high <= 1.0
 
 
-def test_wilson_interval() -> None:
-    # Of 8 in 10: the interval is 0.4902 to 0.9433 (Newcombe 1998 computes it so).
-    found = proportion(8, 10)
-    assert (found.mean, found.n) == (0.8, 10)
-    assert (found.low, found.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+def test_proportion_gives_wilsons_interval() -> None:
+    # 8 of 10: the interval is 0.4902 to 0.9433 (Newcombe 1998).
+    result = proportion(8, 10)
+    assert (result.mean, result.n) == (0.8, 10)
+    assert (result.low, result.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     none, every = proportion(0, 5), proportion(5, 5)
     assert none.low == 0.0 and every.high == 1.0 and none.high is not None and none.high > 0.3
 
 
-def test_clustered_share_of_independent_rows_is_wilsons() -> None:
+def test_clustered_share_of_independent_rows_is_wilsons_interval() -> None:
     """One row per cluster: the variance is p(1-p)/(n-1), so n_eff = n - 1."""
     outcomes = [1.0] * 8 + [0.0] * 2
-    found = clustered_share(outcomes, [str(i) for i in range(10)])
+    result = clustered_share(outcomes, [str(i) for i in range(10)])
     alone = proportion(0.8 * 9, 9)
-    assert (found.mean, found.n) == (0.8, 10)
-    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+    assert (result.mean, result.n) == (0.8, 10)
+    assert (result.low, result.high) == pytest.approx((alone.low, alone.high))
 
 
-def test_clustered_share_counts_what_repeats_once() -> None:
-    """Ten equal rows per prompt say no more than one: n_eff is the same."""
+def test_clustered_share_ignores_repeated_rows() -> None:
+    """Ten equal rows per prompt have the same n_eff as one."""
     prompts = ["a", "b", "c", "d"]
     single = clustered_share([1.0, 1.0, 1.0, 0.0], prompts)
     repeated = clustered_share([1.0] * 30 + [0.0] * 10, [p for p in prompts for _ in range(10)])
@@ -133,11 +133,11 @@ def test_clustered_share_counts_what_repeats_once() -> None:
     assert clustered_share([1.0, 0.0], ["a", "a"]).low is None
 
 
-def test_clustered_difference() -> None:
+def test_clustered_difference_by_hand() -> None:
     # Clusters with sums of residuals 1, -1 around the mean 0.5 of 4 rows: V = 2/16 * 2/1 = 1/4.
-    found = clustered_difference([1.0, 1.0, 0.0, 0.0], ["a", "a", "b", "b"])
-    assert found.mean == 0.5
+    result = clustered_difference([1.0, 1.0, 0.0, 0.0], ["a", "a", "b", "b"])
+    assert result.mean == 0.5
     # t = 0.5 / 0.5 = 1 with one degree of freedom, whose two-sided p is 1/2 (Cauchy).
-    assert found.p_t == pytest.approx(0.5)
-    assert found.high is not None and found.high == pytest.approx(0.5 + 0.5 * 12.7062, abs=1e-3)
+    assert result.p_t == pytest.approx(0.5)
+    assert result.high is not None and result.high == pytest.approx(0.5 + 0.5 * 12.7062, abs=1e-3)
     assert clustered_difference([0.0, 0.0], ["a", "b"]).p_t == 1.0
