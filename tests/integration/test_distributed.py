@@ -1,4 +1,4 @@
-"""A run in two processes: the same result as in one, and no end without a word."""
+"""Runs in two processes: they equal runs in one process, and a failure ends all of them."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
+from support.commands import Command
 from support.tiny_runs import SPIN, tiny_recipe, write_recipe
 
 from irl_align.training.train import train
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 DEEPSPEED = Path(sys.prefix) / "deepspeed"  # where `make deepspeed` puts it
 # Rates at which rounding stays rounding. Adam divides a gradient by its own size: of one that is
@@ -82,44 +82,47 @@ def launcher_of(config: str) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
-def launch(
-    folder: Path, *overrides: str, config: str = "ddp", script: Path | None = None, **more: str
-) -> str:
-    """Two processes by `accelerate launch`, to their end; what they said.
-
-    script: run in place of `-m irl_align`; more: environment.
-    """
-    launcher = launcher_of(config)
+def launch(folder: Path, *overrides: str, config: str, script: Path, **more: str) -> str:
+    """Run a script in two processes by `accelerate launch`; return what they printed."""
     port = ["--num_processes", "2", "--main_process_port", str(free_port())]
-    arguments = command(folder, *overrides)
-    if script is not None:
-        arguments[:2] = [str(script)]
-    process = start([*launcher, *port, *arguments], **more)
+    arguments = [str(script), *command(folder, *overrides)[2:]]
+    process = start([*launcher_of(config), *port, *arguments], **more)
     out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out + errors
 
 
-def ranks_by_hand(folder: Path, **more: str) -> list[subprocess.Popen[str]]:
-    """The same two processes without a launcher, which would end one when the other does."""
+def two_ranks(folder: Path, *overrides: str, **more: str) -> tuple[Command, Command]:
+    """Start two processes without a launcher, which would end one when the other ends."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        start(command(folder, *OPTIONS), RANK=rank, LOCAL_RANK=rank, **shared, **more)
+    arguments = command(folder, *overrides)[2:]
+    number = len(list(folder.glob("*.log")))
+    first, second = (
+        Command(
+            folder / f"{number}-{rank}.log",
+            *arguments,
+            RANK=rank,
+            LOCAL_RANK=rank,
+            ACCELERATE_USE_CPU="true",
+            **shared,
+            **more,
+        )
         for rank in ("0", "1")
-    ]
+    )
+    return first, second
+
+
+def run_two_ranks(folder: Path, *overrides: str) -> str:
+    """Run two processes to their end; return what they printed."""
+    ends = [rank.ended() for rank in two_ranks(folder, *overrides)]
+    assert [status for status, _ in ends] == [0, 0], ends
+    return "".join(printed for _, printed in ends)
 
 
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def wait_for(happened: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
-    while not happened():
-        for process in processes:
-            assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
 
 
 def stages(folder: Path) -> dict[str, Path]:
@@ -187,12 +190,12 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of the same run in one process and in two."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     train(tiny_recipe(one, *OPTIONS))
-    said = launch(two, *OPTIONS)
-    assert said.count("irl-align: ") == 0
+    printed = run_two_ranks(two, *OPTIONS)
+    assert printed.count("irl-align: ") == 0
     return one, two
 
 
-def test_two_processes_do_what_one_does(both: tuple[Path, Path]) -> None:
+def test_two_processes_equal_one(both: tuple[Path, Path]) -> None:
     one, two = both
     same(one, two, files=15)
     (ppo,) = (path for name, path in stages(two).items() if name.startswith("ppo-"))
@@ -201,7 +204,7 @@ def test_two_processes_do_what_one_does(both: tuple[Path, Path]) -> None:
     assert parts["ended"] == "1 iterations done"
 
 
-def test_shards_do_what_whole_weights_do(both: tuple[Path, Path], tmp_path: Path) -> None:
+def test_fsdp_equals_whole_weights(both: tuple[Path, Path], tmp_path: Path) -> None:
     launch(tmp_path, *OPTIONS, config="fsdp2", script=ROOT / "tests/support/fsdp_on_cpu.py")
     same(both[0], tmp_path, files=15)
 
@@ -211,9 +214,7 @@ def test_shards_do_what_whole_weights_do(both: tuple[Path, Path], tmp_path: Path
     reason="needs `make deepspeed`, and a compiler for what processes send each other",
 )
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_does_what_whole_weights_do(
-    both: tuple[Path, Path], tmp_path: Path, stage: int
-) -> None:
+def test_zero_equals_whole_weights(both: tuple[Path, Path], tmp_path: Path, stage: int) -> None:
     said = launch(
         tmp_path,
         *OPTIONS,
@@ -227,26 +228,28 @@ def test_zero_does_what_whole_weights_do(
     same(both[0], tmp_path, files=15)
 
 
-def test_dpo_with_a_last_batch_that_not_all_get(both: tuple[Path, Path]) -> None:
+def test_dpo_in_two_processes_equals_one_with_a_short_last_batch(
+    both: tuple[Path, Path],
+) -> None:
     one, two = both
     train(tiny_recipe(one, *DPO))
-    launch(two, *DPO)
+    run_two_ranks(two, *DPO)
     same(one, two, files=18)
 
 
-def test_spin_in_pieces_of_different_rows(tmp_path: Path) -> None:
+def test_spin_in_two_processes_equals_one_when_pieces_differ_in_rows(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
     train(tiny_recipe(one, *SPIN_TOO))
-    launch(two, *SPIN_TOO)
+    run_two_ranks(two, *SPIN_TOO)
     same(one, two, files=10)
     (fit,) = (path for name, path in stages(two).items() if name.startswith("implicit-"))
     metrics = json.loads((fit / "stage.json").read_text())["metrics"]
     assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_one_that_hangs_or_dies_ends_the_other_and_a_rerun_ends_the_same(
+def test_rank_that_hangs_or_dies_ends_the_other_and_a_rerun_gives_the_same_weights(
     both: tuple[Path, Path], tmp_path: Path
 ) -> None:
     scratch = tmp_path / "runs" / "store" / ".work"
@@ -255,24 +258,24 @@ def test_one_that_hangs_or_dies_ends_the_other_and_a_rerun_ends_the_same(
         return lambda: any(scratch.glob(f"ppo-*/scratch/checkpoint-{number}"))
 
     # The second stops answering.
-    first, second = ranks_by_hand(tmp_path, IRL_ALIGN_SILENCE="8")
-    wait_for(checkpoint(1), [first, second])
-    second.send_signal(signal.SIGSTOP)
-    _, errors = first.communicate(timeout=120)
-    second.kill()
-    second.communicate()
-    line = [line for line in errors.splitlines() if line.startswith("irl-align: ")]
-    assert first.returncode == 1 and len(line) == 1
-    assert "process 1 of 2 has sent no heartbeat for 8 s" in line[0], errors
+    first, second = two_ranks(tmp_path, *OPTIONS, IRL_ALIGN_SILENCE="8")
+    assert first.wait_for(checkpoint(1))
+    second.send(signal.SIGSTOP)
+    status, printed = first.ended()
+    second.send(signal.SIGKILL)
+    second.ended()
+    line = [line for line in printed.splitlines() if line.startswith("irl-align: ")]
+    assert status == 1 and len(line) == 1
+    assert "process 1 of 2 has sent no heartbeat for 8 s" in line[0], printed
     assert line[0].endswith("the same command resumes from the last checkpoint")
 
-    # The first, which keeps the store of their messages, is killed.
-    first, second = ranks_by_hand(tmp_path)
-    wait_for(checkpoint(2), [first, second])
-    first.kill()
-    first.communicate()
-    _, errors = second.communicate(timeout=120)
-    assert second.returncode == 1 and "irl-align: " in errors and "Traceback" not in errors
+    # The first process, which holds the store of their messages, is killed.
+    first, second = two_ranks(tmp_path, *OPTIONS)
+    assert first.wait_for(checkpoint(2))
+    first.send(signal.SIGKILL)
+    first.ended()
+    status, printed = second.ended()
+    assert status == 1 and "irl-align: " in printed and "Traceback" not in printed
 
     # Two machines of one process each, on the loopback.
     machines = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
@@ -294,15 +297,10 @@ def test_one_that_hangs_or_dies_ends_the_other_and_a_rerun_ends_the_same(
     assert json.loads((ended["ppo"] / "stage.json").read_text())["resumed"]
 
 
-def test_a_mistake_is_told_once(tmp_path: Path) -> None:
-    """A batch that two processes cannot share is refused by one line, and both end."""
-    path = write_recipe(tmp_path)
-    launcher = launcher_of("ddp")
+def test_a_batch_that_two_processes_cannot_share_is_refused_by_one_line(tmp_path: Path) -> None:
     port = ["--num_processes", "2", "--main_process_port", str(free_port())]
-    process = start(
-        [*launcher, *port, "-m", "irl_align", "train", str(path), f"output_dir={tmp_path / 'runs'}",
-         "sft.args.per_device_train_batch_size=3"]
-    )  # fmt: skip
+    arguments = command(tmp_path, "sft.args.per_device_train_batch_size=3")
+    process = start([*launcher_of("ddp"), *port, *arguments])
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     lines = [line for line in errors.splitlines() if line.startswith("irl-align: ")]

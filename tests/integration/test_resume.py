@@ -12,7 +12,7 @@ from support.tiny_runs import BEST, stage_records, weights, write_recipe
 
 from irl_align.training.store import Store, stage_key
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 # Two epochs and a save per step, so that kills fall between checkpoints of one training.
 RECIPE = (
     *BEST,

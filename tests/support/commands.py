@@ -11,16 +11,16 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["irl_align.training.train", "irl_align.cli.main"])
-LONGEST = 120.0  # seconds; a command that takes longer hangs
+LONGEST = 300.0  # seconds; a command that takes longer hangs
 
 
 class Command:
     """A command under way. Its first start waits for the imports, later ones do not."""
 
-    def __init__(self, log: Path, *arguments: object) -> None:
+    def __init__(self, log: Path, *arguments: object, **environment: str) -> None:
         self.log = log
         self._process: ForkServerProcess = _CONTEXT.Process(
-            target=_run, args=(list(map(str, arguments)), log)
+            target=_run, args=(list(map(str, arguments)), log, environment)
         )
         self._process.start()
 
@@ -50,8 +50,9 @@ class Command:
         return self._process.exitcode, self.log.read_text(encoding="utf-8")
 
 
-def _run(arguments: list[str], log: Path) -> None:
+def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     """Run the command line as its entry point does; what it prints goes to the log."""
+    os.environ.update(environment)
     # Ctrl-C does something, also where the tests run as a shell's background job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
