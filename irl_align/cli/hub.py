@@ -1,4 +1,4 @@
-"""The commands export, push and data."""
+"""The commands export and push."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from irl_align.cli.terminal import Debug, console, set_up
+from irl_align.cli.terminal import Debug, set_up
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 What = Annotated[str, typer.Option("--what", help="reward, policy or pairs.")]
@@ -34,7 +34,6 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Example: irl-align push runs/e2e-irl-best-of-n-seed1 --repo me/my-reward --private"
     )(push)
-    app.command(epilog="Example: irl-align data e2e_nlg --path ../data/e2e --check")(data)
 
 
 def export(
@@ -113,34 +112,6 @@ def push(
             f"would push to the {kind} {repo}, branch {revision or 'main'}{number}, licence "
             f"{exported.licence.name}; nothing was sent"
         )
-
-
-def data(
-    card: Annotated[str, typer.Argument(help="Data card: its name, or its file.")],
-    path: Annotated[
-        str | None,
-        typer.Option(help="Local files; default: the card's source.", show_default=False),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="One split; default: all.", show_default=False)
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="KEY=VALUE for a task that generates its data, such as size=200; repeatable."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Rows to show of each split.")] = 2,
-    check: Annotated[
-        bool, typer.Option("--check", help="Fail if the data differs from the card.")
-    ] = False,
-    debug: Debug = False,
-) -> None:
-    """Load the splits of a data card, count and show their rows, check them against the card."""
-    _set_up(debug)
-    from irl_align.data.summary import show
-
-    show(card, console(), path, split, samples, check, task or [])
 
 
 def _set_up(debug: bool) -> None:

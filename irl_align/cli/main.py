@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.padding import Padding
 
-from irl_align.cli import compare, hub, plan, prune, vllm_serve
+from irl_align.cli import compare, data, hub, plan, prune, vllm_serve
 from irl_align.cli.terminal import Debug
 from irl_align.cli.terminal import console as _console
 from irl_align.cli.terminal import set_up as _set_up
@@ -238,6 +238,7 @@ def generate(
 
 compare.register(app)
 hub.register(app)
+data.register(app)
 prune.register(app)
 plan.register(app)
 vllm_serve.register(app)

@@ -13,9 +13,9 @@ A card of your own needs only this, in the folder of ``demos.jsonl``::
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from irl_align.config.resources import data_cards_dir
 from irl_align.config.types import ImportPath, Options
-from irl_align.config.yaml import load_plain, show
+from irl_align.config.yaml import load_plain, nearest, show
 from irl_align.errors import UserError
 from irl_align.utils.sanitize import one_line
 
@@ -36,31 +36,31 @@ PAIRS = frozenset({"prompt", "chosen", "rejected"})
 TRANSCRIPTS = frozenset({"chosen_transcript", "rejected_transcript"})
 LABELLED = frozenset({"prompt", "first", "second", "label"})
 FORMATS = {"demonstrations": (PLAIN, MESSAGES, TEXT), "preferences": (PAIRS, TRANSCRIPTS, LABELLED)}
-"""What a row holds, by the fields that its columns are mapped to."""
-ALSO = {"demonstrations": frozenset[str](), "preferences": frozenset({"subset", "margin"})}
-"""Fields that any format of the kind may have besides."""
+"""Kind of rows -> the sets of fields that its columns may be mapped to."""
+OPTIONAL = {"demonstrations": frozenset[str](), "preferences": frozenset({"subset", "margin"})}
+"""Kind of rows -> fields that may be added to any of its FORMATS."""
 _MAX_BYTES = 1 << 24
 TASK_SPLITS = ("train", "validation", "test")
 
 
 class Source(Options):
-    """Where rows come from when the recipe gives no local path."""
+    """Where rows come from if the recipe gives no local path."""
 
     hub: str | None = None
     """Hub dataset, org/name."""
     config: str | None = None
-    """Its configuration."""
+    """Configuration of the Hub dataset."""
     data_dir: str | None = None
-    """Its folder."""
+    """Folder of the Hub dataset."""
     revision: str | None = None
-    """Its branch, tag or commit."""
+    """Branch, tag or commit of the Hub dataset."""
     columns: Columns = Field(default_factory=dict)
-    """Column names on the Hub, where they are not those of the local files."""
+    """Column names on the Hub, if they differ from those of the local files."""
     task: ImportPath | None = None
-    """module:callable that makes demonstrations, called with split, seed and the recipe's
+    """module:callable that makes demonstrations. It is called with split, seed and the recipe's
     data.task."""
     url: str | None = None
-    """Page where people find the files: the recipe must then give a local path."""
+    """Page where people find the files. The recipe must then give a local path."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -73,16 +73,16 @@ class Source(Options):
 
 
 class Split(Options):
-    """One split: files and a Hub split of its own, or a part carved out of another split."""
+    """One split: its own files or Hub split, or a part carved out of another split."""
 
     hub: str | None = None
     """Name of the split on the Hub."""
     files: str | list[str] | None = None
     """File name(s) or glob(s) inside the local folder."""
     carved_from: Annotated[str | None, Field(alias="from")] = None
-    """Split of which this one takes a share of the prompts; they then leave that split."""
+    """Another split, which loses a share of its prompts to this one."""
     share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """With from: the share, chosen by a hash of the prompt."""
+    """With from: the share of the prompts, chosen by a hash of the prompt."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Split:
@@ -107,39 +107,39 @@ class CardOptions(Options):
     kind: Literal["demonstrations", "preferences"]
     """What a row is."""
     source: Source | None = None
-    """Where the data is; without it the files lie in the card's folder."""
+    """Where the data is. Without it, the files lie in the card's folder."""
     splits: dict[str, Split] = Field(default_factory=dict)
-    """Splits by name: train, validation, test or others. A task has just these three."""
+    """Splits by name: train, validation, test or others. A task has exactly these three."""
     columns: Columns = Field(default_factory=dict)
-    """Field -> column; a.0.b is key b of item 0 of column a. Demonstrations: prompt and
-    completion, or messages, or text that starts with its prompt. Preferences: prompt,
-    chosen, rejected; or chosen_transcript, rejected_transcript; or prompt, first, second, label
-    (1 or 2, the better); each with margin and subset where there are such columns. Several
-    columns joined by + may make the subset; without it, a subset is a file of the split."""
+    """Field -> column; a.0.b is key b of item 0 of column a. Demonstrations have prompt and
+    completion; or messages; or text, which starts with its prompt. Preferences have prompt, chosen
+    and rejected; or chosen_transcript and rejected_transcript; or prompt, first, second and label
+    (1 or 2, the better text). Preferences may also have margin and subset. A subset may join
+    several columns by +; without one, the files of a split are its subsets."""
     template: str = "{prompt}\n"
     """Text with one {prompt}, or chat: the tokenizer's chat template."""
     lowercase: bool = False
-    """Prompts and completions are lowercased when they are encoded."""
+    """Whether prompts and completions are lowercased when they are encoded."""
     prompt_words: Annotated[int, Field(gt=0)] | None = None
-    """With text: the prompt is so many words, the completion what follows them."""
+    """With text: how many words the prompt has. The completion is the rest of the text."""
     labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(default=[1, 2])
-    """Values of label by which the first and by which the second text is the better one."""
+    """Values of label: the first means that the first text is better, the second the second."""
     turn: Literal["first", "last"] = "last"
-    """With messages: the assistant turn that is the demonstration; what follows it is left out."""
+    """With messages: which assistant turn is the demonstration. Later turns are left out."""
     where: dict[str, bool | int | str] = Field(default_factory=dict)
-    """Column -> value: other rows are left out."""
+    """Column -> value. Rows with another value are left out."""
     faulty: Literal["error", "drop"] = "error"
-    """Rows known to be faulty (empty, chosen equal to rejected): stop, or drop and log how many."""
+    """Faulty rows (empty text, chosen equal to rejected): stop, or drop them and log how many."""
     rows: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
-    """Split -> expected number of rows; another number is warned of."""
+    """Split -> expected number of rows. A mismatch logs a warning."""
     about: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
-    """Split -> about how many rows, where they cannot be counted here: for plans, never checked."""
+    """Split -> approximate number of rows, for plans that cannot count them. It is not checked."""
     sha256: dict[str, Sha256] = Field(default_factory=dict)
-    """Split -> SHA-256 of its local files, decompressed; another one is warned of."""
+    """Split -> SHA-256 of its local files, decompressed. A mismatch logs a warning."""
     gold: ImportPath | None = None
-    """module:object, the task's gold metric."""
+    """module:object, the gold metric of the task."""
     edit: ImportPath | None = None
-    """module:callable, an edit of a prompt after which it asks for something else."""
+    """module:callable that edits a prompt so that it asks for something else."""
 
     @field_validator("template")
     @classmethod
@@ -170,7 +170,7 @@ class CardOptions(Options):
         with_files = {name for name, split in self.splits.items() if split.carved_from is None}
         for name, split in self.splits.items():
             if split.carved_from is not None and split.carved_from not in with_files:
-                raise ValueError(f"splits.{name}.from: {split.carved_from} is no split with files")
+                raise ValueError(f"splits.{name}.from: {split.carved_from} has no files of its own")
             if split.hub is not None and not hub:
                 raise ValueError(f"splits.{name}.hub: the source is not on the Hub")
             if hub and split.hub is None and split.carved_from is None:
@@ -183,17 +183,17 @@ class CardOptions(Options):
     def _columns_fit(self) -> CardOptions:
         if self.is_task:
             return self
-        row = self.format(self.columns)
+        form = self.format(self.columns)
         on_hub = self.source.columns if self.source is not None else {}
-        if on_hub and self.format(on_hub) != row:
+        if on_hub and self.format(on_hub) != form:
             raise ValueError("source.columns: not the same fields as columns")
-        if row in (MESSAGES, TRANSCRIPTS) and self.template != "chat":
+        if form in (MESSAGES, TRANSCRIPTS) and self.template != "chat":
             raise ValueError("template: conversations need template chat")
-        if self.turn == "first" and row != MESSAGES:
+        if self.turn == "first" and form != MESSAGES:
             raise ValueError("turn: goes with columns.messages only")
-        if (self.prompt_words is None) == (row == TEXT):
+        if (self.prompt_words is None) == (form == TEXT):
             raise ValueError("prompt_words: goes with columns.text, which needs it")
-        if self.labels != [1, 2] and row != LABELLED:
+        if self.labels != [1, 2] and form != LABELLED:
             raise ValueError("labels: goes with columns.label only")
         return self
 
@@ -219,30 +219,33 @@ class CardOptions(Options):
         """Splits that take their prompts out of `base`, in the card's order."""
         return {name: split for name, split in self.splits.items() if split.carved_from == base}
 
-    def format(self, columns: Columns) -> frozenset[str]:
-        """Which of FORMATS the columns give; ValueError where none fits."""
-        fields, formats = set(columns), FORMATS[self.kind]
-        for row in formats:
-            if row <= fields <= row | ALSO[self.kind]:
-                return row
-        choices = "; or ".join(", ".join(sorted(row)) for row in formats)
-        found = ", ".join(sorted(fields)) or "nothing"
-        raise ValueError(f"columns: found {found}, expected for {self.kind}: {choices}")
+    def format(self, columns: Mapping[str, str]) -> frozenset[str]:
+        """The one of FORMATS that the columns give. Raises ValueError where none fits."""
+        fields = set(columns)
+        for form in FORMATS[self.kind]:
+            if form <= fields <= form | OPTIONAL[self.kind]:
+                return form
+        choices = "; or ".join(", ".join(sorted(form)) for form in FORMATS[self.kind])
+        given = ", ".join(sorted(fields)) or "nothing"
+        raise ValueError(f"columns: found {given}, expected for {self.kind}: {choices}")
 
 
 class Card(CardOptions):
-    """A data card as it was read."""
+    """A data card that was read from a file."""
 
     name: str
     """Stem of the card's file."""
     folder: Path
     """Folder of the card's file."""
     license: str
-    """The Hub field license, for reports and model cards; empty where the card has none."""
+    """The Hub's field license; empty if the card has none."""
 
 
 def load_card(name_or_path: str | Path) -> Card:
-    """Read a card by its name in data_cards/ or by path; UserError names its file and key."""
+    """Read a card by its name in data_cards/ or by its path.
+
+    Raises UserError: there is no such card, or a key in it, which the message names, is wrong.
+    """
     path = _card_path(name_or_path)
     front = _front_matter(path)
     options = front.get("irl_align")
@@ -259,17 +262,20 @@ def load_card(name_or_path: str | Path) -> Card:
 
 
 def import_object(import_path: str, field: str) -> Any:
-    """The object at ``module:attribute``; `field` says in the UserError who named it."""
+    """The object at ``module:attribute``.
+
+    Raises UserError, which begins with `field`: the object cannot be imported.
+    """
     module_name, _, attributes = import_path.partition(":")
     if not module_name or not attributes:
         raise UserError(f"{field}: found {import_path!r}, expected module:attribute")
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
         for attribute in attributes.split("."):
-            found = getattr(found, attribute)
+            value = getattr(value, attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{field}: cannot import {import_path}: {error}") from error
-    return found
+    return value
 
 
 def _card_path(name_or_path: str | Path) -> Path:
@@ -281,8 +287,8 @@ def _card_path(name_or_path: str | Path) -> Path:
     path = data_cards_dir() / f"{text}.md"
     if not path.is_file():
         names = sorted(card.stem for card in data_cards_dir().glob("*.md"))
-        close = difflib.get_close_matches(text, names, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = nearest(text, names)
+        hint = f"; did you mean {close}?" if close else ""
         raise UserError(
             f"data.card: found {text!r}, expected one of {', '.join(names)}, or a path{hint}"
         )

@@ -1,4 +1,4 @@
-"""Columns of a dataset as lists, and by prompt."""
+"""Columns of a dataset as lists or as a dict by prompt."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from datasets import Dataset
 def column(rows: Dataset, name: str) -> list[Any]:
     """The values of a column, read at once.
 
-    Going through `rows[name]` asks for one row after the other: 30 times the time for texts, five
+    Iterating over `rows[name]` reads row by row, which takes 30 times as long for texts and five
     times for token ids.
     """
     return list(rows[name][:])
 
 
 def by_prompt_key(rows: Dataset, name: str) -> dict[str, Any]:
-    """Prompt key -> the value of a column, which the rows of a prompt share."""
+    """Prompt key -> the value of a column that is equal in all rows of a prompt."""
     return dict(zip(column(rows, "prompt_key"), column(rows, name), strict=True))

@@ -1,95 +1,36 @@
-"""Demonstrations and preferences as rows of text, and their division by prompt.
+"""Demonstrations and preferences of a data card's split, as checked rows of text.
 
-Where rows come from is said by a data card (:mod:`irl_align.data.cards`, with a card of six lines
-for data of your own). Rows become token ids in :mod:`irl_align.data.encoding`.
+A data card says where rows come from (:mod:`irl_align.data.cards` has a card of six lines for data
+of your own). :mod:`irl_align.data.encoding` turns rows into token ids.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any
 
-from irl_align.config.data import DataOptions
 from irl_align.config.yaml import show
-from irl_align.data.cards import (
-    LABELLED,
-    MESSAGES,
-    TEXT,
-    TRANSCRIPTS,
-    Card,
-    import_object,
-    load_card,
-)
+from irl_align.data.cards import LABELLED, MESSAGES, TEXT, TRANSCRIPTS, Card, import_object
+from irl_align.data.rows import Demonstration, Message, Preference, Prompt
 from irl_align.data.sources import Raw, file_rows, hub_rows, local_rows
+from irl_align.data.splits import Row, carve
 from irl_align.errors import UserError
 from irl_align.utils.sanitize import one_line
 
-__all__ = [
-    "Card",
-    "Demonstration",
-    "Division",
-    "Message",
-    "Preference",
-    "Prompt",
-    "choose_prompts",
-    "data_checksum",
-    "divide",
-    "import_object",
-    "load_card",
-    "load_demonstrations",
-    "load_preferences",
-    "prompt_key",
-    "unit_hash",
-]
-
 logger = logging.getLogger(__name__)
 
-MAX_TEXT = 10_000_000  # characters; the longest contexts are of a million tokens
+MAX_TEXT = 10_000_000  # characters; the longest contexts have a million tokens
 ROLES = ("system", "user", "assistant")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-Prompt = str | list[Message]
-"""Text, or a conversation up to the turn that is to be written."""
-
-
-class Demonstration(TypedDict):
-    """A prompt and what was demonstrated for it."""
-
-    prompt: Prompt
-    completion: str
-
-
-class Preference(TypedDict):
-    """A prompt and two completions; margin is how much better, in the data's own unit."""
-
-    prompt: Prompt
-    chosen: str
-    rejected: str
-    subset: str
-    margin: float | None
-
-
-Row = TypeVar("Row", Demonstration, Preference)
-
-
 class _FaultyRow(UserError):
-    """A row whose content is unusable: what `faulty: drop` leaves out."""
+    """The content of a row is unusable; `faulty: drop` leaves such rows out."""
 
 
 def load_demonstrations(
@@ -101,20 +42,23 @@ def load_demonstrations(
 ) -> list[Demonstration]:
     """Rows of a split in the order of the data.
 
-    path: local file or folder in place of the card's source. task_args and seed are for a card
-    whose source is a procedural task. Raises UserError: no such split, file or Hub dataset, or a
-    row that is not a demonstration, named by file and line.
+    path: a local file or folder that replaces the card's source. task_args and seed are for a card
+    whose source is a procedural task. Raises UserError: there is no such split, file or Hub
+    dataset; or a row, named by file and line, is not a demonstration.
     """
     check_source(card, split, path, task_args)
     if card.is_task:
-        return _from_task(card, split, dict(task_args or {}), seed)
+        return _task_rows(card, split, task_args or {}, seed)
     return _load(card, split, path, _demonstration)
 
 
 def check_source(
     card: Card, split: str, path: str | None, task_args: Mapping[str, Any] | None
 ) -> None:
-    """Raise UserError for what is wrong with a split's source before anything is loaded."""
+    """Check the source of a split before anything is loaded.
+
+    Raises UserError: the card has no such split, or the path or task_args do not fit the source.
+    """
     _require_kind(card, "demonstrations", split)
     if not card.is_task:
         if task_args:
@@ -127,12 +71,11 @@ def check_source(
     parameters = inspect.signature(_task(card)).parameters
     known = [name for name in parameters if name not in ("split", "seed")]
     needed = [name for name in known if parameters[name].default is inspect.Parameter.empty]
-    args = dict(task_args or {})
-    if set(args) - set(known) or set(needed) - set(args):
-        found = ", ".join(map(str, args)) or "nothing"
+    given = list(task_args or {})
+    if set(given) - set(known) or set(needed) - set(given):
         raise UserError(
-            f"data.task: found {found}, expected of {', '.join(known)} at least "
-            f"{', '.join(needed) or 'none'}"
+            f"data.task: found {', '.join(given) or 'nothing'}, expected only "
+            f"{', '.join(known)}, and at least {', '.join(needed) or 'none of them'}"
         )
 
 
@@ -143,10 +86,10 @@ def load_preferences(card: Card, split: str, path: str | None = None) -> list[Pr
 
 
 def load_prompts(card: Card, path: str) -> list[Prompt]:
-    """Prompts of a file without demonstrations: the card's prompt column, or its messages.
+    """Prompts of a file without demonstrations, from the card's prompt or messages column.
 
-    Messages are taken up to the last turn that is not the assistant's. Raises UserError naming file
-    and line of what is no prompt.
+    Messages are cut after the last turn that is not the assistant's. Raises UserError with the
+    file and line of a row that has no prompt.
     """
     column = card.columns.get("prompt", card.columns.get("messages", "prompt"))
     prompts: list[Prompt] = []
@@ -156,93 +99,9 @@ def load_prompts(card: Card, path: str) -> list[Prompt]:
             while prompt and prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]
             if not prompt:
-                raise UserError(
-                    raw.fault(column, "turns of the assistant alone, expected a prompt")
-                )
+                raise UserError(raw.fault(column, "only turns of the assistant, expected a prompt"))
         prompts.append(prompt)
     return prompts
-
-
-def data_checksum(rows: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 over the rows' content, in their order; the keys' order does not matter."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
-
-
-def prompt_key(prompt: Prompt) -> str:
-    """16 hex digits that name a prompt by its content."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def choose_prompts(keys: Iterable[str], count: int | None, seed: int) -> set[str]:
-    """`count` distinct prompt keys, by hash: fewer are a subset of more. None chooses all."""
-    distinct = set(keys)
-    if count is None or count >= len(distinct):
-        return distinct
-    return set(sorted(distinct, key=lambda key: (unit_hash(seed, "choose", key), key))[:count])
-
-
-@dataclass(frozen=True)
-class Division:
-    """Training demonstrations by use; no prompt of held_out is in sft or reward."""
-
-    sft: list[Demonstration]
-    """For supervised fine-tuning."""
-    reward: list[Demonstration]
-    """For fitting the reward: the rows of sft, or rows of other prompts."""
-    held_out: list[Demonstration]
-    """For measuring and selecting rewards."""
-
-    def counts(self) -> dict[str, int]:
-        """Rows and distinct prompts of each part."""
-        numbers = {}
-        for part in ("sft", "reward", "held_out"):
-            rows: list[Demonstration] = getattr(self, part)
-            numbers[f"{part}_rows"] = len(rows)
-            numbers[f"{part}_prompts"] = len({prompt_key(row["prompt"]) for row in rows})
-        return numbers
-
-
-def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Division:
-    """Divide by prompt, each prompt's part given by a hash of (seed, prompt) alone.
-
-    So the order of the rows does not matter, and a smaller share is a subset of a larger one, part
-    by part. Raises UserError where a part would be empty.
-    """
-    sft: list[Demonstration] = []
-    reward: list[Demonstration] = []
-    held_out: list[Demonstration] = []
-    disjoint = options.reward_data == "disjoint"
-    for row in rows:
-        key = prompt_key(row["prompt"])
-        if unit_hash(seed, "share", key) >= options.share:
-            continue
-        if unit_hash(seed, "held_out", key) < options.held_out:
-            held_out.append(row)
-        elif disjoint and unit_hash(seed, "reward", key) < options.reward_share:
-            reward.append(row)
-        else:
-            sft.append(row)
-    if not disjoint:
-        reward = sft
-    division = Division(sft, reward, held_out)
-    for part, option in (("sft", "share"), ("held_out", "held_out"), ("reward", "reward_share")):
-        if not getattr(division, part):
-            raise UserError(
-                f"data.{option}: of {len(rows)} demonstrations none is left for {part}; "
-                f"expected at least one: give more demonstrations or change data.{option}"
-            )
-    return division
-
-
-def unit_hash(seed: int, purpose: str, key: str) -> float:
-    """A number in [0, 1) that looks random and depends on the arguments alone."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{key}".encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
 def _require_kind(card: Card, kind: str, split: str) -> None:
@@ -257,19 +116,19 @@ def _require_kind(card: Card, kind: str, split: str) -> None:
 
 def _task(card: Card) -> Callable[..., Any]:
     assert card.source is not None and card.source.task is not None
-    made: Callable[..., Any] = import_object(
+    task: Callable[..., Any] = import_object(
         card.source.task, f"data.card {card.name}: source.task"
     )
-    return made
+    return task
 
 
-def _from_task(card: Card, split: str, args: dict[str, Any], seed: int) -> list[Demonstration]:
+def _task_rows(card: Card, split: str, args: Mapping[str, Any], seed: int) -> list[Demonstration]:
     try:
         rows = _task(card)(split=split, seed=seed, **args)
         return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
     except UserError:
         raise
-    except Exception as error:  # code of one's own may raise any
+    except Exception as error:  # a user's own code may raise anything
         raise UserError(
             f"data.card {card.name}: source.task gave no rows of split {split}: "
             f"{type(error).__name__}: {one_line(str(error))}"
@@ -277,27 +136,29 @@ def _from_task(card: Card, split: str, args: dict[str, Any], seed: int) -> list[
 
 
 def _load(
-    card: Card, split: str, path: str | None, shape: Callable[[Raw, Card, Mapping[str, str]], Row]
+    card: Card, split: str, path: str | None, parse: Callable[[Raw, Card, Mapping[str, str]], Row]
 ) -> list[Row]:
-    own = card.splits[split]
-    base = own.carved_from or split
-    on_hub = path is None and card.source is not None and card.source.hub is not None
-    raws = hub_rows(card, base) if on_hub else local_rows(card, base, path)
-    columns = (card.source.columns if on_hub and card.source else None) or card.columns
+    """Rows of a split, parsed from the card's source or from `path`."""
+    base = card.splits[split].carved_from or split
+    source = card.source if path is None else None
+    if source is not None and source.hub is not None:
+        raws, columns = hub_rows(card, base), source.columns or card.columns
+    else:
+        raws, columns = local_rows(card, base, path), card.columns
     rows: list[Row] = []
     dropped = 0
     for raw in raws:
         if any(raw.column(name) != value for name, value in card.where.items()):
             continue
         try:
-            rows.append(shape(raw, card, columns))
+            rows.append(parse(raw, card, columns))
         except _FaultyRow:
             if card.faulty == "error":
                 raise
             dropped += 1
     if dropped:
         logger.warning("%s %s: %d faulty rows dropped", card.name, split, dropped)
-    rows = _carve(card, split, base, rows)
+    rows = carve(card, split, rows)
     if not rows:
         raise UserError(
             f"data.card {card.name}: split {split}: found no row, expected at least one"
@@ -309,25 +170,11 @@ def _load(
     return rows
 
 
-def _carve(card: Card, split: str, base: str, rows: list[Row]) -> list[Row]:
-    """Rows of `split` among those of `base`: each carved split has an interval of the hashes."""
-    parts = card.carved(base)
-    if not parts:
-        return rows
-    bounds: dict[str, tuple[float, float]] = {}
-    taken = 0.0
-    for name, part in parts.items():
-        assert part.share is not None
-        bounds[name] = (taken, taken + part.share)
-        taken += part.share
-    low, high = bounds.get(split, (taken, 1.0))
-    return [row for row in rows if low <= unit_hash(0, "carve", prompt_key(row["prompt"])) < high]
-
-
 def _demonstration(raw: Raw, card: Card, columns: Mapping[str, str]) -> Demonstration:
-    if (row := card.format(dict(columns))) == TEXT:
-        return _begun(raw, columns["text"], card.prompt_words or 1)
-    if row != MESSAGES:
+    form = card.format(columns)
+    if form == TEXT:
+        return _split_text(raw, columns["text"], card.prompt_words or 1)
+    if form != MESSAGES:
         prompt = _prompt(raw, columns["prompt"], card)
         return {"prompt": prompt, "completion": _text(raw, columns["completion"])}
     messages = _messages(raw, columns["messages"])
@@ -340,8 +187,8 @@ def _demonstration(raw: Raw, card: Card, columns: Mapping[str, str]) -> Demonstr
     return {"prompt": messages[:turn], "completion": messages[turn]["content"]}
 
 
-def _begun(raw: Raw, column: str, words: int) -> Demonstration:
-    """A text whose first words are the prompt; the completion starts with the space after them."""
+def _split_text(raw: Raw, column: str, words: int) -> Demonstration:
+    """A text divided after its first words; the completion starts with the space after them."""
     start = re.match(rf"\s*\S+(?:\s+\S+){{{words - 1}}}(?=\s+\S)", _text(raw, column))
     if start is None:
         raise _FaultyRow(raw.fault(column, f"no more than the {words} words of the prompt"))
@@ -349,30 +196,30 @@ def _begun(raw: Raw, column: str, words: int) -> Demonstration:
 
 
 def _preference(raw: Raw, card: Card, columns: Mapping[str, str]) -> Preference:
+    form = card.format(columns)
     prompt: Prompt
-    if (row := card.format(dict(columns))) == TRANSCRIPTS:
+    if form == TRANSCRIPTS:
         prompt, chosen, rejected = _transcripts(raw, columns)
-    elif row == LABELLED:
-        prompt = _prompt(raw, columns["prompt"], card)
-        better, worse = _label(raw, columns["label"], card.labels)
-        chosen, rejected = _text(raw, columns[better]), _text(raw, columns[worse])
     else:
         prompt = _prompt(raw, columns["prompt"], card)
-        chosen, rejected = _text(raw, columns["chosen"]), _text(raw, columns["rejected"])
+        better, worse = "chosen", "rejected"
+        if form == LABELLED:
+            better, worse = _label(raw, columns["label"], card.labels)
+        chosen, rejected = _text(raw, columns[better]), _text(raw, columns[worse])
     if chosen == rejected:
         raise _FaultyRow(f"{raw.place}: chosen and rejected are the same text")
-    named = [str(raw.column(name)) for name in columns.get("subset", "").split("+") if name]
+    subset = [str(raw.column(name)) for name in columns.get("subset", "").split("+") if name]
     return {
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
-        "subset": "/".join(named) or raw.group,
+        "subset": "/".join(subset) or raw.group,
         "margin": _number(raw, columns["margin"]) if "margin" in columns else None,
     }
 
 
 def _transcripts(raw: Raw, columns: Mapping[str, str]) -> tuple[Prompt, str, str]:
-    """Two transcripts that share all turns but the last, one of the assistant."""
+    """Prompt, chosen and rejected text of two transcripts that differ only in the last turn."""
     column = columns["rejected_transcript"]
     chosen = _conversation(raw, columns["chosen_transcript"])
     rejected = _conversation(raw, column)
@@ -433,8 +280,8 @@ def _checked(raw: Raw, column: str, value: Any) -> str:
     if not value.strip():
         raise _FaultyRow(raw.fault(column, "empty text"))
     if len(value) > MAX_TEXT:
-        found = f"a text of {len(value):,} characters, expected at most {MAX_TEXT:,}"
-        raise _FaultyRow(raw.fault(column, found))
+        size = f"a text of {len(value):,} characters, expected at most {MAX_TEXT:,}"
+        raise _FaultyRow(raw.fault(column, size))
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -443,11 +290,14 @@ def _checked(raw: Raw, column: str, value: Any) -> str:
 
 
 def _label(raw: Raw, column: str, labels: Sequence[int]) -> tuple[str, str]:
-    value, (one, two) = raw.column(column), labels
-    for label, order in zip(labels, (("first", "second"), ("second", "first")), strict=True):
-        if value in (label, str(label)):
-            return order
-    raise UserError(raw.fault(column, f"{show(value)}, expected {one} or {two}, the better one"))
+    """Names of the better and the worse text's fields."""
+    value, (first, second) = raw.column(column), labels
+    if value in (first, str(first)):
+        return "first", "second"
+    if value in (second, str(second)):
+        return "second", "first"
+    expected = f"{first} or {second}, which names the better text"
+    raise UserError(raw.fault(column, f"{show(value)}, expected {expected}"))
 
 
 def _number(raw: Raw, column: str) -> float:

@@ -1,4 +1,4 @@
-"""Noisy demonstrations, for ablations: some are answered with another prompt's completion."""
+"""Noisy demonstrations for ablations: some have the completion of another prompt."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from irl_align.data.loading import Demonstration, Division, prompt_key, unit_hash
+from irl_align.data.rows import Demonstration, prompt_key
+from irl_align.data.splits import Division, unit_hash
 from irl_align.errors import UserError
 
 
 def with_noise(division: Division, share: float, seed: int) -> tuple[Division, dict[str, int]]:
-    """The division with about `share` of each part's rows corrupted, and how many by part.
+    """The division with about `share` of each part's rows corrupted, and their number by part.
 
-    Parts keep to themselves, so that no held-out text reaches training. See :func:`corrupt`.
+    A part takes completions only from itself, so no held-out text reaches training.
     """
     if share == 0.0:
         return division, {}
@@ -28,10 +29,11 @@ def with_noise(division: Division, share: float, seed: int) -> tuple[Division, d
 def corrupt(
     rows: Sequence[Demonstration], share: float, seed: int
 ) -> tuple[list[Demonstration], int]:
-    """Rows of which about `share` have a completion of another prompt, and how many they are.
+    """The rows, about `share` of them with a completion of another prompt, and their number.
 
-    Which ones, and by what, depends on the seed and the rows' content, not on their order; those of
-    a smaller share are among those of a larger one. Raises UserError where all prompts are one.
+    The choice depends on the seed and the content of the rows, not on their order. The corrupted
+    rows of a smaller share are a subset of those of a larger one. Raises UserError: all rows have
+    the same prompt.
     """
     completions: dict[str, list[str]] = {}
     for row in rows:
@@ -39,8 +41,8 @@ def corrupt(
     keys = sorted(completions)
     if len(keys) < 2:
         raise UserError(
-            "data.noise: found one prompt, expected at least two: a noisy demonstration is another "
-            "prompt's"
+            "data.noise: found one prompt, expected at least two: a noisy demonstration has the "
+            "completion of another prompt"
         )
     for texts in completions.values():
         texts.sort()

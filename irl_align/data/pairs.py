@@ -1,7 +1,7 @@
 """Pairs (x, preferred) over (x, rejected) that need no preference label.
 
-Demonstrations are preferred to samples, and to the same text under another prompt. What comes out
-depends on the content and the seed, not on the order of rows or of dicts.
+Demonstrations are preferred to samples, and samples of one model to those of another. Pairs depend
+on the content and the seed, not on the order of rows or of dicts.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ FEATURES = Features(
     {
         "prompt_ids": _IDS,
         "chosen_ids": _IDS,
-        "rejected_prompt_ids": _IDS,  # those of prompt_ids but for contrast pairs
+        "rejected_prompt_ids": _IDS,  # equal to prompt_ids except in contrast pairs
         "rejected_ids": _IDS,
         "source": Value("string"),
         "iteration": Value("int32"),
-        "sample_index": Value("int32"),  # which sample, or which contrast prompt, of its prompt
+        "sample_index": Value("int32"),  # number of the sample or contrast prompt of its prompt
         "rejected_truncated": Value("bool"),
         "generator": Value("string"),  # key of the stage that sampled; empty for contrast
         "temperature": Value("float32"),  # null for contrast
-        "rejected_logp": Value("float64"),  # under its generator; null where that is not known
+        "rejected_logp": Value("float64"),  # under its generator; null if that is not known
         "prompt_key": Value("string"),
     }
 )
@@ -42,7 +42,7 @@ FEATURES = Features(
 
 
 class Sample(Protocol):
-    """What pairs need of a generate.Completion."""
+    """What pairs read of a generated completion."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -58,7 +58,7 @@ class Sample(Protocol):
 
 
 class Sampled(Protocol):
-    """What pairs need of a generate.Sampling."""
+    """What pairs read of the sampling settings."""
 
     @property
     def temperature(self) -> float:
@@ -66,17 +66,17 @@ class Sampled(Protocol):
 
     @property
     def plain(self) -> bool:
-        """Whether that distribution is the model's own."""
+        """Whether samples come from the model's own distribution."""
 
 
 class Pairs(NamedTuple):
-    """Pairs with FEATURES as columns, and what was left out: reason -> count."""
+    """Pairs with FEATURES as columns, and the count of dropped ones by reason."""
 
     rows: Dataset
     dropped: dict[str, int]
 
 
-Row = dict[str, Any]
+PairRow = dict[str, Any]
 Truncated = Literal["drop", "keep"]
 
 
@@ -94,13 +94,13 @@ def policy_pairs(
 ) -> Pairs:
     """Demonstrations over samples of the same prompt.
 
-    demonstrations: rows of tokens.encode_demonstrations. samples: prompt key -> its samples; a
-    prompt without any makes no pair. Of a prompt with D demonstrations and N samples come
-    max(D, N) pairs: each demonstration and each sample is used, as evenly as can be. Truncated
-    samples are left out before that, or kept as they are, without EOS. Pairs of equal ids are
-    dropped. Raises UserError when no pair is left.
+    demonstrations: rows of encode_demonstrations. samples: prompt key -> its samples; a prompt
+    without samples makes no pair. A prompt with D demonstrations and N samples makes max(D, N)
+    pairs, which use every demonstration and every sample as evenly as possible. Truncated samples
+    are first dropped, or kept without EOS. Pairs of equal ids are dropped. Raises UserError when no
+    pair is left.
     """
-    rows: list[Row] = []
+    rows: list[PairRow] = []
     dropped = Counter({"identical": 0, "truncated": 0})
     for key, group in by_prompt(demonstrations).items():
         rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
@@ -123,12 +123,12 @@ def sample_pairs(
     seed: int = 0,
     source: PairSource = "sft/init",
 ) -> Pairs:
-    """One model's samples over another's (generator and sampling are the rejected one's).
+    """Samples of one model over samples of another, which `generator` and `sampling` describe.
 
-    prompts: prompt key -> prompt ids. Truncated samples are never preferred; otherwise as in
+    prompts: prompt key -> prompt ids. Truncated samples are never preferred. The rest is as in
     policy_pairs.
     """
-    rows: list[Row] = []
+    rows: list[PairRow] = []
     dropped = Counter({"identical": 0, "truncated": 0})
     for key in sorted(prompts):
         rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
@@ -140,9 +140,7 @@ def sample_pairs(
 
 
 def window(by_iteration: Sequence[Dataset], name: str) -> Dataset:
-    """Pairs of the latest iteration, of the last k ("last-k") or of all, oldest first."""
-    if not by_iteration:
-        raise ValueError("no iteration has pairs")
+    """Pairs of the iterations that "latest", "last-k" or "all" names, oldest first."""
     if name == "all":
         last = len(by_iteration)
     else:
@@ -151,22 +149,22 @@ def window(by_iteration: Sequence[Dataset], name: str) -> Dataset:
 
 
 def stats(pairs: Dataset, dropped: Mapping[str, int]) -> dict[str, float]:
-    """Numbers of pairs, in all and by source, of what was dropped, and mean lengths in tokens."""
-    found: dict[str, float] = {"pairs": len(pairs)}
+    """Numbers of pairs, in all and by source, and of dropped ones; mean lengths in tokens."""
+    numbers: dict[str, float] = {"pairs": len(pairs)}
     for source, count in sorted(Counter(column(pairs, "source")).items()):
-        found[f"pairs/{source}"] = count
+        numbers[f"pairs/{source}"] = count
     for reason, count in sorted(dropped.items()):
-        found[f"dropped/{reason}"] = count
+        numbers[f"dropped/{reason}"] = count
     for side in ("chosen", "rejected"):
-        found[f"mean_{side}_tokens"] = float(
+        numbers[f"mean_{side}_tokens"] = float(
             np.mean([len(ids) for ids in column(pairs, f"{side}_ids")])
         )
-    found["rejected_truncated"] = sum(column(pairs, "rejected_truncated"))
-    return found
+    numbers["rejected_truncated"] = sum(column(pairs, "rejected_truncated"))
+    return numbers
 
 
 def save_pairs(pairs: Dataset, path: str | Path) -> None:
-    """Write a parquet file, whole or not at all."""
+    """Write pairs to a parquet file, completely or not at all."""
     import pyarrow.parquet
 
     table = pairs.with_format("arrow")[:]
@@ -176,7 +174,7 @@ def save_pairs(pairs: Dataset, path: str | Path) -> None:
 
 
 def load_pairs(path: str | Path) -> Dataset:
-    """Read what save_pairs wrote; UserError when it is missing, cut off or something else."""
+    """Read pairs that save_pairs wrote. Raises UserError: the file is missing or damaged."""
     import pyarrow
     import pyarrow.parquet
 
@@ -187,11 +185,11 @@ def load_pairs(path: str | Path) -> Dataset:
         raise UserError(f"{path}: found no file, expected pairs in parquet") from error
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         cause = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a whole parquet file of pairs: {cause}") from error
+        raise UserError(f"{path}: not a complete parquet file of pairs: {cause}") from error
 
 
 def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows by prompt key, both in the order of their content."""
+    """Rows by prompt key; keys and rows are in the order of their content."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows.to_list() if isinstance(rows, Dataset) else rows:
         groups.setdefault(row["prompt_key"], []).append(row)
@@ -204,7 +202,7 @@ def by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 def _usable(
     samples: Sequence[Sample], truncated: Truncated, dropped: Counter[str]
 ) -> list[tuple[int, Sample]]:
-    """Samples that make pairs, each with its index."""
+    """The samples that make pairs, each with its index."""
     usable = [
         (index, sample)
         for index, sample in enumerate(samples)
@@ -221,8 +219,8 @@ def _matched(
     rejected: list[tuple[int, Sample]],
     rng: random.Random,
     dropped: Counter[str],
-) -> list[Row]:
-    """max(D, N) pairs that use each of the D chosen and N rejected as evenly as can be."""
+) -> list[PairRow]:
+    """max(D, N) pairs that use the D chosen and N rejected as evenly as possible."""
     if not chosen or not rejected:
         return []
     rng.shuffle(rejected)
@@ -246,7 +244,8 @@ def pair_row(
     rejected_prompt_ids: list[int],
     rejected_ids: list[int],
     index: int,
-) -> Row:
+) -> PairRow:
+    """One pair; `index` is that of the sample or contrast prompt."""
     return {
         "prompt_ids": prompt_ids,
         "chosen_ids": chosen_ids,
@@ -260,13 +259,14 @@ def pair_row(
 
 
 def finish_pairs(
-    rows: list[Row],
+    rows: list[PairRow],
     dropped: Counter[str],
     source: PairSource,
     iteration: int,
     generator: str,
     sampling: Sampled | None,
 ) -> Pairs:
+    """Pairs with the columns that all rows share. Raises UserError where there is no row."""
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         raise UserError(f"pairs.sources: {source} gives no pair (left out: {why})")
@@ -276,7 +276,7 @@ def finish_pairs(
         "generator": generator,
         "temperature": None if sampling is None else sampling.temperature,
     }
-    if sampling is not None and not sampling.plain:  # the log-probs are of another distribution
+    if sampling is not None and not sampling.plain:  # log-probs of another distribution
         constant["rejected_logp"] = None
     columns = {
         name: [constant[name]] * len(rows) if name in constant else [row[name] for row in rows]

@@ -1,7 +1,7 @@
-"""Raw rows of a data card's split: from local files, or from the Hub.
+"""Raw rows of a data card's split, from local files or from the Hub.
 
-Local files are parsed here and not by ``datasets``: a faulty row is named by file and line, and
-nothing stale comes from a cache after a file changed.
+Local files are parsed here and not by ``datasets``, so that errors name file and line, and no cache
+returns stale rows after a file changed.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from irl_align.errors import UserError
 from irl_align.utils.sanitize import one_line
 
 logger = logging.getLogger(__name__)
-MAX_RATIO = 200  # of decompressed text; English has less than 10, repeated rows less than 100
-_LITTLE = 1 << 26  # bytes, whatever the ratio
+MAX_RATIO = 200  # decompressed size over file size; English text is at 10, repeated rows at 100
+_SMALL = 1 << 26  # bytes that are allowed at any ratio
 
 
 class Raw(NamedTuple):
-    """One row as it was found."""
+    """One row before it is checked."""
 
     source: str
     """File, or Hub dataset and split."""
     unit: str
-    """What number counts: line or row."""
+    """What `number` counts: line, row or item."""
     number: int
     """From 1."""
     values: dict[str, Any]
     """Column -> value."""
     group: str
-    """Name of the file among several of the split, else empty."""
+    """Name of the row's file if the split has several files, else empty."""
 
     @property
     def place(self) -> str:
@@ -46,16 +46,16 @@ class Raw(NamedTuple):
         return f"{self.source}, {self.unit} {self.number}"
 
     def column(self, name: str) -> Any:
-        """Value of a column, or inside it by a path such as answers.0.text: None if not there.
+        """Value of a column or, with a path such as answers.0.text, inside it; None if not there.
 
-        UserError where the row has no such column.
+        Raises UserError: the row has no such column.
         """
         if name in self.values:
             return self.values[name]
         first, *path = name.split(".")
         if first not in self.values:
-            found = one_line(", ".join(map(str, self.values)))[:200] or "none"
-            raise UserError(f"{self.place}: found columns {found}, expected a column {name!r}")
+            names = one_line(", ".join(map(str, self.values)))[:200] or "none"
+            raise UserError(f"{self.place}: found columns {names}, expected a column {name!r}")
         value = self.values[first]
         for step in path:
             try:
@@ -64,13 +64,13 @@ class Raw(NamedTuple):
                 return None
         return value
 
-    def fault(self, column: str, found: str) -> str:
-        """Message on a column's value."""
-        return f"{self.place}: column {column!r}: found {one_line(found)}"
+    def fault(self, column: str, problem: str) -> str:
+        """The message that a column holds a value which it should not."""
+        return f"{self.place}: column {column!r}: found {one_line(problem)}"
 
 
 def hub_rows(card: Card, split: str) -> Iterator[Raw]:
-    """Rows of a split on the Hub; UserError where it cannot be loaded."""
+    """Rows of a split on the Hub. Raises UserError: it cannot be loaded."""
     import datasets
 
     source, name = card.source, card.splits[split].hub
@@ -95,14 +95,14 @@ def hub_rows(card: Card, split: str) -> Iterator[Raw]:
 
 
 def file_rows(file: Path) -> Iterator[Raw]:
-    """Rows of one file; UserError where it cannot be read or a row is broken."""
+    """Rows of one file. Raises UserError: the file cannot be read or a row is broken."""
     yield from _parse(file, _read(file), "")
 
 
 def local_rows(card: Card, split: str, path: str | None) -> Iterator[Raw]:
     """Rows of a split's local files, in the order of their names.
 
-    The split's checksum is compared with the card's, and a difference warned of.
+    If their checksum is not the card's, a warning is logged.
     """
     digest = hashlib.sha256()
     files = _local_files(card, split, path)
@@ -110,16 +110,11 @@ def local_rows(card: Card, split: str, path: str | None) -> Iterator[Raw]:
         content = _read(file)
         digest.update(content)
         yield from _parse(file, content, file.name.split(".")[0] if len(files) > 1 else "")
-    found, expected = digest.hexdigest(), card.sha256.get(split)
-    if expected is not None and found != expected:
+    expected = card.sha256.get(split, digest.hexdigest())
+    if expected != digest.hexdigest():
         logger.warning(
-            "%s %s: the files under %s have SHA-256 %s, the card says %s: another version of the "
-            "data",
-            card.name,
-            split,
-            path or card.folder,
-            found,
-            expected,
+            f"{card.name} {split}: the files under {path or card.folder} have SHA-256 "
+            f"{digest.hexdigest()}, the card says {expected}: this is another version of the data"
         )
 
 
@@ -135,8 +130,8 @@ def _local_files(card: Card, split: str, path: str | None) -> list[Path]:
         raise UserError(f"{field}: missing, so local files cannot be read for this split")
     root = Path(path) if path is not None else card.folder
     if root.is_file():
-        alone = sum(1 for other in card.splits.values() if other.carved_from is None) == 1
-        if not alone and not any(root.match(pattern) for pattern in patterns):
+        only_split = sum(other.carved_from is None for other in card.splits.values()) == 1
+        if not only_split and not any(root.match(pattern) for pattern in patterns):
             raise UserError(
                 f"data.path: {root} is one file and not that of split {split} "
                 f"({' or '.join(patterns)}); expected the folder of the card's files"
@@ -146,9 +141,9 @@ def _local_files(card: Card, split: str, path: str | None) -> list[Path]:
         raise UserError(f"data.path: found nothing at {root}, expected a file or a folder")
     files = sorted({file for pattern in patterns for file in root.glob(pattern) if file.is_file()})
     if not files:
-        held = ", ".join(sorted(file.name for file in root.iterdir())[:8]) or "nothing"
+        names = ", ".join(sorted(file.name for file in root.iterdir())[:8]) or "nothing"
         raise UserError(
-            f"data.path: {root} holds {held}; expected {' or '.join(patterns)} for split {split}"
+            f"data.path: {root} holds {names}; expected {' or '.join(patterns)} for split {split}"
         )
     return files
 
@@ -156,13 +151,13 @@ def _local_files(card: Card, split: str, path: str | None) -> list[Path]:
 def _read(file: Path) -> bytes:
     try:
         if file.suffix == ".gz":
-            most = max(_LITTLE, MAX_RATIO * file.stat().st_size)
+            limit = max(_SMALL, MAX_RATIO * file.stat().st_size)
             with gzip.open(file) as stream:
-                content = stream.read(most + 1)
-            if len(content) > most:
+                content = stream.read(limit + 1)
+            if len(content) > limit:
                 raise UserError(
                     f"{file}: found more than {MAX_RATIO} times its size when decompressed, "
-                    "expected text; decompress it yourself if it is what it should be"
+                    "expected text; if the file is what it should be, decompress it yourself"
                 )
             return content
         return file.read_bytes()
@@ -188,28 +183,29 @@ def _parse(file: Path, content: bytes, group: str) -> Iterator[Raw]:
             f"{file}: found suffix {suffix or 'none'!r}, expected .jsonl, .json, .csv or .parquet, "
             "or one of them and .gz"
         )
-    found = False
+    empty = True
     for number, values in rows:
-        found = True
+        empty = False
         if not isinstance(values, dict):
             raise UserError(
                 f"{file}, {unit} {number}: found {type(values).__name__}, expected a JSON object"
             )
         yield Raw(str(file), unit, number, values, group)
-    if not found:
+    if empty:
         raise UserError(f"{file}: found no row, expected at least one")
 
 
-Rows = Iterator[tuple[int, Any]]
+Numbered = Iterator[tuple[int, Any]]
+"""Rows with their numbers in the file."""
 
 
-def _json_lines(file: Path, content: bytes) -> Rows:
+def _json_lines(file: Path, content: bytes) -> Numbered:
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield number, _json(f"{file}, line {number}", line)
 
 
-def _json_array(file: Path, content: bytes) -> Rows:
+def _json_array(file: Path, content: bytes) -> Numbered:
     yield from enumerate(_json(str(file), content), 1)
 
 
@@ -220,11 +216,11 @@ def _json(place: str, content: bytes) -> Any:
         raise UserError(
             f"{place}: byte {error.start + 1}: found 0x{content[error.start]:02x}, expected UTF-8"
         ) from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, and integers too long to read
+    except (ValueError, RecursionError) as error:  # also an integer that is too long to read
         raise UserError(f"{place}: found broken JSON, perhaps cut off: {error}") from error
 
 
-def _csv(file: Path, content: bytes) -> Rows:
+def _csv(file: Path, content: bytes) -> Numbered:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -245,7 +241,7 @@ def _csv(file: Path, content: bytes) -> Rows:
         raise UserError(f"{file}, line {reader.reader.line_num}: broken CSV: {error}") from error
 
 
-def _parquet(file: Path, content: bytes) -> Rows:
+def _parquet(file: Path, content: bytes) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
@@ -254,5 +250,5 @@ def _parquet(file: Path, content: bytes) -> Rows:
         rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         cause = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: not a whole parquet file: {cause}") from error
+        raise UserError(f"{file}: not a complete parquet file: {cause}") from error
     yield from enumerate(rows, 1)

@@ -1,4 +1,4 @@
-"""Tokenizers: one from scratch, a pad token for those that lack one, checks, and decoding."""
+"""Tokenizers: train one, add a pad token, check one, decode."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from irl_align.errors import UserError
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 BYTES = 256
-# Tokens that published vocabularies keep for padding or for nothing, in order of preference.
+# Tokens of published vocabularies that are for padding or unused, in order of preference.
 _SPARE = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|PAD_TOKEN|>", "<|vision_pad|>")
 _SPARE_PREFIXES = ("<|reserved_special_token_", "<unused", "[unused", "<|dummy_", "<SPECIAL_")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most vocab_size tokens, special ones included; any text has ids.
+    """Byte-level BPE of at most vocab_size tokens, including the special ones.
 
-    Pad, BOS and EOS are distinct; encoding with special tokens puts one BOS first and no EOS. The
-    texts' order does not matter.
+    Any text has ids. Pad, BOS and EOS are distinct. Encoding with special tokens adds one BOS and
+    no EOS. The order of the texts does not matter. Raises UserError: vocab_size is too small.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -51,10 +51,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give the tokenizer a pad token that is not EOS; EOS must be learnt, and padding is masked.
+    """Give the tokenizer a pad token that is not EOS: padding is masked, and EOS must be learnt.
 
-    An unused token of its vocabulary is taken where there is one. True: a new token was added, so
-    the model's embeddings must be resized to len(tokenizer).
+    The pad token is an unused token of the vocabulary if there is one. Returns True if a token was
+    added, so that the model's embeddings must be resized to len(tokenizer).
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return False
@@ -71,7 +71,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, needs_chat: bool) -> None:
-    """UserError unless EOS and pad exist and differ, and there is a chat template where needed."""
+    """Raise UserError unless EOS and pad exist and differ, and a needed chat template exists."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.path: the tokenizer of {tokenizer_name(tokenizer)} has no EOS token"
@@ -88,13 +88,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, needs_chat: bool) -> Non
         )
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of token ids, special tokens left out and nothing else changed."""
-    return decode_batch(tokenizer, [ids])[0]
-
-
 def decode_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
-    """Texts of B rows of token ids, as by decode."""
+    """Texts of B rows of token ids: special tokens are left out, nothing else is changed."""
     return list(
         tokenizer.batch_decode(
             [list(row) for row in rows],
@@ -105,5 +100,5 @@ def decode_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to call it in messages: where it was loaded from."""
+    """Where a tokenizer was loaded from, for messages."""
     return tokenizer.name_or_path or "the model"

@@ -18,7 +18,7 @@ from datasets import Dataset
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import import_object, load_card
 from irl_align.data.columns import by_prompt_key
-from irl_align.data.loading import choose_prompts
+from irl_align.data.splits import choose_prompts
 from irl_align.data.tokenizer import decode_batch
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.overoptimization import fit_gain

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irl_align.data.loading import data_checksum
+from irl_align.data.splits import data_checksum
 from irl_align.errors import UserError
 from irl_align.evaluation.best_of_n import BestOfN, best_of_curve
 from irl_align.evaluation.chat_client import Endpoint

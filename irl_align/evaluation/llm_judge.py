@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from irl_align.data.encoding import prompt_text
-from irl_align.data.loading import choose_prompts
+from irl_align.data.rows import prompt_text
+from irl_align.data.splits import choose_prompts
 from irl_align.errors import UserError
 from irl_align.evaluation.chat_client import Endpoint, NoReply
 from irl_align.evaluation.win_rates import LastSamples, last_samples, prompt_id

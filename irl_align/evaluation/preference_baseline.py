@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from irl_align.config.schema import Recipe
 from irl_align.data.columns import column
-from irl_align.data.loading import data_checksum
+from irl_align.data.splits import data_checksum
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import first_policy, prompt_format
 from irl_align.evaluation.preference_data import PreferenceSet, encode, fits

@@ -14,7 +14,8 @@ from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card, load_card
 from irl_align.data.columns import column
 from irl_align.data.encoding import encode_preferences
-from irl_align.data.loading import Preference, load_preferences
+from irl_align.data.loading import load_preferences
+from irl_align.data.rows import Preference
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer
 from irl_align.utils.files import read_json

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 
 from irl_align.data.columns import column
-from irl_align.data.loading import prompt_key
+from irl_align.data.rows import prompt_key
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import first_policy
 from irl_align.evaluation.preference_baseline import preference_reward

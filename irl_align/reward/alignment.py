@@ -32,8 +32,9 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from irl_align.data.encoding import decode_batch, encode_prompts, prompt_text
-from irl_align.data.loading import Prompt
+from irl_align.data.encoding import encode_prompts
+from irl_align.data.rows import Prompt, prompt_text
+from irl_align.data.tokenizer import decode_batch
 from irl_align.errors import UserError
 from irl_align.models.loading import load_model, load_tokenizer
 from irl_align.models.packing import (

@@ -16,9 +16,9 @@ from datasets import Dataset
 
 from irl_align.data.cards import import_object
 from irl_align.data.columns import by_prompt_key, column
-from irl_align.data.encoding import decode_batch
-from irl_align.data.loading import choose_prompts
 from irl_align.data.pairs import policy_pairs
+from irl_align.data.splits import choose_prompts
+from irl_align.data.tokenizer import decode_batch
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.logprobs import best_of_n_kl_bound

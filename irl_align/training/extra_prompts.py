@@ -18,7 +18,8 @@ from irl_align.config.policy_update import PolicyPromptOptions
 from irl_align.data.cards import Card, import_object
 from irl_align.data.columns import column
 from irl_align.data.encoding import encode_prompts
-from irl_align.data.loading import Demonstration, Prompt, load_prompts, prompt_key
+from irl_align.data.loading import load_prompts
+from irl_align.data.rows import Demonstration, Prompt, prompt_key
 from irl_align.errors import UserError
 from irl_align.policy import Demonstrations
 from irl_align.tasks.gold import PromptEdit

@@ -16,7 +16,7 @@ from irl_align.config.policy_update import (
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import import_object
 from irl_align.data.columns import column
-from irl_align.data.loading import choose_prompts
+from irl_align.data.splits import choose_prompts
 from irl_align.errors import UserError
 from irl_align.policy import Demonstrations, Policy, PolicyUpdate, Reward
 from irl_align.policy.best_of_n import BestOfN

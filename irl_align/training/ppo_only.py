@@ -13,7 +13,7 @@ from irl_align.config.policy_update import PPOOptions
 from irl_align.config.recipe import make_recipe
 from irl_align.config.schema import Recipe
 from irl_align.data.columns import column
-from irl_align.data.loading import Prompt
+from irl_align.data.rows import Prompt
 from irl_align.errors import UserError
 from irl_align.models.loading import pick_device
 from irl_align.policy import Policy, Reward

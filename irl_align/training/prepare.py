@@ -12,15 +12,12 @@ from datasets import Dataset
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card, load_card
 from irl_align.data.columns import column
-from irl_align.data.encoding import (
-    check_tokenizer,
-    encode_demonstrations,
-    prepare_tokenizer,
-    train_tokenizer,
-    training_texts,
-)
-from irl_align.data.loading import Demonstration, Prompt, data_checksum, divide, load_demonstrations
+from irl_align.data.encoding import encode_demonstrations, training_texts
+from irl_align.data.loading import load_demonstrations
 from irl_align.data.noise import with_noise
+from irl_align.data.rows import Demonstration, Prompt
+from irl_align.data.splits import data_checksum, divide
+from irl_align.data.tokenizer import check_tokenizer, prepare_tokenizer, train_tokenizer
 from irl_align.errors import UserError
 from irl_align.models.loading import (
     check_adapter,

@@ -16,8 +16,9 @@ from trl import DPOConfig
 from irl_align.data.cards import load_card
 from irl_align.data.columns import column
 from irl_align.data.encoding import encode_preferences
-from irl_align.data.loading import data_checksum, load_preferences
+from irl_align.data.loading import load_preferences
 from irl_align.data.pairs import window
+from irl_align.data.splits import data_checksum
 from irl_align.models.loading import save_model
 from irl_align.models.packing import context_length
 from irl_align.policy import Policy, Reward

@@ -21,8 +21,10 @@ from irl_align.config.recipe import load_recipe, to_dict
 from irl_align.config.schema import Recipe
 from irl_align.config.yaml import dump_yaml
 from irl_align.data.cards import Card, load_card
-from irl_align.data.encoding import encode_demonstrations, prompt_text, train_tokenizer
-from irl_align.data.loading import Demonstration, load_demonstrations
+from irl_align.data.encoding import encode_demonstrations
+from irl_align.data.loading import load_demonstrations
+from irl_align.data.rows import Demonstration, prompt_text
+from irl_align.data.tokenizer import train_tokenizer
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer, pick_device, seeded
 from irl_align.training.prepare import read_template

@@ -12,8 +12,8 @@ import yaml
 
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import LABELLED, MESSAGES, PLAIN, TEXT, TRANSCRIPTS, Card, load_card
-from irl_align.data.encoding import prompt_text
-from irl_align.data.loading import Demonstration, Prompt, load_demonstrations
+from irl_align.data.loading import load_demonstrations
+from irl_align.data.rows import Demonstration, Prompt, prompt_text
 from irl_align.tasks import restaurant
 from irl_align.utils.files import atomic_write
 

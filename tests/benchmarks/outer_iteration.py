@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from irl_align.config.recipe import load_recipe
-from irl_align.data.encoding import decode_batch
+from irl_align.data.tokenizer import decode_batch
 from irl_align.policy import Policy
 from irl_align.training.context import RunContext
 from irl_align.training.pair_step import make_pairs

@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 from irl_align.data.cards import load_card
 from irl_align.data.contrast import contrast_pairs
-from irl_align.data.loading import load_demonstrations, prompt_key
+from irl_align.data.loading import load_demonstrations
+from irl_align.data.rows import prompt_key
 from irl_align.reward.model import RewardModel
 from irl_align.tasks import e2e
 from irl_align.tasks import e2e_patterns as patterns

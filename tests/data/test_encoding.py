@@ -12,18 +12,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
 from irl_align.data.encoding import (
-    check_tokenizer,
-    decode,
-    decode_batch,
     encode_completions,
     encode_demonstrations,
     encode_preferences,
     encode_prompts,
-    prepare_tokenizer,
-    train_tokenizer,
     training_texts,
 )
-from irl_align.data.loading import prompt_key
+from irl_align.data.rows import prompt_key
+from irl_align.data.tokenizer import (
+    check_tokenizer,
+    decode_batch,
+    prepare_tokenizer,
+    train_tokenizer,
+)
 from irl_align.errors import UserError
 
 TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
@@ -112,8 +113,8 @@ def test_lowercase_is_of_the_ids_and_the_completion(scratch: PreTrainedTokenizer
     encoded = encode_demonstrations(ROWS, scratch, card(lowercase=True), OPTIONS).rows
     assert encoded["prompt"][0] == "name[The Mill]"  # as gold metrics and edits read it
     assert encoded["completion"][0] == "the mill"
-    assert decode(scratch, encoded["prompt_ids"][0]) == "name[the mill]\n"
-    assert decode(scratch, encoded["completion_ids"][0]) == "the mill"
+    ids = [encoded["prompt_ids"][0], encoded["completion_ids"][0]]
+    assert decode_batch(scratch, ids) == ["name[the mill]\n", "the mill"]
 
 
 @pytest.mark.parametrize("text", ["a </s> b", "</s>", "a <PAD> b"])
@@ -254,7 +255,7 @@ def test_token_over_the_seam_is_split(chat: PreTrainedTokenizerFast) -> None:
 def test_template_that_renders_the_prompt_otherwise(chat: PreTrainedTokenizerFast) -> None:
     chat.chat_template = "{{ messages | length }}" + CHAT
     with pytest.raises(
-        UserError, match=r"model\.chat_template: .* renders the prompt of row 0 oth"
+        UserError, match=r"model\.chat_template: .* renders the prompt of row 0 diff"
     ):
         encode_demonstrations(ROWS, chat, card("chat"), OPTIONS)
 
@@ -369,7 +370,6 @@ def test_tokenizer_without_eos() -> None:
 
 def test_decode_leaves_special_tokens_out(scratch: PreTrainedTokenizerFast) -> None:
     ids = [1, *scratch("Is it , a pub ?", add_special_tokens=False).input_ids, 2, 0, 0]
-    assert decode(scratch, ids) == "Is it , a pub ?"
     assert decode_batch(scratch, [ids, []]) == ["Is it , a pub ?", ""]
 
 

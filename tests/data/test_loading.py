@@ -17,14 +17,9 @@ from hypothesis import strategies as st
 from irl_align.config.data import DataOptions
 from irl_align.config.resources import data_cards_dir
 from irl_align.data.cards import Card, import_object, load_card
-from irl_align.data.loading import (
-    choose_prompts,
-    data_checksum,
-    divide,
-    load_demonstrations,
-    load_preferences,
-    prompt_key,
-)
+from irl_align.data.loading import load_demonstrations, load_preferences
+from irl_align.data.rows import prompt_key
+from irl_align.data.splits import choose_prompts, data_checksum, divide
 from irl_align.errors import UserError
 
 SHIPPED = sorted(data_cards_dir().glob("*.md"))
@@ -100,7 +95,10 @@ def test_unknown_card_names_the_nearest() -> None:
             DEMOS.replace("files: demos.*", "hub: train"),
             r"train\.hub: the source is not on the Hub",
         ),
-        (DEMOS.replace("files: demos.*", "from: train, share: 0.5"), r"train is no split with fi"),
+        (
+            DEMOS.replace("files: demos.*", "from: train, share: 0.5"),
+            r"train has no files of its own",
+        ),
         (DEMOS.replace("files: demos.*", "share: 0.5"), r"from and share go together"),
         (DEMOS.replace("prompt: question, completion: answer", "messages: m"), r"template chat"),
         ("\n  kind: demonstrations\n", r"splits: give at least one"),
@@ -202,7 +200,7 @@ def test_changed_file_is_read_anew(tmp_path: Path) -> None:
         ("demos.jsonl", b'{"question": "", "answer": "b"}\n', r"line 1: .*'question': found empty"),
         ("demos.jsonl", b'{"question": ["a"], "answer": "b"}\n', r"conversation, which needs temp"),
         ("demos.jsonl", b'{"question": "a", "answer": "\\ud800"}\n', r"half of a surrogate pair"),
-        ("demos.parquet", b"PAR1....", r"demos\.parquet: not a whole parquet file"),
+        ("demos.parquet", b"PAR1....", r"demos\.parquet: not a complete parquet file"),
         ("demos.jsonl.gz", b"not gzip", r"truncated or damaged gzip"),
         (
             "demos.jsonl.gz",
@@ -466,7 +464,7 @@ def test_task_arguments_are_checked() -> None:
     card = load_card("restaurant")
     with pytest.raises(UserError, match=r"data\.task: found nothing, expected .* at least size"):
         load_demonstrations(card, "train")
-    with pytest.raises(UserError, match=r"data\.task: found size, nois, expected of size, noise"):
+    with pytest.raises(UserError, match=r"data\.task: found size, nois, expected only size, noise"):
         load_demonstrations(card, "train", task_args={"size": 3, "nois": 0.1})
     with pytest.raises(UserError, match=r"data\.path: .*procedural task"):
         load_demonstrations(card, "train", path="x")

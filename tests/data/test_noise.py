@@ -6,8 +6,9 @@ import pytest
 from support.tiny_runs import tiny_recipe
 
 from irl_align.config.data import DataOptions
-from irl_align.data.loading import Demonstration, divide
 from irl_align.data.noise import corrupt, with_noise
+from irl_align.data.rows import Demonstration
+from irl_align.data.splits import divide
 from irl_align.errors import UserError
 from irl_align.training.train import train
 

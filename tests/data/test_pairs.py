@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irl_align.data.cards import load_card
-from irl_align.data.contrast import contrast_pairs, word_distance, words_of
-from irl_align.data.loading import load_demonstrations, prompt_key
-from irl_align.data.neighbours import nearest_prompts
+from irl_align.data.contrast import contrast_pairs, nearest_prompts, word_distance, words_of
+from irl_align.data.loading import load_demonstrations
 from irl_align.data.pairs import (
     FEATURES,
     load_pairs,
@@ -25,6 +24,7 @@ from irl_align.data.pairs import (
     stats,
     window,
 )
+from irl_align.data.rows import prompt_key
 from irl_align.errors import UserError
 from irl_align.tasks import restaurant
 
@@ -558,8 +558,8 @@ def test_broken_pairs_are_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:-3], b""):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"pairs\.parquet: not a whole parquet file of pairs"):
+        with pytest.raises(UserError, match=r"pairs\.parquet: not a complete parquet file"):
             load_pairs(path)
     Dataset.from_dict({"text": ["x"]}).to_parquet(str(path))
-    with pytest.raises(UserError, match=r"not a whole parquet file of pairs: .*prompt_ids"):
+    with pytest.raises(UserError, match=r"not a complete parquet file of pairs: .*prompt_ids"):
         load_pairs(path)

@@ -54,11 +54,9 @@ def test_counts_samples_and_overlaps(folder: Path, capsys: pytest.CaptureFixture
     ended = irl_align(capsys, "data", folder / "own.md", "--samples", 2, "--check")
     assert ended.status == 0, ended.err
     lines = [line.split() for line in ended.out.splitlines()]
-    # rows, as the card says, prompts, repeated, words of prompts and completions
-    words = "1 words, at most 1 2 words, at most 3"
-    expected = f"train 3 3 2 1 {words}".split()
-    assert expected in lines
-    assert "100.0% of the prompts of test are in train as well" in ended.out
+    # Rows, as the card says, prompts, repeated; mean and most words of prompts and completions.
+    assert ["train", "3", "3", "2", "1", "1", "1", "2", "3"] in lines
+    assert "100.0% of the prompts of test are also in train" in ended.out
     assert "own: demonstrations, licence mit" in ended.out
     assert ended.out.count("sample of train") == 2 and ended.out.count("sample of test") == 1
     assert "completion: four it is" in ended.out
@@ -175,7 +173,7 @@ def test_labels_of_ones_own(tmp_path: Path) -> None:
     found = load_preferences(own_card(tmp_path, options), "test")
     assert [r["chosen"] for r in found] == ["A", "B"]
     write(tmp_path / "x.jsonl", [{**row, "better": 2}])
-    with pytest.raises(UserError, match="found 2, expected 0 or 1, the better one"):
+    with pytest.raises(UserError, match="found 2, expected 0 or 1, which names the better text"):
         load_preferences(load_card(tmp_path / "own.md"), "test")
 
 
@@ -256,19 +254,19 @@ def fill_preferences(hub: Hub) -> None:
 
 LOAD = """
 import json, sys
-from irl_align.cards import load_card
-from irl_align.data import load_demonstrations, load_preferences
+from irl_align.data.cards import load_card
+from irl_align.data.loading import load_demonstrations, load_preferences
 from irl_align.errors import UserError
 
-found = {}
+loaded = {}
 for name in sys.argv[1:]:
     card = load_card(name)
     load = load_demonstrations if card.kind == "demonstrations" else load_preferences
     try:
-        found[card.name] = {split: load(card, split) for split in card.split_names}
+        loaded[card.name] = {split: load(card, split) for split in card.split_names}
     except UserError as error:
-        found[card.name] = str(error)
-print(json.dumps(found))
+        loaded[card.name] = str(error)
+print(json.dumps(loaded))
 """
 
 

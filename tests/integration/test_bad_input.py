@@ -132,7 +132,7 @@ def test_broken_data_files(case: str, train_line: Line, tmp_path: Path) -> None:
     name, content, expected = BROKEN_FILES[case]
     (tmp_path / "data").mkdir()
     if case == "special token":
-        from irl_align.data.encoding import train_tokenizer
+        from irl_align.data.tokenizer import train_tokenizer
 
         eos = str(train_tokenizer(["a"], 300).eos_token)
         content = changed(3, answer=f"{eos} yes")

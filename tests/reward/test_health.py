@@ -93,7 +93,7 @@ def recorded_prompts(drawn: list[dict[str, Any]]) -> int:
 
 def sampled_prompts(data: list[dict[str, Any]], run: Result) -> list[list[int]]:
     """Distinct held-out prompts that were sampled, in their order."""
-    from irl_align.data.loading import choose_prompts
+    from irl_align.data.splits import choose_prompts
 
     recipe = run.view().recipe
     wanted = recipe["evaluation"]["held_out_prompts"]

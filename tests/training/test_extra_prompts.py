@@ -20,7 +20,8 @@ from irl_align import train
 from irl_align.config.policy_update import BestOfNOptions, IdentityOptions, PPOOptions
 from irl_align.config.recipe import load_recipe
 from irl_align.data.cards import load_card
-from irl_align.data.loading import Demonstration, load_demonstrations, load_prompts, prompt_key
+from irl_align.data.loading import load_demonstrations, load_prompts
+from irl_align.data.rows import Demonstration, prompt_key
 from irl_align.errors import UserError
 from irl_align.tasks import e2e, restaurant
 from irl_align.training.extra_prompts import extra_prompts, unread_prompts
@@ -122,7 +123,7 @@ def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": turns}) + "\n")
     assert load_prompts(card, str(path)) == [turns[:1]]
     path.write_text(json.dumps({"messages": turns[1:]}) + "\n")
-    with pytest.raises(UserError, match=r"line 1: .* turns of the assistant alone"):
+    with pytest.raises(UserError, match=r"line 1: .* only turns of the assistant"):
         load_prompts(card, str(path))
 
 

@@ -387,7 +387,10 @@ def test_recipes_with_ppo_are_of_ppo(name: str, credit: str) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data", "restaurant"], "data.task: found nothing, expected of size, noise at least"),
+        (
+            ["--data", "restaurant"],
+            "data.task: found nothing, expected only size, noise, and at",
+        ),
         (
             ["--data", "e2e_nlg", "--set", "data.path=nowhere"],
             "data.path: found nothing at nowhere",

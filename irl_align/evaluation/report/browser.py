@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from irl_align.data.rows import prompt_text
 from irl_align.evaluation.compare.run_tables import policy_label
 from irl_align.evaluation.report.curves import by_method
 from irl_align.evaluation.report.templates import render, script_json
@@ -86,13 +87,6 @@ def _columns(views: Sequence[RunView]) -> dict[str, dict[str, list[dict[str, Any
 
 def _key(row: Mapping[str, Any]) -> str:
     return json.dumps(row["prompt"], sort_keys=True)
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt for people: text, or one line per turn of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
 
 
 def _cell(row: Mapping[str, Any] | None, scores: Sequence[str]) -> list[Any] | None:

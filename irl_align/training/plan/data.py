@@ -10,14 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import Card, load_card
-from irl_align.data.encoding import (
-    encode_demonstrations,
-    prepare_tokenizer,
-    prompt_text,
-    train_tokenizer,
-    training_texts,
-)
-from irl_align.data.loading import Demonstration, divide, load_demonstrations, prompt_key
+from irl_align.data.encoding import encode_demonstrations, training_texts
+from irl_align.data.loading import load_demonstrations
+from irl_align.data.rows import Demonstration, prompt_key, prompt_text
+from irl_align.data.splits import divide
+from irl_align.data.tokenizer import prepare_tokenizer, train_tokenizer
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer
 from irl_align.training.context import derive_seed

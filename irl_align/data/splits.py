@@ -1,0 +1,107 @@
+"""The division of rows by prompt: each prompt's part depends only on a hash of it and the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from irl_align.config.data import DataOptions
+from irl_align.data.cards import Card
+from irl_align.data.rows import Demonstration, Preference, prompt_key
+from irl_align.errors import UserError
+
+Row = TypeVar("Row", Demonstration, Preference)
+
+
+@dataclass(frozen=True)
+class Division:
+    """Training demonstrations by use. No prompt of held_out is in sft or reward."""
+
+    sft: list[Demonstration]
+    """For supervised fine-tuning."""
+    reward: list[Demonstration]
+    """For fitting the reward: the rows of sft, or rows of other prompts."""
+    held_out: list[Demonstration]
+    """For measuring and selecting rewards."""
+
+    def counts(self) -> dict[str, int]:
+        """Rows and distinct prompts of each part."""
+        numbers = {}
+        for part, rows in vars(self).items():
+            numbers[f"{part}_rows"] = len(rows)
+            numbers[f"{part}_prompts"] = len({prompt_key(row["prompt"]) for row in rows})
+        return numbers
+
+
+def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Division:
+    """Divide demonstrations by prompt.
+
+    The order of the rows does not matter. A part of a smaller share is a subset of the same part of
+    a larger one. Raises UserError where a part is empty.
+    """
+    sft: list[Demonstration] = []
+    reward: list[Demonstration] = []
+    held_out: list[Demonstration] = []
+    disjoint = options.reward_data == "disjoint"
+    for row in rows:
+        key = prompt_key(row["prompt"])
+        if unit_hash(seed, "share", key) >= options.share:
+            continue
+        if unit_hash(seed, "held_out", key) < options.held_out:
+            held_out.append(row)
+        elif disjoint and unit_hash(seed, "reward", key) < options.reward_share:
+            reward.append(row)
+        else:
+            sft.append(row)
+    division = Division(sft, reward if disjoint else sft, held_out)
+    for part, option in (("sft", "share"), ("held_out", "held_out"), ("reward", "reward_share")):
+        if not getattr(division, part):
+            raise UserError(
+                f"data.{option}: of {len(rows)} demonstrations none is left for {part}; "
+                f"expected at least one: give more demonstrations or change data.{option}"
+            )
+    return division
+
+
+def carve(card: Card, split: str, rows: list[Row]) -> list[Row]:
+    """The rows of `split` among those of the split that it is carved from.
+
+    Each carved split has an interval of the hashes, and its base split has the rest.
+    """
+    base = card.splits[split].carved_from or split
+    bounds: dict[str, tuple[float, float]] = {}
+    taken = 0.0
+    for name, part in card.carved(base).items():
+        assert part.share is not None
+        bounds[name] = (taken, taken + part.share)
+        taken += part.share
+    if not bounds:
+        return rows
+    low, high = bounds.get(split, (taken, 1.0))
+    return [row for row in rows if low <= unit_hash(0, "carve", prompt_key(row["prompt"])) < high]
+
+
+def choose_prompts(keys: Iterable[str], count: int | None, seed: int) -> set[str]:
+    """`count` distinct prompt keys by hash, or all if it is None; fewer are a subset of more."""
+    distinct = set(keys)
+    if count is None or count >= len(distinct):
+        return distinct
+    return set(sorted(distinct, key=lambda key: (unit_hash(seed, "choose", key), key))[:count])
+
+
+def data_checksum(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of the rows' content in their order; the order of a row's keys does not matter."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def unit_hash(seed: int, purpose: str, key: str) -> float:
+    """A number in [0, 1) that looks random and depends only on the arguments."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{key}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
