@@ -92,6 +92,13 @@ def comparison(archive: Path = ARCHIVE) -> Comparison:
         return compare_runs([Run.load(run) for run in sorted(folder.iterdir())], iterations=True)
 
 
+@cache
+def analysis(baseline: str) -> Mapping[str, Any]:
+    """Means and intervals of the recorded runs, with differences from the policy `baseline`."""
+    label = next(row.label for row in comparison().rows if short(row.label) == baseline)
+    return analyse(comparison(), None, label)
+
+
 def short(label: str) -> str:
     """Label of a comparison without the policy update in brackets: `e2e-spin 2`."""
     return re.sub(r" \(.*\)$", "", label)
@@ -109,13 +116,13 @@ def full_table() -> str:
 
 
 def _policy_table(policies: Iterable[str], columns: Iterable[str]) -> str:
-    analysis = analyse(comparison(), None, None)
-    rows = _rows_by_label(analysis)
+    against_sft = analysis("SFT")
+    rows = _rows_by_label(against_sft)
     lines = []
     for label in policies:
         cells = []
         for column in columns:
-            shown = [_cell(rows[label], measure, analysis) for measure in COLUMNS[column]]
+            shown = [_cell(rows[label], measure, against_sft) for measure in COLUMNS[column]]
             cells.append(" / ".join(text for text in shown if text))
         lines.append([POLICIES[label], *cells])
     return _markdown(["policy", *columns], lines)
@@ -125,36 +132,35 @@ def differences_table() -> str:
     """Markdown of COMPARED minus each policy of AGAINST, paired by seed."""
     lines = []
     for other in AGAINST:
-        baseline = next(row.label for row in comparison().rows if short(row.label) == other)
-        analysis = analyse(comparison(), None, baseline)
-        differences = _rows_by_label(analysis)[COMPARED]["against_baseline"]
+        against = analysis(other)
+        differences = _rows_by_label(against)[COMPARED]["against_baseline"]
         cells = []
         for measure in DIFFERENCES.values():
-            text = interval(differences[measure], measure, analysis["interval"], signed=True)
-            cells.append(_bold_if_better(text, differences[measure], measure, analysis))
+            text = interval(differences[measure], measure, against["interval"], signed=True)
+            cells.append(_bold_if_better(text, differences[measure], measure, against))
         lines.append([POLICIES[other], *cells])
     return _markdown([f"{POLICIES[COMPARED]}, minus …", *DIFFERENCES], lines)
 
 
-def _rows_by_label(analysis: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {short(row["label"]): row for row in analysis["rows"]}
+def _rows_by_label(against: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {short(row["label"]): row for row in against["rows"]}
 
 
-def _cell(row: Mapping[str, Any], measure: str, analysis: Mapping[str, Any]) -> str:
+def _cell(row: Mapping[str, Any], measure: str, against: Mapping[str, Any]) -> str:
     if row["policy"] is None and measure == "fully_right@0":
         measure = "fully_right@1"  # human texts have no temperature
     if measure not in row["estimates"] or (measure == BEYOND and row["label"] == "SFT"):
         return ""
-    method = None if measure in WITHOUT_INTERVAL or row["policy"] is None else analysis["interval"]
+    method = None if measure in WITHOUT_INTERVAL or row["policy"] is None else against["interval"]
     text = interval(row["estimates"][measure], measure, method, measure == BEYOND)
-    return _bold_if_better(text, row["against_baseline"].get(measure), measure, analysis)
+    return _bold_if_better(text, row["against_baseline"].get(measure), measure, against)
 
 
 def _bold_if_better(
-    text: str, difference: Mapping[str, Any] | None, measure: str, analysis: Mapping[str, Any]
+    text: str, difference: Mapping[str, Any] | None, measure: str, against: Mapping[str, Any]
 ) -> str:
     """Bold if the whole interval of the difference lies on the better side of zero."""
-    lower_is_better = measure == BEYOND or analysis["lower_is_better"].get(measure)
+    lower_is_better = measure == BEYOND or against["lower_is_better"].get(measure)
     if difference is None or difference["low"] is None or lower_is_better is None:
         return text
     better = difference["high"] < 0 if lower_is_better else difference["low"] > 0
