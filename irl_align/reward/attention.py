@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from irl_align.errors import UserError
-from irl_align.reward.forward import evaluating
+from irl_align.models.loading import evaluating
 
 _NAME = "irl_align_rows"
 WEIGHTS_AT_ONCE = 2**22  # 16 MiB in float32: limits the memory of many queries and heads

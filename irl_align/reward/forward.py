@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,17 +19,6 @@ def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     """The scalar head (1, H) of a sequence classifier."""
     head: torch.nn.Linear = getattr(model, "score")  # noqa: B009  (torch types it as a tensor)
     return head
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model into eval mode for the block, and into its earlier mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:

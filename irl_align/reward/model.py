@@ -23,7 +23,7 @@ from irl_align.config.model import LoraOptions
 from irl_align.data.encoding import Templated
 from irl_align.errors import UserError
 from irl_align.models.lm_head import has_plain_logits
-from irl_align.models.loading import load_model, load_tokenizer, seeded
+from irl_align.models.loading import evaluating, load_model, load_tokenizer, seeded
 from irl_align.models.lora import (
     DEFAULT_ADAPTER,
     add_adapter,
@@ -40,7 +40,7 @@ from irl_align.models.packing import (
     context_length,
     over_packed,
 )
-from irl_align.reward.forward import evaluating, prefix_rewards, score_head, whole_rewards
+from irl_align.reward.forward import prefix_rewards, score_head, whole_rewards
 from irl_align.reward.protocol import TextScoring, require_finite
 from irl_align.reward.settings import CONFIG_KEY, DEFAULT_SETTINGS, RewardSettings, parse_settings
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from irl_align.errors import UserError
+from irl_align.models.loading import evaluating
 from irl_align.models.packing import (
     TOKENS_PER_BATCH,
     Ids,
@@ -24,7 +25,7 @@ from irl_align.models.packing import (
     over_packed,
 )
 from irl_align.reward.attention import attention_rows, require_causal
-from irl_align.reward.forward import eos_prefix_rewards, evaluating, prefix_rewards, whole_rewards
+from irl_align.reward.forward import eos_prefix_rewards, prefix_rewards, whole_rewards
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import (
     RewardFunction,

@@ -24,14 +24,14 @@ from irl_align.config.schema import Recipe
 from irl_align.errors import TryAgain, UserError
 from irl_align.models.generation.backends import (
     LiveGenerator,
-    VLLMSampler,
-    VLLMSettings,
     resolve_backend,
     sampling_of,
+    vllm_for,
 )
 from irl_align.models.generation.protocol import Completion, Generator, Sampling
 from irl_align.models.generation.samples import Samples, StoredSamples, write_chosen, write_samples
 from irl_align.models.generation.transformers_backend import TransformersGenerator
+from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import eos_ids, folder_eos_ids, load_model, seeded
 from irl_align.models.lora import (
@@ -94,10 +94,10 @@ class RunContext:
                 f"generation.backend: found {recipe.generation.backend}, vLLM in the process that "
                 f"trains, and {distributed.count()} processes; expected vllm-server or transformers"
             )
-        self.vllm: VLLMSampler | None = None
+        self.vllm: VLLMGenerator | None = None
         if self.backend != "transformers":
             log = run.folder / "vllm-server.log"
-            self.vllm = VLLMSampler(VLLMSettings.of(recipe), self.backend, device, log)
+            self.vllm = vllm_for(recipe, self.backend, device, log)
 
     def stage(
         self,
@@ -256,7 +256,8 @@ class RunContext:
         if self.vllm is None:
             return self.generator(self.load_policy(policy.path))
         eos = folder_eos_ids(policy.path, self.tokenizer)
-        return self.vllm.synced(policy.path, policy.key, eos, lambda: self.load_policy(policy.path))
+        self.vllm.sync(policy.path, policy.key, eos, lambda: self.load_policy(policy.path))
+        return self.vllm
 
     def close(self) -> None:
         """End what the run started: vLLM."""

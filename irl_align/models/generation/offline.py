@@ -1,4 +1,4 @@
-"""What samples a policy on disk outside a run, by any backend."""
+"""Sampling from a policy on disk outside a run, by any backend."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from irl_align.config.generation import GenerationOptions
 from irl_align.errors import UserError
-from irl_align.models.generation.backends import VLLMSampler, VLLMSettings
 from irl_align.models.generation.protocol import Generator
 from irl_align.models.generation.transformers_backend import TransformersGenerator
+from irl_align.models.generation.vllm_backend import VLLMGenerator
+from irl_align.models.generation.vllm_common import EngineSettings
 from irl_align.models.loading import eos_ids, folder_eos_ids, load_model
 from irl_align.models.packing import context_length
 
 
 def with_backend(options: GenerationOptions, backend: str | None) -> GenerationOptions:
-    """The options with another backend, without what only the one before reads; None keeps it."""
+    """The options with another backend, without what only the previous one reads; None keeps it."""
     if backend is None or backend == options.backend:
         return options
     unread = {"server", "engine"}
@@ -38,9 +39,10 @@ def saved_sampler(
     backend: str,
     device: torch.device,
 ) -> Iterator[Generator]:
-    """What samples the policy in a folder; a vLLM that it starts ends with the block.
+    """A generator of samples from the policy in a folder; vLLM ends with the block.
 
-    prompts: those that it will be asked for, as token ids; backend: of the options, resolved.
+    prompts: token ids of the prompts that will be sampled. backend: that of the options, resolved.
+    Raises UserError where the tokenizer has no EOS token, or the policy cannot be loaded.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so samples never end")
@@ -55,11 +57,17 @@ def saved_sampler(
         return
     longest = max((len(prompt) for prompt in prompts), default=1) + options.max_new_tokens
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
-        log = Path(folder) / "server.log"
-        vllm = VLLMSampler(VLLMSettings(options, longest), backend, device, log)
+        settings = EngineSettings(
+            device=device.type,
+            dtype="float32",
+            context_length=longest,
+            cache_tokens=options.max_batch_tokens,
+            args=options.engine,
+        )
+        vllm = VLLMGenerator(settings, backend, options.server, Path(folder) / "server.log")
+        eos = folder_eos_ids(path, tokenizer)
         try:
-            yield vllm.synced(
-                path, str(path), folder_eos_ids(path, tokenizer), lambda: load_model(path, device)
-            )
+            vllm.sync(path, str(path), eos, lambda: load_model(path, device))
+            yield vllm
         finally:
             vllm.close()

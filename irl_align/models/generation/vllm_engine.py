@@ -1,9 +1,9 @@
-"""vLLM in this process: one engine per run, given new weights in place.
+"""vLLM in this process: one engine per run, whose weights are replaced in place.
 
-Starting an engine changes the process: random numbers are seeded, torch's threads frozen, the
-environment edited. All of that is put back, so a learner in the same process trains on as if vLLM
-were not there. Architectures that vLLM runs through transformers' own classes are left to a server
-(see ``vllm_common.has_own_implementation``).
+An engine that starts seeds random numbers, freezes torch's threads and edits the environment. All
+of that is restored, so that a learner in the same process trains as if vLLM were not there.
+Architectures that vLLM runs through transformers' own classes need a server (see
+``vllm_common.has_own_implementation``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,13 +33,13 @@ from irl_align.models.generation.vllm_common import (
 from irl_align.models.generation.vllm_worker import remember_shape, shape_of
 
 logger = logging.getLogger(__name__)
-IN_FLIGHT = 512  # samples handed to vLLM's scheduler at a time, so that memory does not grow with N
-
-LEARNERS_VARIABLES = ("LD_", "LOCAL_", "MASTER_", "MKL_", "OMP_", "RANK", "WORLD_SIZE")
+IN_FLIGHT = 512  # samples in vLLM's scheduler at a time, so that memory does not grow with N
+# Environment variables that a trainer, or a process that it starts, reads.
+LEARNER_VARIABLES = ("LD_", "LOCAL_", "MASTER_", "MKL_", "OMP_", "RANK", "WORLD_SIZE")
 
 
 class VLLMEngine:
-    """An engine (``vllm_common.Engine``) in this process: one at a time."""
+    """An engine (``vllm_common.Engine``) in this process, which can have one at a time."""
 
     _running: ClassVar[weakref.ref[VLLMEngine] | None] = None
 
@@ -54,19 +55,22 @@ class VLLMEngine:
         self._resting = False
 
     def load(self, policy: PolicyFolder, key: str) -> None:
-        """Answer from these weights from now on; starts the engine when none of this shape runs."""
+        """Sample from these weights from now on; starts the engine when none of this shape runs.
+
+        Raises UserError where vLLM does not start on the model or cannot load it.
+        """
         shape, weights = shape_of(policy.model), policy.weights
         if self._llm is not None and (shape != self._shape or policy.rank > self._rank):
-            self.restart()
+            self.close()
         if self._llm is None:
             self._start(policy)
             self._shape, self._rank = shape, max(self.settings.lora_rank, policy.rank)
         else:
             self._wake()
             if weights != self._weights:
-                self._reload(policy)
+                self._reload(policy.model)
         self._weights = weights
-        self._adapter = self._lora(policy, key)
+        self._adapter = self._lora_request(policy, key)
         self._llm.reset_prefix_cache()
 
     def _start(self, policy: PolicyFolder) -> None:
@@ -79,7 +83,7 @@ class VLLMEngine:
         with learner_untouched():
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-            os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
+            os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no reports to vLLM's developers
             require_vllm(self.settings.device)
             from vllm import LLM
 
@@ -94,26 +98,27 @@ class VLLMEngine:
         self.starts += 1
         VLLMEngine._running = weakref.ref(self)
 
-    def _reload(self, policy: PolicyFolder) -> None:
-        [result] = self._llm.collective_rpc("load_policy", kwargs={"path": str(policy.model)})
+    def _reload(self, model: Path) -> None:
+        [result] = self._llm.collective_rpc("load_policy", kwargs={"path": str(model)})
         if "error" in result:
-            raise UserError(f"{policy.model}: vLLM cannot load it: {result['error']}")
+            raise UserError(f"{model}: vLLM cannot load it: {result['error']}")
 
-    def _lora(self, policy: PolicyFolder, key: str) -> Any:
+    def _lora_request(self, policy: PolicyFolder, key: str) -> Any:
         if policy.adapter is None:
             return None
         from vllm.lora.request import LoRARequest
 
-        self._adapters += 1  # a number of its own for each, or vLLM goes on with the one it has
+        self._adapters += 1  # a new number for each, otherwise vLLM continues with the loaded one
         return LoRARequest(key, self._adapters, str(policy.adapter))
 
     def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[RawSample]]]:
         """Answer requests in the order in which they are done."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self._wake()
         engine = self._llm.llm_engine
-        # What an earlier call left in the cache would change the batches, and so the rounding.
+        # Entries of an earlier call in the cache would change the batches, and so the rounding.
         self._llm.reset_prefix_cache()
         waiting: dict[str, Request] = {}
         upcoming = next(requests, None)
@@ -123,8 +128,9 @@ class VLLMEngine:
                 while upcoming is not None and (not waiting or samples < IN_FLIGHT):
                     name = f"{upcoming.index}/{upcoming.first}"
                     params = SamplingParams(**upcoming.params, flat_logprobs=True)
-                    params.output_kind = _final_only()
-                    self._add(engine, name, upcoming, params)
+                    params.output_kind = RequestOutputKind.FINAL_ONLY
+                    prompt = {"prompt_token_ids": upcoming.prompt}
+                    engine.add_request(name, prompt, params, lora_request=self._adapter)
                     waiting[name] = upcoming
                     samples += params.n
                     upcoming = next(requests, None)
@@ -136,26 +142,22 @@ class VLLMEngine:
                         samples -= request.params["n"]
                         yield request, _samples(output)
         finally:
-            if waiting:  # the consumer went away, or an error
+            if waiting:  # the consumer stopped early, or an error
                 engine.abort_request(list(waiting))
-
-    def _add(self, engine: Any, name: str, request: Request, params: Any) -> None:
-        prompt = {"prompt_token_ids": request.prompt}
-        engine.add_request(name, prompt, params, lora_request=self._adapter)
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
-        """One step of vLLM's: it draws from torch's global numbers too, and overwrites the draw."""
+        """One step of vLLM, which also draws from torch's global numbers and ignores the draw."""
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng())
             if self.settings.device == "cpu":
-                # vLLM compiles two small functions of its sampler, which on a CPU takes longer
-                # (9 to 15 s) than it can save.
+                # On a CPU compiling two small functions of vLLM's sampler takes longer (9 to 15 s)
+                # than it saves.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 
     def rest(self) -> None:
-        """Give the GPU's memory back until it is needed; vLLM has no such mode on a CPU."""
+        """Give the GPU's memory back until it is needed; on a CPU vLLM has no such mode."""
         if self._llm is not None and self.settings.device == "cuda" and not self._resting:
             self._llm.sleep(level=1)
             self._resting = True
@@ -165,12 +167,8 @@ class VLLMEngine:
             self._llm.wake_up()
             self._resting = False
 
-    def restart(self) -> None:
-        """End the engine; the next ``load`` starts a new one."""
-        self.close()
-
     def close(self) -> None:
-        """End the engine and free its memory."""
+        """End the engine and free its memory; the next ``load`` starts a new one."""
         if self._llm is None:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -183,26 +181,17 @@ class VLLMEngine:
             cleanup_dist_env_and_memory()
 
 
-def _final_only() -> Any:
-    from vllm.sampling_params import RequestOutputKind
-
-    return RequestOutputKind.FINAL_ONLY
-
-
 def _samples(output: Any) -> list[RawSample]:
-    found = sorted(output.outputs, key=lambda sample: sample.index)
-    for sample in found:
+    samples = sorted(output.outputs, key=lambda sample: sample.index)
+    for sample in samples:
         if sample.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request with {sample.finish_reason}")
-    return [(list(sample.token_ids), sample.logprobs.logprobs) for sample in found]
+    return [(list(sample.token_ids), sample.logprobs.logprobs) for sample in samples]
 
 
 @contextmanager
 def learner_untouched() -> Iterator[None]:
-    """What vLLM changes in its process is put back: random numbers, threads, the environment.
-
-    Of the environment, what a trainer or a process that it starts would read; the rest is vLLM's.
-    """
+    """Restore what vLLM changes in its process: random numbers, threads, LEARNER_VARIABLES."""
     numbers = random.getstate(), np.random.get_state()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     environment = dict(os.environ)
@@ -215,7 +204,7 @@ def learner_untouched() -> Iterator[None]:
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
         for name in set(os.environ) | set(environment):
-            if name.startswith(LEARNERS_VARIABLES):
+            if name.startswith(LEARNER_VARIABLES):
                 if name in environment:
                     os.environ[name] = environment[name]
                 else:

@@ -1,4 +1,4 @@
-"""Start ``vllm serve`` for a recipe, or in the foreground on another machine."""
+"""Start ``vllm serve`` for a run, or in the foreground for other machines."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from irl_align.config.generation import ServerOptions
 from irl_align.errors import UserError
 from irl_align.models.generation.vllm_common import (
     EngineSettings,
@@ -25,7 +26,7 @@ from irl_align.models.generation.vllm_common import (
     engine_args,
     require_vllm,
 )
-from irl_align.models.generation.vllm_serve import END_WITH_STDIN, GRACE, GUARD, KEY_VARIABLE
+from irl_align.models.generation.vllm_main import END_WITH_STDIN, GRACE, GUARD, KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
 SERVED_NAME = "policy"
@@ -35,12 +36,12 @@ HEALTH_TIMEOUT = 5.0  # seconds
 def serve_command(
     policy: PolicyFolder, settings: EngineSettings, host: str, port: int
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a server; the API key travels in the environment alone."""
+    """Command line and environment of a server; the API key is only in the environment."""
     args = engine_args(settings, policy)
     command = [
         sys.executable,
         "-m",
-        "irl_align.models.generation.vllm_serve",
+        "irl_align.models.generation.vllm_main",
         str(args.pop("model")),
     ]
     command += ["--host", host, "--port", str(port), "--served-model-name", SERVED_NAME]
@@ -62,7 +63,7 @@ def serve_command(
 
 
 def flags(args: Mapping[str, Any]) -> list[str]:
-    """Options by the names of vLLM's EngineArgs as flags of its command."""
+    """Options by the names of vLLM's EngineArgs, as flags of its command."""
     out = []
     for name, value in args.items():
         flag = name.replace("_", "-")
@@ -75,14 +76,13 @@ def flags(args: Mapping[str, Any]) -> list[str]:
 
 
 class ServerProcess:
-    """A server on this machine that ends with this process, however that ends.
+    """A server on this machine that ends when this process ends, even when it is killed.
 
     Args:
-        policy: what it starts with.
-        settings: how.
-        api_key: what it asks for; a random one when empty.
-        port: on the loopback; a free one when None.
-        timeout: seconds until it must answer.
+        policy: what the server starts with.
+        settings: how vLLM is started.
+        options: its port, the seconds until it must answer, and the variable of its API key; the
+            key is random where that is not set.
         log: file for its output.
 
     Raises:
@@ -93,15 +93,13 @@ class ServerProcess:
         self,
         policy: PolicyFolder,
         settings: EngineSettings,
-        api_key: str,
-        port: int | None,
-        timeout: float,
+        options: ServerOptions,
         log: Path,
     ) -> None:
         require_vllm(settings.device)
-        self.api_key = api_key or secrets.token_hex(16)
+        self.api_key = os.environ.get(options.api_key_env) or secrets.token_hex(16)
         self.log = log
-        port = _free_port(port)
+        port = _free_port(options.port)
         self.url = f"http://127.0.0.1:{port}"
         command, environment = serve_command(policy, settings, "127.0.0.1", port)
         environment[KEY_VARIABLE] = self.api_key
@@ -110,14 +108,14 @@ class ServerProcess:
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, END_WITH_STDIN],
-                stdin=subprocess.PIPE,  # never written to: it ends when this process does
+                stdin=subprocess.PIPE,  # nothing is written to it: it closes when this process ends
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # a process group of its own, with vLLM's engine in it
+                start_new_session=True,  # its own process group, with vLLM's engine in it
             )
         try:
-            self._wait(timeout)
+            self._wait(options.start_timeout)
         except BaseException:
             self.kill()
             raise
@@ -127,7 +125,7 @@ class ServerProcess:
         while not healthy(self.url):
             if self.process.poll() is not None:
                 raise UserError(
-                    f"generation.backend: vllm-server: vLLM's server ended as it started: "
+                    f"generation.backend: vllm-server: vLLM's server ended while it started: "
                     f"{_last_error(self.log)}; its output is in {self.log}"
                 )
             if time.monotonic() > deadline:
@@ -143,7 +141,7 @@ class ServerProcess:
         return self.process.poll() is None and healthy(self.url)
 
     def kill(self) -> None:
-        """End the server and vLLM's engine; kindly first, so that it frees shared memory."""
+        """End the server and vLLM's engine: by SIGTERM first, so that it frees shared memory."""
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE)
@@ -155,7 +153,7 @@ class ServerProcess:
 
 
 def healthy(url: str) -> bool:
-    """Whether a server says that it is well."""
+    """Whether a server answers that it is healthy."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=HEALTH_TIMEOUT) as answer:
             return bool(answer.status == 200)
@@ -182,12 +180,15 @@ def _last_error(log: Path) -> str:
 
 
 def serve(path: Path, settings: EngineSettings, host: str, port: int) -> None:
-    """Become a server for other machines' recipes; does not return."""
+    """Replace this process by a server for other machines' runs; does not return.
+
+    Raises UserError where others could reach a server without an API key.
+    """
     require_vllm(settings.device)
     if not os.environ.get(KEY_VARIABLE) and host not in ("127.0.0.1", "localhost"):
         raise UserError(
-            f"{KEY_VARIABLE}: not set; expected a key in the environment, since whoever reaches "
-            f"{host}:{port} can otherwise load weights there"
+            f"{KEY_VARIABLE}: not set; expected a key in the environment: without one, everyone "
+            f"who reaches {host}:{port} can load weights there"
         )
     command, environment = serve_command(PolicyFolder.read(path), settings, host, port)
     os.execve(command[0], command, environment)

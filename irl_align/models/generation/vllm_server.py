@@ -1,22 +1,23 @@
-"""Sample from vLLM servers: one that the recipe starts, or several that are there.
+"""Sample from vLLM servers: one that the run starts, or several that are running.
 
-Requests go to whichever server is free. A server that fails is asked again after a pause; one that
-stays away is dropped with a warning, and its requests go to the others. One that came back with
-other weights is loaded anew. Each request has exactly one result.
+Requests go to whichever server is free. A server that fails is asked again after a pause. One that
+does not recover is dropped with a warning, and the others get its requests. One that came back with
+other weights is loaded again. Each request has exactly one result.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from irl_align.config.generation import ServerOptions
 from irl_align.errors import UserError
 from irl_align.models.generation.vllm_client import Server, Unreachable
 from irl_align.models.generation.vllm_common import EngineSettings, PolicyFolder, RawSample, Request
@@ -25,91 +26,81 @@ from irl_align.models.generation.vllm_worker import shape_of
 
 logger = logging.getLogger(__name__)
 IN_FLIGHT = 256  # samples that a server works on at a time
-LONGEST_PAUSE = 30.0  # seconds, between two tries
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """Which servers, and how patiently.
-
-    Attributes:
-        urls: servers that are there; empty to start one here.
-        api_key: what the servers ask for; empty for none.
-        port: of the server that is started; None for a free one.
-        timeout: seconds for one request, or for loading weights.
-        start_timeout: seconds for a server to start.
-        retries: how often a request, or a server that fails, is tried again.
-        log: file for the output of the server that is started.
-    """
-
-    urls: tuple[str, ...]
-    api_key: str = field(repr=False)
-    timeout: float
-    start_timeout: float
-    retries: int
-    log: Path
-    port: int | None = None
+LONGEST_PAUSE = 30.0  # seconds between two attempts
 
 
 class ServerEngine:
-    """An :class:`~irl_align.models.generation.vllm_common.Engine` of one or several servers."""
+    """An engine (``vllm_common.Engine``) of one or several servers.
 
-    def __init__(self, settings: EngineSettings, server: ServerSettings) -> None:
+    Args:
+        settings: how a server is started, and the context that every server must have.
+        options: which servers, and how patiently.
+        log: file for the output of a server that is started here.
+
+    Raises:
+        UserError: a URL is not one of HTTP, or the named variable of the API key is not set.
+    """
+
+    def __init__(self, settings: EngineSettings, options: ServerOptions, log: Path) -> None:
         self.settings = settings
-        self.server = server
+        self.options = options
+        self.log = log
         self.starts = 0
         self.process: ServerProcess | None = None
-        self.servers = [Server(url, server.api_key, server.timeout) for url in server.urls]
-        self._given = list(self.servers)
+        api_key = os.environ.get(options.api_key_env, "")
+        if options.urls and not api_key and options.api_key_env != "VLLM_API_KEY":
+            raise UserError(
+                f"generation.server.api_key_env: {options.api_key_env} is not in the environment; "
+                "expected the servers' API key there"
+            )
+        self._given = [Server(url, api_key, options.timeout) for url in options.urls]
+        self.servers = list(self._given)
         self._shape: Any = None
         self._rank = 0  # of the largest adapter that our own server takes
         self._resting = False
         self._policy: tuple[PolicyFolder, str] | None = None
 
     def load(self, policy: PolicyFolder, key: str) -> None:
-        """Answer from these weights from now on; servers that cannot are dropped."""
+        """Sample from these weights from now on; servers that cannot load them are dropped."""
         self._policy = policy, key
-        if not self.server.urls:
-            shape = shape_of(policy.model)
-            fits = shape == self._shape and policy.rank <= self._rank
-            if self.process is not None and not (fits and self.process.alive):
-                self.restart()
-            if self.process is None:
-                self.process = self._start()
-                self._shape, self._rank = shape, max(self.settings.lora_rank, policy.rank)
-                address = self.process.url, self.process.api_key
-                self.servers = [Server(*address, self.server.timeout)]
-            self._wake()
+        if not self._given:
+            self._load_own(policy)
         for server in self._given:
             if server not in self.servers and healthy(server.url):
                 server.failures = 0
                 self.servers.append(server)
         if not self.servers:
-            raise UserError(f"generation.server.urls: none answers: {', '.join(self.server.urls)}")
+            urls = ", ".join(self.options.urls)
+            raise UserError(f"generation.server.urls: none answers: {urls}")
         for server in list(self.servers):
             try:
                 server.load(policy, key, self.settings.context_length)
             except Unreachable as error:
                 self.recover(server, server.recoveries, error)
 
+    def _load_own(self, policy: PolicyFolder) -> None:
+        """Have a server of our own that runs and takes this policy's shape."""
+        shape = shape_of(policy.model)
+        fits = shape == self._shape and policy.rank <= self._rank
+        if self.process is not None and not (fits and self.process.alive):
+            self.close()
+        if self.process is None:
+            self.process = self._start()
+            self._shape, self._rank = shape, max(self.settings.lora_rank, policy.rank)
+            address = self.process.url, self.process.api_key
+            self.servers = [Server(*address, self.options.timeout)]
+        self._wake()
+
     def _start(self) -> ServerProcess:
         assert self._policy is not None
-        options = self.server
         self.starts += 1
-        return ServerProcess(
-            self._policy[0],
-            self.settings,
-            options.api_key,
-            options.port,
-            options.start_timeout,
-            options.log,
-        )
+        return ServerProcess(self._policy[0], self.settings, self.options, self.log)
 
     def recover(self, server: Server, recoveries: int, cause: Exception) -> None:
-        """Wait for a server that failed and see to its weights; drop it when it stays away.
+        """Wait for a server that failed, and load its weights again; drop it if it stays away.
 
-        Many threads see a failure: the first of them mends it, those that saw the same
-        ``recoveries`` wait for it.
+        Many threads see a failure: the first one handles it, and those that saw the same
+        ``recoveries`` wait.
 
         Raises:
             UserError: it was the last server.
@@ -119,16 +110,19 @@ class ServerEngine:
                 if server.recoveries == recoveries and server in self.servers:
                     server.recoveries += 1
                     server.failures += 1
-                    last = cause if server.failures > self.server.retries else None
-                    if (last := last or self._mend(server, cause)) is not None:
+                    last = cause if server.failures > self.options.retries else None
+                    if (last := last or self._retry(server, cause)) is not None:
                         self._drop(server, last)
             finally:
-                server.well.set()
+                server.ready.set()
 
-    def _mend(self, server: Server, cause: Exception) -> Exception | None:
-        """What is still wrong after all tries, if anything."""
+    def _retry(self, server: Server, cause: Exception) -> Exception | None:
+        """Try until the server answers from the current weights; the last error if it never does.
+
+        A server of our own that has died is started again.
+        """
         assert self._policy is not None
-        for attempt in range(self.server.retries):
+        for attempt in range(self.options.retries):
             logger.warning("%s: %s; trying again", server.url, cause)
             time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE))
             if self.process is not None and not self.process.alive:
@@ -145,7 +139,7 @@ class ServerEngine:
         return cause
 
     def _drop(self, server: Server, cause: Exception) -> None:
-        """Go on without a server; it is asked again when there are new weights."""
+        """Continue without a server; it is asked again when there are new weights."""
         self.servers.remove(server)
         left = len(self.servers)
         logger.warning("%s: dropped: %s; servers left: %d", server.url, cause, left)
@@ -158,11 +152,11 @@ class ServerEngine:
         self._wake()
         if not self.servers:
             raise UserError("generation.server: no server is left")
-        yield from _Run(self, list(requests)).results()
+        yield from _Dispatch(self, list(requests)).results()
 
     @property
     def key(self) -> str:
-        """Of the weights that samples are to come from."""
+        """Key of the weights that samples must come from."""
         assert self._policy is not None
         return self._policy[1]
 
@@ -177,21 +171,17 @@ class ServerEngine:
             self.servers[0].call("/wake_up", {})
             self._resting = False
 
-    def restart(self) -> None:
-        """End our own server; the next ``load`` starts a new one. Others' are left alone."""
+    def close(self) -> None:
+        """End our own server; the next ``load`` starts a new one. Other servers keep running."""
         if self.process is not None:
             self.process.kill()
             self.process = None
             self.servers = []
             self._resting = False
 
-    def close(self) -> None:
-        """End our own server."""
-        self.restart()
 
-
-class _Run:
-    """One stream of requests over the servers, by threads with one request each."""
+class _Dispatch:
+    """Sends one stream of requests to the servers, by threads with one request each."""
 
     def __init__(self, engine: ServerEngine, requests: list[Request]) -> None:
         self.engine = engine
@@ -202,15 +192,16 @@ class _Run:
         self.stopped = False
         self.done: queue.Queue[Any] = queue.Queue()
         samples = max((int(request.params["n"]) for request in requests), default=1)
-        # Each server but one may fail it until it is dropped.
-        retries = engine.server.retries
+        # All servers but one may fail a request until they are dropped.
+        retries = engine.options.retries
         self.most_tries = retries + (retries + 1) * (len(engine.servers) - 1)
         share = -(-len(requests) // len(engine.servers))
         self.threads = min(share, max(1, IN_FLIGHT // samples))
-        # So many results may wait to be taken.
+        # Bounds the results that wait for the consumer.
         self.room = threading.Semaphore(2 * max(1, self.threads) * len(engine.servers))
 
     def results(self) -> Iterator[tuple[Request, list[RawSample]]]:
+        """Every request with its samples, as they are done."""
         servers = list(self.engine.servers) * self.threads
         for server in servers:
             threading.Thread(target=self._work, args=(server,), daemon=True).start()
@@ -233,26 +224,26 @@ class _Run:
 
     def _work(self, server: Server) -> None:
         try:
-            while server.well.wait() and server in self.engine.servers:
+            while server.ready.wait() and server in self.engine.servers:
                 if (request := self._take()) is None:
                     return
                 recoveries = server.recoveries
                 try:
                     samples = server.generate(request, self.engine.key)
                 except Unreachable as error:
-                    server.well.clear()
+                    server.ready.clear()
                     self._give_back(request, error)
                     self.engine.recover(server, recoveries, error)
                 else:
                     self._finish(server, request, samples)
-        except BaseException as error:  # told to the consumer, whose thread this is not
-            server.well.set()
+        except BaseException as error:  # raised in the consumer's thread
+            server.ready.set()
             self.done.put(error)
         finally:
             self.done.put(None)
 
     def _take(self) -> Request | None:
-        """The next request; None when there is none and none can come back."""
+        """The next request; None when none is left or can be returned by another thread."""
         with self.state:
             while not self.stopped and (self.left or self.working):
                 if self.left:

@@ -1,6 +1,6 @@
-"""What runs inside vLLM's workers: methods added to them by ``--worker-extension-cls``.
+"""Methods that ``--worker-extension-cls`` adds to vLLM's workers.
 
-vLLM imports this in the process of its engine, which may be a server on another machine.
+vLLM imports this module in the process of its engine, which may be a server on another machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 EXTENSION = "irl_align.models.generation.vllm_worker.PolicyWeights"
 SHAPE_VARIABLE = "IRL_ALIGN_VLLM_SHAPE"
-# Fields of config.json that say how a model came about, not what its weights look like.
+# Fields of config.json that do not change the shapes of the weights.
 _INCIDENTAL = {
     "_name_or_path",
     "irl_prompt",
@@ -24,10 +24,10 @@ _INCIDENTAL = {
 
 
 def shape_of(folder: Path) -> dict[str, Any]:
-    """What config.json says of a model's layers; models of equal shape take each other's weights.
+    """The part of config.json that decides which weights fit: equal shapes fit each other.
 
     Raises:
-        OSError, ValueError: there is no such file, or it is no JSON.
+        OSError, ValueError: there is no such file, or it is not JSON.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokens = {name for name in config if name.endswith("_token_id")}
@@ -35,28 +35,28 @@ def shape_of(folder: Path) -> dict[str, Any]:
 
 
 def remember_shape(folder: Path) -> None:
-    """Keep the shape of the model that vLLM starts with, for the processes that it starts.
+    """Pass the shape of the model that vLLM starts with to the processes that it starts.
 
-    Its folder need not last as long as the engine: PPO's rollouts come from one that is replaced.
+    The folder may be gone later: PPO replaces the folder that its rollouts come from.
     """
     os.environ[SHAPE_VARIABLE] = json.dumps(shape_of(folder))
 
 
 class PolicyWeights:
-    """New weights in place, tied output layers included."""
+    """Base class that vLLM adds to its workers: replaces weights in place, tied ones included."""
 
-    model_runner: Any  # vLLM's, whose worker has this class as a base
+    model_runner: Any  # attribute of vLLM's worker
 
     def load_policy(self, path: str) -> dict[str, Any]:
         """Read the weights of a policy's folder into the running model.
 
         On a CPU vLLM computes linear layers from packed copies. Its reload packs every layer whose
-        weights it reads from the files, and a tied output layer has none there: it would go on
-        with the copy of the old weights, silently. So output layers are packed again.
+        weights are in the files. A tied output layer has none there, and would silently keep the
+        copy of the old weights, so output layers are packed again here.
 
         Returns:
-            ``error`` in words, if the folder cannot be loaded: vLLM's engine does not survive an
-            exception here. Else ``output_layers``, how many were packed again.
+            {"error": message} if the folder cannot be loaded, since vLLM's engine does not survive
+            an exception here. Otherwise {"output_layers": how many were packed again}.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -71,18 +71,18 @@ class PolicyWeights:
 
     def _refusal(self, path: Path) -> str | None:
         """Why the weights in a folder cannot become those of the running model."""
-        wanted = json.loads(os.environ[SHAPE_VARIABLE])
+        own = json.loads(os.environ[SHAPE_VARIABLE])
         try:
-            found = shape_of(path)
+            shape = shape_of(path)
         except (OSError, ValueError) as error:
             return f"no readable config.json there: {error}"
         if not any(path.glob("*.safetensors")):
             return "no *.safetensors there"
-        differing = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
+        differing = sorted(name for name in own | shape if own.get(name) != shape.get(name))
         if differing:
             name = differing[0]
             return (
-                f"{name} is {found.get(name)} there and {wanted.get(name)} in the model that "
-                "vLLM was started with"
+                f"{name} is {shape.get(name)} there and {own.get(name)} in the model that vLLM was "
+                "started with"
             )
         return None

@@ -1,10 +1,10 @@
 """The process of a vLLM server: vLLM's own ``serve`` command, with two additions.
 
-    python -m irl_align.models.generation.vllm_serve MODEL --port 8000 ...
+    python -m irl_align.models.generation.vllm_main MODEL --port 8000 ...
 
-Every path but /health wants the API key where there is one: vLLM guards its inference paths alone,
-and not those that load weights. And with ``--end-with-stdin``, as a recipe starts it, the server
-ends when its standard input does, that is, when the process that started it has died in any way.
+Every path except /health requires the API key where there is one: vLLM guards only its inference
+paths, and not those that load weights. With ``--end-with-stdin``, as a run starts it, the server
+ends when its standard input closes, that is, when the process that started it has ended in any way.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from typing import Any
 from irl_align.models.generation.vllm_worker import remember_shape
 
 KEY_VARIABLE = "VLLM_API_KEY"
-GUARD = "irl_align.models.generation.vllm_serve.Guard"
+GUARD = "irl_align.models.generation.vllm_main.Guard"
 END_WITH_STDIN = "--end-with-stdin"
-GRACE = 8.0  # seconds to end by itself
+GRACE = 8.0  # seconds to end after SIGTERM
 
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware: 401 to whoever does not bring the key, on all paths but /health."""
+    """ASGI middleware: status 401 without the API key, on all paths except /health."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
         self.key = os.environ.get(KEY_VARIABLE, "")
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Pass a request on, or refuse it."""
+        """Pass a request to the application, or refuse it."""
         if scope["type"] == "http" and scope["path"] != "/health" and not self._allowed(scope):
             await send({"type": "http.response.start", "status": 401, "headers": []})
             await send({"type": "http.response.body", "body": b"wrong or missing API key"})
@@ -75,7 +75,7 @@ def _end_with_stdin() -> None:
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
-    os.killpg(os.getpgid(0), signal.SIGKILL)  # vLLM's engine has a process of its own
+    os.killpg(os.getpgid(0), signal.SIGKILL)  # vLLM's engine is another process
 
 
 if __name__ == "__main__":
