@@ -1,7 +1,7 @@
-"""Batches of token ids: by a budget of tokens, padded little, each prompt passed once.
+"""Batches of token ids within a budget of tokens, in which completions share their prompt.
 
 Completions of one prompt share a row x y_1 y_2 ...: every y_i sees the prompt and itself (a block
-mask), at the positions that it has in x y_i, so that its hidden states are those of x y_i alone.
+mask), at the positions that it has in x y_i, so its hidden states equal those of x y_i.
 
 Legend of shapes: B completions, R rows, P prompt tokens, T completion tokens, L columns of a row.
 """
@@ -22,32 +22,32 @@ from irl_align.errors import UserError
 
 TOKENS_PER_BATCH = 16384
 
-# Causal decoders that take a block mask and position ids, and have no state besides attention.
+# Causal decoders that take a block mask and position ids, and keep no state besides attention.
 PACKABLE = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})
-_ROW = 256  # columns beyond which a longer row costs more attention than it saves prompt
-_PROMPTS = 4  # ... unless the prompt is long: a row may be as long as four of them
+_ROW = 256  # columns; a longer row costs more in attention than it saves in prompt tokens
+_PROMPTS = 4  # a row may also be as long as four of its prompts
 
 Ids = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A batch of rows, and where in them each completion is."""
+    """A batch of rows, and the place of each completion in them."""
 
     input_ids: Tensor
     """(R, L) token ids, padded at the end."""
     attention_mask: Tensor
-    """(R, 1, L, L), true where the column may be seen; (R, L) when no row has two completions."""
+    """(R, 1, L, L), true where a column is visible; (R, L) when no row has two completions."""
     position_ids: Tensor | None
-    """(R, L); None, the model's own count, when no row has two completions."""
+    """(R, L); None when no row has two completions: then the model counts them itself."""
     row: Tensor
     """(B,) row of each completion."""
     before: Tensor
-    """(B,) column of its prompt's last token, which holds the empty prefix."""
+    """(B,) column of the last prompt token, which is the place of the empty prefix."""
     start: Tensor
-    """(B,) column of its first token."""
+    """(B,) column of the first completion token."""
     length: Tensor
-    """(B,) its number of tokens, T."""
+    """(B,) number of completion tokens, T."""
 
     def to(self, device: torch.device) -> PackedRows:
         """The same on another device."""
@@ -68,7 +68,7 @@ class PackedRows:
 
 
 def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, padded size at most max_tokens (or one row)."""
+    """Row numbers in batches of similar length: at most max_tokens with padding, or one row."""
     order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
     start = 0
     while start < len(order):
@@ -91,8 +91,8 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 def can_pack(model: PreTrainedModel, longest: int) -> bool:
     """Whether completions of one prompt may share a row of this model.
 
-    longest: tokens of the longest prompt and completion. A sliding window shorter than that would
-    need a mask of its own; other kinds of attention than torch's do not take a block mask.
+    longest: tokens of the longest prompt and completion. A shorter sliding window would need
+    another mask, and only torch's attention (sdpa) takes a block mask.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -104,10 +104,10 @@ def can_pack(model: PreTrainedModel, longest: int) -> bool:
 
 
 def share_prompts(prompts: Ids, completions: Ids, share: bool) -> list[list[int]]:
-    """Numbers of the completions that go into each row; share=False puts each in its own.
+    """Numbers of the completions in each row; with share=False every completion has its own row.
 
-    Completions of one prompt stay in their order; a row's first is always taken, so a long one
-    has a row to itself.
+    Completions of one prompt stay in their order. A completion longer than the limit of a row has
+    its own row.
     """
     if not share:
         return [[number] for number in range(len(prompts))]
@@ -125,25 +125,25 @@ def share_prompts(prompts: Ids, completions: Ids, share: bool) -> list[list[int]
 
 
 def row_limit(prompt: int) -> int:
-    """Columns that a row of several completions of a prompt of P tokens may take."""
+    """Most columns of a row with several completions of a prompt of P tokens."""
     return max(_ROW, _PROMPTS * prompt)
 
 
 def row_lengths(prompts: Ids, completions: Ids, rows: Sequence[Sequence[int]]) -> list[int]:
-    """Columns that each row takes."""
+    """Columns of each row."""
     return [len(prompts[row[0]]) + sum(len(completions[i]) for i in row) for row in rows]
 
 
 def pack_rows(
     prompts: Ids, completions: Ids, rows: Sequence[Sequence[int]], pad: int
 ) -> PackedRows:
-    """The rows as tensors. Completions are numbered in the order of the rows, B in all."""
+    """The rows as tensors; the B completions are in the order of the rows."""
     lengths = row_lengths(prompts, completions, rows)
     shape = (len(rows), max(lengths))
     ids = torch.full(shape, pad, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
     segments = torch.full(shape, -1, dtype=torch.long)  # 0 the prompt, 1.. completions, -1 padding
-    where = []
+    places = []
     for r, row in enumerate(rows):
         prompt = prompts[row[0]]
         column = len(prompt)
@@ -156,14 +156,14 @@ def pack_rows(
             ids[r, column:end] = torch.as_tensor(completion, dtype=torch.long)
             positions[r, column:end] = torch.arange(len(prompt), len(prompt) + len(completion))
             segments[r, column:end] = segment
-            where.append((r, len(prompt) - 1, column, len(completion)))
+            places.append((r, len(prompt) - 1, column, len(completion)))
             column = end
-    place = torch.tensor(where, dtype=torch.long)
+    where = torch.tensor(places, dtype=torch.long)
     if all(len(row) == 1 for row in rows):
-        return PackedRows(ids, (segments >= 0).long(), None, *place.unbind(1))
+        return PackedRows(ids, (segments >= 0).long(), None, *where.unbind(1))
     own = segments[:, :, None] == segments[:, None, :]
     seen = (own | (segments == 0)[:, None, :]).tril()
-    return PackedRows(ids, seen[:, None], positions, *place.unbind(1))
+    return PackedRows(ids, seen[:, None], positions, *where.unbind(1))
 
 
 def hidden_states(model: PreTrainedModel, packed: PackedRows) -> Tensor:
@@ -173,7 +173,7 @@ def hidden_states(model: PreTrainedModel, packed: PackedRows) -> Tensor:
 
 
 def model_inputs(packed: PackedRows) -> dict[str, Any]:
-    """Keyword arguments of a model's forward."""
+    """Keyword arguments of a model's forward pass."""
     inputs = {"input_ids": packed.input_ids, "attention_mask": packed.attention_mask}
     if packed.position_ids is not None:  # some architectures take none
         inputs["position_ids"] = packed.position_ids
@@ -181,17 +181,17 @@ def model_inputs(packed: PackedRows) -> dict[str, Any]:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Largest number of positions of a model, or None when it has no such limit."""
+    """Most positions of a model; None for a model without such a limit."""
     config = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def require_context(lengths: Sequence[int], context: int | None, kind: str) -> None:
-    """Raise UserError for the first of (B,) lengths beyond a model's context, in tokens.
+    """Raise UserError for the first of (B,) lengths, in tokens, that exceeds a model's context.
 
-    Some architectures would fail without a reason; with rotary positions others would go on with
-    ones that they never saw.
+    Otherwise some architectures would fail with an unclear error, and models with rotary positions
+    would continue with positions that they were never trained on.
     """
     for number, length in enumerate(lengths):
         if context is not None and length > context:
@@ -209,10 +209,10 @@ def over_packed(
     max_batch_tokens: int = TOKENS_PER_BATCH,
     progress: str | None = None,
 ) -> None:
-    """Call `one_batch` with each batch: its B completions' numbers, and the packed rows of them.
+    """Call `one_batch` with each batch: the numbers of its B completions, and their packed rows.
 
-    On the model's device, without gradients, behind a bar where `progress` names one. Raises
-    UserError: a prompt and its completion are longer than the model's context.
+    The rows are on the model's device, and no gradients are computed. progress: label of a progress
+    bar; None shows none. Raises UserError where a prompt and its completion exceed the context.
     """
     totals = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     require_context(totals, context_length(model), model.config.model_type)

@@ -39,7 +39,6 @@ from transformers import (
 from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.generation.vllm_common import vllm_importable
-from irl_align.models.lm_head import completion_logprobs
 
 Prompts = list[list[int]]
 PAD, EOS = 0, 1
@@ -212,21 +211,16 @@ class ByVLLM:
     """vLLM in this process."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
+        from irl_align.config.generation import ServerOptions
         from irl_align.models.generation.vllm_backend import VLLMGenerator
         from irl_align.models.generation.vllm_common import EngineSettings
-        from irl_align.models.generation.vllm_engine import VLLMEngine
 
         begin = time.perf_counter()
         setting.model.save_pretrained(folder / "policy")
-        engine = VLLMEngine(EngineSettings("cpu", "float32", 256, 16384))
         self.setting = setting
-        self.generator = VLLMGenerator(engine, "float32", 256)
-        vocabulary = setting.model.config.vocab_size
-
-        def logprobs(prompts: Any, completions: Any) -> list[np.ndarray]:
-            return completion_logprobs(setting.model, prompts, completions)
-
-        self.generator.sync(folder / "policy", "a", [setting.eos], vocabulary, logprobs)
+        settings = EngineSettings("cpu", "float32", 256, 16384)
+        self.generator = VLLMGenerator(settings, "vllm", ServerOptions(), folder / "log")
+        self.generator.sync(folder / "policy", "a", [setting.eos], lambda: setting.model)
         self.start = time.perf_counter() - begin
 
     def __call__(self, prompts: Prompts, n: int) -> tuple[int, int]:

@@ -68,10 +68,10 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     reward = fit_reward_level(context, 0, policy, policy, None, [pairs], data)
     improved = improve_policy(context, 0, policy, policy, reward, data)
     took = time.perf_counter() - begin
-    if context.vllm is not None and context.vllm.generator is not None:
+    if context.vllm is not None and context.vllm.sync_seconds:
         prompts = data.demonstrations("reward").distinct_prompts()[:4]
         context.sample(improved, prompts, context.sampling(1, 1.0), "sync")
-        start, *syncs = context.vllm.generator.seconds
+        start, *syncs = context.vllm.sync_seconds
         print(f"    {'engine, first weights':36}{start:8.1f} s, once per run")
         print(f"    {'sync of the new policy':36}{syncs[-1]:8.2f} s, {syncs[-1] / took:.1%}")
     context.close()

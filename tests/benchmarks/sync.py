@@ -3,23 +3,21 @@
     python tests/benchmarks/sync.py --size 100M --syncs 5
 
 Every sync loads other weights from a folder like those in the store of a run. ``save`` is the extra
-cost for a policy in training (PPO), and ``compare`` the check of log-probs after each sync.
+cost for a policy in training (PPO), and ``compare`` the check of log-probs in each sync.
 """
 
 import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from generation import EOS, SIZES, random_llama
 
+from irl_align.config.generation import ServerOptions
 from irl_align.models.generation.vllm_backend import VLLMGenerator
-from irl_align.models.generation.vllm_common import EngineSettings, PolicyFolder
-from irl_align.models.generation.vllm_engine import VLLMEngine
-from irl_align.models.lm_head import completion_logprobs
+from irl_align.models.generation.vllm_common import EngineSettings
 
 
 def main() -> None:
@@ -29,15 +27,11 @@ def main() -> None:
     parser.add_argument("--syncs", type=int, default=5)
     options = parser.parse_args()
     model = random_llama(options.size, options.vocab, 64)
-    engine = VLLMEngine(EngineSettings("cpu", "float32", 256, 4096))
-    sampler = VLLMGenerator(engine, "float32", 256)
-
-    def logprobs(prompts: Any, completions: Any) -> list[np.ndarray]:
-        return completion_logprobs(model, prompts, completions)
-
-    seconds: dict[str, list[float]] = {"save": [], "load": [], "compare": []}
+    seconds: dict[str, list[float]] = {"save": [], "sync": [], "compare": []}
     gaps = []
     with tempfile.TemporaryDirectory() as folder:
+        settings = EngineSettings("cpu", "float32", 256, 4096)
+        sampler = VLLMGenerator(settings, "vllm", ServerOptions(), Path(folder) / "log")
         for number in range(options.syncs + 1):
             with torch.no_grad():
                 for weights in model.model.layers.parameters():
@@ -46,10 +40,9 @@ def main() -> None:
             path = Path(folder) / str(number)
             model.save_pretrained(path)
             times.append(time.perf_counter())
-            engine.load(PolicyFolder.read(path), str(number))
+            sampler.sync(path, str(number), [EOS], lambda: model)
             times.append(time.perf_counter())
-            sampler._vocab_size, sampler._eos = options.vocab, frozenset([EOS])
-            gaps.append(sampler._compare(logprobs))
+            gaps.append(sampler.compare(lambda: model))
             times.append(time.perf_counter())
             if number == 0:
                 print(f"start: {times[2] - times[1]:.1f} s")

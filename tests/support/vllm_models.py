@@ -1,4 +1,4 @@
-"""Tiny policies on disk for the tests against vLLM, and what the learner says of them."""
+"""Tiny policies on disk for the tests against vLLM, and their log-probs by transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -74,15 +74,15 @@ def build(architecture: str, seed: int) -> PreTrainedModel:
     return model
 
 
-def save(model: PreTrainedModel | PeftModel, folder: Path) -> Path:
+def save(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder
 
 
 def adapter(
     base: Path, model: PreTrainedModel, seed: int, folder: Path, rank: int = RANK
-) -> PeftModel:
-    """A random LoRA adapter of a saved model, saved beside it."""
+) -> PreTrainedModel:
+    """The model with a random LoRA adapter, which is saved in a folder with `base` as its base."""
     model.config._name_or_path = model.name_or_path = str(base)
     targets = _TARGETS.get(model.config.model_type, ["q_proj", "v_proj", "down_proj"])
     with torch.random.fork_rng():
@@ -93,8 +93,9 @@ def adapter(
             for name, weights in wrapped.named_parameters():
                 if "lora_B" in name:
                     weights.normal_(std=0.2)
-    save(wrapped.eval(), folder)
-    return wrapped
+    wrapped.eval().save_pretrained(folder)
+    adapted: PreTrainedModel = wrapped.get_base_model()
+    return adapted
 
 
 @torch.inference_mode()
@@ -111,13 +112,8 @@ def learner_logprobs(
     return out
 
 
-def sync(sampler: VLLMGenerator, path: Path, key: str, model: torch.nn.Module) -> None:
-    def logprobs(
-        prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
-        return learner_logprobs(model, prompts, completions)
-
-    sampler.sync(path, key, [EOS], VOCAB, logprobs)
+def sync(sampler: VLLMGenerator, path: Path, key: str, model: PreTrainedModel) -> None:
+    sampler.sync(path, key, [EOS], lambda: model)
 
 
 def largest_gap(

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 class ColumnLayer(CacheLayerMixin):
     """Keys and values of one layer, (B, H, C, D), of which the first ``filled`` columns are set.
 
-    A step writes its column in place. transformers' own layer concatenates at every step. Sliding
-    windows keep all their columns, and the model's mask hides those outside the window.
+    A step writes its column in place, where transformers' own layer concatenates at every step. All
+    columns of a sliding window are kept; the model's mask hides those outside the window.
     """
 
     is_sliding = False
@@ -66,12 +66,13 @@ def clone_rows(cache: Cache, first: int) -> Cache:
 
 
 def gather_cache(parts: list[tuple[Cache, torch.Tensor]], filled: int, room: int) -> Cache:
-    """A cache of the given rows of the given caches, in order, right-aligned at ``filled``.
+    """A cache of chosen rows of several caches, in order, right-aligned at column ``filled``.
 
     Args:
-        parts: caches and the rows (long) to take of each. The caches are emptied, layer by layer.
+        parts: caches, and the numbers (long) of the rows to take. The caches are emptied, layer by
+            layer.
         filled: columns to keep, counted from the right end of each part.
-        room: free columns to add behind them.
+        room: free columns to add after them.
     """
     gathered: list[Any] = []
     sources: tuple[Any, ...]

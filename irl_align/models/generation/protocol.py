@@ -1,4 +1,4 @@
-"""What a sampler takes and gives: ``Sampling``, ``Completion`` and the ``Generator`` protocol.
+"""What every generator of samples takes and returns: ``Sampling``, ``Completion``, ``Generator``.
 
 Dimensions: B rows in a batch, N samples per prompt, P prompt tokens, T completion tokens,
 V vocabulary.
@@ -26,10 +26,10 @@ class Sampling:
     Attributes:
         n: samples per prompt. Greedy samples of one prompt are all the same.
         temperature: 0 for greedy, else at least 0.01.
-        top_p: keep the smallest set of likeliest tokens whose probability reaches it; 1 keeps all.
-        top_k: keep this many likeliest tokens; 0 keeps all. Applied before ``top_p``.
+        top_p: keep the smallest set of most likely tokens with this probability; 1 keeps all.
+        top_k: keep this many most likely tokens; 0 keeps all. Applied before ``top_p``.
         max_new_tokens: most tokens in a completion, EOS included.
-        seed: with the prompt's ids and the sample's index it decides every random number.
+        seed: decides every random number, together with the prompt's ids and the sample's index.
 
     Raises:
         UserError: a value is out of its range.
@@ -53,31 +53,31 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether tokens are drawn from the model's own distribution, so logprobs are its own."""
+        """Whether tokens are drawn from the model's own distribution, as it is."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
     @property
     def greedy(self) -> bool:
-        """Whether each token is the likeliest one."""
+        """Whether each token is the most likely one."""
         return self.temperature == 0
 
 
-def _require(holds: bool, field: str, found: object, expected: str) -> None:
+def _require(holds: bool, field: str, value: object, expected: str) -> None:
     if not holds:
-        raise UserError(f"sampling.{field}: found {found}, expected {expected}")
+        raise UserError(f"sampling.{field}: found {value}, expected {expected}")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion as the policy sampled it.
+    """One completion, as the policy sampled it.
 
     Attributes:
         token_ids: T ids. The last one is an EOS id if and only if the policy stopped there.
         logprobs: (T,) float32, natural log-probabilities of ``token_ids`` under the distribution
-            that was sampled from, after temperature, top-k and top-p. Greedy has no such
-            distribution; there it is the model's own, untempered.
-        truncated: the limit on new tokens, or the model's context, came before an EOS. A truncated
-            completion carries no EOS and none may be appended to it: the policy did not say it.
+            that was sampled from, after temperature, top-k and top-p; for greedy sampling, under
+            the model's own distribution at temperature 1.
+        truncated: whether the limit on new tokens, or the model's context, came before an EOS. A
+            truncated completion has no EOS, and none may be appended: the policy did not sample it.
     """
 
     token_ids: list[int]
@@ -88,7 +88,7 @@ class Completion:
 def check_prompts(
     prompts: Sequence[Sequence[int]], vocab_size: int, context_length: int | None
 ) -> list[np.ndarray]:
-    """Prompts as arrays (P,) int64, each of which leaves room in the context for a token.
+    """Prompts as arrays (P,) int64; each must leave room in the context for one token.
 
     Raises:
         UserError: one is empty, has ids outside the vocabulary, or leaves no room.
@@ -127,7 +127,7 @@ def generate(
     sampling: Sampling,
     progress: bool = False,
 ) -> list[list[Completion]]:
-    """Sample ``sampling.n`` completions for each prompt and return them in the prompts' order.
+    """Sample ``sampling.n`` completions for each prompt; returns them in the prompts' order.
 
     Args:
         generator: the backend.
@@ -148,7 +148,7 @@ def stream(
     sampling: Sampling,
     progress: bool = False,
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """The generator's stream, with a bar as :func:`generate` shows it."""
+    """The generator's stream, with a progress bar as in :func:`generate`."""
     from tqdm.auto import tqdm
 
     tokens = 0
@@ -164,17 +164,17 @@ def stream(
 
 
 def sample_uniforms(seed: int, prompt: np.ndarray, sample: int, count: int) -> np.ndarray:
-    """The random numbers of one sample: its t-th token is drawn with the t-th of them.
+    """The random numbers of one sample: the t-th number draws its t-th token.
 
-    They depend on the arguments alone, so neither the other prompts, their order, the batch, nor
-    how many samples are asked for changes what a sample sees; a larger ``count`` only appends.
-    The same prompt listed twice gets the same samples: ask for more samples instead.
+    They depend only on the arguments, so the other prompts, their order, the batch and the number
+    of samples do not change them, and a larger ``count`` only appends numbers. A prompt that is
+    listed twice gets the same samples twice: increase n instead.
 
     Args:
         seed: any integer.
         prompt: (P,) int64 token ids.
         sample: the sample's index, 0 to N-1.
-        count: how many numbers.
+        count: number of random numbers.
 
     Returns:
         (count,) float64 in [0, 1).

@@ -1,4 +1,4 @@
-"""One decoding step's draw: logits and uniform numbers in, tokens and log-probabilities out.
+"""The draw of one decoding step: logits and uniform numbers in, tokens and log-probs out.
 
 Dimensions: B rows in a batch, V vocabulary.
 """
@@ -20,8 +20,8 @@ def sample_tokens(
         sampling: temperature, top-k and top-p.
 
     Returns:
-        Tokens (B,) int64 and their log-probabilities (B,) float32 under the distribution drawn
-        from; for greedy, under the untempered one.
+        Tokens (B,) int64 and their log-probabilities (B,) float32 under the distribution that was
+        drawn from; for greedy sampling, under the model's own at temperature 1.
     """
     if sampling.greedy:
         tokens = logits.argmax(dim=-1, keepdim=True)
@@ -39,8 +39,8 @@ def sample_tokens(
 def warp(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Apply temperature, then top-k, then top-p to logits (B, V), as transformers' warpers do.
 
-    Tokens left out get -inf. Tokens that tie with the last one kept are kept as well, so that
-    what is kept does not hang on the order of a sort.
+    Excluded tokens get -inf. Tokens that tie with the last included one are included as well, so
+    that the result does not depend on the order of a sort.
     """
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
@@ -53,10 +53,11 @@ def warp(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _nucleus_floor(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The least logit (B, 1) of the smallest set of likeliest tokens that reaches ``top_p``."""
+    """Lowest logit (B, 1) in the smallest set of most likely tokens that reaches ``top_p``."""
     ordered = _sort_descending(logits)
     reach = ordered.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    # The nucleus is every token that begins before top_p: one more than those that end before it.
+    # A token is in the nucleus where the mass before it is below top_p: one token more than those
+    # whose cumulative mass is below top_p.
     last = (reach < top_p).sum(dim=-1, keepdim=True).clamp_(max=logits.shape[1] - 1)
     return ordered.gather(1, last)
 

@@ -1,8 +1,8 @@
-"""Samples of a policy as an artefact: written in parts that survive a kill, and read back.
+"""Samples of a policy on disk: written in parts that survive a kill, and read back.
 
-A part is a fixed run of prompts, so the batches, and with them every bit, are the same after a
-resume. Groups of samples go to the disk as they come and are read one after another, so that N
-samples per prompt, of which Best-of-N keeps few, need no memory that grows with N.
+A part is a fixed range of prompts, so that batches and samples are bit-identical after a resume.
+Groups of samples are written as they are drawn and read one after another, so that memory does not
+grow with N, the samples per prompt, of which Best-of-N keeps few.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SampleSet:
 
 
 class StoredSamples:
-    """The samples in a folder; :meth:`groups` reads them one after another, the rest reads all.
+    """The samples in a folder; only :meth:`groups` does not read all of them at once.
 
     Raises:
         UserError: the file is damaged, or of another number of prompts.
@@ -68,15 +68,15 @@ class StoredSamples:
     def __init__(self, folder: Path, prompts: Sequence[Sequence[int]]) -> None:
         self.path = folder / "samples.parquet"
         self.prompts = [list(prompt) for prompt in prompts]
-        with self._damage_told():
+        with self._damage_reported():
             rows = pq.read_table(self.path, columns=["prompt"]).column("prompt").to_numpy()
-        found = int(rows.max()) + 1 if len(rows) else 0
-        if found != len(prompts):
-            raise UserError(f"{self.path}: samples of {found} prompts, expected {len(prompts)}")
+        stored = int(rows.max()) + 1 if len(rows) else 0
+        if stored != len(prompts):
+            raise UserError(f"{self.path}: samples of {stored} prompts, expected {len(prompts)}")
 
     def groups(self) -> Iterator[Group]:
         """Every prompt's index with its completions, in the order in which they were sampled."""
-        with self._damage_told(), pq.ParquetFile(self.path) as file:
+        with self._damage_reported(), pq.ParquetFile(self.path) as file:
             index, group = -1, list[Completion]()
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=_SCHEMA.names):
                 columns = (batch.column(name).to_pylist() for name in _SCHEMA.names)
@@ -92,20 +92,20 @@ class StoredSamples:
 
     @cached_property
     def completions(self) -> list[list[Completion]]:
-        """All of them, by prompt."""
-        found = dict(self.groups())
-        return [found[index] for index in range(len(self.prompts))]
+        """All completions, by prompt."""
+        by_prompt = dict(self.groups())
+        return [by_prompt[index] for index in range(len(self.prompts))]
 
     def flat(self) -> tuple[list[list[int]], list[Completion]]:
         """As :meth:`SampleSet.flat`."""
         return SampleSet(self.prompts, self.completions).flat()
 
     @contextmanager
-    def _damage_told(self) -> Iterator[None]:
+    def _damage_reported(self) -> Iterator[None]:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self.path}: not a whole samples file: {error}") from error
+            raise UserError(f"{self.path}: not a complete samples file: {error}") from error
 
 
 Samples = SampleSet | StoredSamples
@@ -114,10 +114,10 @@ Samples = SampleSet | StoredSamples
 def write_samples(
     work: Path, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> int:
-    """Sample every prompt into work/samples.parquet, going on after the parts that are there.
+    """Sample every prompt into work/samples.parquet; parts from before a kill are not drawn again.
 
-    Of several processes each samples its share of every part's prompts. Returns the number of
-    tokens sampled.
+    Each of several processes samples its share of every part's prompts. Returns the number of
+    sampled tokens.
     """
     parts = work / "scratch" / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def write_samples(
 
 
 def _join(paths: Sequence[Path], whole: Path) -> int:
-    """Put parts into one file, in their order; the number of their tokens."""
+    """Join parts into one file, in their order; returns the number of their tokens."""
     tokens = 0
     with pq.ParquetWriter(whole, _SCHEMA) as writer:
         for path in paths:
@@ -153,21 +153,21 @@ def _join(paths: Sequence[Path], whole: Path) -> int:
 
 
 def write_chosen(work: Path, completions: Sequence[Sequence[Completion]]) -> None:
-    """Write completions that were picked from other samples to work/samples.parquet."""
+    """Write completions that were chosen from other samples to work/samples.parquet."""
     _write(work / "samples.parquet", enumerate(completions))
 
 
 def read_samples(folder: Path, prompts: Sequence[Sequence[int]]) -> SampleSet:
-    """Read what :func:`write_samples` wrote for the same prompts; UserError if it is damaged."""
+    """All that :func:`write_samples` wrote for these prompts. Raises UserError if it is damaged."""
     stored = StoredSamples(folder, prompts)
     return SampleSet(stored.prompts, stored.completions)
 
 
 def _write(path: Path, groups: Iterable[tuple[int, Sequence[Completion]]]) -> None:
-    """Write groups of samples aside as they come, and rename them in."""
-    aside = path.with_suffix(".writing")
+    """Write groups of samples to a temporary file as they come, and rename it at the end."""
+    temporary = path.with_suffix(".writing")
     rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(aside, _SCHEMA) as writer:
+    with pq.ParquetWriter(temporary, _SCHEMA) as writer:
         for prompt, group in groups:
             for completion in group:
                 rows.append(
@@ -182,4 +182,4 @@ def _write(path: Path, groups: Iterable[tuple[int, Sequence[Completion]]]) -> No
                     writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
                     rows.clear()
         writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
-    aside.rename(path)
+    temporary.rename(path)

@@ -1,11 +1,10 @@
 """Sampling with a transformers model in this process.
 
-Rows (one per sample) decode together in one batch over one key-value cache. Time is a shared cache
-column: every row writes its next token into the same column, so rows are padded on the left and
-a row that joins later simply starts at a later column. When a quarter of the rows are done, the
-live ones and freshly prefilled prompts are copied, right-aligned, into a new cache. So a step is
-nearly always a full batch, no step concatenates the cache, and nothing is padded to the longest
-completion.
+Rows, one per sample, decode together in one batch over one key-value cache. Every row writes its
+next token into the same cache column, so rows are padded on the left, and a row that joins later
+starts at a later column. When a quarter of the rows are done, the live rows and newly prefilled
+prompts are copied, right-aligned, into a new cache. So nearly every step is a full batch, no step
+concatenates the cache, and nothing is padded to the longest completion.
 
 Dimensions: B rows in a batch, N samples per prompt, P prompt tokens, T completion tokens,
 V vocabulary, C cache columns.
@@ -42,22 +41,22 @@ from irl_align.models.generation.sampler import sample_tokens
 from irl_align.models.loading import evaluating
 
 HEADROOM = 16  # cache columns (decoding steps) between two rebuilds of the cache, at most
-MOST_ROWS = 128  # of a batch, unless told otherwise
-DONE_FRACTION = 0.25  # of the rows; then the batch is compacted and refilled
+MOST_ROWS = 128  # default of the most rows in a batch
+DONE_FRACTION = 0.25  # share of finished rows at which the batch is compacted and refilled
 
 
 class TransformersGenerator:
-    """Samples from a causal language model of transformers, on the device where the model is.
+    """Samples from a causal language model of transformers, on the device of the model.
 
-    Samples are a function of the weights, the prompt's ids, ``Sampling`` and rounding. Rounding
-    aside, the other prompts and the limits below change nothing (see ``sample_uniforms``).
+    Samples are a function of the weights, the prompt's ids, ``Sampling`` and rounding. Except for
+    rounding, the other prompts and the limits below change nothing (see ``sample_uniforms``).
 
     Args:
-        model: the policy. Put into eval mode while it samples; its training flags are restored.
+        model: the policy. It is in eval mode while it samples; its training flags are restored.
         eos_token_ids: any of these ends a completion.
         pad_token_id: fills the left of shorter prompts; masked out.
-        max_batch_tokens: most cache columns of a batch, rows times columns. Prompts being prefilled
-            and the copy made while the batch is refilled (layer by layer) come on top.
+        max_batch_tokens: most cache positions of a batch, rows times columns. Prompts that are
+            prefilled, and one layer's copy while the batch is refilled, need memory besides these.
         max_batch_rows: most rows of a batch; bounds the memory of rows times vocabulary.
         context_length: most tokens of prompt and completion together; by default the model's
             ``max_position_embeddings``.
@@ -113,15 +112,15 @@ class TransformersGenerator:
             UserError: a prompt is empty, has ids outside the vocabulary, leaves no room in the
                 context or does not fit ``max_batch_tokens``; or the model's logits are not finite.
         """
-        run = _Run(self, self._checked(prompts, sampling), sampling)
+        run = _Decoding(self, self._checked(prompts, sampling), sampling)
         while run.unfinished:
-            # Nothing of this is left switched on while the consumer holds the generator.
+            # These modes must be off while the consumer handles the results.
             with torch.inference_mode(), evaluating(self.model), grouped_attention():
                 ready = run.advance()
             yield from ready
 
     def columns(self, prompt_length: int, sampling: Sampling) -> int:
-        """Cache columns that a sample of a prompt of P tokens may come to need."""
+        """Most cache columns that a sample of a prompt of P tokens may need."""
         longest = prompt_length + sampling.max_new_tokens
         return min(longest, self.context_length or longest) + HEADROOM
 
@@ -138,7 +137,7 @@ class TransformersGenerator:
     def forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
-        """Feed ids (B, S) with mask (B, C) and positions (B, S); the last logits, (B, V) float32.
+        """Logits (B, V) float32 after the last of ids (B, S), with mask (B, C), positions (B, S).
 
         The cache, of C - S filled columns, grows by S.
         """
@@ -159,7 +158,7 @@ class TransformersGenerator:
 
 @dataclass
 class _Prefilled:
-    """Prompts run through the model, whose samples have not all started."""
+    """Prompts that the model has processed, and whose samples have not all started."""
 
     cache: Cache
     logits: torch.Tensor  # (k, V) float32, after the last prompt token
@@ -167,8 +166,8 @@ class _Prefilled:
     started: int = 0  # of the k * N samples, prompt by prompt
 
 
-class _Run:
-    """One call of ``stream``: the prompts in wait, the prefilled ones and the batch."""
+class _Decoding:
+    """State of one call of ``stream``: the waiting prompts, the prefilled ones and the batch."""
 
     def __init__(
         self, generator: TransformersGenerator, prompts: list[np.ndarray], sampling: Sampling
@@ -177,7 +176,7 @@ class _Run:
         self.prompts = prompts
         self.sampling = sampling
         self.device = generator.model.device
-        # Longest first: neighbours pad each other least, and the last batch drains fast.
+        # Longest first: adjacent prompts need the least padding, and the last batch ends fast.
         self.queue = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
         self.prefilled: _Prefilled | None = None
         self.rows: DecodingRows | None = None
@@ -187,7 +186,7 @@ class _Run:
         self.unfinished = len(prompts)
 
     def advance(self) -> list[tuple[int, list[Completion]]]:
-        """Refill the batch, decode until it wants refilling again; return the prompts now done."""
+        """Refill the batch and decode until the next refill; returns the prompts that are done."""
         filled, room = self._refill()
         if self.rows is not None:
             self._decode(self.rows, filled, room)
@@ -196,12 +195,12 @@ class _Run:
         return ready
 
     def _refill(self) -> tuple[int, int]:
-        """Gather the live rows and as many new ones as fit; the cache's filled and free columns."""
+        """Gather live rows and new ones that fit; returns the cache's filled and free columns."""
         parts: list[tuple[Cache, torch.Tensor]] = []
         kept: list[DecodingRows] = []
         if self.rows is not None:
             self._keep_live(self.rows, np.arange(len(self.rows)), self.cache, parts, kept)
-        # Samples that end with their first token never join: hand them out before starting more.
+        # Samples that end with their first token never join: yield them before starting more.
         while not self.ready and (free := self._free(kept)) > 0:
             prefilled = self.prefilled or self._prefill(-(-free // self.sampling.n))
             rows, source = self._start(prefilled, free)
@@ -222,7 +221,7 @@ class _Run:
         parts: list[tuple[Cache, torch.Tensor]],
         kept: list[DecodingRows],
     ) -> None:
-        """Add the live ones of ``rows``, which lie in the rows ``source`` of ``cache``."""
+        """Add the live ones of ``rows``; ``source`` are the numbers of their rows in ``cache``."""
         live = np.flatnonzero(rows.live)
         if len(live):
             parts.append((cache, self._to_device(source[live])))
@@ -242,7 +241,7 @@ class _Run:
         return min(fitting, generator.max_batch_rows) - sum(len(rows) for rows in kept)
 
     def _prefill(self, count: int) -> _Prefilled:
-        """Run the next prompts, ``count`` at most, through the model."""
+        """Run the next prompts, at most ``count``, through the model."""
         indices = [self.queue.popleft() for _ in range(min(count, len(self.queue)))]
         width = max(len(self.prompts[index]) for index in indices)
         ids = np.full((len(indices), width), self.generator.pad_token_id, dtype=np.int64)
@@ -258,9 +257,10 @@ class _Run:
         return _Prefilled(cache, logits, indices)
 
     def _start(self, prefilled: _Prefilled, free: int) -> tuple[DecodingRows, np.ndarray]:
-        """Draw the first token of the next ``free`` samples; also their rows among the prefilled.
+        """Draw the first token of the next ``free`` samples.
 
-        All samples of a prompt start from its one prefill; ``self.prefilled`` keeps what is left.
+        Returns their rows, and the number of each one's prompt among the prefilled. All samples of
+        a prompt start from its one prefill; ``self.prefilled`` keeps the rest.
         """
         n = self.sampling.n
         total = len(prefilled.prompts) * n
@@ -328,7 +328,7 @@ class _Run:
                 positions = positions.clamp_(max=self.generator.context_length - 1)
 
     def _record(self, rows: DecodingRows, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Append one sampled token (B,) to each live row, and hand out what is complete."""
+        """Append one sampled token (B,) to each live row, and collect the complete prompts."""
         eos = self.generator.eos
         for row in rows.append(tokens.cpu().numpy(), logprobs.cpu().numpy(), eos):
             index = int(rows.prompt[row])

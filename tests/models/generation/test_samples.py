@@ -106,14 +106,14 @@ def test_no_prompts(tmp_path: Path) -> None:
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"samples\.parquet: not a whole samples file"):
+    with pytest.raises(UserError, match=r"samples\.parquet: not a complete samples file"):
         read_samples(tmp_path, PROMPTS)
     write_samples(tmp_path, Echo(), PROMPTS, Sampling(n=2))
     path = tmp_path / "samples.parquet"
     whole = path.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], whole[:-4] + b"XXXX"):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match=r"samples\.parquet: not a whole samples file"):
+        with pytest.raises(UserError, match=r"samples\.parquet: not a complete samples file"):
             read_samples(tmp_path, PROMPTS)
 
 

@@ -1,6 +1,7 @@
 """vLLM servers, for real: started and supervised, killed, refused, slow, several."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from support.vllm_models import (
     CONTEXT,
     EOS,
@@ -30,27 +32,38 @@ from support.vllm_models import (
     sync,
 )
 
+from irl_align.config.generation import ServerOptions
 from irl_align.errors import UserError
 from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_common import PolicyFolder
 from irl_align.models.generation.vllm_process import ServerProcess
-from irl_align.models.generation.vllm_server import ServerEngine, ServerSettings
+from irl_align.models.generation.vllm_server import ServerEngine
 
 KEY = "a key of the test's own"
 TOLERANCE = 1e-4
 
 
-def settings(log: Path, *urls: str, **options: object) -> ServerSettings:
-    base = ServerSettings(
-        urls=urls, api_key=KEY, timeout=60.0, start_timeout=600.0, retries=3, log=log
+@pytest.fixture(autouse=True, scope="module")
+def keys() -> Iterator[None]:
+    """The environment variables of the servers' API key and of a wrong one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)
+        patch.setenv("WRONG_KEY", "another")
+        yield
+
+
+def client(log: Path, *urls: str, **options: object) -> VLLMGenerator:
+    """A generator by these servers, or by one that it starts."""
+    server = ServerOptions.model_validate(
+        {"urls": urls, "timeout": 60.0, "start_timeout": 600.0, "retries": 3, **options}
     )
-    return replace(base, **options)  # type: ignore[arg-type]
+    return VLLMGenerator(replace(SETTINGS, lora_rank=RANK), "vllm-server", server, log)
 
 
-def sampler_of(server: ServerSettings) -> VLLMGenerator:
-    lora = replace(SETTINGS, lora_rank=RANK)
-    return VLLMGenerator(ServerEngine(lora, server), "float32", CONTEXT)
+def engine_of(generator: VLLMGenerator) -> ServerEngine:
+    assert isinstance(generator.engine, ServerEngine)
+    return generator.engine
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def own(folder: Path) -> Iterator[VLLMGenerator]:
     """One server, started as a recipe starts it, for GPT-NeoX: vLLM runs transformers' class."""
-    sampler = sampler_of(settings(folder / "server.log"))
+    sampler = client(folder / "server.log")
     model = build("gpt_neox", 0)
     sync(sampler, save(model, folder / "neox-0"), "neox-0", model)
     yield sampler
@@ -69,8 +82,8 @@ def own(folder: Path) -> Iterator[VLLMGenerator]:
 
 
 def process_of(sampler: VLLMGenerator) -> ServerProcess:
-    process = sampler.engine.process  # type: ignore[attr-defined]
-    assert isinstance(process, ServerProcess)
+    process = engine_of(sampler).process
+    assert process is not None
     return process
 
 
@@ -78,7 +91,7 @@ def process_of(sampler: VLLMGenerator) -> ServerProcess:
 def connected(own: VLLMGenerator, **options: object) -> Iterator[VLLMGenerator]:
     """A client of the same server, as one on another machine is."""
     log = process_of(own).log
-    yield sampler_of(settings(log, process_of(own).url, **options))
+    yield client(log, process_of(own).url, **options)
     own.key = None  # the server may have other weights now
 
 
@@ -88,7 +101,7 @@ def connected(own: VLLMGenerator, **options: object) -> Iterator[VLLMGenerator]:
 @pytest.mark.vllm
 @needs_vllm
 class TestServer:
-    def test_logprobs_are_the_learners_after_every_sync(
+    def test_sync_gives_the_learners_logprobs_every_time(
         self, own: VLLMGenerator, folder: Path
     ) -> None:
         prompts = ragged_prompts(8)
@@ -98,38 +111,42 @@ class TestServer:
             sync(own, save(model, folder / key), key, model)
             found = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
             assert largest_gap(model, prompts, found) < TOLERANCE
-        assert own.engine.starts == 1  # type: ignore[attr-defined]
+        assert engine_of(own).starts == 1
 
-    def test_a_lora_policy_goes_as_its_adapter(self, own: VLLMGenerator, folder: Path) -> None:
-        """Two adapters in turn, then the whole model again; nothing is merged or started anew."""
+    def test_sync_with_a_lora_policy_loads_only_its_adapter(
+        self, own: VLLMGenerator, folder: Path
+    ) -> None:
+        """Two adapters in turn, then the whole model again, without a merge or a restart."""
         base, prompts = build("gpt_neox", 0), ragged_prompts(6)
         where = save(base, folder / "neox-0")
-        [server] = own.engine.servers  # type: ignore[attr-defined]
+        [server] = engine_of(own).servers
         for seed in range(2):
             path = folder / f"adapter-{seed}"
             policy = adapter(where, build("gpt_neox", 0), seed, path)
             sync(own, path, f"adapter {seed}", policy)
             found = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
             assert largest_gap(policy, prompts, found) < TOLERANCE
-            assert largest_gap(base, prompts, found) > 0.1  # the adapter says something
+            assert largest_gap(base, prompts, found) > 0.1  # the adapter changes the distribution
             served = [model["id"] for model in server.call("/v1/models")["data"]]
             assert served == ["policy", f"adapter {seed}"]  # the one before it is gone
         sync(own, where, "whole again", base)
         found = generate(own, prompts, Sampling(max_new_tokens=16))
         assert largest_gap(base, prompts, found) < TOLERANCE
-        assert own.engine.starts == 1  # type: ignore[attr-defined]
+        assert engine_of(own).starts == 1
 
-    def test_an_adapter_that_is_too_large_is_told(self, own: VLLMGenerator, folder: Path) -> None:
+    def test_sync_refuses_an_adapter_of_too_large_a_rank(
+        self, own: VLLMGenerator, folder: Path
+    ) -> None:
         path = folder / "large"
         adapter(folder / "neox-0", build("gpt_neox", 0), 0, path, rank=64)
         with (
-            connected(own) as client,
+            connected(own) as other,
             pytest.raises(UserError, match=r"refused /v1/load_lora_adapter .*with --lora-rank"),
         ):
-            sync(client, path, "large", build("gpt_neox", 0))
+            sync(other, path, "large", build("gpt_neox", 0))
         assert process_of(own).alive
 
-    def test_seeds_and_limits_are_those_of_the_engine(
+    def test_samples_have_the_seeds_and_limits_of_the_engine(
         self, own: VLLMGenerator, folder: Path
     ) -> None:
         model = build("gpt_neox", 0)
@@ -146,57 +163,67 @@ class TestServer:
         greedy = generate(own, prompts[:4], Sampling(temperature=0, max_new_tokens=8))
         assert largest_gap(model, prompts[:4], greedy) < TOLERANCE
 
-    def test_many_prompts_have_one_result_each(self, own: VLLMGenerator, folder: Path) -> None:
+    def test_stream_gives_many_prompts_one_result_each(
+        self, own: VLLMGenerator, folder: Path
+    ) -> None:
         model = build("gpt_neox", 0)
         sync(own, folder / "neox-0", "neox-0", model)
         prompts = ragged_prompts(300, longest=12)
         seen = [index for index, _ in own.stream(prompts, Sampling(max_new_tokens=3))]
         assert sorted(seen) == list(range(300))
 
-    def test_a_client_of_a_server_that_is_there(self, own: VLLMGenerator, folder: Path) -> None:
+    def test_a_client_leaves_the_server_of_another_run_running(
+        self, own: VLLMGenerator, folder: Path
+    ) -> None:
         model = build("gpt_neox", 1)
-        with connected(own) as client:
-            sync(client, save(model, folder / "neox-1"), "from afar", model)
+        with connected(own) as other:
+            sync(other, save(model, folder / "neox-1"), "from afar", model)
             prompts = ragged_prompts(5)
-            found = generate(client, prompts, Sampling(max_new_tokens=8))
-            assert largest_gap(model, prompts, found) < TOLERANCE
-            client.close()
-        assert process_of(own).alive  # others' servers are left alone
+            completions = generate(other, prompts, Sampling(max_new_tokens=8))
+            assert largest_gap(model, prompts, completions) < TOLERANCE
+            other.close()
+        assert process_of(own).alive
 
-    def test_wrong_key_and_wrong_model_are_told(self, own: VLLMGenerator, folder: Path) -> None:
+    def test_sync_names_a_wrong_key_and_a_wrong_model(
+        self, own: VLLMGenerator, folder: Path
+    ) -> None:
         path = folder / "neox-0"
-        with connected(own, api_key="another") as client, pytest.raises(UserError) as refused:
-            sync(client, path, "a", build("gpt_neox", 0))
+        with (
+            connected(own, api_key_env="WRONG_KEY") as other,
+            pytest.raises(UserError) as refused,
+        ):
+            sync(other, path, "a", build("gpt_neox", 0))
         assert "refused the API key (401)" in str(refused.value)
         assert "another" not in str(refused.value) and KEY not in str(refused.value)
         llama = build("llama", 0)
         with (
-            connected(own) as client,
+            connected(own) as other,
             pytest.raises(UserError, match=r"cannot load .* is .* there"),
         ):
-            sync(client, save(llama, folder / "llama"), "b", llama)
+            sync(other, save(llama, folder / "llama"), "b", llama)
         assert process_of(own).alive
 
-    def test_the_key_is_in_no_log_and_no_command_line(self, own: VLLMGenerator) -> None:
+    def test_the_api_key_is_in_no_log_and_no_command_line(self, own: VLLMGenerator) -> None:
         process = process_of(own)
         assert KEY not in process.log.read_text(errors="replace")
         commands = [p.cmdline() for p in psutil.Process(process.process.pid).children(True)]
         commands.append(psutil.Process(process.process.pid).cmdline())
         assert not any(KEY in part for command in commands for part in command)
-        assert KEY not in repr(own.engine.server)  # type: ignore[attr-defined]
 
-    def test_a_slow_server_runs_out_of_time(self, own: VLLMGenerator, folder: Path) -> None:
-        model = build("gpt_neox", 0)
-        with connected(own, retries=1) as client:
-            sync(client, folder / "neox-0", "slow", model)
-            client.engine.servers[0].timeout = 0.001  # type: ignore[attr-defined]
-            with pytest.raises(UserError, match=r"no samples after 2 tries|no server is left"):
-                generate(client, ragged_prompts(2), Sampling(n=8, max_new_tokens=60))
-
-    def test_a_server_killed_in_the_middle_is_started_again(
+    def test_a_server_slower_than_the_timeout_is_dropped(
         self, own: VLLMGenerator, folder: Path
     ) -> None:
-        """Each prompt has its one result, and those after the kill are of the same weights."""
+        model = build("gpt_neox", 0)
+        with connected(own, retries=1) as other:
+            sync(other, folder / "neox-0", "slow", model)
+            engine_of(other).servers[0].timeout = 0.001
+            with pytest.raises(UserError, match=r"no samples after 2 tries|no server is left"):
+                generate(other, ragged_prompts(2), Sampling(n=8, max_new_tokens=60))
+
+    def test_a_server_that_is_killed_while_sampling_is_started_again(
+        self, own: VLLMGenerator, folder: Path
+    ) -> None:
+        """Each prompt has one result, and results after the kill are of the same weights."""
         model = build("gpt_neox", 2)
         sync(own, save(model, folder / "neox-2"), "neox-2", model)
         prompts, sampling = ragged_prompts(400), Sampling(n=2, max_new_tokens=40)
@@ -209,10 +236,10 @@ class TestServer:
         assert sorted(found) == list(range(400))
         groups = [found[index] for index in range(400)]
         assert largest_gap(model, prompts, groups) < TOLERANCE
-        assert own.engine.starts == 2  # type: ignore[attr-defined]
+        assert engine_of(own).starts == 2
 
-    def test_the_server_ends_with_its_stdin(self, own: VLLMGenerator) -> None:
-        """As it does when the process that started it is killed. Last: it ends the server."""
+    def test_the_server_ends_when_its_stdin_closes(self, own: VLLMGenerator) -> None:
+        """As when the process that started it is killed. This test is last: it ends the server."""
         process = process_of(own)
         family = [process.process.pid, *(p.pid for p in _children(process))]
         assert len(family) > 1
@@ -238,12 +265,12 @@ def _runs(pid: int) -> bool:
 
 @pytest.mark.vllm
 @needs_vllm
-def test_a_taken_port_is_told(folder: Path) -> None:
+def test_a_taken_port_is_refused(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        sampler = sampler_of(settings(folder / "taken.log", port=port))
+        sampler = client(folder / "taken.log", port=port)
         model = build("gpt_neox", 0)
         with pytest.raises(UserError, match=rf"generation.server.port: {port} is taken"):
             sync(sampler, save(model, folder / "neox-0"), "a", model)
@@ -251,26 +278,26 @@ def test_a_taken_port_is_told(folder: Path) -> None:
 
 @pytest.mark.vllm
 @needs_vllm
-def test_a_server_that_does_not_start_says_why(folder: Path) -> None:
+def test_a_server_that_does_not_start_reports_the_cause(folder: Path) -> None:
     path = save(build("gpt_neox", 0), folder / "unstarted")
     unknown = replace(SETTINGS, args={"no_such_option": 7})
-    why = r"ended as it started: .*unrecognized arguments: --no-such-option 7; its output is in"
+    why = r"ended while it started: .*unrecognized arguments: --no-such-option 7; its output is in"
     with pytest.raises(UserError, match=why):
-        ServerProcess(PolicyFolder.read(path), unknown, "", None, 240.0, folder / "unstarted.log")
+        ServerProcess(PolicyFolder.read(path), unknown, ServerOptions(), folder / "unstarted.log")
 
 
 @pytest.mark.vllm
 @needs_vllm
-def test_a_server_that_is_not_ready_in_time_is_ended_and_told(folder: Path) -> None:
-    sampler = sampler_of(settings(folder / "late.log", start_timeout=0.3))
+def test_a_server_that_is_not_ready_in_time_is_ended(folder: Path) -> None:
+    sampler = client(folder / "late.log", start_timeout=0.3)
     model, before = build("gpt_neox", 0), set(psutil.Process().children())
     with pytest.raises(UserError, match=r"start_timeout: vLLM's server was not ready after 0.3 s"):
         sync(sampler, save(model, folder / "late"), "a", model)
-    assert sampler.engine.process is None  # type: ignore[attr-defined]
+    assert engine_of(sampler).process is None
     assert set(psutil.Process().children()) <= before
 
 
-# Several servers, of which some fail: stand-ins that speak vLLM's protocol, answered by hand
+# Several servers, of which some fail: stand-ins that speak vLLM's protocol
 
 
 class Listening(ThreadingHTTPServer):
@@ -278,7 +305,7 @@ class Listening(ThreadingHTTPServer):
 
 
 class StandIn:
-    """A server whose tokens tell which prompt they answer; it can be told to fail."""
+    """A server whose samples repeat their prompt's first token; it fails on request."""
 
     def __init__(self) -> None:
         self.version = ""
@@ -334,7 +361,7 @@ class StandIn:
             assert isinstance(prompt, list)
             self.answered.append(prompt[0])
             tokens = [prompt[0], EOS]
-            content = [{"token_id": t, "logprob": -0.5} for t in tokens]
+            content = [{"token_id": t, "logprob": -math.log(VOCAB)} for t in tokens]
             choice = {
                 "index": 0,
                 "finish_reason": "stop",
@@ -362,12 +389,15 @@ def to_json(answer: object) -> bytes:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[tuple[VLLMGenerator, StandIn, StandIn]]:
-    """A client of two stand-ins, synced; log-probs are not compared, since nothing is computed."""
+    """A client of two stand-ins, synced to a model whose distribution is uniform."""
     first, second = StandIn(), StandIn()
-    sampler = sampler_of(settings(tmp_path / "log", first.url, second.url, retries=2))
-    save(build("llama", 0), tmp_path / "policy")
-    sampler.engine.load(PolicyFolder.read(tmp_path / "policy"), "now")
-    sampler.key, sampler._eos, sampler._vocab_size = "now", frozenset([EOS]), VOCAB
+    sampler = client(tmp_path / "log", first.url, second.url, retries=2)
+    model = build("llama", 0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    sync(sampler, save(model, tmp_path / "policy"), "now", model)
+    for server in (first, second):
+        server.answered.clear()
     yield sampler, first, second
     for server in (first, second):
         server.end()
@@ -383,7 +413,7 @@ def answers(sampler: VLLMGenerator) -> list[int]:
     return [group[0].token_ids[0] for _, group in sorted(found, key=lambda item: item[0])]
 
 
-def test_load_is_spread_and_each_prompt_answered_once(
+def test_servers_share_the_work_and_answer_each_prompt_once(
     pair: tuple[VLLMGenerator, StandIn, StandIn],
 ) -> None:
     sampler, first, second = pair
@@ -392,16 +422,16 @@ def test_load_is_spread_and_each_prompt_answered_once(
     assert sorted(first.answered + second.answered) == [prompt[0] for prompt in PROMPTS]
 
 
-def test_a_server_that_fails_for_a_while_is_tried_again(
+def test_a_server_that_fails_for_a_while_is_asked_again(
     pair: tuple[VLLMGenerator, StandIn, StandIn],
 ) -> None:
     sampler, first, _ = pair
     first.fails = 3
     assert answers(sampler) == [prompt[0] for prompt in PROMPTS]
-    assert len(sampler.engine.servers) == 2  # type: ignore[attr-defined]
+    assert len(engine_of(sampler).servers) == 2
 
 
-def test_a_dead_server_is_dropped_and_its_work_done_by_the_other(
+def test_a_dead_server_is_dropped_and_the_other_does_its_work(
     pair: tuple[VLLMGenerator, StandIn, StandIn], caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler, first, second = pair
@@ -412,12 +442,12 @@ def test_a_dead_server_is_dropped_and_its_work_done_by_the_other(
     assert KEY not in caplog.text
 
 
-def test_a_dropped_server_is_asked_again_when_weights_are_new(
+def test_a_dropped_server_is_asked_again_for_new_weights(
     pair: tuple[VLLMGenerator, StandIn, StandIn], tmp_path: Path
 ) -> None:
     sampler, first, second = pair
-    engine = sampler.engine
-    del engine.servers[0]  # type: ignore[attr-defined]
+    engine = engine_of(sampler)
+    del engine.servers[0]
     answers(sampler)
     assert not first.answered
     engine.load(PolicyFolder.read(tmp_path / "policy"), "newer")
@@ -426,18 +456,18 @@ def test_a_dropped_server_is_asked_again_when_weights_are_new(
     assert first.answered
 
 
-def test_samples_of_other_weights_are_thrown_away(
+def test_samples_of_other_weights_are_discarded(
     pair: tuple[VLLMGenerator, StandIn, StandIn],
 ) -> None:
-    """A server that was started again behind our back samples from what it was started with."""
+    """A server that somebody restarted samples from the weights that it was started with."""
     sampler, first, second = pair
     first.stale = True
     assert answers(sampler) == [prompt[0] for prompt in PROMPTS]
     assert first.version == second.version == "now"
-    assert len(first.answered + second.answered) > len(PROMPTS)  # what was stale came again
+    assert len(first.answered + second.answered) > len(PROMPTS)  # stale samples were drawn again
 
 
-def test_a_server_that_is_well_but_never_answers_does_not_hold_up_the_work(
+def test_a_healthy_server_that_never_answers_does_not_stop_the_work(
     pair: tuple[VLLMGenerator, StandIn, StandIn],
 ) -> None:
     sampler, first, _ = pair
@@ -445,7 +475,7 @@ def test_a_server_that_is_well_but_never_answers_does_not_hold_up_the_work(
     assert answers(sampler) == [prompt[0] for prompt in PROMPTS]
 
 
-def test_no_server_left_is_told(pair: tuple[VLLMGenerator, StandIn, StandIn]) -> None:
+def test_no_server_left_is_an_error(pair: tuple[VLLMGenerator, StandIn, StandIn]) -> None:
     sampler, first, second = pair
     for server in (first, second):
         server.end()
@@ -453,6 +483,13 @@ def test_no_server_left_is_told(pair: tuple[VLLMGenerator, StandIn, StandIn]) ->
         answers(sampler)
 
 
-def test_an_address_that_is_none(tmp_path: Path) -> None:
+def test_server_engine_refuses_an_address_that_is_no_url(tmp_path: Path) -> None:
+    options = ServerOptions(urls=["localhost:8000"])
     with pytest.raises(UserError, match=r"server.urls: found 'localhost:8000', expected http://"):
-        sampler_of(settings(tmp_path / "log", "localhost:8000"))
+        ServerEngine(SETTINGS, options, tmp_path / "log")
+
+
+def test_server_engine_refuses_a_key_variable_that_is_not_set(tmp_path: Path) -> None:
+    options = ServerOptions(urls=["http://127.0.0.1:9"], api_key_env="MISSING_KEY")
+    with pytest.raises(UserError, match="MISSING_KEY is not in the environment"):
+        ServerEngine(SETTINGS, options, tmp_path / "log")
