@@ -1,8 +1,7 @@
-"""A server that speaks what vllm-server needs of vLLM's HTTP interface, and can misbehave.
+"""A stand-in for a vLLM server, with the HTTP interface that our client uses; it fails on request.
 
-It samples with transformers, one request at a time, so that its samples are a function of the
-request alone. Written against the client and vLLM's own answers.
-tests/models/generation/test_vllm_server.py has the real one.
+It samples with transformers, one request at a time, so that its samples depend only on the request.
+tests/models/generation/test_vllm_server.py tests the real server.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ TIMEOUT = 40.0  # seconds that the client waits for an answer
 
 @dataclass(frozen=True)
 class Trick:
-    """What the server does at one request for samples, counted from 0 over its restarts."""
+    """A fault at one request for samples; requests are counted from 0, over all restarts."""
 
     kind: str
-    """delay, drop, error: that request; die: the process, which comes back by itself; stay away:
-    the process, which comes back at the next attempt."""
+    """delay, drop or error: what happens to the request. die: the process ends and starts again by
+    itself. stay away: the process ends, and starts again at the next attempt of the run."""
     request: int
 
 
 class FakeServer:
-    """The server in a process of its own, started again when it died and is to come back."""
+    """The server in another process, which is started again after it died."""
 
     def __init__(self, log: Path, trick: Trick | None = None) -> None:
         self.log, self.trick = log, trick
@@ -52,7 +51,7 @@ class FakeServer:
             threading.Thread(target=self._revive, daemon=True).start()
 
     def overrides(self) -> Sequence[str]:
-        """Options that have a recipe sample here."""
+        """Recipe options for sampling from this server."""
         return (
             "generation.backend=vllm-server",
             f"generation.server.urls=['http://127.0.0.1:{self.port}']",
@@ -62,16 +61,16 @@ class FakeServer:
         )
 
     def requests(self) -> int:
-        """Requests for samples that it has seen, over all of its lives."""
+        """Number of requests for samples, over all restarts."""
         return self.log.stat().st_size
 
     def restart(self) -> None:
-        """Have it run, if it does not."""
+        """Start the process if it does not run."""
         if not self.process.is_alive():
             self._start()
 
     def stop(self) -> None:
-        """End it for good."""
+        """End the process; it does not start again."""
         self.trick = None
         self.process.kill()
         self.process.join()
@@ -98,7 +97,7 @@ class FakeServer:
                 self._answer(sampler.post(self.path, json.loads(body)))
 
             def _answer(self, answer: Any) -> None:
-                if answer is None:  # dropped: the connection ends without a word
+                if answer is None:  # dropped: the connection closes without an answer
                     return
                 text = json.dumps(answer).encode()
                 self.send_response(500 if answer == "error" else 200)
@@ -116,11 +115,11 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 256  # as many as the client sends at once
 
     def handle_error(self, *_: Any) -> None:
-        """A client that has gone, as one that was killed or that waited for long enough."""
+        """Ignore clients that are gone: killed, or past their timeout."""
 
 
 class _Sampler:
-    """The policy that was loaded last, and the requests so far."""
+    """The policy that was loaded last, and the number of requests."""
 
     def __init__(self, log: Path, trick: Trick | None) -> None:
         self.log, self.trick = log, trick
@@ -167,7 +166,7 @@ class _Sampler:
             max_new_tokens=params["max_tokens"],
             seed=params["seed"],
         )
-        stops = params.get("stop_token_ids") or [2**30]  # none: an id that is never said
+        stops = params.get("stop_token_ids") or [2**30]  # none: an id that is never sampled
         sampler = TransformersGenerator(self.model, stops, 0, context_length=CONTEXT)
         (group,) = generate(sampler, [prompt], sampling)
         span = {"version": self.version}

@@ -1,9 +1,8 @@
-"""Runs whose policies and rewards are adapters: SPIN's opponent, Best-of-N, PPO on one backbone."""
+"""Runs with LoRA adapters as policies and rewards: SPIN, Best-of-N, PPO on one backbone."""
 
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +29,17 @@ FEW = ("evaluation={prompts: 4, held_out_prompts: 4, temperatures: [1.0]}",)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
-    """``run(name, *overrides)``: all of them share one store, so that SFT is trained once."""
-    folder = tmp_path_factory.mktemp("lora")
-    return lambda name, *more: train(tiny_recipe(folder, f"name={name}", *FEW, *more))
-
-
-@pytest.fixture(scope="module")
-def spin(run: Callable[..., Result]) -> Result:
+def spin(tiny_folder: Path) -> Result:
     """Two iterations of SPIN by adapters on pi_0, whose SFT trained all weights."""
-    rate = "reward.schedule.learning_rate=[0.02]"
-    return run(
-        "spin",
-        *SPIN,
-        rate,
-        f"model.lora={LORA}",
-        "sft.full=true",
-        "loop.iterations=2",
-        "pairs.window=latest",
-    )
+    lora = (f"model.lora={LORA}", "sft.full=true", "reward.schedule.learning_rate=[0.02]")
+    two = ("loop.iterations=2", "pairs.window=latest")
+    return train(tiny_recipe(tiny_folder, "name=spin", *FEW, *SPIN, *lora, *two))
 
 
 def summed(model: Path, rows: list[dict[str, Any]], side: str) -> np.ndarray:
     prompts = [row["prompt_ids"] for row in rows]
-    found = completion_logprobs(load_model(model), prompts, [row[side] for row in rows])
-    return np.asarray([logps.sum(dtype=np.float64) for logps in found])
+    logprobs = completion_logprobs(load_model(model), prompts, [row[side] for row in rows])
+    return np.asarray([logps.sum(dtype=np.float64) for logps in logprobs])
 
 
 def test_the_opponent_of_spin_is_the_previous_adapter_and_not_the_base(spin: Result) -> None:
@@ -67,7 +52,7 @@ def test_the_opponent_of_spin_is_the_previous_adapter_and_not_the_base(spin: Res
     second = stage_folder(spin.folder, "reward/1") / "model"
     assert not is_adapter(base)
     assert base_of(first) == base_of(second) == str(base)
-    # The classic mistake, the adapter switched off, would have shown in the first loss.
+    # With the adapter switched off, a common mistake, the first loss would differ from ln 2.
     rows = pq.read_table(stage_folder(spin.folder, "pairs/1") / "train.parquet").to_pylist()[:24]
     margins = [
         summed(model, rows, "chosen_ids") - summed(model, rows, "rejected_ids")
@@ -77,7 +62,7 @@ def test_the_opponent_of_spin_is_the_previous_adapter_and_not_the_base(spin: Res
     assert abs(float(-torch.nn.functional.logsigmoid(wrong).mean()) - LN2) > 1e-3
 
 
-def test_the_samples_of_an_iteration_are_the_previous_adapters(spin: Result) -> None:
+def test_an_iteration_samples_from_the_previous_adapter(spin: Result) -> None:
     rows = pq.read_table(stage_folder(spin.folder, "pairs/1") / "train.parquet").to_pylist()[:16]
     first = stage_folder(spin.folder, "reward/0") / "model"
     drawn = np.asarray([row["rejected_logp"] for row in rows])
@@ -88,29 +73,32 @@ def test_the_samples_of_an_iteration_are_the_previous_adapters(spin: Result) -> 
 
 
 @pytest.fixture(scope="module")
-def best(run: Callable[..., Result]) -> Result:
+def best(tiny_folder: Path) -> Result:
     """A reward and a policy by adapters on pi_0, whose SFT trained all weights."""
     lora = (f"model.lora={LORA}", f"reward.lora={LORA}", "sft.full=true")
-    return run("best", *BEST, *lora, "policy_update.args.learning_rate=0.02")
+    rate = "policy_update.args.learning_rate=0.02"
+    return train(tiny_recipe(tiny_folder, "name=best", *FEW, *BEST, *lora, rate))
 
 
 @pytest.fixture(scope="module")
-def ppo(best: Result, run: Callable[..., Result]) -> Result:
-    """SFT, reward and PPO by adapters on one base, which is in memory once."""
+def ppo(best: Result, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """SFT, reward and PPO by adapters on one base, which is in memory once; its own store."""
     model = {"path": str(stage_folder(best.folder, "sft") / "model"), "lora": json.loads(LORA)}
     update = {
         **{"kind": "ppo", "backbone": "shared", "critic_init": "reward", "credit": "red"},
         **{"episodes": 32, "batch_size": 16, "epochs": 1, "learning_rate": 0.01},
         **{"held_out_prompts": 4, "evaluate_every": 2, "missing_eos": "ignore", "keep": "last"},
     }
-    return run(
-        "ppo",
+    recipe = tiny_recipe(
+        tmp_path_factory.mktemp("lora"),
+        *FEW,
         f"model={json.dumps({**model, 'from_scratch': None})}",
         "sft.args={num_train_epochs: 1, learning_rate: 0.01}",
         f"reward.lora={LORA}",
         f"policy_update={json.dumps(update)}",
         "loop.signs.unfit_loss=100.0",
     )
+    return train(recipe)
 
 
 def test_best_of_n_trains_adapters_on_the_sft_model(best: Result) -> None:
@@ -130,9 +118,9 @@ def test_ppo_on_one_backbone_in_a_recipe(ppo: Result) -> None:
     assert ppo.reward is not None
     for model in (sft, ppo.reward, ppo.policy):
         assert is_adapter(model) and base_of(model) == str(base)
-    told = metrics(ppo.folder)["ppo/0"]
-    assert told["updates"] == 2 and abs(told["last"]["kl"]) > 1e-4
-    assert told["last"]["sampler_log_ratio"] < 1e-4
+    logged = metrics(ppo.folder)["ppo/0"]
+    assert logged["updates"] == 2 and abs(logged["last"]["kl"]) > 1e-4
+    assert logged["last"]["sampler_log_ratio"] < 1e-4
     update = stage_records(ppo.folder)["policy-1"]
     assert update["settings"]["options"]["backbone"] == "shared"
     assert abs(update["metrics"]["history"][0]["kl"]) < 1e-4  # the reference is SFT's adapter
@@ -189,7 +177,7 @@ def test_a_policy_is_exported_merged_or_as_an_adapter(best: Result, tmp_path: Pa
     np.testing.assert_allclose(completion_logprobs(peft, *rows)[0], ours, atol=1e-5)
 
 
-def test_an_adapter_whose_base_nobody_finds_is_not_exported(
+def test_export_refuses_an_adapter_whose_base_others_cannot_get(
     best: Result, spin: Result, tmp_path: Path
 ) -> None:
     for run, form, line in (

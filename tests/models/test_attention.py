@@ -35,15 +35,15 @@ def gradients(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> li
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, torch.dtype]]:
     """Length and dtype of every query that the fused kernel gets later."""
-    found, fused = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    seen, fused = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def watched(module: torch.nn.Module, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
         inside = torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype
-        found.append((query.shape[2], inside))
+        seen.append((query.shape[2], inside))
         return fused(module, query, *rest, **options)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched)
-    return found
+    return seen
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -58,15 +58,15 @@ def test_short_attention_equals_the_fused_kernel(
     kept = mask.bool()
 
     def compute() -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits[kept]
-        return found
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits[kept]
+        return logits
 
     expected, wanted = compute().detach(), gradients(model, compute)
     monkeypatch.setattr(attention, "in_bfloat16", lambda tensor: True)
     with short_attention():
-        found, got = compute().detach(), gradients(model, compute)
+        logits, got = compute().detach(), gradients(model, compute)
     assert seen == [(24, torch.float32)] * 8
-    assert torch.equal(found, expected) and all(map(torch.equal, got, wanted))
+    assert torch.equal(logits, expected) and all(map(torch.equal, got, wanted))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -76,10 +76,10 @@ def test_short_attention_of_bfloat16_weights_is_in_float32(
     """Also without autocast, where masks have the model's dtype."""
     model, (ids, mask) = tiny_model(architecture).to(torch.bfloat16), rows()
     with short_attention():
-        found = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-    assert seen == [(24, torch.float32)] * 2 and found.dtype == torch.bfloat16
+        logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    assert seen == [(24, torch.float32)] * 2 and logits.dtype == torch.bfloat16
     expected = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-    assert (found - expected).abs().mean() < 2e-2 * expected.abs().mean()
+    assert (logits - expected).abs().mean() < 2e-2 * expected.abs().mean()
 
 
 def test_short_attention_separates_completions_that_share_a_row(
@@ -92,10 +92,10 @@ def test_short_attention_separates_completions_that_share_a_row(
     packed = pack_rows(prompt, completions, [[0, 1, 2]], pad=0)
     apart = pack_rows(prompt, completions, [[0], [1], [2]], pad=0)
     with short_attention():
-        found = hidden_states(model, packed)[packed.row, packed.ends()]
+        shared = hidden_states(model, packed)[packed.row, packed.ends()]
         expected = hidden_states(model, apart)[apart.row, apart.ends()]
     assert {dtype for _, dtype in seen} == {torch.float32}
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(shared, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_short_attention_under_autocast_gives_the_loss_up_to_rounding(
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            found: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=ids).loss
-            return found
+            mean: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+            return mean
 
     with short_attention():
         one = loss()
@@ -199,8 +199,8 @@ def test_grouped_attention_gives_the_fused_kernels_logits(
     expected = one_step(model, padded)
     assert not shapes
     with grouped_attention():
-        found = one_step(model, padded)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        logits = one_step(model, padded)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     assert [query[:3] for query, _ in shapes] == [(ROWS, kept, heads // kept)] * 2
     assert {key[1] for _, key in shapes} == {kept}
 

@@ -1,4 +1,4 @@
-"""Adapters: added, saved, loaded, merged; what does not fit is told in one line."""
+"""LoRA adapters: added, saved, loaded, merged, trained; errors of one line."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ MakeModel = Callable[[str], PreTrainedModel]
 
 
 def shaken(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
-    """The model with an adapter that changes what it says: B is 0 when fresh."""
+    """The model with an adapter that changes its distribution: B is 0 at the start."""
     with torch.no_grad(), seeded(seed):
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -78,7 +78,7 @@ def trained_names(model: PreTrainedModel) -> set[str]:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "qwen3"])
-def test_an_adapter_comes_back_apart_and_merged(
+def test_load_model_loads_a_saved_adapter_separate_or_merged(
     arch: str, base: Callable[[str], Path], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     start = base(arch)
@@ -100,14 +100,14 @@ def test_an_adapter_comes_back_apart_and_merged(
     assert all(weight.requires_grad for weight in merged.parameters())
     small = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     assert small < sum(f.stat().st_size for f in start.glob("*.safetensors"))
-    # peft itself, told where the base is, says the same
-    theirs = AutoPeftModelForCausalLM.from_pretrained  # it takes the base from the config
+    # peft itself, which takes the base from the config, gives the same log-probs.
+    theirs = AutoPeftModelForCausalLM.from_pretrained
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace(f'"start-{arch}/model"', json.dumps(str(start))))
     torch.testing.assert_close(logprobs(theirs(folder).eval().get_base_model()), logprobs(apart))
 
 
-def test_a_reward_goes_on_from_the_policys_adapter(
+def test_a_reward_starts_from_the_policys_adapter(
     base: Callable[[str], Path], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     start = base("llama")
@@ -133,7 +133,7 @@ def test_a_reward_goes_on_from_the_policys_adapter(
         torch.testing.assert_close(scores, ours, rtol=1e-5, atol=1e-5)
 
 
-def test_a_rewards_adapter_is_peft_s_own_format(
+def test_peft_loads_a_rewards_adapter(
     base: Callable[[str], Path], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     start = base("gpt_neox")
@@ -153,10 +153,10 @@ def test_a_rewards_adapter_is_peft_s_own_format(
     assert logits == pytest.approx(ours.tolist(), abs=1e-5)
 
 
-def test_half_precision_weights_are_not_merged_into(
+def test_load_model_does_not_merge_into_half_precision(
     base: Callable[[str], Path], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """A small change would be lost in the rounding of bfloat16."""
+    """Rounding to bfloat16 would lose a small change."""
     start = base("llama")
     save_model(adapted(load_model(start), start), tiny_tokenizer, tmp_path / "policy")
     half = load_model(tmp_path / "policy", dtype=torch.bfloat16)
@@ -174,7 +174,7 @@ FIT = {
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "implicit"])
-def test_a_training_of_an_adapter_that_was_killed_ends_at_the_same_bits(
+def test_training_an_adapter_resumes_bit_identical_after_a_kill(
     kind: str,
     base: Callable[[str], Path],
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -223,7 +223,7 @@ def test_a_training_of_an_adapter_that_was_killed_ends_at_the_same_bits(
 
 
 def stopped_at(step: int) -> Callable[..., torch.Tensor]:
-    """training_step that is interrupted in this step."""
+    """A training_step that is interrupted in this step."""
     whole = Guarded.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -246,7 +246,7 @@ def stopped_at(step: int) -> Callable[..., torch.Tensor]:
         (["embed_tokens"], "model.lora.target_modules: model.embed_tokens is no linear layer"),
     ],
 )
-def test_target_modules_must_be_linear_layers_of_the_backbone(
+def test_check_adapter_refuses_targets_that_are_no_linear_layers_of_the_backbone(
     targets: list[str], line: str, base: Callable[[str], Path]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -256,12 +256,14 @@ def test_target_modules_must_be_linear_layers_of_the_backbone(
         assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
 
 
-def test_all_linear_fits_every_architecture(base: Callable[[str], Path]) -> None:
+def test_check_adapter_accepts_all_linear_for_every_architecture(
+    base: Callable[[str], Path],
+) -> None:
     for arch in ("llama", "gpt2", "gpt_neox", "mistral"):
         check_adapter(base(arch), LoraOptions(target_modules="all-linear"), "model.lora")
 
 
-def test_a_broken_or_foreign_adapter_is_told_in_one_line(
+def test_load_model_refuses_a_broken_or_foreign_adapter(
     base: Callable[[str], Path], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     start, folder = base("llama"), tmp_path / "policy"
@@ -270,7 +272,7 @@ def test_a_broken_or_foreign_adapter_is_told_in_one_line(
     text, data = config.read_text(), weights.read_bytes()
     values = json.loads(text)
 
-    def told(what: str) -> None:
+    def refused(what: str) -> None:
         with pytest.raises(UserError) as caught:
             load_model(folder)
         assert what in str(caught.value) and "\n" not in str(caught.value)
@@ -278,21 +280,21 @@ def test_a_broken_or_foreign_adapter_is_told_in_one_line(
         weights.write_bytes(data)
 
     weights.write_bytes(data[: len(data) // 2])
-    told("adapter_model.safetensors: no complete adapter")
+    refused("adapter_model.safetensors: no complete adapter")
     weights.unlink()
-    told("adapter_model.safetensors: no complete adapter")
+    refused("adapter_model.safetensors: no complete adapter")
     config.write_text(text[: len(text) // 2])
-    told("adapter_config.json: found no JSON")
+    refused("adapter_config.json: found no JSON")
     config.write_text(json.dumps(values | {"peft_type": "IA3"}))
-    told("peft_type: found IA3, expected LORA")
+    refused("peft_type: found IA3, expected LORA")
     config.write_text(json.dumps(values | {"base_model_name_or_path": None}))
-    told("base_model_name_or_path: found none, expected the base model")
+    refused("base_model_name_or_path: found none, expected the base model")
     config.write_text(json.dumps(values | {"base_model_name_or_path": "no/such-model"}))
-    told("no/such-model: neither a folder nor a model")
+    refused("no/such-model: neither a folder nor a model")
     config.write_text(json.dumps(values | {"base_model_name_or_path": str(base("gpt2"))}))
-    told("the adapter does not fit its base model, found a GPT2LMHeadModel (gpt2)")
+    refused("the adapter does not fit its base model, found a GPT2LMHeadModel (gpt2)")
     config.write_text(json.dumps(values | {"r": 8}))
-    told("the adapter does not fit its base model")
+    refused("the adapter does not fit its base model")
     load_model(folder)
 
     reward = tmp_path / "reward"
@@ -342,7 +344,7 @@ def test_a_broken_or_foreign_adapter_is_told_in_one_line(
         ),
     ],
 )
-def test_a_recipe_with_contradictory_adapters_is_refused(
+def test_a_recipe_with_contradictory_adapter_options_is_refused(
     options: list[str], line: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -350,12 +352,14 @@ def test_a_recipe_with_contradictory_adapters_is_refused(
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_quantization_without_bitsandbytes_is_told_before_any_work(
+def test_require_bitsandbytes_names_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "bitsandbytes" else find_spec(name),
     )
     with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'irl-align\[qlora\]'"):
         require_bitsandbytes("model.quantization")
@@ -364,7 +368,7 @@ def test_quantization_without_bitsandbytes_is_told_before_any_work(
 # --- four bits ------------------------------------------------------------------------------------
 
 
-def test_a_policy_and_a_reward_learn_on_a_base_of_4_bits(
+def test_policy_and_reward_train_on_a_4_bit_base(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'irl-align[qlora]'")

@@ -26,7 +26,7 @@ MakeModel = Callable[[str], PreTrainedModel]
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 200))
-def test_batches_hold_every_row_once_within_their_limit(
+def test_batches_by_tokens_hold_every_row_once_within_the_limit(
     lengths: list[int], max_tokens: int
 ) -> None:
     batches = list(batches_by_tokens(lengths, max_tokens))
@@ -36,15 +36,15 @@ def test_batches_hold_every_row_once_within_their_limit(
         assert padded <= max_tokens or len(batch) == 1
     longest = [max(lengths[row] for row in batch) for batch in batches]
     shortest = [min(lengths[row] for row in batch) for batch in batches]
-    # The longest come first, so that what does not fit fails at once; no batch is between another.
+    # The longest come first, so that what does not fit fails at once; lengths do not overlap.
     assert all(low >= high for low, high in zip(shortest, longest[1:], strict=False))
 
 
-def test_batches_are_as_full_as_they_can_be() -> None:
+def test_batches_by_tokens_are_full() -> None:
     assert list(batches_by_tokens([4, 9, 5, 1, 1], 10)) == [[1], [2, 0], [4, 3]]
 
 
-def test_pad_right_by_hand() -> None:
+def test_pad_right_pads_at_the_end() -> None:
     ids, mask = pad_right([[5, 6, 7], [8]], 9)
     assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -53,7 +53,7 @@ def test_pad_right_by_hand() -> None:
 # --- rows that share a prompt ---------------------------------------------------------------------
 
 
-def test_packed_rows_by_hand() -> None:
+def test_pack_rows_places_completions_of_a_shared_prompt() -> None:
     prompts, completions = [[5, 6], [7], [5, 6]], [[8, 9], [8], []]
     packed = pack_rows(prompts, completions, [[0, 2], [1]], pad=1)
     assert packed.input_ids.tolist() == [[5, 6, 8, 9], [7, 8, 1, 1]]
@@ -67,14 +67,14 @@ def test_packed_rows_by_hand() -> None:
     assert packed.ends().tolist() == [3, 1, 1]
 
 
-def test_the_mask_by_hand() -> None:
+def test_pack_rows_mask_hides_the_other_completions() -> None:
     packed = pack_rows([[5], [5]], [[6, 7], [8]], [[0, 1]], pad=1)  # columns: x, y1, y1, y2
     assert packed.attention_mask.int().tolist() == [
         [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]
     ]
 
 
-def test_without_sharing_rows_are_plain() -> None:
+def test_pack_rows_without_sharing_has_a_plain_mask() -> None:
     packed = pack_rows(
         [[5], [5]], [[6, 7], [8]], share_prompts([[5], [5]], [[6, 7], [8]], False), 1
     )
@@ -87,7 +87,7 @@ def test_without_sharing_rows_are_plain() -> None:
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 150)), max_size=30),
     st.lists(st.integers(1, 120), min_size=4, max_size=4),
 )
-def test_every_completion_is_in_one_row_of_its_prompt(
+def test_share_prompts_puts_every_completion_in_one_row_of_its_prompt(
     wanted: list[tuple[int, int]], prompt_lengths: list[int]
 ) -> None:
     prompts = [[which] * prompt_lengths[which] for which, _ in wanted]
@@ -101,7 +101,7 @@ def test_every_completion_is_in_one_row_of_its_prompt(
 
 
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_a_shared_row_has_the_hidden_states_and_gradients_of_rows_alone(
+def test_packed_rows_have_the_hidden_states_and_gradients_of_single_rows(
     arch: str, tiny_model: MakeModel
 ) -> None:
     model = tiny_model(arch)
@@ -133,11 +133,11 @@ def test_a_shared_row_has_the_hidden_states_and_gradients_of_rows_alone(
         assert (mine - plain).abs().max().item() < 1e-4 * scale + 1e-5, name
 
 
-def test_models_that_cannot_share_rows(tiny_model: MakeModel) -> None:
+def test_can_pack_refuses_models_without_a_block_mask(tiny_model: MakeModel) -> None:
     llama, mistral = tiny_model("llama"), tiny_model("mistral")
     assert can_pack(llama, 10**6)
     assert can_pack(mistral, 8)
-    assert not can_pack(mistral, 9)  # its window is 8: the block mask knows of no window
+    assert not can_pack(mistral, 9)  # its window is 8, and the block mask has no window
     llama.set_attn_implementation("eager")
     assert not can_pack(llama, 8)
     bert = BertModel(
@@ -152,7 +152,7 @@ def test_models_that_cannot_share_rows(tiny_model: MakeModel) -> None:
     assert not can_pack(bert, 8)
 
 
-def test_log_probs_of_shared_prompts_past_a_sliding_window(tiny_model: MakeModel) -> None:
+def test_completion_logprobs_beyond_a_sliding_window(tiny_model: MakeModel) -> None:
     model = tiny_model("mistral")
     prompts, completions = [[5, 6, 7, 8]] * 3, random_ids(3, 9, 12, seed=5)
     got = completion_logprobs(model, prompts, completions)
@@ -162,7 +162,7 @@ def test_log_probs_of_shared_prompts_past_a_sliding_window(tiny_model: MakeModel
         assert values.tolist() == pytest.approx(expected.tolist(), abs=2e-5)
 
 
-def test_a_prompt_passes_the_model_once(
+def test_completion_logprobs_process_a_shared_prompt_once(
     tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")

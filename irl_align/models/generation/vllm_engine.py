@@ -46,7 +46,7 @@ class VLLMEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.starts = 0
-        self._llm: Any = None
+        self.llm: Any = None
         self._shape: Any = None
         self._rank = 0  # of the largest adapter that it takes
         self._weights: Any = None
@@ -60,9 +60,9 @@ class VLLMEngine:
         Raises UserError where vLLM does not start on the model or cannot load it.
         """
         shape, weights = shape_of(policy.model), policy.weights
-        if self._llm is not None and (shape != self._shape or policy.rank > self._rank):
+        if self.llm is not None and (shape != self._shape or policy.rank > self._rank):
             self.close()
-        if self._llm is None:
+        if self.llm is None:
             self._start(policy)
             self._shape, self._rank = shape, max(self.settings.lora_rank, policy.rank)
         else:
@@ -71,7 +71,7 @@ class VLLMEngine:
                 self._reload(policy.model)
         self._weights = weights
         self._adapter = self._lora_request(policy, key)
-        self._llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache()
 
     def _start(self, policy: PolicyFolder) -> None:
         if (other := VLLMEngine._running) is not None and other() is not None:
@@ -91,7 +91,7 @@ class VLLMEngine:
             import_architecture(policy.model)
             remember_shape(policy.model)
             try:
-                self._llm = LLM(**args)
+                self.llm = LLM(**args)
             except (RuntimeError, ValueError, OSError, TypeError) as error:
                 cause = " ".join(str(error).split())[:300]
                 raise UserError(f"{policy.model}: vLLM does not start on it: {cause}") from error
@@ -99,7 +99,7 @@ class VLLMEngine:
         VLLMEngine._running = weakref.ref(self)
 
     def _reload(self, model: Path) -> None:
-        [result] = self._llm.collective_rpc("load_policy", kwargs={"path": str(model)})
+        [result] = self.llm.collective_rpc("load_policy", kwargs={"path": str(model)})
         if "error" in result:
             raise UserError(f"{model}: vLLM cannot load it: {result['error']}")
 
@@ -117,9 +117,9 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         self._wake()
-        engine = self._llm.llm_engine
+        engine = self.llm.llm_engine
         # Entries of an earlier call in the cache would change the batches, and so the rounding.
-        self._llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache()
         waiting: dict[str, Request] = {}
         upcoming = next(requests, None)
         samples = 0
@@ -158,24 +158,24 @@ class VLLMEngine:
 
     def rest(self) -> None:
         """Give the GPU's memory back until it is needed; on a CPU vLLM has no such mode."""
-        if self._llm is not None and self.settings.device == "cuda" and not self._resting:
-            self._llm.sleep(level=1)
+        if self.llm is not None and self.settings.device == "cuda" and not self._resting:
+            self.llm.sleep(level=1)
             self._resting = True
 
     def _wake(self) -> None:
         if self._resting:
-            self._llm.wake_up()
+            self.llm.wake_up()
             self._resting = False
 
     def close(self) -> None:
         """End the engine and free its memory; the next ``load`` starts a new one."""
-        if self._llm is None:
+        if self.llm is None:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
 
         VLLMEngine._running = None
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = self._weights = self._adapter = None
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = self._weights = self._adapter = None
         self._resting = False
         with learner_untouched():
             cleanup_dist_env_and_memory()

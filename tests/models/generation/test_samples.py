@@ -1,4 +1,4 @@
-"""Samples on disk: written in parts that survive a kill, read back whole."""
+"""Samples on disk: written in parts that survive a kill, and read back."""
 
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ PROMPTS = [[10, i] for i in range(7)]
 
 
 class Echo:
-    """A generator whose samples tell their prompt and index; fails at the prompts it is told."""
+    """A generator whose samples repeat their prompt and index; it can fail at one prompt."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at = fails_at
@@ -63,7 +63,7 @@ def check(got: SampleSet, prompts: list[list[int]], n: int) -> None:
             assert one.logprobs.tobytes() == expected.logprobs.tobytes()
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_write_samples_and_read_samples_round_trip(tmp_path: Path) -> None:
     generator = Echo()
     write_samples(tmp_path, generator, PROMPTS, Sampling(n=3))
     assert sorted(generator.asked) == list(range(7))
@@ -77,11 +77,11 @@ def test_flat_repeats_each_prompt_for_its_samples(tmp_path: Path) -> None:
     assert [c.token_ids for c in completions] == [[0, 0], [0, 1, 0], [1, 0], [1, 1, 0]]
 
 
-def test_a_kill_keeps_the_parts_that_were_done(tmp_path: Path) -> None:
+def test_write_samples_keeps_finished_parts_after_a_kill(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_samples(tmp_path, Echo(fails_at=4), PROMPTS, Sampling(n=2))
     assert not (tmp_path / "samples.parquet").exists()
-    # What a kill in the middle of a write leaves: aside, under another name.
+    # A kill in the middle of a write leaves a file of another name.
     (tmp_path / "scratch" / "parts" / "000000003.writing").write_bytes(b"half")
     again = Echo()
     write_samples(tmp_path, again, PROMPTS, Sampling(n=2))
@@ -93,19 +93,19 @@ def test_a_kill_keeps_the_parts_that_were_done(tmp_path: Path) -> None:
     assert kept == fresh
 
 
-def test_chosen_samples_round_trip(tmp_path: Path) -> None:
+def test_write_chosen_and_read_samples_round_trip(tmp_path: Path) -> None:
     write_chosen(tmp_path, [[completion(prompt[1], 1)] for prompt in PROMPTS])
     got = read_samples(tmp_path, PROMPTS)
     assert [group[0].token_ids for group in got.completions] == [[i, 1, 0] for i in range(7)]
     assert all(group[0].truncated for group in got.completions)
 
 
-def test_no_prompts(tmp_path: Path) -> None:
+def test_write_samples_of_no_prompts(tmp_path: Path) -> None:
     write_samples(tmp_path, Echo(), [], Sampling(n=2))
     assert read_samples(tmp_path, []) == SampleSet([], [])
 
 
-def test_damaged_and_missing_files(tmp_path: Path) -> None:
+def test_read_samples_refuses_damaged_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"samples\.parquet: not a complete samples file"):
         read_samples(tmp_path, PROMPTS)
     write_samples(tmp_path, Echo(), PROMPTS, Sampling(n=2))
@@ -117,14 +117,14 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
             read_samples(tmp_path, PROMPTS)
 
 
-def test_samples_of_other_prompts_are_refused(tmp_path: Path) -> None:
+def test_read_samples_refuses_samples_of_other_prompts(tmp_path: Path) -> None:
     write_samples(tmp_path, Echo(), PROMPTS, Sampling(n=2))
     with pytest.raises(UserError, match=r"samples of 7 prompts, expected 5"):
         read_samples(tmp_path, PROMPTS[:5])
 
 
 class Noise:
-    """A generator of long samples, each made as it is asked for; rewards are their first token."""
+    """A generator of long random samples; their reward is their first token."""
 
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
@@ -147,8 +147,10 @@ class Noise:
         return torch.tensor([float(ids[0]) for ids in completions])
 
 
-def test_best_of_many_needs_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampled, stored, scored and chosen from, with a small part of all samples at a time."""
+def test_best_of_many_samples_needs_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling, storing, scoring and choosing hold a small part of all samples at a time."""
     for module in (samples, ranking):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 64)
     prompts = [[i] for i in range(30)]

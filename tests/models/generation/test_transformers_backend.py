@@ -174,7 +174,9 @@ def test_logprobs_equal_a_fresh_forward(
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.3])
 @pytest.mark.parametrize("top_k", [0, 1, 7, 5000])
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
-def test_warping_equals_transformers(temperature: float, top_k: int, top_p: float) -> None:
+def test_warp_equals_the_warpers_of_transformers(
+    temperature: float, top_k: int, top_p: float
+) -> None:
     logits = torch.randn(16, 600, generator=torch.Generator().manual_seed(3)) * 4
     expected = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
@@ -185,7 +187,7 @@ def test_warping_equals_transformers(temperature: float, top_k: int, top_p: floa
     torch.testing.assert_close(warped, expected, rtol=0, atol=0)
 
 
-def test_ties_at_the_edge_of_a_nucleus_are_all_kept() -> None:
+def test_warp_keeps_all_ties_at_the_limit() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
     kept = warp(logits, Sampling(top_p=0.6)).isfinite()
     assert kept.tolist() == [[True, True, True, False]]
@@ -195,7 +197,7 @@ def test_ties_at_the_edge_of_a_nucleus_are_all_kept() -> None:
 # Random numbers
 
 
-def test_draws_invert_the_cumulative_distribution() -> None:
+def test_sample_tokens_inverts_the_cumulative_distribution() -> None:
     logits = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(5, -1)
     uniforms = torch.tensor([[0.0], [0.2499], [0.2501], [0.7501], [1 - 2**-53]])
     uniforms = uniforms.double()
@@ -205,7 +207,7 @@ def test_draws_invert_the_cumulative_distribution() -> None:
     np.testing.assert_allclose(logprobs.exp(), [0.25, 0.25, 0.5, 0.25, 0.25], rtol=1e-6)
 
 
-def test_the_extreme_uniforms_never_draw_a_token_of_probability_zero() -> None:
+def test_sample_tokens_never_draws_a_token_of_probability_zero() -> None:
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, 100:900] = torch.randn(800, generator=torch.Generator().manual_seed(0))
     highest = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
@@ -225,7 +227,7 @@ def test_the_extreme_uniforms_never_draw_a_token_of_probability_zero() -> None:
         (Sampling(n=4000, max_new_tokens=2, seed=8, top_p=0.75), [2, 3, 4]),
     ],
 )
-def test_frequencies_match_the_distribution(sampling: Sampling, allowed: list[int]) -> None:
+def test_sample_frequencies_match_the_distribution(sampling: Sampling, allowed: list[int]) -> None:
     weights = {2: 0.4, 3: 0.3, 4: 0.2, 5: 0.1}
     logits = torch.full((VOCAB,), -torch.inf)
     for token, weight in weights.items():
@@ -293,7 +295,7 @@ def test_batching_and_padding_change_nothing(
 # Limits
 
 
-def test_all_samples_of_a_prompt_come_from_one_prefill(
+def test_samples_of_a_prompt_share_one_prefill(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefilled, shapes = 0, []
@@ -331,7 +333,7 @@ def test_completions_end_at_the_context(models: dict[str, PreTrainedModel]) -> N
     assert len(short.token_ids) == 3
 
 
-def test_eos_is_kept_and_any_eos_ends() -> None:
+def test_every_eos_id_ends_a_completion_and_stays_in_it() -> None:
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[EOS, 9, 12]] = torch.tensor([0.2, 0.2, 0.6]).log()
     generator = TransformersGenerator(with_fixed_logits(logits), {EOS, 9}, PAD)
@@ -387,19 +389,21 @@ def test_progress_shows_rates(llama: PreTrainedModel, capsys: pytest.CaptureFixt
         ([3, VOCAB], f"prompt 1: found token ids 3 to {VOCAB}, expected 0 to {VOCAB - 1}"),
     ],
 )
-def test_bad_prompts(llama: PreTrainedModel, prompt: list[int], words: str) -> None:
+def test_generate_refuses_bad_prompts(
+    llama: PreTrainedModel, prompt: list[int], words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         generate(sampler(llama), [[3], prompt], Sampling())
 
 
-def test_a_budget_too_small_for_one_sample(llama: PreTrainedModel) -> None:
+def test_generate_refuses_a_budget_too_small_for_one_sample(llama: PreTrainedModel) -> None:
     with pytest.raises(UserError, match=r"max_batch_tokens: found 20, expected at least 31"):
         generate(sampler(llama, max_batch_tokens=20), [[3] * 5], Sampling(max_new_tokens=10))
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite(fault: float, temperature: float) -> None:
+def test_generate_refuses_logits_that_are_not_finite(fault: float, temperature: float) -> None:
     model = with_fixed_logits(torch.zeros(VOCAB))
     model.lm_head.logits[7] = fault
     model.train()
@@ -421,12 +425,12 @@ def test_logits_that_are_not_finite(fault: float, temperature: float) -> None:
         ("max_new_tokens", 0),
     ],
 )
-def test_sampling_out_of_range(field: str, value: float) -> None:
+def test_sampling_refuses_values_out_of_range(field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"sampling\.{field}: found {value}"):
         Sampling(**{field: value})  # type: ignore[arg-type]
 
 
-def test_generator_settings_out_of_range(llama: PreTrainedModel) -> None:
+def test_generator_refuses_settings_out_of_range(llama: PreTrainedModel) -> None:
     with pytest.raises(UserError, match="eos_token_ids"):
         TransformersGenerator(llama, [], PAD)
     with pytest.raises(UserError, match="context_length: found 0"):
@@ -435,7 +439,7 @@ def test_generator_settings_out_of_range(llama: PreTrainedModel) -> None:
         sampler(llama, max_batch_rows=0)
 
 
-def test_a_model_without_attention_cache_is_refused() -> None:
+def test_generator_refuses_a_model_without_an_attention_cache() -> None:
     tiny = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(UserError, match=r"model mamba: .*vLLM"):
         sampler(MambaForCausalLM(tiny))

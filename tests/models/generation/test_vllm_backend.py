@@ -34,6 +34,7 @@ from irl_align.models.generation.backends import LiveGenerator
 from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.generation.vllm_backend import VLLMGenerator
+from irl_align.models.generation.vllm_engine import VLLMEngine
 from irl_align.models.lora import DEFAULT_ADAPTER, adapter_weights, add_adapter
 
 pytestmark = [pytest.mark.vllm, needs_vllm]
@@ -70,7 +71,7 @@ def starts(generator: VLLMGenerator) -> int:
 # --- samples --------------------------------------------------------------------------------------
 
 
-def test_seed_prompt_and_index_decide_a_sample(
+def test_a_sample_depends_on_seed_prompt_and_index_only(
     llama: Llama,
 ) -> None:
     sampler, _ = llama
@@ -87,7 +88,7 @@ def test_seed_prompt_and_index_decide_a_sample(
         assert len({tuple(sample) for sample in group}) > 60  # samples differ, also past the 64th
 
 
-def test_the_same_call_gives_the_same_bits(
+def test_the_same_call_gives_bit_identical_samples(
     llama: Llama,
 ) -> None:
     sampler, _ = llama
@@ -109,7 +110,7 @@ def test_the_same_call_gives_the_same_bits(
     ],
     ids=["temperature", "top_p", "top_k", "all"],
 )
-def test_log_probs_are_of_the_distribution_sampled_from(llama: Llama, sampling: Sampling) -> None:
+def test_logprobs_are_those_of_the_warped_distribution(llama: Llama, sampling: Sampling) -> None:
     """Warped by hand: temperature, then the k likeliest, then the least set reaching top_p."""
     sampler, model = llama
     prompts = ragged_prompts(6)
@@ -129,7 +130,7 @@ def test_log_probs_are_of_the_distribution_sampled_from(llama: Llama, sampling: 
             assert logprob == pytest.approx(float(kept[order == token].log()), abs=2e-4)
 
 
-def test_greedy_is_that_of_the_transformers_backend(
+def test_greedy_samples_equal_the_transformers_backends(
     llama: Llama,
 ) -> None:
     sampler, model = llama
@@ -140,10 +141,10 @@ def test_greedy_is_that_of_the_transformers_backend(
     assert largest_gap(model, prompts, theirs) < TOLERANCE  # the model's own, untempered
 
 
-def test_samples_end_at_eos_or_are_marked(llama: Llama) -> None:
+def test_samples_end_at_eos_or_are_truncated(llama: Llama) -> None:
     sampler, _ = llama
-    found = generate(sampler, ragged_prompts(60), Sampling(n=4, max_new_tokens=30))
-    flat = [completion for group in found for completion in group]
+    samples = generate(sampler, ragged_prompts(60), Sampling(n=4, max_new_tokens=30))
+    flat = [completion for group in samples for completion in group]
     for completion in flat:
         assert EOS not in completion.token_ids[:-1]
         assert completion.truncated == (completion.token_ids[-1] != EOS)
@@ -151,17 +152,17 @@ def test_samples_end_at_eos_or_are_marked(llama: Llama) -> None:
     assert 0 < sum(c.truncated for c in flat) < len(flat)
 
 
-def test_frequencies_are_the_models_probabilities(
+def test_sample_frequencies_match_the_models_probabilities(
     llama: Llama,
 ) -> None:
     """Pearson's chi-square over the likeliest tokens and the rest, at the 0.1% level."""
     sampler, model = llama
     prompt, count, bins = [5, 9, 33], 4000, 7
-    [found] = generate(sampler, [prompt], Sampling(n=count, max_new_tokens=1))
+    [samples] = generate(sampler, [prompt], Sampling(n=count, max_new_tokens=1))
     with torch.inference_mode():
         probs = model(input_ids=torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
     likeliest = probs.argsort(descending=True)[:bins].tolist()
-    drawn = np.bincount([c.token_ids[0] for c in found], minlength=VOCAB)
+    drawn = np.bincount([c.token_ids[0] for c in samples], minlength=VOCAB)
     observed = np.array([*drawn[likeliest], count - drawn[likeliest].sum()])
     expected = np.array([*probs[likeliest], 1 - probs[likeliest].sum()]) * count
     assert expected.min() > 5
@@ -192,23 +193,23 @@ def test_prompts_of_one_token_and_of_the_whole_context(
         ([2] * CONTEXT, "prompt 1: found 96 tokens, expected at most 95"),
     ],
 )
-def test_bad_prompts_are_named(llama: Llama, prompt: list[int], message: str) -> None:
+def test_generate_refuses_bad_prompts(llama: Llama, prompt: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate(llama[0], [[5], prompt], Sampling())
 
 
-def test_two_thousand_prompts(llama: Llama) -> None:
-    """More than fit into vLLM's cache and batch at once; each is answered, and as by itself."""
+def test_generate_answers_two_thousand_prompts(llama: Llama) -> None:
+    """More than fit into vLLM's cache and batch at once; each is sampled as it is by itself."""
     sampler, model = llama
     prompts = ragged_prompts(2000, longest=20, seed=4)
-    found = generate(sampler, prompts, Sampling(max_new_tokens=6))
-    assert len(found) == 2000
-    some = slice(0, 2000, 199)
-    assert largest_gap(model, prompts[some], found[some]) < TOLERANCE
-    assert ids(generate(sampler, prompts[some], Sampling(max_new_tokens=6))) == ids(found[some])
+    samples = generate(sampler, prompts, Sampling(max_new_tokens=6))
+    assert len(samples) == 2000
+    few = slice(0, 2000, 199)
+    assert largest_gap(model, prompts[few], samples[few]) < TOLERANCE
+    assert ids(generate(sampler, prompts[few], Sampling(max_new_tokens=6))) == ids(samples[few])
 
 
-def test_a_consumer_that_goes_away_leaves_nothing_behind(
+def test_a_stream_that_is_closed_early_leaves_no_requests(
     llama: Llama,
 ) -> None:
     sampler, _ = llama
@@ -220,10 +221,11 @@ def test_a_consumer_that_goes_away_leaves_nothing_behind(
     assert ids(before) == ids(generate(sampler, prompts[:4], Sampling(max_new_tokens=8)))
 
 
-def test_memory_of_many_samples_is_bounded(llama: Llama) -> None:
-    """Few samples are with vLLM at a time, however many are asked for of each prompt."""
+def test_few_requests_are_with_vllm_at_a_time(llama: Llama) -> None:
+    """So memory does not grow with the number of samples."""
     sampler, _ = llama
-    inner = sampler.engine._llm.llm_engine  # type: ignore[attr-defined]
+    assert isinstance(sampler.engine, VLLMEngine)
+    inner = sampler.engine.llm.llm_engine
     most = 0
     for _ in sampler.stream(ragged_prompts(40), Sampling(n=64, max_new_tokens=3)):
         most = max(most, inner.get_num_unfinished_requests())

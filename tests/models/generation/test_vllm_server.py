@@ -56,7 +56,7 @@ def keys() -> Iterator[None]:
 def client(log: Path, *urls: str, **options: object) -> VLLMGenerator:
     """A generator by these servers, or by one that it starts."""
     server = ServerOptions.model_validate(
-        {"urls": urls, "timeout": 60.0, "start_timeout": 600.0, "retries": 3, **options}
+        {"urls": list(urls), "timeout": 60.0, "start_timeout": 600.0, "retries": 3, **options}
     )
     return VLLMGenerator(replace(SETTINGS, lora_rank=RANK), "vllm-server", server, log)
 
@@ -109,8 +109,8 @@ class TestServer:
             model = build("gpt_neox", seed)
             key = f"neox-{seed}"
             sync(own, save(model, folder / key), key, model)
-            found = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
-            assert largest_gap(model, prompts, found) < TOLERANCE
+            samples = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
+            assert largest_gap(model, prompts, samples) < TOLERANCE
         assert engine_of(own).starts == 1
 
     def test_sync_with_a_lora_policy_loads_only_its_adapter(
@@ -124,14 +124,14 @@ class TestServer:
             path = folder / f"adapter-{seed}"
             policy = adapter(where, build("gpt_neox", 0), seed, path)
             sync(own, path, f"adapter {seed}", policy)
-            found = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
-            assert largest_gap(policy, prompts, found) < TOLERANCE
-            assert largest_gap(base, prompts, found) > 0.1  # the adapter changes the distribution
+            samples = generate(own, prompts, Sampling(n=2, max_new_tokens=16))
+            assert largest_gap(policy, prompts, samples) < TOLERANCE
+            assert largest_gap(base, prompts, samples) > 0.1  # the adapter changes the distribution
             served = [model["id"] for model in server.call("/v1/models")["data"]]
             assert served == ["policy", f"adapter {seed}"]  # the one before it is gone
         sync(own, where, "whole again", base)
-        found = generate(own, prompts, Sampling(max_new_tokens=16))
-        assert largest_gap(base, prompts, found) < TOLERANCE
+        samples = generate(own, prompts, Sampling(max_new_tokens=16))
+        assert largest_gap(base, prompts, samples) < TOLERANCE
         assert engine_of(own).starts == 1
 
     def test_sync_refuses_an_adapter_of_too_large_a_rank(
@@ -227,14 +227,14 @@ class TestServer:
         model = build("gpt_neox", 2)
         sync(own, save(model, folder / "neox-2"), "neox-2", model)
         prompts, sampling = ragged_prompts(400), Sampling(n=2, max_new_tokens=40)
-        found = {}
+        samples = {}
         for index, group in own.stream(prompts, sampling):
-            assert index not in found
-            found[index] = group
-            if len(found) == 5:
+            assert index not in samples
+            samples[index] = group
+            if len(samples) == 5:
                 os.killpg(process_of(own).process.pid, signal.SIGKILL)
-        assert sorted(found) == list(range(400))
-        groups = [found[index] for index in range(400)]
+        assert sorted(samples) == list(range(400))
+        groups = [samples[index] for index in range(400)]
         assert largest_gap(model, prompts, groups) < TOLERANCE
         assert engine_of(own).starts == 2
 
@@ -378,9 +378,9 @@ class StandIn:
 
 
 def json_body(handler: BaseHTTPRequestHandler) -> dict[str, object]:
-    found = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])) or b"{}")
-    assert isinstance(found, dict)
-    return found
+    body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])) or b"{}")
+    assert isinstance(body, dict)
+    return body
 
 
 def to_json(answer: object) -> bytes:
@@ -408,9 +408,9 @@ PROMPTS = [[token] for token in range(2, 82)]
 
 def answers(sampler: VLLMGenerator) -> list[int]:
     """First token of each prompt's only sample; every prompt exactly once."""
-    found = list(sampler.stream(PROMPTS, Sampling()))
-    assert sorted(index for index, _ in found) == list(range(len(PROMPTS)))
-    return [group[0].token_ids[0] for _, group in sorted(found, key=lambda item: item[0])]
+    samples = list(sampler.stream(PROMPTS, Sampling()))
+    assert sorted(index for index, _ in samples) == list(range(len(PROMPTS)))
+    return [group[0].token_ids[0] for _, group in sorted(samples, key=lambda item: item[0])]
 
 
 def test_servers_share_the_work_and_answer_each_prompt_once(
