@@ -76,7 +76,7 @@ def test_a_pickled_checkpoint_of_our_own_is_not_run(
 ) -> None:
     """Optimiser and random state are pickles of tensors: what is more than that is not loaded."""
     from irl_align.policy.ppo.checkpoint import load_checkpoint
-    from irl_align.policy.ppo.learner import make_accelerator
+    from irl_align.policy.ppo.distributed import make_accelerator
 
     accelerator = make_accelerator(torch.device("cpu"), bf16=False)
     model = tiny_model("llama")

@@ -17,33 +17,33 @@ from irl_align.reward.protocol import RewardFunction
 
 @dataclass(frozen=True)
 class Actors:
-    """Models on their devices, and data. Of these only `policy` changes."""
+    """Models on their devices, and data. Only `policy` changes during training."""
 
     policy: PreTrainedModel
     """Trained in place, in float32."""
     reference: PreTrainedModel
-    """The leash's other end."""
+    """Reference policy of the KL penalty."""
     reward: RewardFunction
-    """One snapshot, for every rollout of this training."""
+    """The reward of every rollout; it stays fixed."""
     generator: Generator
     """Samples `policy`."""
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     """Distinct prompts of the rollouts."""
     held_out: Demonstrations
-    """Demonstrations that no rollout sees, to choose the best policy by."""
+    """Demonstrations of other prompts, which decide the best policy."""
     sampling: Sampling
     starts_at_reference: bool
-    """Whether policy and reference are the same at first, so that their KL is 0."""
+    """Whether policy and reference are equal at the start, so that their KL is 0."""
     judge: Judge | None = None
-    """Gold metrics of rollouts, for reporting."""
+    """Gold metrics of rollouts, which are only reported."""
     backbone: Backbone | None = None
-    """Of a policy whose model is that of reference, reward and critic too."""
+    """The shared model, if reference, reward and critic are adapters on the policy's."""
     dtype: torch.dtype = torch.float32
-    """Of the weights that are saved."""
+    """Precision of the weights that are saved."""
 
     def as_reference(self) -> AbstractContextManager[None]:
-        """A block in which `reference` is the reference, and not another adapter on its model."""
+        """A block in which `reference` has the reference's adapter active."""
         if self.backbone is None:
             return nullcontext()
         return self.backbone.switch.on(self.backbone.reference)

@@ -1,22 +1,22 @@
-"""Advantages from token rewards: GAE, RLOO, GRPO, REINFORCE, and how they are whitened.
+"""Advantages from token rewards: GAE, RLOO, GRPO, REINFORCE, and their whitening.
 
-Legend of shapes: B rows, N samples per prompt, T completion tokens (padded at the end). `mask`
-(B, T) is 1 on completion tokens; on padding everything here is 0. s_t is the prefix before token t;
-the episode ends with a row's last token, cut or not, so the value after it is 0.
+Pure functions of padded arrays. `mask` (B, T) is 1 on completion tokens; results are 0 on padding.
+s_t is the prefix before token t; the episode ends with a row's last token, truncated or not, so the
+value after it is 0.
 
-How each composes with token rewards r_t = credit_t(R) - kl_coef * k1_t:
+How each estimator combines with token rewards r_t = credit_t(R) - kl_coef * k1_t:
 
-- ``gae`` and ``reinforce`` read every r_t. Potential-based credit (red) keeps the expected policy
+- ``gae`` and ``reinforce`` use every r_t. Potential-based credit (red) keeps the expected policy
   gradient, with any critic or baseline: GAE(sparse, V) equals GAE(red, V - Phi) for every lambda,
   so a critic that starts at the reward's own prefix scores counts Phi twice. Return-preserving
   credit (uniform, abc, random) biases rewards-to-go, hence both: R < 0 spread over the tokens pays
   for short completions, R > 0 for long ones, which `center_rewards` balances.
-- ``rloo`` and ``grpo`` read a completion's sum alone, the same number for each of its tokens. Sums
+- ``rloo`` and ``grpo`` use only a completion's sum, the same number for each of its tokens. Sums
   of return-preserving credit are R, those of red are R - Phi(s_0), and Phi(s_0) is the same for all
-  samples of a prompt: token credit cancels exactly, and recipes that ask for it are refused.
-- A KL in the reward is part of the sums. GRPO would divide it by the prompt's own deviation: there
-  the KL belongs in the loss.
-- r_t itself is never an advantage: it knows nothing of what follows.
+  samples of a prompt: token credit cancels exactly, and recipes that request it are refused.
+- A KL in the reward is part of the sums. GRPO would divide it by the prompt's own deviation, so
+  with GRPO the KL belongs in the loss.
+- r_t itself is never an advantage, since it ignores the tokens that follow.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 1024  # columns of one matrix product; memory of the decays is its square
+_BLOCK = 1024  # columns of one matrix product; the matrix of powers has the square of it
 
 
 def discounted_sums(values: Tensor, factor: float) -> Tensor:
     """y_t = sum over t' >= t of factor^(t' - t) values_t': (B, T) -> (B, T).
 
-    A product with the matrix of powers, by blocks from the end: no loop over tokens.
+    Computed as products with the matrix of powers, in blocks from the end, without a token loop.
     """
     if factor == 0.0 or values.shape[1] == 0:
         return values.clone()
@@ -59,7 +59,7 @@ def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantages and the critic's targets (arXiv:1506.02438 eq. 16), each (B, T).
+    """Generalised advantages and the critic's targets, each (B, T).
 
     rewards, values, mask: (B, T); values[:, t] is V(s_t).
     """
@@ -67,28 +67,29 @@ def gae(
     values = _kept(values, completion)
     after = torch.nn.functional.pad(values[:, 1:], (0, 1))  # V(s_{t+1}), 0 after the last token
     delta = _kept(rewards, completion) + gamma * after - values
-    # A_t = sum over t' >= t of (gamma lambda)^(t' - t) delta_t'
+    # arXiv:1506.02438 eq. 16: A_t = sum over t' >= t of (gamma lambda)^(t' - t) delta_t'
     advantages = _kept(discounted_sums(delta, gamma * lam), completion)
     return advantages, advantages + values
 
 
 def rloo(returns: Tensor, n: int) -> Tensor:
-    """A_i = G_i - mean of the other samples of its prompt (arXiv:2402.14740): (B,) -> (B,).
+    """Return minus the mean of the prompt's other samples (arXiv:2402.14740): (B,) -> (B,).
 
-    Rows are grouped by prompt, n in a row; n >= 2.
+    The n >= 2 rows of a prompt are consecutive.
     """
     groups = returns.view(-1, n)
     others = (groups.sum(1, keepdim=True) - groups) / (n - 1)
-    return (groups - others).flatten()
+    return (groups - others).flatten()  # A_i = G_i - mean_{j != i} G_j
 
 
 def grpo(returns: Tensor, n: int, eps: float = 1e-4) -> Tensor:
-    """A_i = (G_i - mean) / (std + eps) over the samples of its prompt (arXiv:2402.03300 sec. 4.1).
+    """Return standardised over the samples of its prompt (arXiv:2402.03300 sec. 4.1).
 
-    (B,) -> (B,). Rows are grouped by prompt, n in a row; n >= 2. The deviation divides by n - 1.
+    (B,) -> (B,). The n >= 2 rows of a prompt are consecutive. The deviation divides by n - 1.
     """
     groups = returns.view(-1, n)
     centred = groups - groups.mean(1, keepdim=True)
+    # A_i = (G_i - mean) / (std + eps)
     return (centred / (groups.std(1, keepdim=True) + eps)).flatten()
 
 
@@ -100,7 +101,7 @@ def reinforce(to_go: Tensor, mask: Tensor, baseline: float) -> Tensor:
 def running_mean(baseline: float | None, to_go: Tensor, mask: Tensor, decay: float) -> float:
     """Baseline for the next rollout: decay * b + (1 - decay) * mean over tokens of G_t.
 
-    to_go, mask: (B, T). Without one yet (None) the mean itself. In float64.
+    to_go, mask: (B, T). The first baseline (before it: None) is the mean. In float64.
     """
     mean = float(to_go.double()[mask.bool()].mean())
     return mean if baseline is None else decay * baseline + (1.0 - decay) * mean
@@ -112,14 +113,14 @@ def over_tokens(per_row: Tensor, mask: Tensor) -> Tensor:
 
 
 def standardize(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the tokens of the mask: (B, T), (B, T) -> (B, T)."""
+    """Values with mean 0 and variance 1 over the mask's tokens: (B, T), (B, T) -> (B, T)."""
     completion = mask.bool()
     kept = values[completion]
     return _kept((values - kept.mean()) / _deviation(kept), completion)
 
 
 def scale_only(values: Tensor, mask: Tensor) -> Tensor:
-    """Variance 1 over the tokens of the mask, the mean scaled with it: (B, T), (B, T) -> (B, T)."""
+    """Values scaled to variance 1 over the mask's tokens: (B, T), (B, T) -> (B, T)."""
     completion = mask.bool()
     return _kept(values / _deviation(values[completion]), completion)
 
@@ -132,11 +133,11 @@ WHITENINGS = {
 
 
 def _deviation(kept: Tensor, eps: float = 1e-8) -> Tensor:
-    """sqrt(variance + eps) of values (M,), with Bessel's correction; of one value sqrt(eps)."""
+    """sqrt(variance + eps) of values (M,), with Bessel's correction; sqrt(eps) for one value."""
     variance = kept.var(correction=1) if len(kept) > 1 else kept.new_zeros(())
     return (variance + eps).sqrt()
 
 
 def _kept(values: Tensor, completion: Tensor) -> Tensor:
-    """values where completion (bool) holds, else 0; a NaN on padding goes, too."""
+    """Values where `completion` (bool) holds, else 0, also in place of a NaN."""
     return values.where(completion, values.new_zeros(()))

@@ -1,8 +1,8 @@
 """One model in memory for policy, reference, reward and critic of PPO, each an adapter on it.
 
-The policy's adapter is the active one; a forward pass of another role is inside a block that
-switches to it. The reference is the base without adapters, or an adapter of its own where SFT has
-trained one. Scalar heads stay beside the model.
+The policy's adapter is active by default; forward passes of another role run inside a block that
+switches to its adapter. The reference is the base without adapters, or an adapter of its own if SFT
+trained one. Scalar heads stay outside the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from irl_align.models.lora import (
     train_only,
 )
 from irl_align.models.packing import Ids
-from irl_align.policy.ppo.critic import reward_for_critic, reward_head, zero_head
+from irl_align.policy.ppo.critic import head_copy, require_critic_start, zero_head
 from irl_align.policy.ppo.network import CRITIC, Critic
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import ScoreRequest, TokenScores
@@ -41,7 +41,7 @@ REFERENCE, REWARD = "reference", "reward"
 
 
 class AdapterReward:
-    """A reward that is an adapter of the policy's backbone; a RewardFunction and a TokenScorer."""
+    """A reward that is an adapter on the policy's backbone; a RewardFunction and a TokenScorer."""
 
     def __init__(self, reward: RewardModel, switch: AdapterSwitch) -> None:
         self.reward = reward
@@ -65,26 +65,26 @@ class AdapterReward:
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
         model = self.reward.model
-        model.training = model.base_model.training  # the mode that scoring puts back after itself
+        model.training = model.base_model.training  # the mode that scoring restores at its end
         with self.switch.on(REWARD):
             yield
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What the policy's model holds besides the policy."""
+    """The other roles in the policy's model."""
 
     switch: AdapterSwitch
     reference: str | None
-    """Name of the reference's adapter; None is the base."""
+    """Name of the reference's adapter; None means the base."""
     reward: AdapterReward
 
 
 def share_backbone(policy: PreTrainedModel, start: Path, reference: Path, reward: Path) -> Backbone:
     """Put the adapters of reference and reward into the policy's model.
 
-    policy: of the folder `start`, with its own adapter in it, which alone is trained. Raises
-    UserError where the reward is no adapter, or the three are not of one base.
+    policy: the model in the folder `start`; only its own adapter is trained. Raises UserError: the
+    reward is not an adapter, or the three folders have different bases.
     """
     if not is_adapter(reward):
         raise UserError(
@@ -93,9 +93,9 @@ def share_backbone(policy: PreTrainedModel, start: Path, reference: Path, reward
         )
     base = base_of(start)
     for role, folder in (("reference", reference), ("reward", reward)):
-        if (found := base_of(folder)) != base:
+        if (own := base_of(folder)) != base:
             raise UserError(
-                f"PPO: backbone shared: the {role}'s base is {found}, expected the policy's, {base}"
+                f"PPO: backbone shared: the {role}'s base is {own}, expected the policy's, {base}"
             )
     name = None
     if is_adapter(reference):
@@ -121,26 +121,26 @@ def _scorer(policy: PreTrainedModel, head: dict[str, Tensor]) -> PreTrainedModel
     model.score = score.to(policy.device).requires_grad_(False)
     if not config.tie_word_embeddings:  # for a reward with lm_coef
         model.lm_head = policy.get_output_embeddings()
-    model.config = policy.config  # one object, so that a switch of the attention reaches all layers
+    model.config = policy.config  # one object, so that a change of attention reaches all layers
     return model
 
 
 def adapter_critic(
     options: PPOOptions, policy: PreTrainedModel, backbone: Backbone
 ) -> Critic | None:
-    """The critic of the recipe on the policy's backbone; as make_critic's, but an adapter."""
+    """The critic of the recipe as an adapter on the policy's backbone; see make_critic."""
     if options.advantage != "gae":
         return None
     if options.critic == "shared":
         return Critic(None, zero_head(policy))
-    reward = backbone.reward.reward
     if options.critic_init == "zero":
+        source = DEFAULT_ADAPTER
         critic = Critic(None, zero_head(policy), switch=backbone.switch)
     else:
-        model, settings = reward_for_critic(reward, reward.tokenizer)
-        head, (mean, std) = reward_head(model, policy.device), (settings.mean, settings.std)
-        critic = Critic(None, head, settings.bound, mean, std, backbone.switch)
-    source = DEFAULT_ADAPTER if options.critic_init == "zero" else REWARD
+        source = REWARD
+        start = require_critic_start(backbone.reward.reward, backbone.reward.reward.tokenizer)
+        head = head_copy(start.model, policy.device)
+        critic = Critic(None, head, start.settings, backbone.switch)
     copy_adapter(policy, source, CRITIC)
     train_only(policy, DEFAULT_ADAPTER, CRITIC)
     backbone.switch.reset()

@@ -1,4 +1,4 @@
-"""Checkpoints of PPO in a stage's scratch folder: written aside, renamed in, the last two kept."""
+"""Checkpoints of PPO in a stage's scratch folder: written atomically, the last two are kept."""
 
 from __future__ import annotations
 
@@ -19,34 +19,33 @@ from irl_align.utils.files import atomic_write, is_sealed, read_lines, seal, to_
 
 @dataclass
 class Progress:
-    """What PPO carries from one update to the next beside weights and optimiser.
+    """State of PPO between two updates, besides weights and optimiser.
 
-    Prompts, random numbers, minibatches and learning rates are functions of the seed and `updates`,
-    and so need no state of their own.
+    Prompts, random numbers, minibatches and learning rates are functions of the seed and `updates`.
     """
 
     updates: int = 0
-    """Updates done: the position in prompts and samples."""
+    """Updates done; it determines the position in the prompts."""
     kl_coef: float = 0.0
     baseline: float | None = None
-    """Of advantage reinforce."""
+    """Baseline of advantage reinforce."""
     best: float | None = None
-    """Score of the best policy so far by held-out demonstrations; its weights are in best/."""
+    """Held-out score of the best policy so far, whose weights are in best-N."""
     best_update: int = 0
-    """Updates that it had."""
+    """Updates of the best policy, N."""
     recent: list[dict[str, Any]] = field(default_factory=list)
-    """Records of the newest updates, as many as an alarm looks at; the journal has all."""
+    """Records of the newest updates, as many as alarms need; the journal has all."""
 
 
 def save_checkpoint(
     scratch: Path, accelerator: Accelerator, progress: Progress, journals: Sequence[Journal]
 ) -> None:
-    """Write scratch/checkpoint-N, whole or not at all; older ones but the last are deleted.
+    """Write scratch/checkpoint-N with the journals so far, whole or not at all.
 
-    It holds the journals so far, too.
+    Only the last two checkpoints are kept.
     """
     final = scratch / f"checkpoint-{progress.updates}"
-    if distributed.on_main(final.exists):  # of an earlier try that was killed after it
+    if distributed.on_main(final.exists):  # an earlier attempt was killed after it wrote this
         return
     with shared_folder(final) as folder:
         accelerator.save_state(str(folder), safe_serialization=True)
@@ -62,21 +61,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator) -> Progress:
-    """Weights, optimiser and random state into what the accelerator has prepared; the progress."""
+    """Load weights, optimiser and random state into the accelerator; returns the progress."""
     accelerator.load_state(str(folder))
     return read_progress(folder)
 
 
 def checkpoints(scratch: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    found = [path for path in scratch.glob("checkpoint-*") if path.is_dir()]
-    return sorted(found, key=updates_of)
+    return sorted((path for path in scratch.glob("checkpoint-*") if path.is_dir()), key=updates_of)
 
 
 def last_checkpoint(scratch: Path) -> Path | None:
-    """The newest one that is whole, with the best policy that it names; damaged ones are deleted.
+    """The newest whole checkpoint whose best policy is whole too; newer ones are deleted.
 
-    What is newer than it goes as well: training writes it again.
+    Training writes the deleted ones again.
     """
     for checkpoint in reversed(checkpoints(scratch)):
         if is_sealed(checkpoint):
@@ -94,14 +92,14 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def updates_of(checkpoint: Path) -> int:
-    """Updates that a checkpoint has behind it."""
+    """Number of updates before a checkpoint."""
     return int(checkpoint.name.split("-")[1])
 
 
-def once_more(scratch: Path, fault: str) -> None:
+def retry_once(scratch: Path, fault: str) -> None:
     """Raise TryAgain for the first fault after the last checkpoint; return for the second.
 
-    A fault of the machine, as a NaN out of nowhere, does not come twice; one of training does.
+    A fault of the machine, such as a random NaN, does not repeat; one of training does.
     """
 
     def first() -> bool:
@@ -117,22 +115,22 @@ def once_more(scratch: Path, fault: str) -> None:
 
 
 class Journal:
-    """JSON lines that are there while training runs, and hold nothing twice after a kill."""
+    """JSON lines that grow while training runs; after a kill they hold no line twice."""
 
     def __init__(self, path: Path, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint's copy; what was written after it is dropped."""
+        """Continue a checkpoint's copy; lines written after the checkpoint are dropped."""
         self.path = path
         if not distributed.is_main():
             return
         atomic_write(path, b"" if checkpoint is None else (checkpoint / path.name).read_bytes())
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, each with its field update, counted from 1."""
+        """Append rows."""
         if not distributed.is_main():
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_lines(rows))
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows so far; None stands for a number that was not finite."""
+        """All rows so far; a number that was not finite is None."""
         return distributed.on_main(lambda: read_lines(self.path, "run the recipe again"))

@@ -16,7 +16,6 @@ from irl_align.reward.alignment import same_tokenizer
 from irl_align.reward.forward import score_head
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import RewardFunction
-from irl_align.reward.settings import RewardSettings
 
 
 def make_critic(
@@ -25,11 +24,11 @@ def make_critic(
     reward: RewardFunction,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Critic | None:
-    """The critic of the recipe, on the policy's device in float32; None where none is needed.
+    """The critic of the recipe, on the policy's device in float32; None if none is needed.
 
-    From the reward it starts as its prefix scores, normaliser included; otherwise at 0 everywhere.
-    Of a trunk with an adapter that is trained.
-    Raises UserError where the reward cannot be a critic of this policy.
+    From the reward it starts as the reward of prefixes, normaliser included; otherwise at 0. If the
+    reward has an adapter, the critic trains a copy of that adapter and the head.
+    Raises UserError: the reward cannot be a critic of this policy.
     """
     if options.advantage != "gae":
         return None
@@ -37,54 +36,52 @@ def make_critic(
         return Critic(None, zero_head(policy))
     if options.critic_init == "zero":
         return Critic(copy.deepcopy(policy.base_model), zero_head(policy))
-    model, settings = reward_for_critic(reward, tokenizer)
-    own = copy.deepcopy(model)
-    if has_adapter(own):
-        train_only(own, DEFAULT_ADAPTER)
+    start = require_critic_start(reward, tokenizer)
+    model = copy.deepcopy(start.model)
+    if has_adapter(model):
+        train_only(model, DEFAULT_ADAPTER)
     else:
-        own = own.float().requires_grad_(True)
-    trunk = own.base_model.to(policy.device)
-    head = reward_head(own, policy.device)
-    return Critic(trunk, head, settings.bound, settings.mean, settings.std)
+        model = model.float().requires_grad_(True)
+    trunk = model.base_model.to(policy.device)
+    return Critic(trunk, head_copy(model, policy.device), start.settings)
 
 
-def reward_head(model: PreTrainedModel, device: torch.device) -> nn.Linear:
-    """A copy of a reward's head, with a bias, to be trained."""
-    fresh = score_head(model)
-    head = nn.Linear(fresh.in_features, 1, device=device)
-    with torch.no_grad():
-        head.weight.copy_(fresh.weight)
-        head.bias.copy_(fresh.bias if fresh.bias is not None else torch.zeros(1))
-    return head
-
-
-def reward_for_critic(
-    reward: RewardFunction, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, RewardSettings]:
-    """Model and settings of a reward that can be a critic of a policy with this tokenizer."""
-    asked = "policy_update.critic_init: reward"
+def require_critic_start(reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
+    """The reward, if a critic of a policy with this tokenizer can start as it; else a UserError."""
+    option = "policy_update.critic_init: reward"
     if not isinstance(reward, RewardModel):
         raise UserError(
-            f"{asked}: found {type(reward).__name__}, expected an explicit reward model with the "
+            f"{option}: found {type(reward).__name__}, expected an explicit reward model with the "
             "policy's tokenizer; use zero"
         )
     if reward.settings.lm_coef:
         raise UserError(
-            f"{asked}: the reward has lm_coef {reward.settings.lm_coef:g}, which a critic cannot "
+            f"{option}: the reward has lm_coef {reward.settings.lm_coef:g}, which a critic cannot "
             "start from; use zero"
         )
     if not same_tokenizer(reward.tokenizer, tokenizer):
         raise UserError(
-            f"{asked}: the reward's tokenizer ({len(reward.tokenizer)} tokens) is not the policy's "
-            f"({len(tokenizer)} tokens); use zero"
+            f"{option}: the reward's tokenizer ({len(reward.tokenizer)} tokens) differs from the "
+            f"policy's ({len(tokenizer)} tokens); use zero"
         )
-    return reward.model, reward.settings
+    return reward
+
+
+def head_copy(model: PreTrainedModel, device: torch.device) -> nn.Linear:
+    """A copy of a reward's head, with a bias, to be trained."""
+    head = zeroed_linear(score_head(model).in_features, device)
+    head.load_state_dict(score_head(model).state_dict(), strict=False)
+    return head
 
 
 def zero_head(policy: PreTrainedModel) -> nn.Linear:
     """A scalar head that gives 0 for hidden states of this policy."""
-    width = policy.config.get_text_config().hidden_size
-    head = nn.Linear(width, 1, device=policy.device)
+    return zeroed_linear(policy.config.get_text_config().hidden_size, policy.device)
+
+
+def zeroed_linear(width: int, device: torch.device) -> nn.Linear:
+    """A scalar head (1, H) of zeros."""
+    head = nn.Linear(width, 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

@@ -1,4 +1,4 @@
-"""What is watched of PPO: numbers per update, samples with their tokens' credit, alarms."""
+"""Monitors of PPO: numbers for each update, samples with their tokens' credit, and alarms."""
 
 from __future__ import annotations
 
@@ -13,58 +13,55 @@ from transformers import PreTrainedTokenizerBase
 from irl_align.config.policy_update import PPOOptions
 from irl_align.models.logprobs import k1
 from irl_align.policy.ppo.losses import k3
-from irl_align.policy.ppo.rollout import RolloutBatch, Scored
+from irl_align.policy.ppo.rollout import Rollout, RolloutBatch
 
 Judge = Callable[[Sequence[Sequence[int]], Sequence[str]], Mapping[str, float]]
-"""Gold metrics of samples: prompts as token ids, completions as text. For reporting alone."""
-WINDOW = 10  # updates over which length and reward are seen to rise
-RISE = 0.15  # of the mean length, from the first half of the window to the second
-EOS_CREDIT = 1.0  # deviations of the reward that red may put on EOS
+"""Gold metrics of samples: prompts as token ids, completions as text. They are only reported."""
+WINDOW = 10  # updates in which a joint rise of length and reward is looked for
+RISE = 0.15  # share by which the mean length rises between the halves of the window
+EOS_CREDIT = 1.0  # mean credit of EOS, in deviations of the reward, above which there is an alarm
 
 
-def rollout_report(
-    samples: RolloutBatch, scored: Scored, logps: Tensor, reference: Tensor, values: Tensor | None
-) -> dict[str, float]:
+def rollout_report(rollout: Rollout) -> dict[str, float]:
     """Rewards, KL to the reference, lengths and endings of a rollout.
 
-    logps, reference, values: (B, T). KLs are per completion, in nats; the entropy is the samples'
-    mean of -log pi per token.
+    KLs are per completion, in nats; the entropy is the samples' mean of -log pi per token.
     """
-    mask = samples.mask
+    samples, scores, mask = rollout.samples, rollout.scores, rollout.samples.mask
+    logps, reference = rollout.logps, rollout.reference_logps
     tokens = float(mask.sum())
     log_ratio = k1(logps, reference) * mask
+    truncated = float(samples.truncated.double().mean())
     report = {
-        "reward": float(scored.rewards.mean()),
-        "reward_std": float(scored.rewards.std(correction=0)),
-        "return": float(scored.returns.mean()),
+        "reward": float(scores.rewards.mean()),
+        "reward_std": float(scores.rewards.std(correction=0)),
+        "return": float(scores.returns.mean()),
         "kl": float(log_ratio.double().sum(1).mean()),
         "kl_k3": float((k3(logps, reference) * mask).double().sum(1).mean()),
         "sampled_entropy": -float((logps * mask).double().sum()) / tokens,
         "length": tokens / len(mask),
-        "truncated": float(samples.truncated.double().mean()),
-        "eos_rate": 1.0 - float(samples.truncated.double().mean()),
-        **scored.health,
+        "truncated": truncated,
+        "eos_rate": 1.0 - truncated,
+        **scores.health,
     }
     if not bool(samples.truncated.all()):
-        last = scored.credit.gather(1, mask.sum(1, keepdim=True).long() - 1)[~samples.truncated]
+        last = scores.credit.gather(1, mask.sum(1, keepdim=True).long() - 1)[~samples.truncated]
         report["eos_credit"] = float(last.double().mean())
-    if values is not None:
-        report["value"] = float((values * mask).double().sum()) / tokens
+    if rollout.values is not None:
+        report["value"] = float((rollout.values * mask).double().sum()) / tokens
     return report
 
 
-def sampler_report(
-    samples: RolloutBatch, logps: Tensor, weights: Tensor | None, cap: float
-) -> dict[str, float]:
-    """How far the sampler is from the learner: |log pi_learner - log pi_sampler| over tokens.
+def sampler_report(rollout: Rollout, cap: float) -> dict[str, float]:
+    """Distance of the sampler from the learner: |log pi_learner - log pi_sampler| over tokens.
 
-    logps: (B, T) the learner's; weights: (B, T) the importance weights, if any, at most cap.
+    cap: the upper limit of the importance weights.
     """
-    kept = samples.mask.bool()
-    gaps = (logps - samples.logps).abs()[kept].double()
+    kept = rollout.samples.mask.bool()
+    gaps = (rollout.logps - rollout.samples.logps).abs()[kept].double()
     report = {"sampler_log_ratio": float(gaps.mean()), "sampler_log_ratio_max": float(gaps.max())}
-    if weights is not None:
-        used = weights[kept].double()
+    if rollout.weights is not None:
+        used = rollout.weights[kept].double()
         report["importance_weight"] = float(used.mean())
         report["importance_capped"] = float((used >= cap).double().mean())
     return report
@@ -73,37 +70,41 @@ def sampler_report(
 def gold_report(
     judge: Judge | None, samples: RolloutBatch, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """Gold metrics of a rollout's samples, under names that start with gold_."""
+    """Gold metrics of a rollout's samples, with names that start with gold_."""
     if judge is None:
         return {}
     texts = tokenizer.batch_decode(samples.completions, skip_special_tokens=True)
-    found = judge(samples.prompts, texts)
-    return {f"gold_{name}": float(value) for name, value in found.items()}
+    metrics = judge(samples.prompts, texts)
+    return {f"gold_{name}": float(value) for name, value in metrics.items()}
 
 
 def sample_rows(
     update: int,
-    samples: RolloutBatch,
-    scored: Scored,
-    token_kl: Tensor,
+    rollout: Rollout,
     advantages: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
 ) -> list[dict[str, Any]]:
-    """The first `count` samples with, per token, its text, credit, KL to the reference (k1) and
-    advantage; what a report draws."""
+    """The first `count` samples, which a report draws: for each token its text, credit, KL to the
+    reference (k1) and advantage (B, T)."""
+    samples, scores = rollout.samples, rollout.scores
+    per_token = {
+        "credit": scores.credit,
+        "kl": k1(rollout.logps, rollout.reference_logps),
+        "advantage": advantages,
+    }
     rows = []
-    for i in range(min(count, len(samples.completions))):
-        ids = samples.completions[i]
+    for i, (prompt, ids) in enumerate(zip(samples.prompts, samples.completions, strict=True)):
+        if i == count:
+            break
         texts: Any = tokenizer.convert_ids_to_tokens(ids)
-        per_token = {"credit": scored.credit, "kl": token_kl, "advantage": advantages}
         rows.append(
             {
                 "update": update,
-                "prompt": tokenizer.decode(samples.prompts[i], skip_special_tokens=True),
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
                 "completion": tokenizer.decode(ids, skip_special_tokens=True),
-                "reward": float(scored.rewards[i]),
-                "return": float(scored.returns[i]),
+                "reward": float(scores.rewards[i]),
+                "return": float(scores.returns[i]),
                 "truncated": bool(samples.truncated[i]),
                 "token_ids": ids,
                 "tokens": [str(text) for text in texts],
@@ -117,7 +118,7 @@ def sample_rows(
 
 
 def find_alarms(recent: Sequence[Mapping[str, Any]], options: PPOOptions) -> list[str]:
-    """What the last of the records of at most WINDOW updates gives reason to worry about."""
+    """Alarms of the newest record, given the records of at most WINDOW updates up to it."""
     now = recent[-1]
     alarms = [
         f"{name} is not finite"
@@ -138,21 +139,21 @@ def find_alarms(recent: Sequence[Mapping[str, Any]], options: PPOOptions) -> lis
             f"sampler and learner differ by {now['sampler_log_ratio']:.2g} in a token's log-prob, "
             f"above sampler_gap_alarm {options.sampler_gap_alarm:g}; see importance_weights"
         )
-    on_eos, bound = now.get("eos_credit", 0.0), EOS_CREDIT * now["reward_std"]
+    eos_credit, deviation = now.get("eos_credit", 0.0), now["reward_std"]
     shaped = options.credit == "red" and options.beta_c > 0.0 and not options.eos_prefixes
-    if shaped and abs(on_eos) > bound:
+    if shaped and abs(eos_credit) > EOS_CREDIT * deviation:
         alarms.append(
-            f"EOS gets credit {on_eos:.2f} in the mean from red, where rewards deviate by "
-            f"{now['reward_std']:.2f}: the reward was fitted to texts with EOS, and prefixes have "
-            "none; see eos_prefixes"
+            f"red gives EOS a mean credit of {eos_credit:.2f}, while rewards have a standard "
+            f"deviation of {deviation:.2f}: the reward was fitted to texts with EOS, and prefixes "
+            "have none; see eos_prefixes"
         )
-    if rise := _rise(recent):
+    if rise := _joint_rise(recent):
         alarms.append(rise)
     return alarms
 
 
-def _rise(window: Sequence[Mapping[str, Any]]) -> str | None:
-    """Length and reward that rise together: a reward that can be had by talking on."""
+def _joint_rise(window: Sequence[Mapping[str, Any]]) -> str | None:
+    """A joint rise of length and reward: the reward may be exploited by length."""
     if len(window) < WINDOW:
         return None
 

@@ -1,4 +1,4 @@
-"""Which policy is kept: the best by held-out demonstrations, or the last that was sound."""
+"""Which policy is kept: the best by held-out demonstrations, or the last valid one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
 from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import save_model
+from irl_align.models.logprobs import k1
 from irl_align.models.lora import has_adapter
 from irl_align.models.trl import Training
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import Progress, checkpoints, load_checkpoint, updates_of
-from irl_align.policy.ppo.learner import Diverged, Learner
+from irl_align.policy.ppo.faults import Diverged
+from irl_align.policy.ppo.learner import Learner
 from irl_align.policy.ppo.rollout import at_missing_eos, collate, sample
 from irl_align.reward.distributed import spread
 from irl_align.reward.protocol import ScoreRequest
@@ -32,7 +34,7 @@ logger = logging.getLogger("irl_align.policy.ppo")
 
 
 class Selection:
-    """Looks at held-out demonstrations, never at gold, and keeps policies on disk."""
+    """Compares policies on held-out demonstrations, never on gold, and saves the best."""
 
     def __init__(
         self, actors: Actors, learner: Learner, options: PPOOptions, training: Training
@@ -44,11 +46,12 @@ class Selection:
         self.demonstrated: float | None = None
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
-        """Held-out demonstrations against fresh samples; the policy is kept if it is the best.
+        """Compare held-out demonstrations with fresh samples; save the policy if it is the best.
 
-        held_out_gap: mean reward of the demonstrations less that of one sample per prompt;
-        held_out_log_prob: of a demonstration at temperature 1; held_out_kl: of the samples to the
-        reference. Every look draws with the same random numbers.
+        held_out_gap: mean reward of the demonstrations minus that of one sample per prompt;
+        held_out_log_prob: mean log-prob of a demonstration at temperature 1; held_out_kl: of the
+        samples to the reference. Every call samples with the same random numbers.
+        Raises Diverged: one of them is not finite.
         """
         held_out, actors = self.actors.held_out, self.actors
         if self.demonstrated is None:
@@ -64,29 +67,29 @@ class Selection:
             held_out.prompts,
             held_out.completions,
         )
-        micro = self.learner.micro(samples)
+        packed = self.learner.pack(samples.prompts, samples.completions)
         with actors.as_reference():
-            reference = self.learner.logps_of(actors.reference, micro, self.learner.whole(micro))
-        apart = ((samples.logps - reference) * samples.mask).double().sum(1)
+            reference = self.learner.logps_of(actors.reference, packed)
+        kl = (k1(samples.logps, reference) * samples.mask).double().sum(1)
         report = {
             "held_out_gap": self.demonstrated - float(returns.double().mean()),
             "held_out_log_prob": sum(float(row.sum(dtype="float64")) for row in logps) / len(logps),
-            "held_out_kl": float(apart.mean()),
+            "held_out_kl": float(kl.mean()),
         }
         if bad := [name for name, value in report.items() if not math.isfinite(value)]:
             raise Diverged(f"update {progress.updates}: {bad[0]} is {report[bad[0]]}")
-        self._keep_if_best(report, progress)
+        self._save_if_best(report, progress)
         return report
 
     def finish(self, progress: Progress) -> int:
-        """Put the policy that is kept into work/model; the number of its updates."""
+        """Put the policy that is kept into work/model; returns the number of its updates."""
         if self.options.keep == "last":
             self._replace_model()
             return progress.updates
         best = progress.best_update
         if best == 0:
             logger.warning(
-                "%s: by %s no update was better than the start, which is kept",
+                "%s: by %s no update was better than the start; the start is kept",
                 self.training.label,
                 self.options.keep,
             )
@@ -97,24 +100,24 @@ class Selection:
         return best
 
     def fall_back(self, fault: Diverged, progress: Progress) -> tuple[str, int]:
-        """After a divergence: the best policy, or else that of the last checkpoint before it.
+        """After a divergence keep the best policy, or else that of the last valid checkpoint.
 
-        The best may be the start. A checkpoint is sound once a rollout has been drawn from it and
-        updated on. Raises UserError where neither is there, or not one update was sound: that is a
-        mistake to mend, and no training.
+        Returns the reason for the end and the updates of the kept policy. The best may be the
+        start. A checkpoint is valid once an update on a rollout from it has succeeded. Raises
+        UserError if there is no policy to keep, or if no update succeeded: the settings are wrong.
         """
         if self.options.keep != "last" and progress.best is not None:
             if not progress.recent:
-                raise UserError(f"PPO: {fault}; no update before it was sound, nothing was trained")
+                raise UserError(f"PPO: {fault}; no update succeeded before it, nothing was trained")
             kept = self.finish(progress)
         else:
-            found = distributed.on_main(lambda: checkpoints(self.scratch))
-            sound = [c for c in found if updates_of(c) < progress.updates]
-            if not sound:
-                raise UserError(f"PPO: {fault}; no earlier policy was kept to go on with")
-            load_checkpoint(sound[-1], self.learner.accelerator)
+            folders = distributed.on_main(lambda: checkpoints(self.scratch))
+            valid = [folder for folder in folders if updates_of(folder) < progress.updates]
+            if not valid:
+                raise UserError(f"PPO: {fault}; there is no checkpoint of an earlier policy")
+            load_checkpoint(valid[-1], self.learner.accelerator)
             self.learner.publish()
-            kept = updates_of(sound[-1])
+            kept = updates_of(valid[-1])
             self._replace_model()
         policy = f"the policy after update {kept}" if kept else "the start"
         return f"stopped at {fault}; {policy} is kept", kept
@@ -127,7 +130,7 @@ class Selection:
             if folder.name != f"best-{progress.best_update}":
                 shutil.rmtree(folder)
 
-    def _keep_if_best(self, report: dict[str, float], progress: Progress) -> None:
+    def _save_if_best(self, report: dict[str, float], progress: Progress) -> None:
         if self.options.keep == "last" or not report["held_out_kl"] <= self.options.kl_stop:
             return
         by_gap = self.options.keep == "reward_gap"
@@ -138,9 +141,9 @@ class Selection:
                 return
             folder = self.scratch / f"best-{progress.best_update}"
             shutil.rmtree(folder, ignore_errors=True)
-            with atomic_folder(folder) as aside:
-                self._save(aside)
-                seal(aside)
+            with atomic_folder(folder) as partial:
+                self._save(partial)
+                seal(partial)
 
     def _rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
         scores = score_tokens(spread(self.actors.reward), ScoreRequest(prompts, completions))

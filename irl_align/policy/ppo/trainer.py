@@ -1,6 +1,6 @@
 """The loop of PPO: roll out, score, estimate advantages, update; watch, checkpoint, resume.
 
-Legend of shapes: B samples, N samples per prompt, T completion tokens.
+B is the number of samples in a rollout.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,10 +27,11 @@ from irl_align.policy.ppo.checkpoint import (
     Progress,
     last_checkpoint,
     load_checkpoint,
-    once_more,
+    retry_once,
     save_checkpoint,
 )
-from irl_align.policy.ppo.learner import Batch, Diverged, Learner, LogProbGap, Micro
+from irl_align.policy.ppo.faults import Diverged, LogProbGap
+from irl_align.policy.ppo.learner import Learner, UpdateBatch
 from irl_align.policy.ppo.losses import adapted_kl_coef, explained_variance, truncated_weights
 from irl_align.policy.ppo.monitors import (
     WINDOW,
@@ -41,34 +41,15 @@ from irl_align.policy.ppo.monitors import (
     sample_rows,
     sampler_report,
 )
-from irl_align.policy.ppo.network import MicroBatch
-from irl_align.policy.ppo.rollout import RolloutBatch, Scored, draw, score
+from irl_align.policy.ppo.rollout import Rollout, RolloutBatch, draw, score
 from irl_align.policy.ppo.selection import Selection
 from irl_align.utils import distributed
 
 logger = logging.getLogger("irl_align.policy.ppo")
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """Samples with all that is known of them before an update."""
-
-    samples: RolloutBatch
-    scored: Scored
-    micro: Micro
-    whole: list[MicroBatch]
-    logps: Tensor
-    """(B, T) of the policy as it is now: the sampler's own where those are the learner's."""
-    reference: Tensor
-    """(B, T) of the reference."""
-    values: Tensor | None
-    """(B, T) of the critic as it is now."""
-    weights: Tensor | None
-    """(B, T) truncated importance weights, where they are asked for and not all 1."""
-
-
 class PPOTrainer:
-    """One PPO training in a stage's folder; `run` goes on from the last checkpoint there."""
+    """One PPO training in a stage's folder; `run` resumes from the last checkpoint there."""
 
     def __init__(
         self, actors: Actors, learner: Learner, options: PPOOptions, training: Training
@@ -78,8 +59,8 @@ class PPOTrainer:
         self.selection = Selection(actors, learner, options, training)
         self.progress = Progress(kl_coef=options.kl_coef)
         self.scratch = training.work / "scratch"
-        # What top-p or top-k drew, autocast rounds or another engine computes has other log-probs
-        # in the learner: those are then computed once per rollout.
+        # The sampler's log-probs are the learner's unless top-p or top-k changed them, autocast
+        # rounded them or another engine computed them; then the learner computes its own.
         plain = actors.sampling.top_p == 1 and actors.sampling.top_k == 0
         same_engine = isinstance(actors.generator, TransformersGenerator)
         self.own_logps = plain and same_engine and not learner.bf16
@@ -87,18 +68,18 @@ class PPOTrainer:
     def run(self) -> dict[str, Any]:
         """Train to the end or to a stop, and leave the policy that is kept in work/model.
 
-        Raises UserError where a rollout cannot be scored, or training diverged before any policy
-        was kept; TryAgain where it diverged for the first time since the last checkpoint.
+        Raises UserError if a rollout cannot be scored, or if training diverged and there is no
+        policy to keep; TryAgain if it diverged for the first time since the last checkpoint.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
-        found = distributed.on_main(lambda: last_checkpoint(self.scratch))
-        if found is not None:
-            self.progress = load_checkpoint(found, self.learner.accelerator)
+        checkpoint = distributed.on_main(lambda: last_checkpoint(self.scratch))
+        if checkpoint is not None:
+            self.progress = load_checkpoint(checkpoint, self.learner.accelerator)
             self.learner.publish()
-            logger.info("%s: resuming from %s", self.training.label, found.name)
+            logger.info("%s: resuming from %s", self.training.label, checkpoint.name)
         progress, work = self.progress, self.training.work
-        self.metrics = Journal(work / "metrics.jsonl", found)
-        self.samples = Journal(work / "samples.jsonl", found)
+        self.metrics = Journal(work / "metrics.jsonl", checkpoint)
+        self.samples = Journal(work / "samples.jsonl", checkpoint)
         ended = f"{self.options.updates} updates done"
         start: dict[str, Any] = {}
         try:
@@ -107,7 +88,7 @@ class PPOTrainer:
             self._updates()
             kept = self.selection.finish(progress)
         except Diverged as fault:
-            once_more(self.scratch, str(fault))
+            retry_once(self.scratch, str(fault))
             ended, kept = self.selection.fall_back(fault, progress)
             logger.warning("%s: %s", self.training.label, ended)
         return {
@@ -121,53 +102,60 @@ class PPOTrainer:
         }
 
     def _updates(self) -> None:
+        """All updates that are left, each with its record, evaluation and checkpoint."""
         total, batch = self.options.updates, self.options.batch_size
         done = self.progress.updates
         label = self.training.label
         with tqdm(total=total * batch, initial=done * batch, desc=label, unit="sample") as bar:
             for number in range(done, total):
-                record = self._sound_update(number)
+                record = self._update(number)
                 self.progress.updates = number + 1
                 last = number + 1 == total
                 if last or (number + 1) % self.options.evaluate_every == 0:
                     record.update(self.selection.evaluate(self.progress))
-                self._tell(record)
+                self._record(record)
                 if not last and (number + 1) % self.options.checkpoint_every == 0:
-                    self._checkpoint()
+                    journals = (self.metrics, self.samples)
+                    save_checkpoint(self.scratch, self.learner.accelerator, self.progress, journals)
+                    self.selection.forget_older(self.progress)
                 shown = {name: f"{record[name]:.3g}" for name in ("reward", "kl", "length")}
                 bar.set_postfix(shown, refresh=False)
                 bar.update(batch)
 
-    def _sound_update(self, number: int) -> dict[str, Any]:
-        """An update; what the first one refuses as a mistake is later the end of training."""
+    def _update(self, number: int) -> dict[str, Any]:
+        """One rollout and the update on it; returns the update's record.
+
+        Raises Diverged for an update that cannot be made. What is a mistake of the user's in the
+        first update is a divergence in a later one.
+        """
         try:
-            return self._update(number)
+            return self._roll_out_and_learn(number)
         except UserError as error:
             if number == 0:
                 raise
             raise Diverged(f"update {number + 1}: {error}") from error
 
-    def _update(self, number: int) -> dict[str, Any]:
-        """One rollout and the update on it; raises Diverged before an update that cannot be."""
+    def _roll_out_and_learn(self, number: int) -> dict[str, Any]:
+        actors, options = self.actors, self.options
         clock = [time.perf_counter()]
         with self._autocast():
             samples = draw(
-                self.actors.generator,
-                self.actors.prompts,
-                self.actors.sampling,
+                actors.generator,
+                actors.prompts,
+                actors.sampling,
                 self.training.seed,
                 number,
-                self.options.batch_size,
+                options.batch_size,
             )
         clock.append(time.perf_counter())
-        rollout = self._judge(number, samples)
+        rollout = self._score(number, samples)
         report = self._report(rollout)
-        self._check(number, rollout, report["kl"])
+        self._check_kl(number, rollout, report["kl"])
         batch = self._batch(rollout)
         clock.append(time.perf_counter())
-        report.update(self.learner.update(number, batch, rollout.micro, rollout.whole))
+        report.update(self.learner.update(number, batch))
         self.learner.publish()
-        if self.own_logps:  # the sampler's, which the first minibatch has computed anew
+        if self.own_logps:  # the first minibatch has computed the sampler's log-probs again
             for name in ("log_ratio", "log_ratio_max"):
                 report[f"sampler_{name}"] = report[f"first_{name}"]
         clock.append(time.perf_counter())
@@ -176,94 +164,94 @@ class PPOTrainer:
             report["explained_variance"] = explained_variance(
                 batch.old_values[kept], batch.targets[kept]
             )
-        self._adapt(report["kl"])
-        token_kl = k1(rollout.logps, rollout.reference)
-        rows = (samples, rollout.scored, token_kl, batch.advantages, self.actors.tokenizer)
-        self.samples.write(sample_rows(number + 1, *rows, self.options.samples_kept))
+        if options.kl_target is not None:
+            self.progress.kl_coef = adapted_kl_coef(
+                self.progress.kl_coef,
+                report["kl"],
+                options.kl_target,
+                options.batch_size,
+                options.kl_horizon,
+            )
+        self.samples.write(
+            sample_rows(
+                number + 1, rollout, batch.advantages, actors.tokenizer, options.samples_kept
+            )
+        )
         names = ("seconds_generate", "seconds_score", "seconds_update")
         spent = {n: end - begin for n, begin, end in zip(names, clock, clock[1:], strict=False)}
-        gold = distributed.on_main(
-            lambda: gold_report(self.actors.judge, samples, self.actors.tokenizer)
-        )
-        done = (number + 1) * self.options.batch_size
+        gold = distributed.on_main(lambda: gold_report(actors.judge, samples, actors.tokenizer))
+        done = (number + 1) * options.batch_size
         return {"update": number + 1, "episodes_done": done, **report, **gold, **spent}
 
-    def _judge(self, number: int, samples: RolloutBatch) -> Rollout:
-        """Reward, reference, critic and (where the sampler's do not do) policy: one pass each."""
+    def _score(self, number: int, samples: RolloutBatch) -> Rollout:
+        """Passes of reward, reference and critic, and of the policy if the sampler's log-probs are
+        not the learner's."""
         draws = torch.Generator().manual_seed(self.training.seed + number)
-        scored = score(samples, self.actors.reward, self.actors.policy, self.options, draws)
-        micro = self.learner.micro(samples)
-        whole = self.learner.whole(micro)
+        scores = score(samples, self.actors.reward, self.actors.policy, self.options, draws)
+        packed = self.learner.pack(samples.prompts, samples.completions)
         critic = self.options.advantage == "gae"
-        old, values = None, None
+        logps, values = None, None
         if critic or not self.own_logps:
-            old, values = self.learner.infer(micro, whole, not self.own_logps, critic)
+            logps, values = self.learner.infer(packed, logps=not self.own_logps, values=critic)
         with self.actors.as_reference():
-            reference = self.learner.logps_of(self.actors.reference, micro, whole)
-        logps, weights = samples.logps, None
-        if old is not None:
-            logps = old
-            if self.options.importance_weights == "truncated":
-                weights = truncated_weights(old, samples.logps, self.options.importance_cap)
-        return Rollout(samples, scored, micro, whole, logps, reference, values, weights)
+            reference = self.learner.logps_of(self.actors.reference, packed)
+        weights = None
+        if logps is not None and self.options.importance_weights == "truncated":
+            weights = truncated_weights(logps, samples.logps, self.options.importance_cap)
+        logps = samples.logps if logps is None else logps
+        return Rollout(samples, scores, packed, logps, reference, values, weights)
 
     def _report(self, rollout: Rollout) -> dict[str, float]:
-        samples = rollout.samples
-        slots = sum(distributed.gather(sum(batch.slots for batch in rollout.whole)))
-        return {
-            **rollout_report(
-                samples, rollout.scored, rollout.logps, rollout.reference, rollout.values
-            ),
-            **self._sampler_report(rollout),
-            "padding": 1.0 - sum(rollout.micro.lengths) / slots,
-            "kl_coef": self.progress.kl_coef,
-        }
+        """Numbers of a rollout before the update."""
+        slots = sum(distributed.gather(sum(batch.slots for batch in rollout.packed.whole)))
+        report = rollout_report(rollout)
+        if not self.own_logps:  # otherwise the first minibatch will measure the gap
+            report |= sampler_report(rollout, self.options.importance_cap)
+        report["padding"] = 1.0 - sum(rollout.packed.lengths) / slots
+        report["kl_coef"] = self.progress.kl_coef
+        return report
 
-    def _sampler_report(self, rollout: Rollout) -> dict[str, float]:
-        if self.own_logps:
-            return {}  # nothing to compare with before the first minibatch
-        cap = self.options.importance_cap
-        return sampler_report(rollout.samples, rollout.logps, rollout.weights, cap)
-
-    def _check(self, number: int, rollout: Rollout, kl: float) -> None:
-        """KL 0 where policy and reference are one model; an end to a KL that has exploded."""
+    def _check_kl(self, number: int, rollout: Rollout, kl: float) -> None:
+        """Raise Diverged for a KL above kl_stop, and UserError if the KL should be 0 and is not."""
         if not kl <= self.options.kl_stop:
             raise Diverged(
                 f"update {number + 1}: KL to the reference is {kl:.2f} nats per completion, above "
                 f"kl_stop {self.options.kl_stop:g}; raise kl_coef or lower learning_rate"
             )
         if number == 0 and self.actors.starts_at_reference:
-            gaps = (rollout.logps - rollout.reference).abs() * rollout.samples.mask
-            apart = LogProbGap(_mean(gaps, rollout.samples.mask), float(gaps.max()))
-            if told := apart.beyond_rounding(self.learner.bf16):
+            mask = rollout.samples.mask
+            gaps = (rollout.logps - rollout.reference_logps).abs() * mask
+            gap = LogProbGap(float(gaps.double().sum() / mask.sum()), float(gaps.max()))
+            if difference := gap.beyond_rounding(self.learner.bf16):
                 raise UserError(
                     "PPO: the policy and its reference are the same model, but their log-probs "
-                    f"differ {told}"
+                    f"differ {difference}"
                 )
 
-    def _batch(self, rollout: Rollout) -> Batch:
-        """Advantages, whitened, and all that the update reads."""
+    def _batch(self, rollout: Rollout) -> UpdateBatch:
+        """Whitened advantages, and all other arrays that the update reads."""
         mask, options = rollout.samples.mask, self.options
         rewards = self._token_rewards(rollout)
         advantages, targets = self._advantages(rewards, rollout.values, mask)
         in_loss = options.kl == "loss"
-        return Batch(
-            rollout.samples,
+        return UpdateBatch(
+            rollout.packed,
             rollout.logps,
             adv.WHITENINGS[options.whiten_advantages](advantages, mask),
-            rollout.reference if in_loss else None,
-            self.progress.kl_coef if in_loss else 0.0,
-            rollout.values,
-            targets,
-            rollout.weights,
+            reference_logps=rollout.reference_logps if in_loss else None,
+            kl_coef=self.progress.kl_coef if in_loss else 0.0,
+            old_values=rollout.values,
+            targets=targets,
+            weights=rollout.weights,
         )
 
     def _token_rewards(self, rollout: Rollout) -> Tensor:
-        """r_t = credit_t - kl_coef * k1_t (arXiv:1909.08593 eq. 2), clipped or scaled: (B, T)."""
+        """Credit minus the KL penalty, clipped or scaled: (B, T)."""
         options, mask = self.options, rollout.samples.mask
-        rewards = rollout.scored.credit
+        rewards = rollout.scores.credit
         if options.kl == "reward":
-            log_ratio = k1(rollout.logps, rollout.reference) * mask
+            # arXiv:1909.08593 eq. 2: r_t = credit_t - kl_coef * k1_t
+            log_ratio = k1(rollout.logps, rollout.reference_logps) * mask
             rewards = rewards - self.progress.kl_coef * log_ratio
         if options.clip_token_rewards is not None:
             rewards = rewards.clamp(-options.clip_token_rewards, options.clip_token_rewards)
@@ -285,29 +273,12 @@ class PPOTrainer:
         estimate = {"rloo": adv.rloo, "grpo": adv.grpo}[options.advantage]
         return adv.over_tokens(estimate(rewards.sum(1), options.n), mask), None
 
-    def _adapt(self, kl: float) -> None:
-        """The next rollout's weight of the KL, where it is adaptive."""
-        options = self.options
-        if options.kl_target is not None:
-            self.progress.kl_coef = adapted_kl_coef(
-                self.progress.kl_coef,
-                kl,
-                options.kl_target,
-                options.batch_size,
-                options.kl_horizon,
-            )
-
-    def _checkpoint(self) -> None:
-        journals = (self.metrics, self.samples)
-        save_checkpoint(self.scratch, self.learner.accelerator, self.progress, journals)
-        self.selection.forget_older(self.progress)
-
-    def _tell(self, record: dict[str, Any]) -> None:
-        """Write a record down, and warn of alarms that the one before did not have."""
-        before = {_kind(alarm) for alarm in _alarms(self.progress.recent)}
-        recent = [*self.progress.recent, record][-WINDOW:]
+    def _record(self, record: dict[str, Any]) -> None:
+        """Write an update's record, and log alarms that the previous record did not have."""
+        recent = self.progress.recent
+        before = {_kind(alarm) for alarm in (recent[-1]["alarms"] if recent else ())}
+        recent = self.progress.recent = [*recent, record][-WINDOW:]
         record["alarms"] = find_alarms(recent, self.options)
-        self.progress.recent = recent
         for alarm in record["alarms"]:
             if _kind(alarm) not in before:
                 logger.warning("%s: update %d: %s", self.training.label, record["update"], alarm)
@@ -315,22 +286,15 @@ class PPOTrainer:
         numbers = {name: value for name, value in record.items() if isinstance(value, float)}
         self.learner.accelerator.log(numbers, step=record["update"])
 
-    def _autocast(self) -> Any:
-        """bfloat16 for sampling, where that is faster: on a GPU."""
-        on_gpu = self.training.device.type == "cuda"
-        return self.learner.accelerator.autocast() if on_gpu else contextlib.nullcontext()
-
-
-def _alarms(recent: Sequence[dict[str, Any]]) -> list[str]:
-    """Of the newest record."""
-    return list(recent[-1]["alarms"]) if recent else []
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 for sampling on a GPU, where it is faster."""
+        if self.training.device.type != "cuda":
+            return contextlib.nullcontext()
+        accelerator: Any = self.learner.accelerator
+        context: AbstractContextManager[Any] = accelerator.autocast()
+        return context
 
 
 def _kind(alarm: str) -> str:
-    """What an alarm is of, without its numbers."""
+    """The kind of an alarm: its first words, which hold no numbers."""
     return " ".join(alarm.split()[:3])
-
-
-def _mean(values: Tensor, mask: Tensor) -> float:
-    """Over the tokens of the mask."""
-    return float((values * mask).double().sum() / mask.sum())

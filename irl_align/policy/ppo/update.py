@@ -17,7 +17,8 @@ from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import adapter_critic, share_backbone
 from irl_align.policy.ppo.critic import make_critic
-from irl_align.policy.ppo.learner import Learner, make_accelerator
+from irl_align.policy.ppo.distributed import make_accelerator
+from irl_align.policy.ppo.learner import Learner
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.trainer import PPOTrainer
