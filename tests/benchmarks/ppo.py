@@ -45,7 +45,8 @@ from irl_align.policy import Demonstrations
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import Journal
 from irl_align.policy.ppo.critic import make_critic
-from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
+from irl_align.policy.ppo.distributed import make_accelerator
+from irl_align.policy.ppo.learner import Learner, UpdateBatch
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.rollout import RolloutBatch, draw
 from irl_align.policy.ppo.trainer import PPOTrainer
@@ -68,18 +69,18 @@ def rollout(
 def our_update(
     model: PreTrainedModel, samples: RolloutBatch, options: PPOOptions
 ) -> Callable[[], None]:
-    """An update on one rollout; each call packs and trains it again."""
+    """Updates on one rollout; each call packs and trains it again."""
     policy = copy.deepcopy(model)
     network = Network(policy, make_critic(options, policy, None, None), 1.0)  # type: ignore[arg-type]
     learner = Learner(network, options, CPU, 0, PAD, make_accelerator(CPU, options.bf16))
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(samples.mask.shape, generator=draw) * samples.mask
     values = noise if network.critic is not None else None
-    batch = Batch(samples, samples.logps, noise, None, 0.0, values, values)
 
     def run() -> None:
-        micro = learner.micro(samples)
-        learner.update(0, batch, micro, learner.whole(micro))
+        packed = learner.pack(samples.prompts, samples.completions)
+        batch = UpdateBatch(packed, samples.logps, noise, old_values=values, targets=values)
+        learner.update(0, batch)
 
     return run
 

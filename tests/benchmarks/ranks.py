@@ -101,7 +101,8 @@ def work(options: Any) -> None:
     from irl_align.config.policy_update import PPOOptions
     from irl_align.models.generation.protocol import Sampling
     from irl_align.models.generation.transformers_backend import TransformersGenerator
-    from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
+    from irl_align.policy.ppo.distributed import make_accelerator
+    from irl_align.policy.ppo.learner import Learner, UpdateBatch
     from irl_align.policy.ppo.network import Network
     from irl_align.policy.ppo.rollout import collate, sample
     from irl_align.utils import distributed
@@ -141,25 +142,25 @@ def work(options: Any) -> None:
         began = time.perf_counter()
         samples = collate(prompts, sample(generator, prompts, sampling))
         seconds = [time.perf_counter() - began]
-        micro = learner.micro(samples)
-        logps, _ = learner.infer(micro, learner.whole(micro), logps=True, values=False)
+        packed = learner.pack(samples.prompts, samples.completions)
+        logps, _ = learner.infer(packed, logps=True, values=False)
         assert logps is not None
         advantages = torch.randn(logps.shape, generator=draws) * samples.mask
-        batch = Batch(samples, logps, advantages, None, 0.0, None, None)
+        batch = UpdateBatch(packed, logps, advantages)
         meet(Path(options.worker), "updates")
         began = time.perf_counter()
         for number in range(options.updates):
-            learner.update(number, replaced(batch, learner, micro), micro, learner.whole(micro))
+            learner.update(number, replaced(batch, learner))
         seconds.append(time.perf_counter() - began)
     path = Path(options.worker) / f"{os.environ['NUMBER']}.json"
     path.write_text(json.dumps(seconds))
 
 
-def replaced(batch: Any, learner: Any, micro: Any) -> Any:
-    """The batch with the current policy's log-probs, which are part of an update's work."""
+def replaced(batch: Any, learner: Any) -> Any:
+    """The batch with log-probs of the present policy, as in an update on its own samples."""
     from dataclasses import replace
 
-    logps, _ = learner.infer(micro, learner.whole(micro), logps=True, values=False)
+    logps, _ = learner.infer(batch.packed, logps=True, values=False)
     return replace(batch, old_logps=logps)
 
 

@@ -21,6 +21,8 @@ How each estimator combines with token rewards r_t = credit_t(R) - kl_coef * k1_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -125,7 +127,7 @@ def scale_only(values: Tensor, mask: Tensor) -> Tensor:
     return _kept(values / _deviation(values[completion]), completion)
 
 
-WHITENINGS = {
+WHITENINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "standardize": standardize,
     "scale_only": scale_only,
     "none": lambda values, mask: _kept(values, mask.bool()),

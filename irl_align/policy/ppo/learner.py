@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class Learner:
         # (log-probs, values) of each pass: adapters on one trunk take turns, backward pass included
         together = self.switch is None
         self.passes = ((True, True),) if together else ((True, False), (False, True))
-        self.trunks: list[nn.Module] = [network.policy]
+        self.trunks: list[Any] = [network.policy]
         if network.critic is not None and network.critic.trunk is not None:
             self.trunks.append(network.critic.trunk)
 

@@ -1,201 +1,276 @@
-"""PPO's learner: ratio 1 at its first step, bf16, the early stop on KL, and learning rates."""
+"""PPO's learner: its gradient, ratio 1 at its first step, bf16, the early stop, learning rates."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.ppo_tools import PAD, Scripted, actors, options, small_llama, train, training
+from support.ppo_tools import (
+    CPU,
+    cast_of,
+    learner_of,
+    options,
+    pack,
+    samples_of,
+    small_llama,
+    train,
+)
 from support.rows import random_ids, same_weights
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.generation.protocol import Completion, Generator, Sampling
 from irl_align.models.lm_head import lm_head_logits
-from irl_align.policy.ppo.critic import make_critic
-from irl_align.policy.ppo.learner import Batch, Learner, LogProbGap, make_accelerator
-from irl_align.policy.ppo.network import Network, states, tokens_of
-from irl_align.policy.ppo.rollout import RolloutBatch, collate
-from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.utils import hardware
+from irl_align.policy.ppo.learner import Learner, UpdateBatch
+from irl_align.policy.ppo.network import Network, hidden_before, token_outputs
+from irl_align.policy.ppo.rollout import RolloutBatch
 
 MakeModel = Callable[[str], PreTrainedModel]
-CPU = torch.device("cpu")
-PROMPTS = random_ids(16, 2, 5, 0, vocabulary=12)
-REWARD = Scripted(lambda prompt, completion: completion.count(5) - 0.1 * len(completion))
 
 
-def learner_of(model: PreTrainedModel, chosen: PPOOptions, bf16: bool = False) -> Learner:
-    """Without a critic, unless the advantage is gae: then with one that starts at 0."""
-    critic = make_critic(chosen, model, REWARD, None)  # type: ignore[arg-type]
-    accelerator = make_accelerator(CPU, bf16)
-    return Learner(Network(model, critic, 1.0), chosen, CPU, 0, PAD, accelerator)
+# --- the gradient ---------------------------------------------------------------------------------
 
 
-def samples_of(count: int, length: int, vocabulary: int = 12) -> RolloutBatch:
+def random_samples(n: int, seed: int) -> RolloutBatch:
+    """Six random samples, n per prompt."""
+    prompts = [p for p in random_ids(6 // n, 2, 5, seed, vocabulary=20) for _ in range(n)]
+    rows = random_ids(6, 1, 7, seed + 1, vocabulary=20)
+    return samples_of(*[(p, row, True) for p, row in zip(prompts, rows, strict=True)])
+
+
+def random_batch(learner: Learner, samples: RolloutBatch, kl_coef: float) -> UpdateBatch:
+    """Log-probs near the learner's, and random advantages, values and targets."""
+    draw = torch.Generator().manual_seed(5)
+
+    def noise(scale: float) -> torch.Tensor:
+        return scale * torch.randn(samples.mask.shape, generator=draw) * samples.mask
+
+    packed = pack(learner, samples)
+    logps, _ = learner.infer(packed, logps=True, values=False)
+    assert logps is not None
+    old = logps + noise(0.3)
+    return UpdateBatch(packed, old, noise(1), old + noise(0.2), kl_coef, noise(1), noise(1))
+
+
+def equal_samples(count: int, length: int, vocabulary: int = 12) -> RolloutBatch:
     """Random samples, each of `length` tokens."""
     prompts = random_ids(count, 2, 5, 1, vocabulary=vocabulary)
     rows = random_ids(count, length, length, 2, vocabulary=vocabulary)
-    zeros = torch.zeros(length).numpy()
-    return collate(prompts, [Completion(row, zeros, True) for row in rows])
+    return samples_of(*[(p, row, True) for p, row in zip(prompts, rows, strict=True)])
 
 
-def own_batch(learner: Learner, samples: RolloutBatch) -> Batch:
+def own_batch(learner: Learner, samples: RolloutBatch) -> UpdateBatch:
     """A rollout with the learner's own log-probs and values, and advantages of 1 and -1."""
-    micro = learner.micro(samples)
-    logps, values = learner.infer(micro, learner.whole(micro), True, learner.trunks[1:] != [])
+    packed = pack(learner, samples)
+    critic = learner.network.critic is not None
+    logps, values = learner.infer(packed, logps=True, values=critic)
     assert logps is not None
     sign = 1.0 - 2.0 * (torch.arange(len(samples.mask)) % 2)
     advantages = sign[:, None] * samples.mask
     targets = None if values is None else advantages.clone()
-    return Batch(samples, logps, advantages, None, 0.0, values, targets)
+    return UpdateBatch(packed, logps, advantages, old_values=values, targets=targets)
 
 
-def update(learner: Learner, batch: Batch, number: int = 0) -> dict[str, float]:
-    micro = learner.micro(batch.samples)
-    return learner.update(number, batch, micro, learner.whole(micro))
+def plain_loss(network: Network, batch: UpdateBatch, chosen: PPOOptions) -> torch.Tensor:
+    """PPO's loss of a rollout, token by token, from one unpadded forward per sample."""
+    assert batch.reference_logps is not None
+    assert batch.old_values is not None and batch.targets is not None
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for i, (prompt, row) in enumerate(
+        zip(batch.packed.prompts, batch.packed.completions, strict=True)
+    ):
+        ids = torch.tensor([[*prompt, *row]])
+        table = torch.softmax(network.policy(input_ids=ids).logits[0].double(), -1).log()
+        assert network.critic is not None
+        trunk = network.critic.trunk or network.policy.base_model
+        hidden = trunk(input_ids=ids)[0][0]
+        for t, token in enumerate(row):
+            place = len(prompt) + t - 1
+            logp = table[place, token]
+            ratio = (logp - batch.old_logps[i, t]).exp()
+            advantage = batch.advantages[i, t]
+            clipped = ratio.clamp(1 - chosen.clip, 1 + chosen.clip)
+            policy = -torch.minimum(ratio * advantage, clipped * advantage)
+            apart = batch.reference_logps[i, t] - logp
+            kl = apart.exp() - apart - 1
+            entropy = -(table[place].exp() * table[place]).sum()
+            value = network.critic.head(hidden[place])[0]
+            old, goal = batch.old_values[i, t], batch.targets[i, t]
+            near = old + (value - old).clamp(-0.2, 0.2)
+            critic = 0.5 * torch.maximum((value - goal) ** 2, (near - goal) ** 2)
+            total = total + policy + chosen.kl_coef * kl - chosen.entropy_coef * entropy
+            total = total + chosen.vf_coef * critic
+            tokens += 1
+    return total / tokens
+
+
+def gradients(network: Network) -> dict[str, torch.Tensor]:
+    grads = {
+        name: weight.grad.double().clone()
+        for name, weight in network.named_parameters()
+        if weight.grad is not None
+    }
+    network.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "qwen3", "mistral"])
+@pytest.mark.parametrize(("n", "critic"), [(1, "separate"), (3, "shared")])
+def test_accumulate_gives_the_formulas_gradient_however_the_rollout_is_cut(
+    tiny_model: MakeModel, arch: str, n: int, critic: str
+) -> None:
+    """Policy, k3, entropy and clipped value loss, meaned over tokens: against a plain loop over
+    unpadded rows, for one micro-batch, for one row each, and for prompts that are shared."""
+    chosen = options(kl="loss", entropy_coef=0.02, critic=critic, n=n, batch_size=6, kl_coef=0.1)
+    learner = learner_of(tiny_model(arch).float(), chosen)
+    network = learner.network
+    assert network.critic is not None
+    with torch.no_grad():
+        network.critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    samples = random_samples(n, 5)
+    batch = random_batch(learner, samples, chosen.kl_coef)
+    plain_loss(network, batch, chosen).backward()
+    want = gradients(network)
+    assert len(want) > 10
+    packed = batch.packed
+    assert (len(packed.rows) < 6) == (n > 1 and arch != "mistral")
+    for limit in (1, 40, 10_000):
+        packed.max_tokens = limit
+        cut = packed.batches(range(len(packed.rows)))
+        assert limit > 1 or len(cut) == len(packed.rows)
+        _, count, _ = learner.accumulate(cut, batch.on_device(CPU), batch.kl_coef, 0)
+        assert count == int(samples.mask.sum())
+        got = gradients(network)
+        assert got.keys() == want.keys()
+        for name, gradient in got.items():
+            scale = float(want[name].abs().max())
+            assert torch.allclose(gradient, want[name], atol=3e-5 * max(scale, 1e-2), rtol=0), name
+
+
+def test_accumulate_gives_the_same_gradient_with_checkpointing(tiny_model: MakeModel) -> None:
+    """A model's dropout has no influence either."""
+    results = []
+    for checkpointing in (False, True):
+        chosen = options(gradient_checkpointing=checkpointing, kl="loss", batch_size=6)
+        model = tiny_model("gpt2")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        learner = learner_of(model, chosen)
+        assert model.is_gradient_checkpointing == checkpointing
+        batch = random_batch(learner, random_samples(1, 5), chosen.kl_coef)
+        learner.accumulate(batch.packed.whole, batch.on_device(CPU), batch.kl_coef, 0)
+        results.append(gradients(learner.network))
+    plain, checkpointed = results
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-8) for name in plain)
+
+
+def test_accumulate_multiplies_the_policy_gradient_by_the_weights(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Against -mean(w A pi / pi_old), written with the model's own logits."""
+    model = small_llama(len(tiny_tokenizer))
+    learner = learner_of(model, options(advantage="reinforce"))
+    samples = random_samples(1, 5)
+    batch = own_batch(learner, samples)
+    shape = samples.mask.shape
+    advantages, weights = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    batch = replace(batch, advantages=advantages, weights=weights.abs())
+    learner.accumulate(batch.packed.whole, batch.on_device(CPU), 0.0, 0)
+    got = gradients(learner.network)
+
+    loss = torch.zeros(())
+    for i, (prompt, row) in enumerate(zip(samples.prompts, samples.completions, strict=True)):
+        logits = model(input_ids=torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1)[range(len(row)), row]
+        ratio = (logps - batch.old_logps[i, : len(row)]).exp()
+        loss = loss - (weights.abs()[i, : len(row)] * advantages[i, : len(row)] * ratio).sum()
+    (loss / samples.mask.sum()).backward()
+    want = gradients(learner.network)
+    assert got.keys() == want.keys()
+    for name, gradient in got.items():
+        assert torch.allclose(gradient, want[name], atol=1e-6, rtol=1e-4)
+
+
+def test_infer_uses_the_temperature(tiny_model: MakeModel) -> None:
+    """At temperature 0.5 log-probs are those of logits / 0.5."""
+    model = tiny_model("llama")
+    learner = learner_of(model, options(temperature=0.5, advantage="reinforce"))
+    prompt, row = [5, 9], [11, 4, 7]
+    packed = learner.pack([prompt], [row])
+    got, _ = learner.infer(packed, logps=True, values=False)
+    logits = model(input_ids=torch.tensor([[*prompt, *row]])).logits[0, 1:4].double() / 0.5
+    want = torch.softmax(logits, -1).log()[range(3), row]
+    assert got is not None and torch.allclose(got[0].double(), want, atol=1e-5)
 
 
 def steps_of(learner: Learner) -> set[int]:
-    """Optimiser steps that each weight has had."""
+    """Numbers of optimiser steps of the weights."""
     return {int(state["step"]) for state in learner.optimizer.state.values()}
 
 
-# --- ratio 1 --------------------------------------------------------------------------------------
-
-
-def test_apart_beyond_rounding_by_hand() -> None:
-    assert LogProbGap(0.9e-3, 0.049).beyond_rounding(bf16=False) is None
-    told = LogProbGap(2e-3, 0.1).beyond_rounding(bf16=False)
-    assert told == "by 0.002 per token, expected at most 0.001"
-    told = LogProbGap(0.9e-3, 0.9).beyond_rounding(bf16=False)
-    assert told == "by 0.9 at a token, expected at most 0.05"
-    assert LogProbGap(0.049, 0.9).beyond_rounding(bf16=True) is None
-    assert LogProbGap(0.049, 1.5).beyond_rounding(bf16=True) is not None
-    assert LogProbGap(0.06, 0.9).beyond_rounding(bf16=True) is not None
-
-
 @pytest.mark.parametrize("bf16", [False, True])
-def test_one_wrong_token_of_a_rollout_is_caught(bf16: bool) -> None:
+def test_update_refuses_one_wrong_token_of_a_rollout(bf16: bool) -> None:
     """Of 1,536 tokens one has ratio 2.46, or 1 / 4.5 under bf16: the mean is below its limit."""
     off = -1.5 if bf16 else math.log(2.46)
     chosen = options(advantage="reinforce", bf16=True, epochs=1)  # asked, and not what computes
-    learner = learner_of(small_llama(12), chosen, bf16)
-    batch = own_batch(learner, samples_of(256, 6))
+    learner = learner_of(small_llama(12), chosen, bf16=bf16)
+    batch = own_batch(learner, equal_samples(256, 6))
     before = small_llama(12)
     wrong = batch.old_logps.clone()
     wrong[200, 3] -= off
     mean = abs(off) / wrong.numel()
     assert mean < (5e-2 if bf16 else 1e-3)
-    told = rf"before its first step .* by {abs(off):.2g} at a token, expected at most"
-    with pytest.raises(UserError, match=told) as caught:
-        update(learner, replace(batch, old_logps=wrong))
+    message = rf"before its first step .* by {abs(off):.2g} at a token, expected at most"
+    with pytest.raises(UserError, match=message) as caught:
+        learner.update(0, replace(batch, old_logps=wrong))
     assert "\n" not in str(caught.value)
     assert same_weights(learner.network.policy, before)  # before any step
     learner.optimizer.zero_grad()
-    report = update(learner, batch)
+    report = learner.update(0, batch)
     assert report["first_log_ratio"] <= report["first_log_ratio_max"] < (0.1 if bf16 else 1e-5)
 
 
-def test_the_largest_is_of_all_micro_batches() -> None:
+def test_update_reports_the_largest_log_ratio_of_all_micro_batches() -> None:
     """One row each, the wrong one neither the first nor the last."""
     chosen = options(advantage="reinforce", epochs=1, max_batch_tokens=1)
     learner = learner_of(small_llama(12), chosen)
-    batch = own_batch(learner, samples_of(8, 4))
+    batch = own_batch(learner, equal_samples(8, 4))
     batch.old_logps[3, 2] += 1e-3  # within what is let through
-    report = update(learner, batch)
+    report = learner.update(0, batch)
     assert report["first_log_ratio_max"] == pytest.approx(1e-3, rel=1e-2)
     assert report["first_log_ratio"] == pytest.approx(1e-3 / 32, rel=1e-2)
 
 
-class Wrong:
-    """A sampler that gives one token of each rollout another log-prob than it had."""
-
-    def __init__(self, inner: Generator) -> None:
-        self.inner = inner
-
-    def stream(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        for number, group in self.inner.stream(prompts, sampling):
-            if number == 0:
-                logps = group[0].logprobs.copy()
-                logps[0] -= math.log(2.46)
-                group = [replace(group[0], logprobs=logps), *group[1:]]
-            yield number, group
-
-
-@pytest.mark.parametrize(
-    ("at_reference", "told"),
-    [
-        (True, "PPO: the policy and its reference are the same model, but their log-probs differ"),
-        (False, "PPO: update 1: before its first step the policy's log-probs differ from those it"),
-    ],
-)
-def test_a_sampler_that_is_wrong_in_one_token_is_refused(
-    tmp_path: Path,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-    at_reference: bool,
-    told: str,
-) -> None:
-    monkeypatch.setattr("irl_align.policy.ppo.trainer.TransformersGenerator", Wrong)
-    chosen = options(batch_size=512, episodes=512, advantage="reinforce")
-    prompts = random_ids(512, 2, 5, 0, vocabulary=12)
-    cast = actors(small_llama(12), REWARD, tiny_tokenizer, prompts, chosen)
-    cast = replace(cast, generator=Wrong(cast.generator), starts_at_reference=at_reference)
-    with pytest.raises(UserError, match=r"by 0\.9 at a token, expected at most 0\.05") as caught:
-        train(tmp_path / "work", cast, chosen)
-    assert str(caught.value).startswith(told)
-
-
-@pytest.mark.parametrize("has", [False, True])
-def test_bf16_that_a_cpu_has_not_costs_no_pass_of_its_own(
-    tmp_path: Path,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-    has: bool,
-) -> None:
-    """Where float32 takes its place the sampler's log-probs are the learner's."""
-    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: has)
-    chosen = options(bf16=True, advantage="reinforce")
-    learner = learner_of(small_llama(12), chosen, hardware.in_bf16(chosen.bf16, on_cpu=True))
-    cast = actors(small_llama(12), REWARD, tiny_tokenizer, PROMPTS, chosen)
-    trainer = PPOTrainer(cast, learner, chosen, training(tmp_path / "work"))
-    assert learner.bf16 is has and trainer.own_logps is not has
-
-
-# --- bf16 -----------------------------------------------------------------------------------------
-
-
-def test_bf16_has_log_probs_in_float32(tiny_model: MakeModel) -> None:
+def test_infer_in_bf16_gives_log_probs_in_float32(tiny_model: MakeModel) -> None:
     """Autocast on any CPU, emulated where it must be: near float32, and not float32."""
-    samples = samples_of(6, 7, vocabulary=320)
-    chosen, found = options(epochs=1), {}
+    samples = equal_samples(6, 7, vocabulary=320)
+    chosen, results = options(epochs=1), {}
     for bf16 in (False, True):
-        learner = learner_of(tiny_model("llama"), chosen, bf16)
+        learner = learner_of(tiny_model("llama"), chosen, bf16=bf16)
         assert learner.bf16 is bf16
-        found[bf16] = own_batch(learner, samples)
-    exact, rounded = found[False].old_logps, found[True].old_logps
+        results[bf16] = own_batch(learner, samples)
+    exact, rounded = results[False].old_logps, results[True].old_logps
     assert rounded.dtype == torch.float32
     assert 1e-5 < float((rounded - exact).abs().max()) < 5e-2
     assert not torch.equal(rounded, rounded.bfloat16().float())
-    values = found[True].old_values
+    values = results[True].old_values
     assert values is not None and values.dtype == torch.float32
 
 
-def test_log_softmax_of_bf16_logits_is_float32s(tiny_model: MakeModel) -> None:
+def test_token_outputs_in_bf16_compute_log_softmax_in_float32(tiny_model: MakeModel) -> None:
     """Against float64 on the logits that autocast computes: the temperature rounds nothing more."""
     model = tiny_model("llama")
     learner = learner_of(model, options(advantage="reinforce"), bf16=True)
-    [batch] = learner.whole(learner.micro(samples_of(6, 7, vocabulary=320)))
+    [batch] = pack(learner, equal_samples(6, 7, vocabulary=320)).whole
     with torch.no_grad(), learner.accelerator.autocast():
-        got = tokens_of(model, batch, 0.7, "monitor")
-        logits = lm_head_logits(model.get_output_embeddings(), states(model.base_model, batch))
+        got = token_outputs(model, batch, 0.7, "monitor")
+        logits = lm_head_logits(
+            model.get_output_embeddings(), hidden_before(model.base_model, batch)
+        )
     assert logits.dtype == torch.bfloat16
     assert got.logps is not None and got.logps.dtype == torch.float32
     table = (logits.double() / 0.7).log_softmax(-1)
@@ -205,77 +280,71 @@ def test_log_softmax_of_bf16_logits_is_float32s(tiny_model: MakeModel) -> None:
     assert torch.allclose(got.entropy.double(), -(table.exp() * table).sum(1), atol=1e-4, rtol=0)
 
 
-def test_an_update_in_bf16_moves_weights_of_float32(tiny_model: MakeModel) -> None:
+def test_update_in_bf16_changes_weights_in_float32(tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
     learner = learner_of(model, options(epochs=2, learning_rate=1e-3), bf16=True)
-    report = update(learner, own_batch(learner, samples_of(6, 7, vocabulary=320)))
+    report = learner.update(0, own_batch(learner, equal_samples(6, 7, vocabulary=320)))
     assert all(math.isfinite(value) for value in report.values())
     assert {weight.dtype for weight in learner.network.parameters()} == {torch.float32}
     assert not same_weights(model, tiny_model("llama"))
 
 
-# --- the early stop on KL -------------------------------------------------------------------------
-
-
-def test_epochs_end_where_the_updates_kl_passes_its_limit(
+def test_update_stops_its_epochs_above_epoch_kl(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Eight epochs of two minibatches, of which a step ends half of one."""
-    found: dict[float | None, list[dict[str, Any]]] = {}
+    results: dict[float | None, list[dict[str, Any]]] = {}
     for limit in (None, 0.05, 1e-4):
         chosen = options(epochs=8, minibatches=2, epoch_kl=limit, episodes=32)
-        cast = actors(small_llama(12), REWARD, tiny_tokenizer, PROMPTS, chosen)
-        found[limit] = train(tmp_path / str(limit), cast, chosen)["history"]
-    assert [record["epochs"] for record in found[None]] == [8.0, 8.0]
-    assert [record["epochs"] for record in found[1e-4]] == [0.5, 0.5]
-    for record in found[0.05]:
+        cast = cast_of(tiny_tokenizer, chosen)
+        results[limit] = train(tmp_path / str(limit), cast, chosen)["history"]
+    assert [record["epochs"] for record in results[None]] == [8.0, 8.0]
+    assert [record["epochs"] for record in results[1e-4]] == [0.5, 0.5]
+    for record in results[0.05]:
         assert 0.5 < record["epochs"] < 8.0 and record["epochs"] % 0.5 == 0.0
     for limit in (0.05, 1e-4):
-        assert all(record["update_kl"] > limit for record in found[limit])
+        assert all(record["update_kl"] > limit for record in results[limit])
     # One and the same first rollout, so that more steps have taken the policy further.
-    assert found[None][0]["update_kl"] > found[1e-4][0]["update_kl"]
+    assert results[None][0]["update_kl"] > results[1e-4][0]["update_kl"]
 
 
 @pytest.mark.parametrize(("limit", "epochs", "steps"), [(1e-4, 0.5, 1), (None, 8.0, 16)])
-def test_the_minibatch_that_passes_the_limit_has_no_step(
+def test_update_takes_no_step_above_epoch_kl(
     limit: float | None, epochs: float, steps: int
 ) -> None:
     chosen = options(
         epochs=8, minibatches=2, epoch_kl=limit, advantage="reinforce", learning_rate=1e-2
     )
     learner = learner_of(small_llama(12), chosen)
-    report = update(learner, own_batch(learner, samples_of(16, 5)))
+    report = learner.update(0, own_batch(learner, equal_samples(16, 5)))
     assert report["epochs"] == epochs and steps_of(learner) == {steps}
     assert all(weight.grad is None for weight in learner.network.parameters())
-
-
-# --- learning rates -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("schedule", "factors"), [("linear", [1.0, 0.75, 0.5, 0.25]), ("constant", [1.0] * 4)]
 )
-def test_learning_rates_of_four_updates(schedule: str, factors: list[float]) -> None:
+def test_update_follows_the_learning_rate_schedule(schedule: str, factors: list[float]) -> None:
     chosen = options(lr_schedule=schedule, learning_rate=1e-3, critic_learning_rate=4e-3)
     assert chosen.updates == 4
     learner = learner_of(small_llama(12), chosen)
-    batch = own_batch(learner, samples_of(4, 3))
+    samples = equal_samples(4, 3)
     for number, factor in enumerate(factors):
-        fresh = own_batch(learner, batch.samples)
-        report = update(learner, fresh, number)
+        fresh = own_batch(learner, samples)
+        report = learner.update(number, fresh)
         assert report["learning_rate"] == pytest.approx(1e-3 * factor)
         rates = [group["lr"] for group in learner.optimizer.param_groups]
         assert rates == pytest.approx([1e-3 * factor, 4e-3 * factor])
 
 
-def test_a_critics_learning_rate_is_the_critics_alone(
+def test_critic_learning_rate_does_not_change_the_policy(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """The critic starts at 0, so that the first update of the policy is the same."""
     values, rewards = {}, {}
     for rate in (None, 1e-9):
         chosen = options(episodes=32, critic_learning_rate=rate)
-        cast = actors(small_llama(12), REWARD, tiny_tokenizer, PROMPTS, chosen)
+        cast = cast_of(tiny_tokenizer, chosen)
         history = train(tmp_path / str(rate), cast, chosen)["history"]
         assert history[0]["value"] == 0.0
         values[rate], rewards[rate] = history[1]["value"], history[1]["reward"]

@@ -1,21 +1,33 @@
-"""What PPO records of an update: all of its numbers are there, and mean what they say."""
+"""The record of an update: it has all numbers, they are correct, and alarms are raised."""
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ppo_tools import EOS, Scripted, actors, options, small_llama, train
-from support.rows import random_ids, save
-from transformers import PreTrainedTokenizerFast
+import torch
+from support.ppo_tools import (
+    EOS,
+    PROMPTS,
+    REWARD,
+    Scripted,
+    actors,
+    learner_of,
+    options,
+    pack,
+    reward_model,
+    samples_of,
+    small_llama,
+    train,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
-from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
+from irl_align.policy.ppo.monitors import find_alarms, rollout_report
+from irl_align.policy.ppo.rollout import Rollout, RolloutBatch, score
 
-PROMPTS = random_ids(16, 2, 5, 0, vocabulary=12)
-REWARD = Scripted(lambda prompt, completion: completion.count(5) - 0.1 * len(completion))
 ROLLOUT = {
     *("update", "episodes_done", "alarms", "padding", "kl_coef"),
     *("reward", "reward_std", "return", "kl", "kl_k3", "sampled_entropy"),
@@ -48,7 +60,7 @@ def trained(
     ],
     ids=["gae", "shared", "reinforce", "kl-in-loss"],
 )
-def test_a_record_has_all_of_its_numbers(
+def test_train_records_all_numbers(
     tmp_path: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,
     way: dict[str, Any],
@@ -64,7 +76,7 @@ def test_a_record_has_all_of_its_numbers(
         assert all(math.isfinite(value) for value in numbers)
 
 
-def test_numbers_of_a_rollout_are_those_of_its_samples(
+def test_rollout_report_agrees_with_the_samples(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Two updates whose samples are all kept, and what is written of each of their tokens."""
@@ -112,15 +124,85 @@ def test_numbers_of_a_rollout_are_those_of_its_samples(
         ("abc_policy", {"attention_entropy", "attention_last"}),
     ],
 )
-def test_the_mass_of_attention_is_told_where_it_is_a_share(
+def test_rollout_report_has_the_attention_mass_if_it_is_a_share(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, credit: str, attention: set[str]
 ) -> None:
     """The weights of the policy's attention are means over other steps: they can sum to over 1."""
-    folder = save(small_llama(12, layers=2), tiny_tokenizer, tmp_path / "sft")
-    reward = RewardModel.from_policy(folder, tiny_tokenizer, RewardSettings(), seed=3)
+    reward = reward_model(tmp_path / "sft", tiny_tokenizer, small_llama(12, layers=2))
     chosen = options(episodes=16, credit=credit)
     [record] = trained(tmp_path / "work", tiny_tokenizer, chosen, reward)["history"]
     assert {name for name in record if name.startswith("attention_")} == attention
     assert 0.0 < record.get("attention_mass", 0.5) < 1.0
     assert 0.0 <= record.get("attention_last", 0.0) <= 1.0
     assert 0.0 <= record.get("attention_entropy", 0.0) <= math.log(6)
+
+
+def eos_credit(
+    samples: RolloutBatch, reward: Any, model: PreTrainedModel, chosen: PPOOptions
+) -> float | None:
+    """The report's credit of EOS for samples."""
+    scores = score(samples, reward, model, chosen, torch.Generator())
+    zeros = torch.zeros_like(samples.logps)
+    packed = pack(learner_of(model, chosen), samples)
+    rollout = Rollout(samples, scores, packed, zeros, zeros, None, None)
+    return rollout_report(rollout).get("eos_credit")
+
+
+def test_rollout_report_has_the_credit_of_eos_of_samples_that_end() -> None:
+    """The reward is 10 with EOS and 0 without, so red pays EOS."""
+    ended, cut = ([3], [4, 5, EOS], False), ([3], [4, 5], True)
+    reward = Scripted(lambda prompt, completion: 10.0 * (completion[-1:] == [EOS]))
+    chosen = options(credit="red", missing_eos="ignore")
+    assert eos_credit(samples_of(ended, cut), reward, small_llama(12), chosen) == 10.0
+    assert eos_credit(samples_of(cut), reward, small_llama(12), chosen) is None
+
+
+def test_red_gives_eos_no_credit_if_prefixes_have_eos_too(
+    tmp_path: Path,
+    tiny_model: Callable[[str], PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    reward = reward_model(tmp_path / "sft", tiny_tokenizer, tiny_model("llama"))
+    samples = samples_of(([3], [4, 5, EOS], False), ([3, 6], [4, EOS], False))
+    for eos_prefixes in (True, False):
+        chosen = options(credit="red", eos_prefixes=eos_prefixes)
+        credit = eos_credit(samples, reward, tiny_model("llama"), chosen)
+        assert credit is not None and (abs(credit) < 1e-5) is eos_prefixes
+
+
+def records(lengths: list[float], rewards: list[float], kl: float = 0.1) -> list[dict[str, Any]]:
+    return [
+        {"length": length, "reward": reward, "reward_std": 1.0, "kl": kl, "sampler_log_ratio": 1e-6}
+        for length, reward in zip(lengths, rewards, strict=True)
+    ]
+
+
+def test_find_alarms() -> None:
+    chosen = options(kl_target=1.0, kl_alarm=5.0)
+    quiet = records([10.0] * 10, [0.0] * 10)
+    assert find_alarms(quiet, chosen) == []
+    rising = records([10.0] * 5 + [12.0] * 5, [0.0] * 5 + [1.0] * 5)
+    assert find_alarms(rising, chosen) == [
+        "length and reward rise together over 10 updates: 10.0 to 12.0 tokens, 0 to 1"
+    ]
+    assert find_alarms(rising[1:], chosen) == []  # too few to tell
+    assert find_alarms(records([10.0] * 5 + [12.0] * 5, [0.0] * 10), chosen) == []
+    far = find_alarms(records([10.0], [0.0], kl=6.0), chosen)
+    assert far == [
+        "KL to the reference is 6.00 nats, more than twice its target 1",
+        "KL to the reference is 6.00 nats, above kl_alarm 5",
+    ]
+    (apart,) = find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], chosen)
+    assert apart.startswith("sampler and learner differ by 0.3 in a token's log-prob, above")
+    assert find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], options(sampler_gap_alarm=1)) == []
+    ending = [{**quiet[0], "eos_credit": -1.1}]
+    (paid,) = find_alarms(ending, options(credit="red"))
+    assert paid.startswith(
+        "red gives EOS a mean credit of -1.10, while rewards have a standard dev"
+    )
+    assert find_alarms([{**quiet[0], "eos_credit": 0.9}], options(credit="red")) == []
+    assert find_alarms(ending, chosen) == []  # sparse: all of R is there
+    for way in ({"beta_c": 0.0}, {"eos_prefixes": True}):  # as sparse, or fixed already
+        assert find_alarms(ending, options(credit="red", **way)) == []
+    (broken,) = find_alarms([{**quiet[0], "entropy": math.nan}], chosen)
+    assert broken == "entropy is not finite"

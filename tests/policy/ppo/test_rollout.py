@@ -1,30 +1,129 @@
-"""PPO on rollouts of a sampler that is not the learner: the gap, its alarm, importance weights."""
+"""Rollouts: prompts, scores and their credit, and samplers that differ from the learner."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.ppo_tools import EOS, PAD, Scripted, actors, options, small_llama, train
+from support.ppo_tools import EOS, Scripted, actors, options, samples_of, small_llama, train
 from transformers import PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
+from irl_align.errors import UserError
 from irl_align.models.generation.protocol import Completion, Generator, Sampling
-from irl_align.policy.ppo.learner import Batch, Learner, make_accelerator
-from irl_align.policy.ppo.network import Network
-from irl_align.policy.ppo.rollout import collate, sample
+from irl_align.policy.ppo import advantages as adv
+from irl_align.policy.ppo.rollout import collate, prompt_passes, score
 
-CPU = torch.device("cpu")
 PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 10]]
 SMALL: dict[str, Any] = {"advantage": "reinforce", "episodes": 32, "learning_rate": 1e-4}
 REWARD = Scripted(lambda prompt, row: float(row[-1] == EOS) + 0.1 * len(row))
 
 
-class Hot:
-    """Samples at another temperature than it is asked for, and says so in its log-probs."""
+# --- prompts and samples --------------------------------------------------------------------------
+
+
+def test_prompt_passes_take_every_prompt_once_and_continue() -> None:
+    prompts = [[i] for i in range(10)]
+    whole = prompt_passes(prompts, 7, 0, 25)
+    assert [number for number, _ in whole] == [0, 1, 2]
+    assert [len(part) for _, part in whole] == [10, 10, 5]
+    for _, part in whole[:2]:
+        assert sorted(part) == prompts
+    assert whole[0][1] != whole[1][1]
+    flat = [prompt for _, part in whole for prompt in part]
+    again = [
+        prompt
+        for start in range(0, 25, 5)
+        for _, part in prompt_passes(prompts, 7, start, 5)
+        for prompt in part
+    ]
+    assert again == flat
+
+
+def test_collate_refuses_samples_without_tokens() -> None:
+    empty = Completion([], np.zeros(0, np.float32), True)
+    full = Completion([4], np.zeros(1, np.float32), True)
+    with pytest.raises(UserError, match="sample 1 has no token"):
+        collate([[3], [3]], [full, empty])
+    with pytest.raises(UserError, match="no samples"):
+        collate([], [])
+
+
+# --- scores and credit ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("way", "returns"),
+    [
+        ({"missing_eos": "replace"}, [6.0, -1.0]),
+        ({"missing_eos": "replace", "missing_eos_value": -4.0}, [6.0, -4.0]),
+        ({"missing_eos": "subtract"}, [6.0, 8.0]),
+        ({"missing_eos": "subtract", "missing_eos_value": 2.5}, [6.0, 6.5]),
+        ({"missing_eos": "ignore"}, [6.0, 9.0]),
+        ({"missing_eos": "subtract", "clip_reward": 7.0}, [6.0, 6.0]),
+    ],
+)
+def test_score_changes_the_terminal_slot_for_a_missing_eos(
+    way: dict[str, Any], returns: list[float]
+) -> None:
+    """R is the sum of a completion's ids: 4 + 2 with EOS, 4 + 5 without."""
+    samples = samples_of(([3], [4, EOS], False), ([3], [4, 5], True))
+    reward = Scripted(lambda prompt, completion: float(sum(completion)))
+    for credit in ("sparse", "uniform", "red"):
+        chosen = options(credit=credit, **way)
+        scored = score(samples, reward, small_llama(12), chosen, torch.Generator())
+        assert scored.returns.tolist() == returns
+        assert scored.rewards.tolist() == [6.0, 9.0]
+        assert scored.credit.sum(1).tolist() == pytest.approx(returns)  # red: R(x, empty) is 0
+        clipped = [min(r, way.get("clip_reward", math.inf)) for r in (6.0, 9.0)]
+        first = {"sparse": [0.0, 0.0], "uniform": [r / 2 for r in clipped], "red": [4.0, 4.0]}
+        assert scored.credit[:, 0].tolist() == first[credit]
+
+
+@pytest.mark.parametrize("missing_eos", ["replace", "subtract"])
+def test_score_centred_sums_to_r_minus_its_mean(missing_eos: str) -> None:
+    """R is 4 + 2, 4 + 5 and 4 + 4 + 2 before the one without EOS becomes -1, or loses 1."""
+    samples = samples_of(([3], [4, EOS], False), ([3], [4, 5], True), ([3], [4, 4, EOS], False))
+    reward = Scripted(lambda prompt, completion: float(sum(completion)))
+    returns, mean = {"replace": ([6, -1, 10], 5), "subtract": ([6, 8, 10], 8)}[missing_eos]
+    for credit in ("sparse", "uniform", "red"):
+        way = {"credit": credit, "missing_eos": missing_eos, "center_rewards": True}
+        draws = torch.Generator()
+        scored = score(samples, reward, small_llama(12), options(**way), draws)
+        assert scored.returns.tolist() == returns and scored.rewards.tolist() == [6, 9, 10]
+        assert scored.credit.sum(1).tolist() == pytest.approx([r - mean for r in returns])
+        plain = score(
+            samples, reward, small_llama(12), options(**way | {"center_rewards": False}), draws
+        )
+        moved = scored.credit - plain.credit  # red, like sparse, moves the last token alone
+        last = [[0.0, -mean, 0.0], [0.0, -mean, 0.0], [0.0, 0.0, -mean]]
+        even = [[-mean / 2, -mean / 2, 0.0]] * 2 + [[-mean / 3] * 3]
+        assert torch.allclose(moved, torch.tensor(even if credit == "uniform" else last))
+
+
+def test_score_centred_uniform_does_not_pay_for_length() -> None:
+    """All completions are worth -6, of 2 or of 6 tokens: rewards-to-go tell the short ones from the
+    long ones at the first tokens they share, unless R is centred."""
+    short, long = [4, EOS], [4, 4, 4, 4, 4, EOS]
+    samples = samples_of(([3], short, False), ([3], long, False))
+    reward = Scripted(lambda prompt, completion: -6.0)
+    for centred in (False, True):
+        chosen = options(credit="uniform", center_rewards=centred)
+        scored = score(samples, reward, small_llama(12), chosen, torch.Generator())
+        after_first = adv.rewards_to_go(scored.credit, samples.mask)[:, 1].tolist()
+        assert after_first == pytest.approx([0.0, 0.0] if centred else [-3.0, -5.0])
+
+
+# --- samplers that differ from the learner --------------------------------------------------------
+
+
+class HotSampler:
+    """Samples at another temperature than requested; its log-probs are correct for it."""
 
     def __init__(self, inner: Generator, temperature: float) -> None:
         self.inner, self.temperature = inner, temperature
@@ -38,17 +137,17 @@ class Hot:
 def history(
     work: Path, tokenizer: PreTrainedTokenizerFast, temperature: float | None, chosen: PPOOptions
 ) -> list[dict[str, Any]]:
-    """Of a training on samples of the policy at a temperature that the learner does not have."""
+    """Records of a training on samples at a temperature that the learner does not use."""
     model = small_llama(len(tokenizer))
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # distributions that a temperature changes
     cast = actors(model, REWARD, tokenizer, PROMPTS, chosen, max_new_tokens=12)
     if temperature is not None:
-        cast = replace(cast, generator=Hot(cast.generator, temperature))
+        cast = replace(cast, generator=HotSampler(cast.generator, temperature))
     return list(train(work, cast, chosen)["history"])
 
 
-def test_a_sampler_that_is_not_the_learner_is_measured_and_told(
+def test_train_measures_and_logs_the_gap_of_another_sampler(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="irl_align"):
@@ -58,10 +157,10 @@ def test_a_sampler_that_is_not_the_learner_is_measured_and_told(
         assert any(alarm.startswith("sampler and learner differ") for alarm in record["alarms"])
         assert record["first_log_ratio"] < 1e-4  # the update starts from the learner's own
         assert "importance_weight" not in record
-    assert caplog.text.count("sampler and learner differ") == 1  # told when it begins
+    assert caplog.text.count("sampler and learner differ") == 1  # logged when it begins
 
 
-def test_the_same_engine_has_no_gap(
+def test_train_has_no_gap_with_the_same_engine(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     for record in history(tmp_path, tiny_tokenizer, None, options(**SMALL)):
@@ -69,52 +168,21 @@ def test_the_same_engine_has_no_gap(
         assert record["alarms"] == []
 
 
-def test_weights_have_a_mean_of_one_under_the_sampler_until_they_are_cut(
+def test_importance_weights_have_mean_one_unless_truncated(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """E_q[pi / q] = 1 at every token."""
     big = {**SMALL, "batch_size": 128, "episodes": 128, "epochs": 1}
-    found = {}
+    records = {}
     for cap in (1e9, 1.1):
         chosen = options(importance_weights="truncated", importance_cap=cap, **big)
-        [found[cap]] = history(tmp_path / str(cap), tiny_tokenizer, 1.5, chosen)
-    assert found[1e9]["importance_weight"] == pytest.approx(1.0, abs=0.15)
-    assert found[1e9]["importance_capped"] == 0
-    assert 0.1 < found[1.1]["importance_capped"] < 0.9
-    assert found[1.1]["importance_weight"] < 0.95
+        [records[cap]] = history(tmp_path / str(cap), tiny_tokenizer, 1.5, chosen)
+    assert records[1e9]["importance_weight"] == pytest.approx(1.0, abs=0.15)
+    assert records[1e9]["importance_capped"] == 0
+    assert 0.1 < records[1.1]["importance_capped"] < 0.9
+    assert records[1.1]["importance_weight"] < 0.95
 
 
-def test_weights_multiply_the_policy_gradient_token_by_token(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    """Against -mean(w A pi / pi_old), written with the model's own logits."""
-    model = small_llama(len(tiny_tokenizer))
-    chosen = options(advantage="reinforce")
-    learner = Learner(Network(model, None, 1.0), chosen, CPU, 0, PAD, make_accelerator(CPU, False))
-    cast = actors(model, REWARD, tiny_tokenizer, PROMPTS, chosen)
-    samples = collate(PROMPTS, sample(cast.generator, PROMPTS, cast.sampling))
-    shape = samples.mask.shape
-    advantages, weights = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    weights = weights.abs()
-    batch = Batch(samples, samples.logps, advantages, None, 0.0, None, None, weights)
-    micro = learner.micro(samples)
-    learner._accumulate(learner.whole(micro), learner._on_device(batch), 0.0, 0)
-    got = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    model.zero_grad()
-    loss = torch.zeros(())
-    for i, (prompt, row) in enumerate(zip(samples.prompts, samples.completions, strict=True)):
-        logits = model(input_ids=torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
-        logps = logits.log_softmax(-1)[range(len(row)), row]
-        ratio = (logps - samples.logps[i, : len(row)]).exp()
-        loss = loss - (weights[i, : len(row)] * advantages[i, : len(row)] * ratio).sum()
-    (loss / samples.mask.sum()).backward()
-    want = [p.grad for p in model.parameters() if p.grad is not None]
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
-
-
-def test_a_cap_without_weights_is_refused() -> None:
+def test_options_refuse_a_cap_without_weights() -> None:
     with pytest.raises(ValueError, match="importance_cap is an option of importance_weights trunc"):
         options(importance_cap=3.0)
