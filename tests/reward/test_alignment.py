@@ -137,11 +137,11 @@ def reward_with(
         ([0], [0], [0]),
     ],
 )
-def test_prefixes_meet_at_shared_boundaries(policy: list, reward: list, expected: list) -> None:
+def test_shared_prefixes_by_hand(policy: list, reward: list, expected: list) -> None:
     assert shared_prefixes(np.array(policy), np.array(reward)).tolist() == expected
 
 
-def test_bytes_of_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_token_bytes_boundaries_by_hand(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """Cumulated bytes, spaces and letters of several bytes included."""
     table = TokenBytes(tiny_tokenizer)
     text = "The Punter é🙂"
@@ -154,7 +154,7 @@ def test_bytes_of_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert table.boundaries(own, "another text") is None
 
 
-def test_bytes_of_metaspace_tokens() -> None:
+def test_token_bytes_boundaries_of_metaspace_tokens() -> None:
     """▁ is put first and does not count; é and characters unknown to the vocabulary are bytes."""
     tokenizer = metaspace()
     table = TokenBytes(tokenizer)
@@ -165,7 +165,7 @@ def test_bytes_of_metaspace_tokens() -> None:
     assert table.boundaries(own, text).tolist() == [0, 2, 3, 4, -1, 6]
 
 
-def test_bytes_that_are_no_text_end_in_replacement_characters(
+def test_token_bytes_count_replacement_characters(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """A policy can sample half of a letter; a replacement character has 3 bytes."""
@@ -180,7 +180,7 @@ def test_bytes_that_are_no_text_end_in_replacement_characters(
 # --- the same tokenizer ---------------------------------------------------------------------------
 
 
-def test_the_same_tokenizer_is_known_by_its_ids(
+def test_same_tokenizer_compares_ids(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     saved = tiny_tokenizer.save_pretrained(tmp_path)
@@ -197,7 +197,7 @@ def test_the_same_tokenizer_is_known_by_its_ids(
     assert not same_tokenizer(tiny_tokenizer, other_end)
 
 
-def test_a_reward_with_the_policys_tokenizer_is_used_as_it_is(
+def test_for_policy_returns_a_reward_with_the_same_tokenizer(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     reward = reward_with(tiny_tokenizer)
@@ -209,7 +209,7 @@ def test_a_reward_with_the_policys_tokenizer_is_used_as_it_is(
 TEXTS = ["The Punter is a cheap pub.", "x", "", "near the river é🙂, there"]
 
 
-def test_other_ids_of_the_same_tokens_change_nothing(
+def test_aligned_reward_is_unchanged_by_other_ids(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Every boundary is shared, so all values are those of the reward's own ids."""
@@ -239,7 +239,7 @@ def test_other_ids_of_the_same_tokens_change_nothing(
 
 
 @pytest.mark.parametrize("policy_kind", ["words", "metaspace"])
-def test_values_are_those_of_the_longest_shared_prefix(
+def test_aligned_reward_uses_the_longest_shared_prefix(
     policy_kind: str, reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Searched for character by character in the texts, with the reward's own prefix scores."""
@@ -286,7 +286,7 @@ def test_values_are_those_of_the_longest_shared_prefix(
     assert carried > 0, "some tokens have no boundary of their own"
 
 
-def test_eos_goes_where_the_policy_stopped(
+def test_aligned_reward_appends_eos_where_the_policy_stopped(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     policy, reward = words(), reward_with(tiny_tokenizer)
@@ -305,7 +305,7 @@ def test_eos_goes_where_the_policy_stopped(
     assert float(stopped[-1]) == pytest.approx(float(expected[1]), abs=1e-6)
 
 
-def test_text_that_spells_a_special_token_stays_text(
+def test_aligned_reward_reads_special_tokens_in_text_as_text(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     policy, reward = words(), reward_with(tiny_tokenizer)
@@ -318,7 +318,7 @@ def test_text_that_spells_a_special_token_stays_text(
     torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
 
 
-def test_a_completion_that_is_no_text_is_credited_at_its_end(
+def test_aligned_reward_credits_bytes_that_are_no_text_at_the_end(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """The reward's tokenizer composes e and an accent to é: no boundary can be told inside."""
@@ -331,7 +331,7 @@ def test_a_completion_that_is_no_text_is_credited_at_its_end(
     assert values[-1] != values[0]
 
 
-def test_sampled_ids_of_any_kind_are_scored(
+def test_aligned_reward_scores_any_sampled_ids(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Special tokens in the middle and broken letters: finite, and equal to the plain rewards."""
@@ -350,7 +350,7 @@ def test_sampled_ids_of_any_kind_are_scored(
         assert not scores.attention[row, len(completion) :].any()
 
 
-def test_a_reward_has_a_template_of_its_own(
+def test_aligned_reward_applies_its_own_template(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     reward, policy = reward_with(tiny_tokenizer), words()
@@ -367,7 +367,7 @@ def test_a_reward_has_a_template_of_its_own(
 
 
 @pytest.mark.parametrize("side", ["policy", "reward"])
-def test_tokenizers_that_are_not_spelled_in_bytes_are_refused(
+def test_aligned_reward_refuses_tokenizers_not_spelled_in_bytes(
     side: str, reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """For token-level scores only: whole rewards need no boundaries."""
@@ -386,7 +386,7 @@ def test_tokenizers_that_are_not_spelled_in_bytes_are_refused(
 # --- any classifier -------------------------------------------------------------------------------
 
 
-def test_a_causal_classifier_is_loaded_from_its_folder(
+def test_load_reward_loads_a_causal_classifier(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """transformers' own, with nothing of ours in its config."""
@@ -406,7 +406,7 @@ def test_a_causal_classifier_is_loaded_from_its_folder(
     assert isinstance(other, AlignedReward) and other.reward.settings.template == "Q {prompt}"
 
 
-def test_a_pair_classifier_scores_texts(
+def test_load_reward_loads_a_pair_classifier(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -436,7 +436,7 @@ def test_a_pair_classifier_scores_texts(
         score_tokens(reward, ScoreRequest(prompts[:1], longest))
 
 
-def test_what_is_no_reward_model_is_refused(
+def test_load_reward_refuses_other_models(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = copy.deepcopy(tiny_model("llama").config)

@@ -58,7 +58,7 @@ def read_rows(model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor)
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("arch", [*TINY_ARCHITECTURES, "qwen2", "gemma2"])
-def test_rows_equal_eager(arch: str, side: str, tiny_model: MakeModel) -> None:
+def test_attention_rows_equal_eager_attention(arch: str, side: str, tiny_model: MakeModel) -> None:
     own = {"qwen2": qwen2, "gemma2": gemma2}
     model = own[arch]() if arch in own else tiny_model(arch)
     inputs, last = batch(side)
@@ -75,7 +75,7 @@ def test_rows_equal_eager(arch: str, side: str, tiny_model: MakeModel) -> None:
     assert spread.max() > 0.05  # far from uniform, so that a wrong row would show
 
 
-def test_a_model_on_eager_attention_stays_on_it(tiny_model: MakeModel) -> None:
+def test_attention_rows_keep_a_model_on_eager_attention(tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
     inputs, last = batch("right")
     expected = eager_rows(model, inputs, last[:, None])
@@ -86,7 +86,7 @@ def test_a_model_on_eager_attention_stays_on_it(tiny_model: MakeModel) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_the_forward_itself_is_unchanged(arch: str, tiny_model: MakeModel) -> None:
+def test_attention_rows_leave_the_forward_unchanged(arch: str, tiny_model: MakeModel) -> None:
     model = tiny_model(arch)
     inputs, last = batch("right")
     plain = model.base_model(**inputs)[0]
@@ -96,7 +96,7 @@ def test_the_forward_itself_is_unchanged(arch: str, tiny_model: MakeModel) -> No
     assert torch.equal(plain, read)
 
 
-def test_without_a_mask_attention_is_causal(tiny_model: MakeModel) -> None:
+def test_attention_rows_are_causal_without_a_mask(tiny_model: MakeModel) -> None:
     """One unpadded row: sdpa gets no mask."""
     model = tiny_model("llama")
     inputs = {"input_ids": torch.tensor([ROWS[0]])}
@@ -105,18 +105,20 @@ def test_without_a_mask_attention_is_causal(tiny_model: MakeModel) -> None:
     torch.testing.assert_close(rows, eager_rows(model, inputs, places), atol=1e-6, rtol=0)
 
 
-def test_everything_is_restored_after_an_exception(tiny_model: MakeModel) -> None:
+def test_attention_rows_restore_the_model_after_an_exception(tiny_model: MakeModel) -> None:
     for model in (tiny_model("llama"), gemma2()):
         hooks = sum(len(module._forward_hooks) for module in model.modules())
         before = model.config._attn_implementation
-        with pytest.raises(RuntimeError, match="stop"), attention_rows(model):
+        with pytest.raises(RuntimeError, match="stop"), attention_rows(model) as reader:
+            reader.queries = torch.tensor([[2]])
             raise RuntimeError("stop")
         assert model.config._attn_implementation == before
         assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
-        assert attention._READER.get() is None
+        model.base_model(input_ids=torch.tensor([[5, 6, 7]]))
+        assert reader.rows is None
 
 
-def test_rows_are_taken_once(tiny_model: MakeModel) -> None:
+def test_take_returns_the_rows_once(tiny_model: MakeModel) -> None:
     """A forward that did not run must not give the weights of the one before it."""
     model = tiny_model("gpt2")
     with attention_rows(model) as reader:
@@ -127,7 +129,7 @@ def test_rows_are_taken_once(tiny_model: MakeModel) -> None:
             reader.take()
 
 
-def test_weights_by_hand() -> None:
+def test_weights_of_by_hand() -> None:
     """Two heads share one key head; scores are q k / 2 under a window of 2, or an additive mask."""
     key = torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 2.0]])[None, None]  # (1, 1, 3, 2)
     query = torch.zeros(1, 2, 3, 2)
@@ -147,7 +149,7 @@ def test_weights_by_hand() -> None:
     torch.testing.assert_close(first[0, 0], torch.tensor([1.0, 0.0, 0.0]))
 
 
-def test_many_queries_are_read_in_pieces(
+def test_attention_rows_read_many_queries_in_pieces(
     tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("qwen3")
@@ -159,7 +161,7 @@ def test_many_queries_are_read_in_pieces(
 
 
 @pytest.mark.parametrize("config", [BertConfig(**SIZES), T5Config(vocab_size=320, num_layers=1)])
-def test_models_that_read_later_tokens_are_refused(config: object) -> None:
+def test_require_causal_refuses_models_that_read_later_tokens(config: object) -> None:
     model = AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(UserError, match=r"reads later tokens too, .*expected a causal model"):
         require_causal(model)
@@ -168,7 +170,7 @@ def test_models_that_read_later_tokens_are_refused(config: object) -> None:
     assert model.training
 
 
-def test_attention_that_transformers_does_not_dispatch_is_refused() -> None:
+def test_attention_rows_refuse_attention_outside_the_interface() -> None:
     model = AutoModelForCausalLM.from_config(
         BloomConfig(vocab_size=320, hidden_size=32, n_layer=1, n_head=4)
     )

@@ -79,7 +79,7 @@ def test_abc_is_the_reward_by_renormalised_attention() -> None:
     close(no_mass, [[1.5, 1.5, 0.0]])
 
 
-def test_a_beta_of_zero_is_sparse_bit_by_bit() -> None:
+def test_credit_with_a_weight_of_0_is_bit_identical_to_sparse() -> None:
     rewards = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 1e3
     mask = (torch.arange(9) < torch.arange(50)[:, None] % 10).long()
     prefixes, attention = torch.randn(50, 10), torch.rand(50, 9)
@@ -107,7 +107,7 @@ def batch(counts: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 @settings(max_examples=40, deadline=None)
 @given(lengths, st.integers(0, 99))
-def test_sums(counts: list[int], seed: int) -> None:
+def test_credit_sums_by_kind(counts: list[int], seed: int) -> None:
     rewards, prefixes, attention, mask = batch(counts, seed)
     present = mask.any(1)
     whole = torch.where(present, rewards, 0.0)
@@ -129,7 +129,7 @@ def test_sums(counts: list[int], seed: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(lengths, st.integers(0, 99), st.integers(1, 4))
-def test_neither_padding_nor_other_rows_change_a_row(
+def test_credit_does_not_depend_on_padding_and_other_rows(
     counts: list[int], seed: int, more: int
 ) -> None:
     rewards, prefixes, attention, mask = batch(counts, seed)
@@ -170,7 +170,7 @@ def test_random_follows_its_generator() -> None:
     assert not torch.equal(draw(3), draw(4))
 
 
-def test_rewards_get_no_gradient() -> None:
+def test_credit_has_no_gradient() -> None:
     prefixes = PREFIXES.clone().requires_grad_()
     attention = ATTENTION.clone().requires_grad_()
     rewards = REWARDS.clone().requires_grad_()
@@ -178,7 +178,7 @@ def test_rewards_get_no_gradient() -> None:
         assert not values.requires_grad, kind
 
 
-def test_half_precision_scores_are_credited_in_float32() -> None:
+def test_credit_of_half_precision_is_float32() -> None:
     halves = (REWARDS.bfloat16(), PREFIXES.bfloat16(), ATTENTION.bfloat16(), MASK)
     for kind, values in every_kind(*halves).items():
         assert values.dtype == torch.float32, kind
@@ -195,7 +195,7 @@ def test_attention_health() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sparse", "uniform", "red", "abc", "random"])
-def test_an_immediate_end_gets_the_whole_reward(kind: str) -> None:
+def test_credit_of_one_token_is_the_whole_reward(kind: str) -> None:
     """T = 1: the token is first and last; red takes the empty prefix off."""
     values = every_kind(
         torch.tensor([-3.0]), torch.tensor([[1.0, -3.0]]), torch.zeros(1, 1), torch.ones(1, 1)

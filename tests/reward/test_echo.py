@@ -49,7 +49,7 @@ def reward(
     "settings", [{}, {"lm_coef": 0.7}, {"lm_coef": 0.7, "bound": 1.5, "mean": 0.25, "std": 0.5}]
 )
 @torch.no_grad()
-def test_the_reward_is_read_after_the_second_prompt(
+def test_score_ids_reads_the_head_after_the_second_prompt(
     arch: str,
     settings: dict[str, float],
     reward: Callable[..., RewardModel],
@@ -78,7 +78,9 @@ def test_the_reward_is_read_after_the_second_prompt(
     assert again.score_ids(PROMPTS, COMPLETIONS).equal(scores)
 
 
-def test_the_log_prob_trains_what_it_is_read_from(reward: Callable[..., RewardModel]) -> None:
+def test_whole_rewards_log_prob_covers_the_completion_only(
+    reward: Callable[..., RewardModel],
+) -> None:
     """With a head of zeros the loss is that of the log-probs of y, and no token of x counts."""
     ours = reward(lm_coef=1.0)
     score_head(ours.model).weight.data.zero_()
@@ -95,7 +97,7 @@ def test_the_log_prob_trains_what_it_is_read_from(reward: Callable[..., RewardMo
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
-def test_tokens_of_the_completion_have_no_rewards(reward: Callable[..., RewardModel]) -> None:
+def test_score_tokens_refuses_dense_requests_with_echo(reward: Callable[..., RewardModel]) -> None:
     ours = reward()
     scores = score_tokens(ours, ScoreRequest(PROMPTS, COMPLETIONS))
     assert scores.rewards.equal(ours.score_ids(PROMPTS, COMPLETIONS))
@@ -106,7 +108,7 @@ def test_tokens_of_the_completion_have_no_rewards(reward: Callable[..., RewardMo
             score_tokens(ours, ScoreRequest(PROMPTS, COMPLETIONS, **wanted))
 
 
-def test_a_short_context_is_told(reward: Callable[..., RewardModel]) -> None:
+def test_score_ids_refuses_a_short_context(reward: Callable[..., RewardModel]) -> None:
     ours = reward("gpt2")
     context = ours.model.config.max_position_embeddings
     with pytest.raises(
@@ -115,7 +117,7 @@ def test_a_short_context_is_told(reward: Callable[..., RewardModel]) -> None:
         ours.score_ids([[5]], [[7] * (context + 1)])
 
 
-def test_the_fit_reads_what_scoring_reads(
+def test_fit_reward_reads_the_prompt_twice(
     reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     """The same text under two prompts: only what is read after the prompt can tell."""
@@ -144,7 +146,7 @@ def test_the_fit_reads_what_scoring_reads(
     assert after > 0.9 > before
 
 
-def test_a_chat_template_writes_the_second_prompt(
+def test_chat_template_writes_the_second_prompt(
     reward: Callable[..., RewardModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     ours = reward(template="ask: {prompt} say:")
@@ -157,7 +159,7 @@ def test_a_chat_template_writes_the_second_prompt(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["reward.kind=implicit", "policy_update.kind=identity"], "echo is an option of kind"),
         (
@@ -166,6 +168,6 @@ def test_a_chat_template_writes_the_second_prompt(
         ),
     ],
 )
-def test_what_echo_cannot_go_with(overrides: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_load_recipe_refuses_options_that_exclude_echo(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load_recipe("recipes/restaurant/irl-best-of-n.yaml", ["reward.echo=true", *overrides])

@@ -1,4 +1,4 @@
-"""The fit of the explicit reward, its report and the shortcut audit."""
+"""The fit of the explicit reward, and its report."""
 
 import math
 import random
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,7 +17,6 @@ from trl import RewardConfig
 from irl_align.errors import UserError
 from irl_align.models.packing import can_pack
 from irl_align.models.trl import Training, as_dataset, training_args
-from irl_align.reward.audit import shortcut_audit, shortcut_warnings
 from irl_align.reward.fit import (
     PairCollator,
     PairRewardTrainer,
@@ -78,7 +76,7 @@ def plain_rewards(
 # --- columns and batches --------------------------------------------------------------------------
 
 
-def test_pairs_areorder_columns_the_rows_they_take() -> None:
+def test_order_columns_keep_pairs_of_a_row_together() -> None:
     """Two pairs of one prompt share a row; contrast is as long as its longer side; without sharing
     every pair is."""
     columns = {
@@ -93,7 +91,7 @@ def test_pairs_areorder_columns_the_rows_they_take() -> None:
     assert len(set(apart["unit"])) == 3 and apart["length"] == [2 + 3, 2 + 3, 4 + 3]
 
 
-def test_columns_and_batch_by_hand() -> None:
+def test_pair_columns_and_collator_by_hand() -> None:
     pairs = Dataset.from_dict(
         {
             "prompt_ids": [[10, 11], [12]],
@@ -159,7 +157,7 @@ def with_one_prompt(pairs: Dataset) -> Dataset:
         ("linear", {"bound": 1.5, "lm_coef": 0.5}),
     ],
 )
-def test_the_batch_loss_and_its_gradient(
+def test_compute_loss_and_its_gradient(
     shared: bool,
     arch: str,
     loss: str,
@@ -187,7 +185,7 @@ def test_the_batch_loss_and_its_gradient(
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_the_lm_term_trains_the_backbone(
+def test_compute_loss_with_lm_coef_trains_the_backbone(
     reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     pairs = random_pairs(4, seed=3)
@@ -200,7 +198,9 @@ def test_the_lm_term_trains_the_backbone(
     assert gradient.abs().max().item() > 1e-3
 
 
-def test_the_centring_term_is_trls(reward: Callable[..., RewardModel], tmp_path: Path) -> None:
+def test_compute_loss_adds_trls_centring_term(
+    reward: Callable[..., RewardModel], tmp_path: Path
+) -> None:
     pairs, ours = random_pairs(4, seed=3), reward()
     plain, _ = batch_loss(ours, pairs, [1.0] * 4, "bradley_terry", tmp_path)
     centred, _ = batch_loss(
@@ -234,7 +234,7 @@ def toy_pairs(count: int, seed: int) -> Dataset:
 
 
 @pytest.mark.parametrize(("loss", "options"), [("bradley_terry", {}), ("linear", {"bound": 4.0})])
-def test_a_separable_relation_is_learnt(
+def test_fit_reward_learns_a_separable_relation(
     loss: str, options: dict, reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     # Neither side's tokens alone tell them apart: the reward must compare with the prompt.
@@ -252,7 +252,7 @@ def test_a_separable_relation_is_learnt(
     assert set(range(10, 101, 10)) <= set(steps)
 
 
-def test_rows_of_no_weight_teach_nothing(
+def test_fit_reward_ignores_rows_without_weight(
     reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     pairs, swapped = toy_pairs(4, seed=1), toy_pairs(4, seed=9)
@@ -266,7 +266,7 @@ def test_rows_of_no_weight_teach_nothing(
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)
 
 
-def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(
+def test_fit_reward_stops_at_a_loss_that_is_not_finite(
     reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     args = {**BATCH, "learning_rate": 1e30, "max_steps": 5}
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(
         )
 
 
-def test_weights_that_the_last_step_broke_are_not_returned(
+def test_fit_reward_refuses_weights_broken_by_the_last_step(
     reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     args = {**BATCH, "learning_rate": 1e39, "max_steps": 1}
@@ -286,7 +286,7 @@ def test_weights_that_the_last_step_broke_are_not_returned(
         )
 
 
-def test_no_pairs_are_refused(reward: Callable[..., RewardModel], tmp_path: Path) -> None:
+def test_fit_reward_refuses_no_pairs(reward: Callable[..., RewardModel], tmp_path: Path) -> None:
     columns = pair_columns(toy_pairs(1, 1).select([]))
     with pytest.raises(UserError, match="reward 0: no rows are left"):
         fit_reward(reward(), columns, "bradley_terry", {}, training(tmp_path))
@@ -323,7 +323,7 @@ def test_margins_score_each_side_on_its_own_prompt() -> None:
     assert margins(table, pairs, scale=3.0).tolist() == [3.0, -3.0]
 
 
-def test_margins_of_a_normalised_reward_are_the_fitted_losss(
+def test_margins_with_scale_undo_the_normaliser(
     reward: Callable[..., RewardModel],
 ) -> None:
     pairs, ours = random_pairs(6, seed=4), reward()
@@ -350,48 +350,3 @@ def test_margin_report_by_hand() -> None:
         abs=1e-6,
     )
     assert margin_report(torch.zeros(0)) == {"pairs": 0}
-
-
-# --- the shortcut audit ---------------------------------------------------------------------------
-
-
-def test_shortcut_audit_by_hand() -> None:
-    pairs = Dataset.from_dict(
-        {
-            "chosen_ids": [[3], [3, 4], [3, 4], [3, 4]],
-            "rejected_ids": [[3, 4], [3, 4, 5], [3, 4], [5]],
-            "rejected_truncated": [True, False, True, True],
-        }
-    )
-    chosen = [np.array(x, np.float32) for x in ([-1.0], [-1, -1], [-2, -2], [-3, -1])]
-    rejected = [np.array(x, np.float32) for x in ([-1, -1], [-1, -1, -3], [-1, -2], [-3.5])]
-    audit = shortcut_audit(pairs, chosen, rejected)
-    assert audit == pytest.approx(
-        {
-            # chosen longer: no, no, tie, yes = 1.5 of 4, so shorter wins 2.5 of 4
-            "length": 0.625,
-            # only the rejected are cut: told apart in three, a tie in one
-            "truncation": 3.5 / 4,
-            # sums -1 > -2, -2 > -5, -4 < -3, -4 < -3.5
-            "logprob_sum": 0.5,
-            # means -1 = -1, -1 > -5/3, -2 < -1.5, -2 > -3.5
-            "logprob_mean": 2.5 / 4,
-        }
-    )
-
-
-@pytest.mark.parametrize(
-    ("audit", "accuracy", "named"),
-    [
-        ({"length": 0.9, "truncation": 0.5}, 0.92, ["length"]),
-        ({"length": 0.9, "truncation": 0.88}, 0.92, ["length", "truncation"]),
-        ({"length": 0.8, "truncation": 0.5}, 0.92, []),  # the reward knows more
-        ({"length": 0.54, "truncation": 0.5}, 0.52, []),  # no better than chance
-    ],
-)
-def test_shortcut_warnings(audit: dict[str, float], accuracy: float, named: list[str]) -> None:
-    lines = shortcut_warnings({**audit, "logprob_sum": 0.99, "logprob_mean": 0.99}, accuracy)
-    assert [line.split()[2] for line in lines] == named
-    for line, name in zip(lines, named, strict=True):
-        assert f"{audit[name]:.1%}" in line
-        assert f"{accuracy:.1%}" in line

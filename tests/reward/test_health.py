@@ -1,10 +1,9 @@
-"""What is told of a reward's health besides accuracy, and of tokens: against numbers found anew."""
+"""A run's numbers of reward health and tokens, against numbers computed again."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,38 +13,12 @@ from support.tiny_runs import BEST, irl_align, metrics, tiny_recipe
 from irl_align.data.pairs import load_pairs
 from irl_align.evaluation.compare.costs import method_costs, stage_costs
 from irl_align.models.trl import real_tokens
-from irl_align.reward.audit import shortcut_warnings, within_prompts
+from irl_align.reward.audit import within_prompts
 from irl_align.reward.model import RewardModel
 from irl_align.training.run_folder import Run
 from irl_align.training.train import Result, train
 
 pytestmark = pytest.mark.timeout(240)
-
-
-def test_correlation_within_prompts_by_hand() -> None:
-    prompts = ["a", "a", "b", "b", "b"]
-    # Centred: x (-1, 1; -1, 0, 1), y (1, -1; -2, 0, 2). sum xy = -2 + 4, x.x = 4, y.y = 10.
-    x, y = [1.0, 3.0, 10.0, 11.0, 12.0], [9.0, 7.0, 0.0, 2.0, 4.0]
-    assert within_prompts(prompts, x, y) == pytest.approx(2 / np.sqrt(40))
-    # Over all samples they go against each other, since prompt b is longer and scored lower.
-    assert np.corrcoef(x, y)[0, 1] < -0.5
-    assert within_prompts(["a", "b"], [1.0, 2.0], [3.0, 4.0]) is None
-    assert within_prompts(["a", "a"], [1.0, 2.0], [3.0, 3.0]) is None
-
-
-@pytest.mark.parametrize(
-    ("leaning", "told"),
-    [
-        (0.2, "+0.20: it prefers longer"),
-        (-0.31, "-0.31: it prefers shorter"),
-        (0.1, ""),
-        (None, ""),
-    ],
-)
-def test_a_reward_that_goes_with_length_is_told(leaning: float | None, told: str) -> None:
-    audit = {"length": 0.5, "truncation": 0.5, "length_correlation": leaning}
-    lines = shortcut_warnings(audit, 0.9)
-    assert len(lines) == bool(told) and all(told in line for line in lines)
 
 
 def folder_of(run: Path, role: str) -> Path:
@@ -58,18 +31,18 @@ def run() -> Result:
     return shared_run("irl")
 
 
-def test_length_correlation_is_that_of_distinct_samples(run: Result) -> None:
+def test_report_has_the_length_correlation_of_distinct_samples(run: Result) -> None:
     rows = load_pairs(folder_of(run.folder, "pairs/0") / "held_out.parquet").to_list()
     samples = {(r["prompt_key"], tuple(r["rejected_ids"])): r["prompt_ids"] for r in rows}
     assert run.reward is not None
     reward = RewardModel.from_pretrained(run.reward)
     scores = reward.score_ids(list(samples.values()), [list(ids) for _, ids in samples])
     expected = within_prompts([k for k, _ in samples], scores, [len(ids) for _, ids in samples])
-    found = metrics(run.folder)["reward/0"]["audit"]["length_correlation"]
-    assert found == (None if expected is None else pytest.approx(expected, abs=1e-4))
+    recorded = metrics(run.folder)["reward/0"]["audit"]["length_correlation"]
+    assert recorded == (None if expected is None else pytest.approx(expected, abs=1e-4))
 
 
-def test_the_proxys_gain_is_over_the_start_on_the_same_prompts(run: Result) -> None:
+def test_vitals_have_the_rewards_gain_over_the_start(run: Result) -> None:
     recorded = metrics(run.folder)["vitals/1"]
     assert run.reward is not None
     reward = RewardModel.from_pretrained(run.reward)
@@ -102,7 +75,7 @@ def sampled_prompts(data: list[dict[str, Any]], run: Result) -> list[list[int]]:
     return list(chosen.values())
 
 
-def test_tokens_of_every_stage(run: Result) -> None:
+def test_stages_record_their_tokens(run: Result) -> None:
     records = metrics(run.folder)
     args = run.view().recipe["sft"]["args"]
     rows = pq.read_table(folder_of(run.folder, "data") / "sft.parquet").to_pylist()
@@ -123,7 +96,7 @@ def test_tokens_of_every_stage(run: Result) -> None:
     assert cost.tokens["trained"] == sum(s.trained or 0 for s in own)
 
 
-def test_tokens_of_packed_rows_are_those_that_are_no_padding() -> None:
+def test_real_tokens_of_packed_rows_exclude_padding() -> None:
     packed = {
         "input_ids": torch.zeros(2, 9),
         "attention_mask": torch.ones(2, 1, 9, 9, dtype=torch.bool),
@@ -135,7 +108,7 @@ def test_tokens_of_packed_rows_are_those_that_are_no_padding() -> None:
     assert real_tokens({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}) == 5
 
 
-def test_a_second_iteration_tells_agreement_and_show_has_it_all(
+def test_second_iteration_reports_agreement(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")

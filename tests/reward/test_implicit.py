@@ -1,4 +1,4 @@
-"""The fit of the implicit reward: one loss with SPIN's and DPO's, and its reference checked."""
+"""The implicit reward by hand, and its fit: the loss of SPIN and DPO, and its reference."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from support.rows import Ids, plain_sums, random_pairs
+from support.rows import Ids, plain_logps, plain_sums, random_ids, random_pairs
+from support.tiny_models import TINY_ARCHITECTURES
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
@@ -18,14 +19,18 @@ from irl_align.errors import UserError
 from irl_align.models.trl import Training
 from irl_align.reward.implicit import (
     ImplicitCollator,
+    ImplicitReward,
     PairDPOTrainer,
     fit_implicit,
     reference_logps,
 )
 from irl_align.reward.losses import bradley_terry, implicit_reward
+from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
 LN2 = math.log(2)
+PROMPTS = random_ids(5, 1, 9, seed=1)
+COMPLETIONS = random_ids(5, 1, 12, seed=2)
 
 
 def moved(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -58,6 +63,68 @@ def training(work: Path, label: str = "SPIN 0") -> Training:
     return Training(work, seed=0, device=torch.device("cpu"), run_name="spin", label=label)
 
 
+# --- the reward -----------------------------------------------------------------------------------
+
+
+def sums(model: PreTrainedModel, completions: Ids) -> list[float]:
+    return [
+        float(plain_logps(model, p, c).sum()) for p, c in zip(PROMPTS, completions, strict=True)
+    ]
+
+
+@torch.no_grad()
+def test_implicit_reward_of_texts(
+    tiny_model: MakeModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    template = RewardSettings(template="Q {prompt} A ")
+    models = moved(tiny_model("llama"), 1), [(1.0, tiny_model("llama"))]
+    implicit = ImplicitReward(*models, 0.3, tiny_tokenizer, template)
+    texts = (["near", "a cheap one"], ["the pub is here.", "no"])
+    ids = implicit.encode_texts(*texts)
+    assert implicit.score(*texts).tolist() == implicit.score_ids(*ids).tolist()
+    assert [len(row) for row in implicit.prefix_scores(*texts)] == [len(c) + 1 for c in ids[1]]
+    with pytest.raises(UserError, match="an implicit reward needs a tokenizer to score texts"):
+        ImplicitReward(*models, 0.3).score(*texts)
+
+
+@torch.no_grad()
+def test_implicit_reward_is_zero_where_policy_and_reference_agree(tiny_model: MakeModel) -> None:
+    implicit = ImplicitReward(tiny_model("llama"), [(1.0, tiny_model("llama"))], beta=0.1)
+    assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == [0.0] * len(PROMPTS)
+    assert implicit.score_ids([], []).shape == (0,)
+
+
+@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
+@torch.no_grad()
+def test_implicit_reward_is_the_scaled_log_ratio(arch: str, tiny_model: MakeModel) -> None:
+    policy, reference = moved(tiny_model(arch), 1), tiny_model(arch)
+    implicit = ImplicitReward(policy, [(1.0, reference)], beta=0.3)
+    ratios = zip(sums(policy, COMPLETIONS), sums(reference, COMPLETIONS), strict=True)
+    expected = [0.3 * (mine - theirs) for mine, theirs in ratios]
+    assert max(map(abs, expected)) > 0.05
+    assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == pytest.approx(expected, abs=1e-5)
+    for row, scores in enumerate(implicit.prefix_scores_ids(PROMPTS, COMPLETIONS)):
+        log_ratio = plain_logps(policy, PROMPTS[row], COMPLETIONS[row]) - plain_logps(
+            reference, PROMPTS[row], COMPLETIONS[row]
+        )
+        by_hand = [0.0] + [0.3 * float(log_ratio[:t].sum()) for t in range(1, len(log_ratio) + 1)]
+        assert scores.tolist() == pytest.approx(by_hand, abs=1e-5)
+
+
+@torch.no_grad()
+def test_implicit_reward_against_a_mixture(tiny_model: MakeModel) -> None:
+    policy, one, other = (
+        moved(tiny_model("llama"), 1),
+        tiny_model("llama"),
+        moved(tiny_model("llama"), 2),
+    )
+    implicit = ImplicitReward(policy, [(0.25, one), (0.75, other)], beta=2.0)
+    parts = (sums(model, COMPLETIONS) for model in (policy, one, other))
+    expected = [2.0 * (p - 0.25 * a - 0.75 * b) for p, a, b in zip(*parts, strict=True)]
+    assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == pytest.approx(expected, abs=5e-5)
+
+
 # --- the reference --------------------------------------------------------------------------------
 
 
@@ -83,7 +150,7 @@ def test_reference_logps_of_a_mixture_and_of_repeated_rows(tiny_model: MakeModel
     np.testing.assert_allclose(got, np.concatenate([expected, expected], axis=1), atol=2e-5)
 
 
-def test_log_probs_that_samples_brought_along_are_taken_from_their_generator_only(
+def test_reference_logps_reuse_those_of_the_generator_only(
     tiny_model: MakeModel,
 ) -> None:
     pairs = random_pairs(4, seed=6)
@@ -98,7 +165,7 @@ def test_log_probs_that_samples_brought_along_are_taken_from_their_generator_onl
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def test_collator_masks_each_side_behind_its_own_prompt() -> None:
+def test_collator_masks_each_sides_own_prompt() -> None:
     row = {
         "prompt_ids": [10, 11],
         "chosen_ids": [12, 13, 2],
@@ -132,7 +199,7 @@ def spin_loss(
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_bradley_terry_of_the_implicit_reward_is_spins_loss_and_trls(
+def test_compute_loss_is_spins_and_trls(
     arch: str, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs, beta = random_pairs(5, seed=7), 0.4
@@ -203,7 +270,7 @@ OPTIONS = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "beta": 0.5}
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_first_loss_of_a_fit_is_ln_2_and_the_fit_learns(
+def test_fit_implicit_starts_at_ln_2_and_learns(
     accumulate: int, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs, model = random_pairs(12, seed=8), tiny_model("llama")
@@ -227,7 +294,7 @@ def test_the_first_loss_of_a_fit_is_ln_2_and_the_fit_learns(
     assert bool((margin > 0).all())
 
 
-def test_the_loss_of_every_micro_batch_is_the_pure_loss(
+def test_fit_implicit_has_the_pure_loss(
     tiny_model: MakeModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -253,23 +320,22 @@ def test_the_loss_of_every_micro_batch_is_the_pure_loss(
     assert metrics["train_loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_wrong_reference_is_told_at_the_first_step(
-    accumulate: int, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_fit_implicit_refuses_a_wrong_reference(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs = random_pairs(8, seed=10)
     logps = reference_logps([(1.0, moved(tiny_model("llama"), 1))], pairs)
     options = {
         **OPTIONS,
         "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": accumulate,
+        "gradient_accumulation_steps": 2,
     }
     fit = (tiny_model("llama"), tiny_tokenizer, pairs, logps, options, training(tmp_path))
     with pytest.raises(UserError, match=r"spin: the first loss is .*, expected ln 2 = 0\.693147"):
         fit_implicit(*fit, expect_ln2=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_fit(
+def test_fit_implicit_stops_at_a_loss_that_is_not_finite(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """At the first step it is no ln 2 either, which would blame the reference."""
@@ -289,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit(
         )
 
 
-def test_a_reference_that_is_wrong_alike_on_both_sides_is_told_too(
+def test_fit_implicit_refuses_a_reference_with_errors_that_cancel(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     # Off by +1 on even pairs and -1 on odd ones: the mean loss is ln 2 to first order.
@@ -303,7 +369,7 @@ def test_a_reference_that_is_wrong_alike_on_both_sides_is_told_too(
         )
 
 
-def test_rounding_is_allowed_for_in_nats_at_every_beta(
+def test_fit_implicit_allows_rounding_at_any_beta(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs, model = random_pairs(4, seed=11), tiny_model("llama")
@@ -318,7 +384,7 @@ def test_rounding_is_allowed_for_in_nats_at_every_beta(
         fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "far"), expect_ln2=True)
 
 
-def test_rounding_of_weights_in_half_precision_is_allowed_for(
+def test_fit_implicit_allows_rounding_of_half_precision_weights(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs, options = random_pairs(4, seed=11), {**OPTIONS, "per_device_train_batch_size": 4}
@@ -336,7 +402,7 @@ def test_rounding_of_weights_in_half_precision_is_allowed_for(
         )
 
 
-def test_dropout_does_not_part_policy_and_reference(
+def test_fit_implicit_disables_dropout(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -362,7 +428,7 @@ def test_dropout_does_not_part_policy_and_reference(
         )
 
 
-def test_other_losses_are_not_held_to_ln_2(
+def test_fit_implicit_expects_ln_2_of_the_sigmoid_loss_only(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs, model = random_pairs(4, seed=13), tiny_model("llama")
@@ -375,7 +441,7 @@ def test_other_losses_are_not_held_to_ln_2(
     assert "first_loss" not in metrics
 
 
-def test_no_pairs_are_refused(
+def test_fit_implicit_refuses_no_pairs(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     none = random_pairs(1, seed=0).select([])
@@ -391,6 +457,6 @@ def test_no_pairs_are_refused(
         )
 
 
-def test_the_trainer_is_trls() -> None:
+def test_trainer_uses_trls_loss() -> None:
     """What is ours is the data's way in; the loss below compute_loss is the library's."""
     assert PairDPOTrainer._compute_loss is DPOTrainer._compute_loss

@@ -1,4 +1,4 @@
-"""The explicit reward against transformers' own classifier, and the implicit one by hand."""
+"""The explicit reward against transformers' own classifier and hand calculations."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.rows import Ids, plain_logps, random_ids, save
+from support.rows import plain_logps, random_ids, save
 from support.tiny_models import TINY_ARCHITECTURES
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +23,6 @@ from transformers import (
 
 from irl_align.errors import UserError
 from irl_align.reward.forward import score_head
-from irl_align.reward.implicit import ImplicitReward
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 
@@ -72,7 +71,7 @@ def by_hand(model: RewardModel, policy: PreTrainedModel, prompt: list, completio
 
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
 @torch.no_grad()
-def test_a_saved_reward_is_a_plain_sequence_classifier(
+def test_save_pretrained_writes_a_plain_sequence_classifier(
     arch: str, reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     ours = reward(arch)
@@ -96,7 +95,7 @@ def test_a_saved_reward_is_a_plain_sequence_classifier(
     ids=["head", "lm", "all"],
 )
 @torch.no_grad()
-def test_prefix_scores_equal_each_prefix_scored_by_itself(
+def test_prefix_scores_ids_equal_single_prefixes(
     arch: str, options: dict, reward: Callable[..., RewardModel], tiny_model: MakeModel
 ) -> None:
     ours, policy = reward(arch, **options), tiny_model(arch)
@@ -113,7 +112,9 @@ def test_prefix_scores_equal_each_prefix_scored_by_itself(
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_scores_do_not_depend_on_the_batch(arch: str, reward: Callable[..., RewardModel]) -> None:
+def test_prefix_scores_ids_do_not_depend_on_the_batch(
+    arch: str, reward: Callable[..., RewardModel]
+) -> None:
     ours = reward(arch, lm_coef=0.5)
     rows = st.lists(
         st.tuples(
@@ -137,7 +138,7 @@ def test_scores_do_not_depend_on_the_batch(arch: str, reward: Callable[..., Rewa
     check()
 
 
-def test_no_rows_and_empty_completions(reward: Callable[..., RewardModel]) -> None:
+def test_score_ids_of_no_rows_and_empty_completions(reward: Callable[..., RewardModel]) -> None:
     ours = reward("llama", lm_coef=0.5)
     assert ours.score_ids([], []).shape == (0,)
     assert ours.prefix_scores_ids([], []) == []
@@ -145,7 +146,7 @@ def test_no_rows_and_empty_completions(reward: Callable[..., RewardModel]) -> No
     assert float(ours.score_ids([[5, 6]], [[]])) == pytest.approx(float(prefixes[0]), abs=1e-6)
 
 
-def test_scoring_leaves_no_gradient_and_the_training_mode_as_it_was(
+def test_score_ids_keeps_the_mode_and_no_gradient(
     reward: Callable[..., RewardModel],
 ) -> None:
     ours = reward("gpt2")
@@ -160,7 +161,7 @@ def test_scoring_leaves_no_gradient_and_the_training_mode_as_it_was(
 # --- text -----------------------------------------------------------------------------------------
 
 
-def test_text_is_templated_and_finished(
+def test_score_applies_the_template_and_eos(
     reward: Callable[..., RewardModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     ours = reward("llama", template="name = {prompt} ;", lowercase=True)
@@ -184,7 +185,7 @@ def test_text_is_templated_and_finished(
 # --- making ---------------------------------------------------------------------------------------
 
 
-def test_the_head_starts_at_the_published_std_from_the_seed_alone(
+def test_from_policy_draws_the_head_from_the_seed(
     policy: Callable[[str], Path], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     folder = policy("llama")
@@ -202,7 +203,7 @@ def test_the_head_starts_at_the_published_std_from_the_seed_alone(
     assert weights.mean().item() == pytest.approx(0.0, abs=0.025)
 
 
-def test_a_fresh_reward_stands_on_the_weights_of_its_policy(
+def test_from_policy_keeps_the_policys_weights(
     reward: Callable[..., RewardModel], tiny_model: MakeModel
 ) -> None:
     for arch in ("llama", "qwen3"):
@@ -211,7 +212,7 @@ def test_a_fresh_reward_stands_on_the_weights_of_its_policy(
             assert torch.equal(tensor, theirs[name]), name
 
 
-def test_lm_coef_is_refused_where_logits_are_transformed(
+def test_from_policy_refuses_lm_coef_with_transformed_logits(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = Gemma2Config(
@@ -233,7 +234,7 @@ def test_lm_coef_is_refused_where_logits_are_transformed(
 # --- normaliser -----------------------------------------------------------------------------------
 
 
-def test_the_normaliser_gives_demonstrations_mean_0_and_variance_1(
+def test_fit_normaliser_gives_mean_0_and_variance_1(
     reward: Callable[..., RewardModel],
 ) -> None:
     ours = reward("llama", bound=2.0, mean=5.0, std=3.0)  # an earlier one is undone first
@@ -246,7 +247,7 @@ def test_the_normaliser_gives_demonstrations_mean_0_and_variance_1(
     assert ours.settings == again
 
 
-def test_the_normaliser_keeps_margins_up_to_its_scale(reward: Callable[..., RewardModel]) -> None:
+def test_fit_normaliser_only_scales_margins(reward: Callable[..., RewardModel]) -> None:
     ours = reward("llama")
     before = ours.score_ids(PROMPTS, COMPLETIONS)
     ours.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4])
@@ -254,7 +255,7 @@ def test_the_normaliser_keeps_margins_up_to_its_scale(reward: Callable[..., Rewa
     torch.testing.assert_close(after[1:] - after[0], before[1:] - before[0], atol=1e-5, rtol=0)
 
 
-def test_a_constant_reward_normalises_to_zero_and_a_broken_one_is_refused(
+def test_fit_normaliser_of_constant_and_broken_rewards(
     reward: Callable[..., RewardModel],
 ) -> None:
     ours = reward("llama")
@@ -270,7 +271,9 @@ def test_a_constant_reward_normalises_to_zero_and_a_broken_one_is_refused(
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_neox", "qwen3"])  # untied, embed_out, tied
-def test_round_trip(arch: str, reward: Callable[..., RewardModel], tmp_path: Path) -> None:
+def test_save_and_load_round_trip(
+    arch: str, reward: Callable[..., RewardModel], tmp_path: Path
+) -> None:
     ours = reward(arch, lm_coef=0.5, bound=3.0, template="{prompt} ->", lowercase=True, name="mine")
     if hasattr(ours.model, "lm_head"):  # its own, trained apart from the policy's
         ours.model.lm_head.weight.data.add_(0.01)
@@ -291,7 +294,7 @@ def test_round_trip(arch: str, reward: Callable[..., RewardModel], tmp_path: Pat
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
-def test_any_one_label_classifier_loads_as_a_plain_reward(
+def test_from_pretrained_loads_any_one_label_classifier(
     policy: Callable[[str], Path], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(policy("gpt2"), num_labels=1)
@@ -361,91 +364,15 @@ def test_from_pretrained_refuses_a_missing_lm_head_and_unknown_settings(
         RewardModel.from_pretrained(folder)
 
 
-# --- the implicit reward --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def moved(tiny_model: MakeModel) -> Callable[[str, int], PreTrainedModel]:
-    """``moved(arch, seed)``: the tiny model with every weight shifted a little."""
-
-    def make(arch: str, seed: int) -> PreTrainedModel:
-        model, draw = tiny_model(arch), torch.Generator().manual_seed(seed)
-        for weight in model.parameters():
-            weight.data.add_(0.02 * torch.randn(weight.shape, generator=draw))
-        return model
-
-    return make
-
-
-def sums(model: PreTrainedModel, completions: Ids) -> list[float]:
-    return [
-        float(plain_logps(model, p, c).sum()) for p, c in zip(PROMPTS, completions, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_texts_beyond_the_context_are_refused(
+def test_score_ids_refuses_texts_beyond_the_context(
     arch: str, reward: Callable[..., RewardModel]
 ) -> None:
     model = reward(arch)
     limit = model.model.config.max_position_embeddings
     fitting, longer = [[4] * (limit - 3)], [[4] * (limit - 2)]
     assert model.score_ids([[5, 6, 7]], fitting).shape == (1,)
-    told = f"completion 1, with its prompt, has {limit + 1} tokens, expected at most the {limit}"
+    message = f"completion 1, with its prompt, has {limit + 1} tokens, expected at most the {limit}"
     for score in (model.score_ids, model.prefix_scores_ids):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             score([[5, 6, 7]] * 2, fitting + longer)
-
-
-@torch.no_grad()
-def test_implicit_reward_of_texts(
-    tiny_model: MakeModel,
-    moved: Callable[[str, int], PreTrainedModel],
-    reward: Callable[..., RewardModel],
-) -> None:
-    explicit = reward("llama", template="Q {prompt} A ")
-    models = moved("llama", 1), [(1.0, tiny_model("llama"))]
-    implicit = ImplicitReward(*models, 0.3, explicit.tokenizer, explicit.settings)
-    texts = (["near", "a cheap one"], ["the pub is here.", "no"])
-    ids = explicit.encode_texts(*texts)
-    assert implicit.score(*texts).tolist() == implicit.score_ids(*ids).tolist()
-    assert [len(row) for row in implicit.prefix_scores(*texts)] == [len(c) + 1 for c in ids[1]]
-    with pytest.raises(UserError, match="an implicit reward needs a tokenizer to score texts"):
-        ImplicitReward(*models, 0.3).score(*texts)
-
-
-@torch.no_grad()
-def test_implicit_reward_is_zero_where_policy_and_reference_agree(tiny_model: MakeModel) -> None:
-    implicit = ImplicitReward(tiny_model("llama"), [(1.0, tiny_model("llama"))], beta=0.1)
-    assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == [0.0] * len(PROMPTS)
-    assert implicit.score_ids([], []).shape == (0,)
-
-
-@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-@torch.no_grad()
-def test_implicit_reward_is_the_scaled_log_ratio(
-    arch: str, tiny_model: MakeModel, moved: Callable[[str, int], PreTrainedModel]
-) -> None:
-    policy, reference = moved(arch, 1), tiny_model(arch)
-    implicit = ImplicitReward(policy, [(1.0, reference)], beta=0.3)
-    ratios = zip(sums(policy, COMPLETIONS), sums(reference, COMPLETIONS), strict=True)
-    expected = [0.3 * (mine - theirs) for mine, theirs in ratios]
-    assert max(map(abs, expected)) > 0.05
-    assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == pytest.approx(expected, abs=1e-5)
-    for row, scores in enumerate(implicit.prefix_scores_ids(PROMPTS, COMPLETIONS)):
-        log_ratio = plain_logps(policy, PROMPTS[row], COMPLETIONS[row]) - plain_logps(
-            reference, PROMPTS[row], COMPLETIONS[row]
-        )
-        by_hand = [0.0] + [0.3 * float(log_ratio[:t].sum()) for t in range(1, len(log_ratio) + 1)]
-        assert scores.tolist() == pytest.approx(by_hand, abs=1e-5)
-
-
-@torch.no_grad()
-def test_implicit_reward_against_a_mixture(
-    tiny_model: MakeModel, moved: Callable[[str, int], PreTrainedModel]
-) -> None:
-    policy, one, other = moved("llama", 1), tiny_model("llama"), moved("llama", 2)
-    implicit = ImplicitReward(policy, [(0.25, one), (0.75, other)], beta=2.0)
-    parts = (sums(model, COMPLETIONS) for model in (policy, one, other))
-    expected = [2.0 * (p - 0.25 * a - 0.75 * b) for p, a, b in zip(*parts, strict=True)]
-    assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == pytest.approx(expected, abs=5e-5)

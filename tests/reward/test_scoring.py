@@ -87,7 +87,7 @@ def check_rows(values: Tensor, expected: list[list[float]], width: int) -> None:
 
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
 @pytest.mark.parametrize("given_settings", [PLAIN, EVERYTHING], ids=["head", "all"])
-def test_one_pass_gives_rewards_prefixes_and_attention(
+def test_score_tokens_gives_rewards_prefixes_and_attention(
     arch: str, given_settings: RewardSettings, reward: Callable, tiny_model: MakeModel
 ) -> None:
     ours, policy = reward(arch, given_settings), tiny_model(arch)
@@ -108,7 +108,7 @@ def test_one_pass_gives_rewards_prefixes_and_attention(
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
-def test_what_is_not_asked_for_changes_nothing(wanted: tuple, reward: Callable) -> None:
+def test_score_tokens_gives_only_what_is_requested(wanted: tuple, reward: Callable) -> None:
     ours = reward("llama")
     prefixes, attention = wanted
     scores = ask(ours, prefixes=prefixes, attention=attention)
@@ -119,7 +119,7 @@ def test_what_is_not_asked_for_changes_nothing(wanted: tuple, reward: Callable) 
             assert torch.equal(scores.prefixes[row, : len(values)], values)
 
 
-def test_dense_credit_takes_the_passes_of_sparse(reward: Callable) -> None:
+def test_score_tokens_takes_one_pass_for_any_request(reward: Callable) -> None:
     """No second forward, and no more columns in it."""
     ours = reward("llama")
     seen: list[tuple] = []
@@ -141,7 +141,7 @@ def test_dense_credit_takes_the_passes_of_sparse(reward: Callable) -> None:
 
 @pytest.mark.parametrize("arch", [*TINY_ARCHITECTURES, "qwen2"])
 @pytest.mark.parametrize("given_settings", [PLAIN, EVERYTHING], ids=["head", "all"])
-def test_eos_prefixes_equal_each_prefix_with_eos_appended(
+def test_score_tokens_eos_prefixes_equal_single_prefixes(
     arch: str, given_settings: RewardSettings, reward: Callable, tiny_model: MakeModel
 ) -> None:
     """In one pass; mistral's window of 8 and the 4 of qwen2's last layer are shorter than rows."""
@@ -159,7 +159,7 @@ def test_eos_prefixes_equal_each_prefix_with_eos_appended(
     assert (scores.prefixes - plain.prefixes).abs().max() > 0.1
 
 
-def test_gemma_falls_back_to_eager(reward: Callable) -> None:
+def test_score_tokens_uses_eager_attention_for_gemma(reward: Callable) -> None:
     ours = reward("gemma2")
     ours.model.set_attn_implementation("sdpa")
     scores = ask(ours, prefixes=False)
@@ -170,9 +170,7 @@ def test_gemma_falls_back_to_eager(reward: Callable) -> None:
 
 
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_policy_attention_is_the_mean_over_the_steps_that_wrote(
-    arch: str, tiny_model: MakeModel
-) -> None:
+def test_policy_attention_by_hand(arch: str, tiny_model: MakeModel) -> None:
     policy = tiny_model(arch)
     values = policy_attention(policy, PROMPTS, COMPLETIONS)
     longest = max(map(len, COMPLETIONS))
@@ -189,7 +187,7 @@ def test_policy_attention_is_the_mean_over_the_steps_that_wrote(
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_scores_do_not_depend_on_the_batch(arch: str, reward: Callable) -> None:
+def test_score_tokens_does_not_depend_on_the_batch(arch: str, reward: Callable) -> None:
     ours = reward(arch, RewardSettings(lm_coef=0.5))
     tokens = st.integers(0, 319)  # pad and EOS ids included
     pairs = st.lists(
@@ -216,7 +214,7 @@ def test_scores_do_not_depend_on_the_batch(arch: str, reward: Callable) -> None:
     check()
 
 
-def test_no_rows_and_empty_completions(reward: Callable) -> None:
+def test_score_tokens_of_no_rows_and_empty_completions(reward: Callable) -> None:
     ours = reward("llama")
     none = score_tokens(ours, ScoreRequest([], [], prefixes=True, attention=True))
     assert (none.rewards.shape, none.prefixes.shape) == ((0,), (0, 1))
@@ -226,7 +224,7 @@ def test_no_rows_and_empty_completions(reward: Callable) -> None:
     assert empty.attention.shape == (1, 0)
 
 
-def test_padding_with_eos_pools_the_same_token(reward: Callable) -> None:
+def test_score_tokens_with_eos_as_padding(reward: Callable) -> None:
     ours = reward("llama")
     expected = ask(ours)
     ours.model.config.pad_token_id = ours.tokenizer.eos_token_id
@@ -235,7 +233,7 @@ def test_padding_with_eos_pools_the_same_token(reward: Callable) -> None:
     assert torch.equal(scores.attention, expected.attention)
 
 
-def test_the_training_mode_is_as_it_was(reward: Callable) -> None:
+def test_score_tokens_keeps_the_mode(reward: Callable) -> None:
     ours = reward("llama")
     quiet = ask(ours)
     ours.model.train()
@@ -251,7 +249,7 @@ def test_the_training_mode_is_as_it_was(reward: Callable) -> None:
 # --- other rewards, and what is refused -----------------------------------------------------------
 
 
-def test_an_implicit_reward_has_prefixes_and_no_attention(tiny_model: MakeModel) -> None:
+def test_score_tokens_of_an_implicit_reward(tiny_model: MakeModel) -> None:
     policy, reference = tiny_model("llama"), tiny_model("qwen3")
     implicit = ImplicitReward(policy, [(1.0, reference)], beta=0.5)
     scores = ask(implicit, attention=False)
@@ -281,13 +279,13 @@ class LengthReward:
         return [torch.arange(len(c) + 1.0) for c in completions]
 
 
-def test_a_users_reward_is_asked_by_its_own_methods() -> None:
+def test_score_tokens_of_a_users_reward() -> None:
     scores = score_tokens(LengthReward(), ScoreRequest([[5], [6]], [[7, 8], [9]], prefixes=True))
     assert scores.rewards.tolist() == [2.0, 1.0]
     assert scores.prefixes.tolist() == [[0.0, 1.0, 2.0], [0.0, 1.0, 0.0]]
 
 
-def test_scores_that_are_not_finite_are_refused(reward: Callable) -> None:
+def test_score_tokens_refuses_scores_that_are_not_finite(reward: Callable) -> None:
     ours = reward("llama")
     with torch.no_grad():
         ours.model.get_input_embeddings().weight[7] = float("nan")
@@ -298,7 +296,7 @@ def test_scores_that_are_not_finite_are_refused(reward: Callable) -> None:
             )
 
 
-def test_bad_requests_are_refused(reward: Callable) -> None:
+def test_score_tokens_refuses_bad_requests(reward: Callable) -> None:
     ours = reward("llama")
     with pytest.raises(UserError, match=r"prompt 1 has no tokens"):
         score_tokens(ours, ScoreRequest([[5], []], [[6], [7]], prefixes=True))
@@ -311,7 +309,7 @@ def test_bad_requests_are_refused(reward: Callable) -> None:
         ask(ours, eos_prefixes=True)
 
 
-def test_a_bidirectional_reward_gives_whole_rewards_only(
+def test_score_tokens_of_a_bidirectional_reward(
     reward: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decoder made to look both ways, as embedding models are."""
