@@ -1,4 +1,4 @@
-"""Settings of an explicit reward, which its config.json holds beside the weights."""
+"""Settings of an explicit reward, saved in the config.json of its folder."""
 
 from __future__ import annotations
 

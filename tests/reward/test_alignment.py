@@ -321,7 +321,7 @@ def test_aligned_reward_reads_special_tokens_in_text_as_text(
 def test_aligned_reward_credits_bytes_that_are_no_text_at_the_end(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The reward's tokenizer composes e and an accent to é: no boundary can be told inside."""
+    """The reward's tokenizer composes e and an accent to é: no boundary exists inside."""
     reward = reward_with(tiny_tokenizer)
     reward.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     policy = words()

@@ -85,10 +85,10 @@ def test_order_columns_keep_pairs_of_a_row_together() -> None:
         "rejected_prompt_ids": [[1, 2], [1, 2], [1, 2, 6, 7]],
         "rejected_ids": [[6], [7, 8, 9], [3, 4, 5]],
     }
-    together, apart = (order_columns(columns, share) for share in (True, False))
-    assert together["unit"][0] == together["unit"][1] != together["unit"][2]
-    assert together["length"] == [2 + 3 + 1 + 2 + 3] * 2 + [4 + 3]
-    assert len(set(apart["unit"])) == 3 and apart["length"] == [2 + 3, 2 + 3, 4 + 3]
+    shared, single = (order_columns(columns, share) for share in (True, False))
+    assert shared["unit"][0] == shared["unit"][1] != shared["unit"][2]
+    assert shared["length"] == [2 + 3 + 1 + 2 + 3] * 2 + [4 + 3]
+    assert len(set(single["unit"])) == 3 and single["length"] == [2 + 3, 2 + 3, 4 + 3]
 
 
 def test_pair_columns_and_collator_by_hand() -> None:
@@ -220,12 +220,12 @@ def toy_pairs(count: int, seed: int) -> Dataset:
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
-        asked, other = draw.sample(range(3, 11), 2)
-        prompt = [asked]
+        wanted, other = draw.sample(range(3, 11), 2)
+        prompt = [wanted]
         rows.append(
             {
                 "prompt_ids": prompt,
-                "chosen_ids": [draw.randrange(30, 60), asked, 2],
+                "chosen_ids": [draw.randrange(30, 60), wanted, 2],
                 "rejected_prompt_ids": prompt,
                 "rejected_ids": [draw.randrange(30, 60), other, 2],
             }
@@ -237,7 +237,7 @@ def toy_pairs(count: int, seed: int) -> Dataset:
 def test_fit_reward_learns_a_separable_relation(
     loss: str, options: dict, reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
-    # Neither side's tokens alone tell them apart: the reward must compare with the prompt.
+    # Neither side's tokens alone separate them: the reward must compare with the prompt.
     ours, held_out = reward(**options), toy_pairs(200, seed=2)
     before = margin_report(margins(ours, held_out))
     args = {**BATCH, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_steps": 100}

@@ -275,7 +275,7 @@ def test_save_and_load_round_trip(
     arch: str, reward: Callable[..., RewardModel], tmp_path: Path
 ) -> None:
     ours = reward(arch, lm_coef=0.5, bound=3.0, template="{prompt} ->", lowercase=True, name="mine")
-    if hasattr(ours.model, "lm_head"):  # its own, trained apart from the policy's
+    if hasattr(ours.model, "lm_head"):  # its own, trained separately from the policy's
         ours.model.lm_head.weight.data.add_(0.01)
     ours.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4])
     ours.save_pretrained(tmp_path / "reward")

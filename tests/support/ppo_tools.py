@@ -37,21 +37,21 @@ Ids = Sequence[Sequence[int]]
 
 
 class Scripted:
-    """A reward function from one of a prompt and a completion; prefixes are scored alike."""
+    """A reward function from a Python function of a prompt and a completion; also for prefixes."""
 
-    def __init__(self, of: Callable[[list[int], list[int]], float]) -> None:
-        self.of = of
+    def __init__(self, score: Callable[[list[int], list[int]], float]) -> None:
+        self.score = score
         self.calls = 0
 
     def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
         self.calls += 1
         return torch.tensor(
-            [self.of(list(p), list(c)) for p, c in zip(prompts, completions, strict=True)]
+            [self.score(list(p), list(c)) for p, c in zip(prompts, completions, strict=True)]
         )
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         return [
-            torch.tensor([self.of(list(p), list(c[:t])) for t in range(len(c) + 1)])
+            torch.tensor([self.score(list(p), list(c[:t])) for t in range(len(c) + 1)])
             for p, c in zip(prompts, completions, strict=True)
         ]
 
@@ -96,6 +96,7 @@ def actors(
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
     chosen: PPOOptions,
+    *,
     max_new_tokens: int = 6,
     judge: Judge | None = None,
 ) -> Actors:

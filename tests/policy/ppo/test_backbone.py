@@ -1,4 +1,4 @@
-"""PPO with adapters: one backbone for all four models says and learns what separate ones do."""
+"""PPO with adapters: one backbone for all four models learns the same as separate ones."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.ppo_tools import BOS, EOS, PAD, actors, options, small_llama, train
+from support.ppo_tools import (
+    BOS,
+    EOS,
+    PAD,
+    Stop,
+    actors,
+    options,
+    small_llama,
+    train,
+    train_until_stopped,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.config.model import LoraOptions
@@ -86,30 +96,30 @@ def cast(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Cast:
 
 
 @pytest.mark.parametrize(
-    ("asked", "from_base"),
+    ("chosen_options", "from_base"),
     [
         ({"critic_init": "reward", "credit": "red", "minibatches": 2}, False),
         ({"critic_init": "zero", "credit": "abc", "gradient_checkpointing": True}, True),
         ({"critic": "shared", "credit": "abc_policy"}, True),
     ],
 )
-def test_one_backbone_learns_what_separate_models_do(
-    asked: dict[str, Any], from_base: bool, cast: Cast, tmp_path: Path
+def test_train_on_one_backbone_equals_separate_models(
+    chosen_options: dict[str, Any], from_base: bool, cast: Cast, tmp_path: Path
 ) -> None:
     # The reference is the adapter of SFT, or the base itself.
     start = cast.base if from_base else cast.start
     chosen = options(
-        **asked, episodes=32, max_batch_tokens=64, keep="reward_gap", learning_rate=3e-2
+        **chosen_options, episodes=32, max_batch_tokens=64, keep="reward_gap", learning_rate=3e-2
     )
     histories = []
     for name, make in (("separate", cast.separate), ("shared", cast.shared)):
         made = make(chosen, start, start)
         done = train(tmp_path / name, made, chosen)
         histories.append((done["history"], made.policy))
-    (apart, first), (together, second) = histories
-    assert len(apart) == 2
+    (separate, first), (shared, second) = histories
+    assert len(separate) == 2
     moved = 0.0
-    for one, other in zip(apart, together, strict=True):
+    for one, other in zip(separate, shared, strict=True):
         for key in one:
             if isinstance(one[key], float) and not key.startswith("seconds"):
                 assert other[key] == pytest.approx(one[key], abs=1e-5, rel=1e-5), key
@@ -123,28 +133,14 @@ def test_one_backbone_learns_what_separate_models_do(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-class Stop(Exception):
-    """In place of a kill."""
-
-
-def test_a_shared_backbone_goes_on_from_a_checkpoint_bit_by_bit(cast: Cast, tmp_path: Path) -> None:
+def test_train_on_one_backbone_resumes_bit_identical(cast: Cast, tmp_path: Path) -> None:
     chosen = options(critic_init="reward", episodes=48, epochs=1, checkpoint_every=1)
     whole = cast.shared(chosen, cast.start, cast.start)
     train(tmp_path / "whole", whole, chosen)
 
-    halves, half = tmp_path / "halves", cast.shared(chosen, cast.start, cast.start)
-    stream, drawn = half.generator.stream, 0
-
-    def stopped(*arguments: Any) -> Any:
-        nonlocal drawn
-        drawn += 1
-        if drawn > 5:  # one look at held-out prompts, and two rollouts in two passes each
-            raise Stop
-        return stream(*arguments)
-
-    half.generator.stream = stopped
-    with pytest.raises(Stop):
-        train(halves, half, chosen)
+    halves = tmp_path / "halves"
+    # One evaluation, and two rollouts in two passes each.
+    train_until_stopped(halves, cast.shared(chosen, cast.start, cast.start), chosen, 5)
     checkpoint = halves / "scratch" / "checkpoint-2"
     saved = load_file(checkpoint / "trained-0")
     assert not any("base_layer" in name or "embed" in name for name in saved)
@@ -163,7 +159,7 @@ def own_weights(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     return list(adapter_weights(model, DEFAULT_ADAPTER).values())
 
 
-def test_what_cannot_share_a_backbone_is_told(
+def test_share_backbone_refuses_whole_models_and_other_bases(
     cast: Cast, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     policy = load_model(cast.start, merge=False)
@@ -183,7 +179,7 @@ def test_what_cannot_share_a_backbone_is_told(
         share_backbone(policy, cast.start, other, cast.reward)
 
 
-def test_one_adapter_is_active_and_all_that_train_still_do(cast: Cast) -> None:
+def test_switch_keeps_the_trained_weights_trained(cast: Cast) -> None:
     made = cast.shared(options(), cast.start, cast.base)
     switch, ids = made.backbone.switch, torch.tensor([PROMPTS[0]])
 

@@ -94,8 +94,8 @@ def plain_loss(network: Network, batch: UpdateBatch, chosen: PPOOptions) -> torc
             advantage = batch.advantages[i, t]
             clipped = ratio.clamp(1 - chosen.clip, 1 + chosen.clip)
             policy = -torch.minimum(ratio * advantage, clipped * advantage)
-            apart = batch.reference_logps[i, t] - logp
-            kl = apart.exp() - apart - 1
+            gap = batch.reference_logps[i, t] - logp
+            kl = gap.exp() - gap - 1
             entropy = -(table[place].exp() * table[place]).sum()
             value = network.critic.head(hidden[place])[0]
             old, goal = batch.old_values[i, t], batch.targets[i, t]
@@ -214,9 +214,9 @@ def steps_of(learner: Learner) -> set[int]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_update_refuses_one_wrong_token_of_a_rollout(bf16: bool) -> None:
-    """Of 1,536 tokens one has ratio 2.46, or 1 / 4.5 under bf16: the mean is below its limit."""
+    """One of 1,536 tokens has ratio 2.46, or 1 / 4.5 under bf16: the mean is below its limit."""
     off = -1.5 if bf16 else math.log(2.46)
-    chosen = options(advantage="reinforce", bf16=True, epochs=1)  # asked, and not what computes
+    chosen = options(advantage="reinforce", bf16=True, epochs=1)
     learner = learner_of(small_llama(12), chosen, bf16=bf16)
     batch = own_batch(learner, equal_samples(256, 6))
     before = small_llama(12)

@@ -41,8 +41,8 @@ def test_weights_give_the_policy_gradient_from_samples_of_another_policy() -> No
     sampler = other.log_softmax(-1)
 
     def gradient(objective: torch.Tensor) -> list[float]:
-        (found,) = torch.autograd.grad(objective, logits)
-        return list(found.tolist())
+        (gradient,) = torch.autograd.grad(objective, logits)
+        return list(gradient.tolist())
 
     logps = logits.log_softmax(-1)
     loss = losses.policy_loss(logps, logps.detach(), advantages, 0.2)

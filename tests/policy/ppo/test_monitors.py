@@ -79,7 +79,7 @@ def test_train_records_all_numbers(
 def test_rollout_report_agrees_with_the_samples(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Two updates whose samples are all kept, and what is written of each of their tokens."""
+    """Two updates with all samples recorded: their numbers agree with the tokens' records."""
     chosen = options(episodes=32, samples_kept=16, missing_eos="subtract")
     history = trained(tmp_path / "work", tiny_tokenizer, chosen)["history"]
     lines = (tmp_path / "work/samples.jsonl").read_text(encoding="utf-8").splitlines()
@@ -192,8 +192,8 @@ def test_find_alarms() -> None:
         "KL to the reference is 6.00 nats, more than twice its target 1",
         "KL to the reference is 6.00 nats, above kl_alarm 5",
     ]
-    (apart,) = find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], chosen)
-    assert apart.startswith("sampler and learner differ by 0.3 in a token's log-prob, above")
+    (gap,) = find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], chosen)
+    assert gap.startswith("sampler and learner differ by 0.3 in a token's log-prob, above")
     assert find_alarms([{**quiet[0], "sampler_log_ratio": 0.3}], options(sampler_gap_alarm=1)) == []
     ending = [{**quiet[0], "eos_credit": -1.1}]
     (paid,) = find_alarms(ending, options(credit="red"))

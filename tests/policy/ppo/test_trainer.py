@@ -50,7 +50,14 @@ def test_trainer_solves_a_bandit(
         evaluate_every=100,
     )
     reward = Scripted(lambda prompt, completion: float(completion[0] == 3 + prompt[0] % 5))
-    cast = actors(small_llama(12), reward, tiny_tokenizer, [[i] for i in range(3, 8)], chosen, 1)
+    cast = actors(
+        small_llama(12),
+        reward,
+        tiny_tokenizer,
+        [[i] for i in range(3, 8)],
+        chosen,
+        max_new_tokens=1,
+    )
     report = train(tmp_path / "work", cast, chosen)
     assert report["history"][0]["reward"] < 0.3
     last = [record["reward"] for record in report["history"][-4:]]
@@ -77,7 +84,9 @@ def test_trainer_solves_a_copy_task(
     def right(prompt: list[int], completion: list[int]) -> float:
         return sum(a == b for a, b in zip(prompt, completion, strict=False)) / 4
 
-    cast = actors(small_llama(8, layers=2), Scripted(right), tiny_tokenizer, prompts, chosen, 4)
+    cast = actors(
+        small_llama(8, layers=2), Scripted(right), tiny_tokenizer, prompts, chosen, max_new_tokens=4
+    )
     history = train(tmp_path / "work", cast, chosen)["history"]
     assert history[0]["reward"] < 0.25
     last = [record["reward"] for record in history[-5:]]
