@@ -108,8 +108,9 @@ def test_nothing_imports_the_command_line() -> None:
     assert importers("irl_align.cli.main") == {"irl_align.__main__"}
 
 
-def test_only_train_imports_the_loop() -> None:
-    assert importers("irl_align.training.loop") == {"irl_align.training.train"}
+def test_only_train_and_plan_import_the_loop() -> None:
+    users = {"irl_align.training.train", "irl_align.training.plan.dry_run"}
+    assert importers("irl_align.training.loop") == users
 
 
 PURE = (

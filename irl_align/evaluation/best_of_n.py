@@ -31,7 +31,7 @@ from irl_align.models.logprobs import best_of_n_kl_bound
 from irl_align.reward.model import RewardModel
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.tasks.gold import GoldMetric
-from irl_align.training.context import derive_seed
+from irl_align.training.keys import derive_seed
 from irl_align.training.run_folder import Run, RunView
 from irl_align.training.store import Store
 from irl_align.utils.statistics import clustered_difference, estimate

@@ -22,7 +22,7 @@ from irl_align.models.trl import Training
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
-from irl_align.training.context import derive_seed
+from irl_align.training.keys import derive_seed
 from irl_align.training.reward_step import scheduled
 from irl_align.training.run_folder import RunView
 from irl_align.training.store import Store

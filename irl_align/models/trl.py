@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from irl_align.data.columns import column
@@ -61,6 +62,8 @@ class Training:
     report_to: tuple[str, ...] = ()
     run_name: str = ""
     label: str = "train"
+    tensorboard: Path | None = None
+    """Folder of TensorBoard's events, if report_to names it."""
 
 
 def training_args(config_class: type, options: Mapping[str, Any], training: Training) -> Any:
@@ -349,6 +352,9 @@ def run_trainer(trainer: Trainer, training: Training) -> dict[str, Any]:
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and training.tensorboard is not None:
+            callback.logging_dir = str(training.tensorboard)
     trainer.add_callback(_Progress(training.label))
     trainer.add_callback(_SealCheckpoints())
     resume = distributed.on_main(lambda: last_checkpoint(training.work / "scratch"))

@@ -1,7 +1,7 @@
 """The policy level: what a policy is, and the protocol of an update that improves it.
 
-A policy update is a value behind :class:`PolicyUpdate`. Built in: :mod:`best_of_n`, :mod:`ppo`, the
-identity (SPIN) and more SFT. A recipe names one of its own by import path (``policy_update.kind``).
+Built in are :mod:`best_of_n`, :mod:`ppo`, :mod:`iqlearn`, :mod:`identity` (SPIN) and :mod:`sft`. A
+recipe may name another :class:`PolicyUpdate` by import path (``policy_update.kind``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from irl_align.policy.roles import Role
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from irl_align.models.generation.protocol import Generator, Sampling
     from irl_align.models.generation.samples import Samples
     from irl_align.models.trl import Training
-    from irl_align.policy.roles import Role
     from irl_align.reward.protocol import RewardFunction
 
 
@@ -52,7 +53,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy as an artefact: a causal language model, and what ranks its samples, if anything."""
+    """A policy as an artefact: a causal language model, and the ranking of its samples, if any."""
 
     path: Path
     key: str
@@ -60,7 +61,7 @@ class Policy:
 
     @property
     def identity(self) -> str:
-        """Key of everything that decides what the policy says."""
+        """Key of everything that decides the policy's distribution."""
         if self.ranking is None:
             return self.key
         r = self.ranking
@@ -68,7 +69,7 @@ class Policy:
 
 
 class Stage(Protocol):
-    """A committed stage, as a policy update sees it."""
+    """A stage, as a policy update sees it."""
 
     @property
     def key(self) -> str:
@@ -80,18 +81,59 @@ class Stage(Protocol):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What its build measured."""
+        """Metrics of its build; empty for a stage that was only looked up and is not there."""
 
 
-class UpdateContext(Protocol):
-    """What a policy update may use: stages, sampling, models on disk. Given by the loop."""
-
-    tokenizer: PreTrainedTokenizerBase
-    device: torch.device
+class Models(Protocol):
+    """Loads models on the run's device."""
 
     @property
     def adapted(self) -> Mapping[str, Any]:
-        """For the settings of stages that train a policy: its adapter, where that is trained."""
+        """The recipe's adapter, for the settings of stages that train a policy."""
+
+    def load_policy(self, path: Path) -> PreTrainedModel:
+        """The language model of a policy."""
+
+    def load_trainable(self, path: Path) -> PreTrainedModel:
+        """The language model of a policy for training: all its weights, or its adapter."""
+
+    def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
+        """The reward function of an artefact; merge: an adapter is merged into the weights."""
+
+
+class Sampler(Protocol):
+    """Samples policies within the recipe's limits."""
+
+    def sampling(self, n: int, temperature: float) -> Sampling:
+        """The recipe's sampling settings with n samples per prompt at a temperature."""
+
+    def sample(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, use: str
+    ) -> Samples:
+        """Samples of a policy, as a stage. The use is part of the seed and of the stage's role."""
+
+    def generator(self, model: PreTrainedModel) -> Generator:
+        """A generator that samples this model while it is trained."""
+
+
+class UpdateContext(Protocol):
+    """What a policy update may use. The loop provides it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of all policies of the run."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the run's models."""
+
+    @property
+    def models(self) -> Models:
+        """Loads models."""
+
+    @property
+    def sampler(self) -> Sampler:
+        """Samples policies."""
 
     def stage(
         self,
@@ -101,36 +143,17 @@ class UpdateContext(Protocol):
         inputs: Mapping[str, str],
         build: Callable[[Path], Mapping[str, Any] | None],
     ) -> Stage:
-        """Return a committed stage, building it if it is not in the store (see Store.stage).
+        """Return a committed stage; it is built if the store does not have it (see Store.stage).
 
-        Of a run of several processes all build; what they write, one does (ranks.is_main).
+        In a run of several processes all build, and only the main one writes
+        (distributed.is_main).
         """
 
-    def log(self, key: str, record: Mapping[str, Any]) -> None:
-        """Set a line of the run's metrics."""
-
-    def sample(
-        self, policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, role: str
-    ) -> Samples:
-        """Samples of a policy, as a stage. The role is part of the seed."""
+    def log(self, role: Role, record: Mapping[str, Any]) -> None:
+        """Set a record of the run's metrics."""
 
     def training(self, work: Path, label: str) -> Training:
-        """Settings of a trainer that works in a stage's folder."""
-
-    def load_policy(self, path: Path) -> PreTrainedModel:
-        """The language model of a policy, on the run's device."""
-
-    def load_trainable(self, path: Path) -> PreTrainedModel:
-        """The language model of a policy, to be trained: all its weights, or its adapter."""
-
-    def generator(self, model: PreTrainedModel) -> Generator:
-        """What samples this model, whatever its weights become."""
-
-    def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
-        """The reward function of an artefact, on the run's device; merge: without its adapter."""
-
-    def sampling(self, n: int, temperature: float) -> Sampling:
-        """The recipe's sampling settings with another n and temperature."""
+        """Settings of a trainer that works in a stage's folder; the label is part of the seed."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +164,7 @@ class Demonstrations:
     completions: list[list[int]]
     checksum: str
     extra_prompts: list[list[int]] = field(default_factory=list)
-    """Prompts that nobody demonstrated, for updates that need no demonstration."""
+    """Prompts without demonstrations, for updates that need none."""
 
     def distinct_prompts(self) -> list[list[int]]:
         """Every prompt once, in the order of its first row; then the extra ones."""
@@ -149,16 +172,43 @@ class Demonstrations:
         return [list(p) for p in dict.fromkeys(tuple(p) for p in prompts)]
 
 
-class PolicyUpdate(Protocol):
-    """pi_{k+1} = improve(pi_k, r_phi)."""
+@dataclass(frozen=True)
+class UpdateRequest:
+    """What a policy update improves in iteration k, and with what."""
 
-    def __call__(
-        self,
-        context: UpdateContext,
-        iteration: int,
-        policy: Policy,
-        initial: Policy,
-        reward: Reward | None,
-        demonstrations: Demonstrations,
-    ) -> Policy:
-        """Return the improved policy; its work is done in the context's stages."""
+    iteration: int
+    policy: Policy
+    """pi_k, which is to be improved."""
+    initial: Policy
+    """pi_0, the policy after SFT."""
+    reward: Reward | None
+    """r_k; None if the recipe has no reward."""
+    demonstrations: Demonstrations
+    """The demonstrations, and the prompts on which the policy may be improved."""
+
+    @property
+    def role(self) -> Role:
+        """Role of the stage that trains pi_{k+1}."""
+        return Role.policy(self.iteration + 1)
+
+
+class PolicyUpdate(Protocol):
+    """pi_{k+1} = improve(pi_k, r_k).
+
+    An update does its work in ``build`` functions of the context's stages, and reads models,
+    samples and demonstrations only there: then ``irl-align plan`` can show its stages without
+    running it. An example::
+
+        class Copy:
+            def __call__(self, context: UpdateContext, request: UpdateRequest) -> Policy:
+                def build(work: Path) -> dict[str, Any]:
+                    shutil.copytree(request.policy.path, work / "model")
+                    return {"steps": 0}
+
+                inputs = {"policy": request.policy.key}
+                stage = context.stage(request.role, "copy", {}, inputs, build)
+                return Policy(stage.path / "model", stage.key)
+    """
+
+    def __call__(self, context: UpdateContext, request: UpdateRequest) -> Policy:
+        """Return the improved policy."""

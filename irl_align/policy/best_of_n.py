@@ -1,7 +1,7 @@
 """Best-of-N: sample N completions per prompt, score them, and use the best.
 
-select  the policy stays as it is; whoever samples it keeps the best of N (no training);
-sft     fine-tune on the best `keep` of each prompt (rejection sampling, distillation);
+select  no training: a sample of the new policy is the best of N samples of pi_k;
+sft     fine-tune on the best `keep` samples of each prompt (rejection sampling, distillation);
 dpo     train the best `keep` against as many of the worst with the implicit reward's loss.
 """
 
@@ -25,7 +25,7 @@ from irl_align.models.generation.samples import Samples
 from irl_align.models.loading import save_model
 from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.models.trl import Training
-from irl_align.policy import Demonstrations, Policy, Ranking, Reward, UpdateContext
+from irl_align.policy import Policy, Ranking, Stage, UpdateContext, UpdateRequest
 from irl_align.policy.roles import Role
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.ranking import rank_samples, sample_rewards
@@ -38,52 +38,47 @@ class BestOfN:
 
     options: BestOfNOptions
 
-    def __call__(
-        self,
-        context: UpdateContext,
-        iteration: int,
-        policy: Policy,
-        initial: Policy,
-        reward: Reward | None,
-        demonstrations: Demonstrations,
-    ) -> Policy:
+    def __call__(self, context: UpdateContext, request: UpdateRequest) -> Policy:
         """Select, or sample the candidates and train on them."""
-        options = self.options
+        options, policy, reward = self.options, request.policy, request.reward
         if reward is None:
             raise UserError("policy_update.kind: best_of_n needs a reward")
-        base = Policy(policy.path, policy.key)
         if options.use == "select":
             ranking = Ranking(reward, options.n, options.score, options.temperature)
             return Policy(policy.path, policy.key, ranking)
-        prompts = choose_prompts(demonstrations.distinct_prompts(), options.prompts)
-        sampling = context.sampling(options.n, options.temperature)
-        candidates = context.sample(base, prompts, sampling, "candidates")
-        start = policy if options.start == "current" else initial
+        prompts = choose_prompts(request.demonstrations.distinct_prompts(), options.prompts)
+        sampling = context.sampler.sampling(options.n, options.temperature)
+        base = Policy(policy.path, policy.key)
+        candidates = context.sampler.sample(base, prompts, sampling, "candidates")
+        start = policy if options.start == "current" else request.initial
 
-        inputs = {"policy": policy.key, "demonstrations": demonstrations.checksum}
-        rewards = None
+        inputs = {"policy": policy.key, "demonstrations": request.demonstrations.checksum}
+        rewards: Stage | None = None
         if options.score != "logprob":
-            settings = {"sampling": vars(sampling), "prompts": options.prompts}
-            rewards = score_candidates(context, iteration, candidates, reward, settings, inputs)
             inputs["reward"] = reward.key
-        scores = rank_samples(candidates, rewards, options.score)
+            settings = {"sampling": vars(sampling), "prompts": options.prompts}
+            rewards = score_candidates(context, request, candidates, settings, inputs)
 
         def build(work: Path) -> dict[str, Any]:
-            model = context.load_trainable(start.path)
-            training = context.training(work, f"best of {options.n} ({options.use}) {iteration}")
+            stored = None if rewards is None else np.load(rewards.path / "rewards.npy")
+            scores = rank_samples(candidates, stored, options.score)
+            model = context.models.load_trainable(start.path)
+            label = f"best of {options.n} ({options.use}) {request.iteration}"
             own = start == policy and sampling.plain
-            metrics = self._fit(model, context, candidates, scores, training, own)
+            metrics = self._fit(
+                context, model, candidates, scores, training=context.training(work, label), own=own
+            )
             save_model(model, context.tokenizer, work / "model")
             return {**score_report(scores), **metrics}
 
         stage = context.stage(
-            Role.policy(iteration + 1),
+            request.role,
             f"best-of-n-{options.use}",
             {
                 "sampling": vars(sampling),
                 "options": options.model_dump(exclude=PROMPT_OPTIONS),
-                "iteration": iteration,
-                **context.adapted,
+                "iteration": request.iteration,
+                **context.models.adapted,
             },
             {**inputs, "start": start.key},
             build,
@@ -92,20 +87,21 @@ class BestOfN:
 
     def _fit(
         self,
-        model: PreTrainedModel,
         context: UpdateContext,
+        model: PreTrainedModel,
         candidates: Samples,
         scores: np.ndarray,
+        *,
         training: Training,
         own: bool,
     ) -> dict[str, Any]:
-        """Train the model in place; own: it is the sampler itself, not changed by top-p or such."""
+        """Train the model in place; own: it is the sampler itself, without top-p or top-k."""
         options, tokenizer = self.options, context.tokenizer
         if options.use == "sft":
             columns = best_columns(candidates, scores, options.keep)
             return fit_sft(model, tokenizer, columns, options.args, training)
         pairs = best_against_worst(candidates, scores, options.keep)
-        if own:  # the reference is the sampler, which has told its log-probs already
+        if own:  # the reference is the sampler, whose log-probs are stored with the samples
             logps = np.array(
                 [column(pairs, f"{side}_logp") for side in ("chosen", "rejected")], np.float32
             )
@@ -116,33 +112,27 @@ class BestOfN:
 
 def score_candidates(
     context: UpdateContext,
-    iteration: int,
+    request: UpdateRequest,
     candidates: Samples,
-    reward: Reward,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
-) -> np.ndarray:
-    """Rewards (M * N,) of candidates, as a stage: every use of the same candidates shares it."""
+) -> Stage:
+    """Rewards (M * N,) of candidates as a stage, which all uses of the same candidates share."""
+    reward = request.reward
+    assert reward is not None
 
     def build(work: Path) -> dict[str, Any]:
-        rewards = sample_rewards(candidates, context.load_reward(reward))
+        rewards = sample_rewards(candidates, context.models.load_reward(reward))
         if distributed.is_main():
             np.save(work / "rewards.npy", rewards)
         return {"samples": len(rewards)}
 
-    stage = context.stage(
-        Role.candidate_rewards(iteration),
-        "candidate-rewards",
-        settings,
-        {**inputs, "reward": reward.key},
-        build,
-    )
-    rewards: np.ndarray = np.load(stage.path / "rewards.npy")
-    return rewards
+    role = Role.candidate_rewards(request.iteration)
+    return context.stage(role, "candidate-rewards", settings, inputs, build)
 
 
 def choose_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> list[list[int]]:
-    """At most `limit` prompts, chosen by a hash of their ids and kept in order."""
+    """At most `limit` prompts, chosen by a hash of their ids, in their order."""
 
     def name(prompt: Sequence[int]) -> bytes:
         return hashlib.blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest()
@@ -206,10 +196,10 @@ def _pair(prompt: list[int], better: Completion, worse: Completion) -> dict[str,
 def score_report(scores: np.ndarray) -> dict[str, float]:
     """Mean score of a random and of the best finished sample, and the share left unscored."""
     finite = np.isfinite(scores)
-    some = finite.any(axis=1)
-    best = np.where(finite, scores, -np.inf).max(axis=1)[some]
+    scored = finite.any(axis=1)
+    best = np.where(finite, scores, -np.inf).max(axis=1)[scored]
     return {
         "score_mean": float(scores[finite].mean()) if finite.any() else 0.0,
-        "score_best": float(best.mean()) if some.any() else 0.0,
+        "score_best": float(best.mean()) if scored.any() else 0.0,
         "truncated": float(1.0 - finite.mean()),
     }

@@ -13,8 +13,7 @@ from torch import Tensor
 from irl_align.config.policy_update import IQLearnOptions
 from irl_align.models.loading import save_model
 from irl_align.models.sft import GuardedSFTTrainer, fit_sft, sft_columns
-from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
-from irl_align.policy.roles import Role
+from irl_align.policy import Policy, UpdateContext, UpdateRequest
 from irl_align.reward.losses import iq_learn
 from irl_align.utils import distributed
 
@@ -25,36 +24,32 @@ class IQLearn:
 
     options: IQLearnOptions
 
-    def __call__(
-        self,
-        context: UpdateContext,
-        iteration: int,
-        policy: Policy,
-        initial: Policy,
-        reward: Reward | None,
-        demonstrations: Demonstrations,
-    ) -> Policy:
-        """Train on; the reward, if there is one, is not looked at."""
+    def __call__(self, context: UpdateContext, request: UpdateRequest) -> Policy:
+        """Train further; a reward is ignored."""
         options = self.options
 
         def build(work: Path) -> dict[str, Any]:
-            model = context.load_trainable(policy.path)
+            model = context.models.load_trainable(request.policy.path)
             metrics = fit_sft(
                 model,
                 context.tokenizer,
-                sft_columns(demonstrations.prompts, demonstrations.completions),
+                sft_columns(request.demonstrations.prompts, request.demonstrations.completions),
                 options.args,
-                context.training(work, f"IQLearn {iteration}"),
+                context.training(work, f"IQLearn {request.iteration}"),
                 partial(IQLearnTrainer, coef=options.coef, gamma=options.gamma),
             )
             save_model(model, context.tokenizer, work / "model")
             return metrics
 
         stage = context.stage(
-            Role.policy(iteration + 1),
+            request.role,
             "iqlearn",
-            {**options.model_dump(exclude={"kind"}), "iteration": iteration, **context.adapted},
-            {"policy": policy.key, "demonstrations": demonstrations.checksum},
+            {
+                **options.model_dump(exclude={"kind"}),
+                "iteration": request.iteration,
+                **context.models.adapted,
+            },
+            {"policy": request.policy.key, "demonstrations": request.demonstrations.checksum},
             build,
         )
         return Policy(stage.path / "model", stage.key)

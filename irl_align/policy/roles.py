@@ -163,7 +163,7 @@ def is_evaluation(record: Mapping[str, Any]) -> bool:
     return Role.parse(record["key"]).kind == "evaluation" and "policy" in record
 
 
-def stage_key(role: Role) -> str:
+def stage_record_key(role: Role) -> str:
     """Key of the record of a stage's cost."""
     return f"{_STAGE}{role}"
 

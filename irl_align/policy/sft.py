@@ -9,40 +9,33 @@ from typing import Any
 
 from irl_align.models.loading import save_model
 from irl_align.models.sft import fit_sft, sft_columns
-from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
-from irl_align.policy.roles import Role
+from irl_align.policy import Policy, UpdateContext, UpdateRequest
 
 
 @dataclass(frozen=True)
 class MoreSFT:
-    """pi_{k+1} is pi_k after further supervised training on the demonstrations."""
+    """pi_{k+1} is pi_k after further supervised training on the request.demonstrations."""
 
     args: Mapping[str, Any]
 
-    def __call__(
-        self,
-        context: UpdateContext,
-        iteration: int,
-        policy: Policy,
-        initial: Policy,
-        reward: Reward | None,
-        demonstrations: Demonstrations,
-    ) -> Policy:
-        """Train on; the reward, if there is one, is not looked at."""
+    def __call__(self, context: UpdateContext, request: UpdateRequest) -> Policy:
+        """Train further; a reward is ignored."""
 
         def build(work: Path) -> dict[str, Any]:
-            model = context.load_trainable(policy.path)
-            columns = sft_columns(demonstrations.prompts, demonstrations.completions)
-            training = context.training(work, f"more SFT {iteration}")
+            model = context.models.load_trainable(request.policy.path)
+            columns = sft_columns(
+                request.demonstrations.prompts, request.demonstrations.completions
+            )
+            training = context.training(work, f"more SFT {request.iteration}")
             metrics = fit_sft(model, context.tokenizer, columns, self.args, training)
             save_model(model, context.tokenizer, work / "model")
             return metrics
 
         stage = context.stage(
-            Role.policy(iteration + 1),
+            request.role,
             "more-sft",
-            {"args": dict(self.args), "iteration": iteration, **context.adapted},
-            {"policy": policy.key, "demonstrations": demonstrations.checksum},
+            {"args": dict(self.args), "iteration": request.iteration, **context.models.adapted},
+            {"policy": request.policy.key, "demonstrations": request.demonstrations.checksum},
             build,
         )
         return Policy(stage.path / "model", stage.key)

@@ -1,19 +1,241 @@
-"""What is measured of a policy: its vital signs (on demonstrations alone) and its gold metric.
+"""Measurements of rewards and policies on demonstrations only, each a stage.
 
-Vital signs may decide (stop, pick); gold and preferences are for reporting only.
+The loop may act on these numbers: stop, or pick a policy. Gold metrics are in
+:mod:`irl_align.training.evaluation`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from datasets import Dataset
 from scipy.optimize import brentq
 
-from irl_align.config.loop import SignOptions
+from irl_align.data.columns import by_prompt_key, column
+from irl_align.data.pairs import policy_pairs
+from irl_align.data.splits import choose_prompts
+from irl_align.models.generation.protocol import Completion
 from irl_align.models.generation.samples import SampleSet
+from irl_align.models.logprobs import best_of_n_kl_bound
+from irl_align.policy import Policy, Reward
+from irl_align.policy.roles import PICK, Role
+from irl_align.reward.audit import shortcut_audit, within_prompts
+from irl_align.reward.distributed import spread
+from irl_align.reward.fit import SIDES, margin_report, margins
+from irl_align.reward.health import AUDITED
+from irl_align.reward.protocol import RewardFunction
+from irl_align.training.context import RunContext
+from irl_align.training.iteration import Data, Iteration
+from irl_align.training.pair_step import IterationPairs
+
+
+def measure_reward(
+    context: RunContext, iteration: Iteration, reward: Reward, pairs: Sequence[IterationPairs]
+) -> dict[str, Any]:
+    """Accuracy, loss and calibration of r_k on held-out pairs by source, and the shortcut audit.
+
+    On the pairs of older iterations r_k is compared with r_{k-1}, which is iteration.reward.
+    """
+    k, initial, before = iteration.k, iteration.initial, iteration.reward
+
+    def build(work: Path) -> dict[str, Any]:
+        function = spread(context.models.load_reward(reward))
+        latest = pairs[-1].held_out
+        chosen, rejected = _scores(function, latest)
+        margin = reward.scale * (chosen - rejected)
+        sources = np.asarray(latest["source"])
+        report: dict[str, Any] = {
+            "held_out": margin_report(margin),
+            "by_source": {
+                str(source): margin_report(margin[torch.as_tensor(sources == source)])
+                for source in sorted(set(sources))
+            },
+            **_older_report(context, function, reward, before, pairs[:-1]),
+        }
+        policy_only = latest.filter(lambda s: s == AUDITED, input_columns="source")
+        audited = policy_only if len(policy_only) else latest
+        logps = [
+            context.models.logprobs(initial, audited[prompt], audited[completion])
+            for prompt, completion in SIDES
+        ]
+        audit: dict[str, float | None] = {**shortcut_audit(audited, *logps)}
+        audit["length_correlation"] = length_correlation(latest, rejected.numpy())
+        return {**report, "audit": audit}
+
+    inputs = {"reward": reward.key, "initial": initial.key}
+    inputs |= {"before": before.key} if before is not None else {}
+    inputs |= {f"pairs-{i}": p.key for i, p in enumerate(pairs)}
+    role = Role.reward_report(k)
+    stage = context.stage(role, "reward-report", {"iteration": k}, inputs, build)
+    context.log(Role.reward(k), stage.metrics)
+    return stage.metrics
+
+
+def _older_report(
+    context: RunContext,
+    function: RewardFunction,
+    reward: Reward,
+    before: Reward | None,
+    pairs: Sequence[IterationPairs],
+) -> dict[str, Any]:
+    """Reports on the held-out pairs of older iterations, of r_k (`function`) and of r_{k-1}."""
+    older = {str(i): p.held_out for i, p in enumerate(pairs)}
+    own = {i: margins(function, rows, reward.scale) for i, rows in older.items()}
+    report: dict[str, Any] = {"older": {i: margin_report(margin) for i, margin in own.items()}}
+    if before is not None:
+        function = spread(context.models.load_reward(before))
+        past = {i: margins(function, rows, before.scale) for i, rows in older.items()}
+        report["older_before"] = {i: margin_report(margin) for i, margin in past.items()}
+        report["agreement"] = {i: _correlation(own[i], past[i]) for i in older}
+    return report
+
+
+def _correlation(one: torch.Tensor, two: torch.Tensor) -> float | None:
+    """Pearson's correlation of (B,) numbers; None if one of them does not vary."""
+    return within_prompts([""] * len(one), one.numpy(), two.numpy())
+
+
+def length_correlation(pairs: Dataset, rejected: np.ndarray) -> float | None:
+    """Correlation of reward and length among the policy's samples of a prompt.
+
+    rejected: (B,) rewards of the pairs' rejected sides. Each distinct sample counts once.
+    """
+    columns = (pairs[name] for name in ("source", "prompt_key", "rejected_ids"))
+    samples = {
+        (key, tuple(ids)): (float(score), len(ids))
+        for (source, key, ids), score in zip(zip(*columns, strict=True), rejected, strict=True)
+        if source == "demonstration/policy"
+    }
+    if not samples:
+        return None
+    rewards, lengths = zip(*samples.values(), strict=True)
+    return within_prompts([key for key, _ in samples], rewards, lengths)
+
+
+def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
+    """Vital signs of pi_k on held-out prompts, sampled at temperature 1.
+
+    With an explicit reward also how well it tells demonstrations from these fresh samples.
+    """
+    policy, initial, reward = iteration.policy, iteration.initial, iteration.reward
+    data, models = iteration.data, context.models
+    keys = choose_prompts(
+        column(data.held_out, "prompt_key"),
+        context.recipe.evaluation.held_out_prompts,
+        context.recipe.seed,
+    )
+    rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
+    sampling = context.sampler.sampling(context.recipe.generation.samples_per_prompt, 1.0)
+    drawn = context.sampler.sample_rows(policy, rows, sampling, "held_out")
+
+    def build(work: Path) -> dict[str, Any]:
+        report = vital_signs(context, policy, initial, rows, drawn.by_key)
+        logps = models.logprobs(policy, column(rows, "prompt_ids"), column(rows, "completion_ids"))
+        if policy.ranking is None:
+            report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
+        # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
+        if reward is not None and reward.kind == "explicit":
+            report |= _fresh_report(context, reward, rows, drawn.by_key)
+            # The proxy's gain over pi_0 on the same prompts. Its unit is the standard deviation of
+            # the demonstrations' rewards.
+            first = context.sampler.sample_rows(initial, rows, sampling, "held_out")
+            start = _mean_score(context, reward, rows, first.by_key)
+            report["reward_gain"] = report["reward_score"] - start
+        return report
+
+    inputs = {"policy": policy.identity, "initial": initial.key, "data": data.checksums["held_out"]}
+    inputs |= {"reward": reward.key} if reward is not None else {}
+    settings = {"prompts": len(keys), "sampling": vars(sampling)}
+    role = Role.vitals(iteration.k)
+    stage = context.stage(role, "vitals", settings, inputs, build)
+    context.log(role, stage.metrics)
+    return stage.metrics
+
+
+def vital_signs(
+    context: RunContext,
+    policy: Policy,
+    initial: Policy,
+    rows: Dataset,
+    samples: Mapping[str, list[Completion]],
+) -> dict[str, Any]:
+    """``vitals`` of samples by prompt key; KL of a selecting policy is an upper bound."""
+    prompts = by_prompt_key(rows, "prompt_ids")
+    sample_set = SampleSet([list(prompts[key]) for key in samples], list(samples.values()))
+    if policy.ranking is not None:
+        # The log-prob of a selected sample is not known; KL(best-of-n || pi) has a bound.
+        report: dict[str, Any] = vitals(sample_set, None)
+        del report["entropy"]
+        if policy.key == initial.key:
+            report["kl_bound"] = best_of_n_kl_bound(policy.ranking.n)
+        return report
+    flat_prompts, completions = sample_set.flat()
+    ids = [completion.token_ids for completion in completions]
+    plain, logprobs = context.sampler.sampling(1, 1.0).plain, context.models.logprobs
+    own = None if plain else logprobs(policy, flat_prompts, ids)
+    return vitals(sample_set, logprobs(initial, flat_prompts, ids), own)
+
+
+def _fresh_report(
+    context: RunContext, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
+) -> dict[str, float]:
+    """Accuracy of the reward on pairs (held-out demonstration, fresh sample), and the samples' mean
+    reward."""
+    pairs = policy_pairs(
+        rows,
+        samples,
+        iteration=0,
+        generator="",
+        sampling=context.sampler.sampling(1, 1.0),
+        truncated="keep",
+    )
+    chosen, rejected = _scores(spread(context.models.load_reward(reward)), pairs.rows)
+    accuracy = margin_report(reward.scale * (chosen - rejected))["accuracy"]
+    return {"fresh_accuracy": accuracy, "reward_score": float(rejected.double().mean())}
+
+
+def _mean_score(
+    context: RunContext, reward: Reward, rows: Dataset, samples: Mapping[str, list[Completion]]
+) -> float:
+    """Mean reward of samples by prompt key."""
+    prompts = by_prompt_key(rows, "prompt_ids")
+    flat = [(list(prompts[key]), c.token_ids) for key, group in samples.items() for c in group]
+    rewards = spread(context.models.load_reward(reward)).score_ids(
+        [prompt for prompt, _ in flat], [ids for _, ids in flat]
+    )
+    return float(rewards.double().mean())
+
+
+def _scores(reward: RewardFunction, pairs: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of the preferred and of the rejected sides: (B,) each."""
+    chosen, rejected = (reward.score_ids(pairs[p], pairs[c]) for p, c in SIDES)
+    return chosen, rejected
+
+
+def nearest_policy(
+    context: RunContext, reward: Reward, policies: Sequence[Policy], data: Data
+) -> Policy:
+    """The policy whose held-out samples the last reward tells least from demonstrations."""
+    sampler, rows = context.sampler, data.held_out
+    sampling = sampler.sampling(context.recipe.generation.samples_per_prompt, 1.0)
+    drawn = [sampler.sample_rows(policy, rows, sampling, "held_out") for policy in policies]
+
+    def build(work: Path) -> dict[str, Any]:
+        reports = [_fresh_report(context, reward, rows, samples.by_key) for samples in drawn]
+        return {"accuracy": [report["fresh_accuracy"] for report in reports]}
+
+    inputs = {f"policy-{i}": policy.identity for i, policy in enumerate(policies)}
+    stage = context.stage(PICK, "pick", {}, {**inputs, "reward": reward.key}, build)
+    context.log(PICK, stage.metrics)
+    if stage.missing:
+        return policies[-1]
+    distance = [abs(accuracy - 0.5) for accuracy in stage.metrics["accuracy"]]
+    return policies[int(np.argmin(distance))]
 
 
 def vitals(
@@ -24,9 +246,9 @@ def vitals(
     """Length, truncation, entropy and KL(pi || pi_0) of samples drawn at temperature 1.
 
     initial_logps: per-token log-probs of the samples under pi_0, or None to leave KL out.
-    policy_logps: the same under pi, when the sampler's own are not pi's (top-p); default the
+    policy_logps: the same under pi if the sampler's log-probs are not pi's (top-p); default: the
     sampler's. KL is the mean of log pi(y)/pi_0(y) per completion (k1), with its standard error;
-    entropy is the mean of -log pi per token. In nats.
+    entropy is the mean of -log pi per token. Both are in nats.
     """
     _, completions = samples.flat()
     own = policy_logps or [c.logprobs for c in completions]
@@ -57,11 +279,11 @@ def temperature_of_entropy(
     between: tuple[float, float] = (0.1, 2.0),
     to: float = 0.01,
 ) -> float:
-    """The temperature, to so much, at which samples have this entropy per token.
+    """The temperature at which samples have this entropy per token, rounded to a multiple of `to`.
 
-    entropy_at: entropy of the distribution that is sampled from at a temperature, which rises with
-    it. What is beyond both ends of the range gets the nearer one. A multiple of `to`, so that runs
-    which ask for nearly the same share their samples.
+    entropy_at: entropy of the sampling distribution at a temperature; it rises with the
+    temperature. An entropy outside the range gets the nearer end of `between`. Rounding lets runs
+    with nearly the same entropy share their samples.
     """
     low, high = between
     if entropy_at(1.0) >= entropy:
@@ -73,50 +295,5 @@ def temperature_of_entropy(
     if entropy_at(high) <= entropy:
         return high
     steps = {"xtol": to / 2, "rtol": 1e-3}
-    found = brentq(lambda t: entropy_at(round(round(t / to) * to, 6)) - entropy, low, high, **steps)
-    return round(round(float(found) / to) * to, 6)
-
-
-def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) -> list[str]:
-    """Signs that a policy went wrong against pi_0: one line for each bound that is passed.
-
-    now, start: vital signs of the new policy and of pi_0; a key that is missing is not judged, a
-    NaN is a sign.
-    """
-    signs = []
-
-    def judge(key: str, broken: bool, text: str) -> None:
-        if broken:
-            signs.append(f"{key}: {text}")
-
-    if "entropy" in now:
-        ratio = now["entropy"] / start["entropy"]
-        inside = bounds.entropy_low <= ratio <= bounds.entropy_high
-        judge(
-            "entropy",
-            not inside,
-            f"{ratio:.2f} of the first policy's, outside "
-            f"{bounds.entropy_low:g} to {bounds.entropy_high:g}",
-        )
-    if "kl" in now:
-        judge("kl", not now["kl"] <= bounds.kl, f"{now['kl']:.2f} nats, above {bounds.kl:g}")
-    change = now["length"] / start["length"] - 1.0
-    judge(
-        "length",
-        abs(change) > bounds.length_change,
-        f"{change:+.0%} against the first policy, beyond {bounds.length_change:.0%}",
-    )
-    more = now["truncated"] - start["truncated"]
-    judge(
-        "missing_eos",
-        more > bounds.missing_eos,
-        f"{more:+.1%} samples without EOS, above {bounds.missing_eos:.1%}",
-    )
-    if "demonstration_logp" in now:
-        fall = start["demonstration_logp"] - now["demonstration_logp"]
-        judge(
-            "demonstration_log_prob",
-            not fall <= bounds.demonstration_log_prob,
-            f"fell by {fall:.2f} nats, more than {bounds.demonstration_log_prob:g}",
-        )
-    return signs
+    root = brentq(lambda t: entropy_at(round(round(t / to) * to, 6)) - entropy, low, high, **steps)
+    return round(round(float(root) / to) * to, 6)

@@ -10,7 +10,6 @@ import logging
 import random
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,10 +22,8 @@ from irl_align.data.rows import Demonstration, Prompt, prompt_key
 from irl_align.errors import UserError
 from irl_align.policy import Demonstrations
 from irl_align.tasks.gold import PromptEdit
-from irl_align.training.context import checksum
-
-if TYPE_CHECKING:
-    from irl_align.training.prepare import Data
+from irl_align.training.iteration import Data
+from irl_align.training.keys import checksum
 
 logger = logging.getLogger(__name__)
 PromptsByIds = dict[tuple[int, ...], Prompt]
@@ -34,9 +31,9 @@ PromptsByIds = dict[tuple[int, ...], Prompt]
 
 
 def extra_prompts(options: object, card: Card, own: Iterable[Prompt], seed: int) -> list[Prompt]:
-    """What a policy update's options add to the data's own prompts; [] where they add nothing.
+    """The prompts that a policy update's options add to the data's own; [] if they add none.
 
-    Raises UserError where the card has no edit, or the file no prompts.
+    Raises UserError: the card has no edit, or the file has no prompts.
     """
     if not isinstance(options, PolicyPromptOptions):
         return []
@@ -51,14 +48,17 @@ def extra_prompts(options: object, card: Card, own: Iterable[Prompt], seed: int)
 def unread_prompts(
     card: Card, read: Collection[str], load: Callable[[str], Iterable[Demonstration]]
 ) -> list[Prompt]:
-    """Prompts of the card's other splits; one that cannot be loaded is told and passed over."""
+    """Prompts of the card's other splits; a split that cannot be loaded is skipped with a warning.
+
+    read: splits that the run reads.
+    """
     prompts: list[Prompt] = []
     for split in card.split_names:
         if split in read:
             continue
         try:
             prompts += [row["prompt"] for row in load(split)]
-        except UserError as error:  # nobody can evaluate on it either
+        except UserError as error:  # nobody can evaluate on this split either
             logger.warning(
                 "policy_update.edited_prompts, prompts_from: prompts of split %s cannot be left "
                 "out: %s",
@@ -71,30 +71,28 @@ def unread_prompts(
 def encoded_prompts(
     data: Data, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> PromptsByIds:
-    """The extra prompts of the data that leave room for a sample and are in none of its splits.
+    """The extra prompts that leave room for a sample and are in none of the data's splits.
 
-    So neither held-out nor evaluated prompts are trained on.
+    So training uses neither held-out nor evaluation prompts. Raises UserError: no prompt is new.
     """
-    if not data.extra_prompts:
-        return {}
     known = {
         tuple(ids)
         for part in (data.sft, data.reward, data.held_out, data.evaluation)
         for ids in column(part, "prompt_ids")
     }
-    known |= set(map(tuple, encode_prompts(data.unread_prompts, tokenizer, data.card)))
-    encoded = encode_prompts(data.extra_prompts, tokenizer, data.card)
+    known |= set(map(tuple, encode_prompts(data.raw.unread_prompts, tokenizer, data.card)))
+    encoded = encode_prompts(data.raw.extra_prompts, tokenizer, data.card)
     longest = data.context - max_new_tokens if data.context is not None else None
-    found: PromptsByIds = {}
-    for ids, prompt in zip(encoded, data.extra_prompts, strict=True):
+    new: PromptsByIds = {}
+    for ids, prompt in zip(encoded, data.raw.extra_prompts, strict=True):
         if tuple(ids) not in known and (longest is None or len(ids) <= longest):
-            found.setdefault(tuple(ids), prompt)
-    if not found:
+            new.setdefault(tuple(ids), prompt)
+    if not new:
         raise UserError(
             "policy_update.edited_prompts, prompts_from: found no prompt that is new, expected one "
             f"at least: all {len(encoded)} are in the data or too long"
         )
-    return found
+    return new
 
 
 def with_prompts(demonstrations: Demonstrations, extra: PromptsByIds) -> Demonstrations:

@@ -1,4 +1,4 @@
-"""The loop's pairs: every demonstration beside samples of pi_k, as a stage."""
+"""The loop's pairs: every demonstration with samples of pi_k, as a stage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,104 +18,105 @@ from irl_align.data.columns import by_prompt_key
 from irl_align.data.contrast import contrast_pairs
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.pairs import Pairs, load_pairs, policy_pairs, sample_pairs, save_pairs, stats
-from irl_align.models.generation.protocol import Completion, Sampling
+from irl_align.models.generation.protocol import Sampling
 from irl_align.policy import Policy
 from irl_align.policy.roles import Role
 from irl_align.training.context import RunContext
-from irl_align.training.prepare import Data
+from irl_align.training.iteration import Data, Iteration
+from irl_align.training.sampler import PromptSamples
 
 logger = logging.getLogger(__name__)
 USES = {"train": "reward", "held_out": "held_out"}
-"""Part of a set of pairs -> the demonstrations that it is made of."""
+"""Part of a set of pairs -> the use of its demonstrations."""
 
 
 @dataclass(frozen=True)
 class IterationPairs:
-    """Pairs of one iteration: what the reward is fitted on, and held-out ones to judge it by."""
+    """Pairs of one iteration; they are read when they are first used."""
 
     key: str
-    train: Dataset
-    held_out: Dataset
+    path: Path
+
+    @cached_property
+    def train(self) -> Dataset:
+        """Pairs that the reward is fitted on."""
+        return load_pairs(self.path / "train.parquet")
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """Pairs of held-out prompts, which measure the reward."""
+        return load_pairs(self.path / "held_out.parquet")
 
 
-def make_pairs(
-    context: RunContext, k: int, policy: Policy, initial: Policy, start: Policy, data: Data
-) -> IterationPairs:
+def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> IterationPairs:
     """Sample y_hat ~ pi_k and pair every demonstration with a sample (and the recipe's extras)."""
-    options = context.recipe.pairs
+    options, data = context.recipe.pairs, iteration.data
     generation = context.recipe.generation
     if generation.temperature == 0:
-        logger.warning("generation.temperature is 0: greedy negatives, all the same per prompt")
-    sampling = context.sampling(generation.samples_per_prompt, generation.temperature)
+        logger.warning("generation.temperature is 0: all samples of a prompt are the same")
+    sampling = context.sampler.sampling(generation.samples_per_prompt, generation.temperature)
     used = {side for source in options.sources for side in source.split("/")}
-    samplers = {"policy": policy, "init": start, "sft": initial}
+    samplers = {"policy": iteration.policy, "init": start, "sft": iteration.initial}
     samplers = {name: samplers[name] for name in sorted(used & set(samplers))}
-    drawn = {
-        part: {
-            name: samples_by_key(context, sampler, getattr(data, use), sampling, part)
+    parts = {}
+    for part, use in USES.items():
+        rows = getattr(data, use)
+        samples = {
+            name: context.sampler.sample_rows(sampler, rows, sampling, part)
             for name, sampler in samplers.items()
         }
-        for part, use in USES.items()
-    }
-
-    alike = {"window"}
-    # An option that came later and is left alone: stages from before it are still the same.
-    alike |= {"contrast_edits"} if options.contrast_edits == 1 else set()
-    alike |= set() if options.contrast_crossed else {"contrast_crossed"}
+        parts[part] = _Part(context, iteration.k, data, rows, samplers, samples, sampling)
 
     def build(work: Path) -> dict[str, Any]:
         metrics = {}
-        for part in USES:
-            making = _Making(context, k, data, part, samplers, drawn[part], sampling)
-            made = [making.pairs(source) for source in options.sources]
+        for name, part in parts.items():
+            by_source = [part.pairs(source) for source in options.sources]
             dropped: Counter[str] = Counter()
-            for some in made:
-                dropped.update(some.dropped)
-            rows = concatenate_datasets([some.rows for some in made])
-            save_pairs(rows, work / f"{part}.parquet")
-            metrics[part] = stats(rows, dropped)
+            for pairs in by_source:
+                dropped.update(pairs.dropped)
+            rows = concatenate_datasets([pairs.rows for pairs in by_source])
+            save_pairs(rows, work / f"{name}.parquet")
+            metrics[name] = stats(rows, dropped)
         return metrics
 
-    edit, role = context.recipe.data.edit, Role.pairs(k)
+    role = Role.pairs(iteration.k)
     stage = context.stage(
         role,
         "pairs",
         {
-            "iteration": k,
-            "pairs": options.model_dump(exclude=alike),
+            "iteration": iteration.k,
+            "pairs": options.model_dump(exclude={"window"}),
             "sampling": vars(sampling),
-            **({"edit": edit} if edit is not None else {}),
+            "edit": context.recipe.data.edit,
         },
         {
             **{part: data.checksums[use] for part, use in USES.items()},
             **{name: sampler.identity for name, sampler in samplers.items()},
         },
         build,
-        alone=True,
+        main_only=True,
     )
-    context.run.log(str(role), stage.metrics)
-    train, held_out = (load_pairs(stage.path / f"{part}.parquet") for part in USES)
-    return IterationPairs(stage.key, train, held_out)
+    context.log(role, stage.metrics)
+    return IterationPairs(stage.key, stage.path)
 
 
 @dataclass(frozen=True)
-class _Making:
-    """What pairs of one part (train or held_out) are made of."""
+class _Part:
+    """What the pairs of one part (train or held_out) are made of."""
 
     context: RunContext
     k: int
     data: Data
-    part: str
+    rows: Dataset
     samplers: Mapping[str, Policy]
-    drawn: Mapping[str, Mapping[str, list[Completion]]]
+    samples: Mapping[str, PromptSamples]
     sampling: Sampling
 
     def pairs(self, source: PairSource) -> Pairs:
-        """Pairs of one source of the recipe, as "demonstration/policy"."""
+        """Pairs of one source of the recipe, such as "demonstration/policy"."""
         chosen, rejected = source.split("/")
-        rows: Dataset = getattr(self.data, USES[self.part])
         if rejected == "contrast":
-            return self._contrast(rows)
+            return self._contrast()
         options = self.context.recipe.pairs
         common: dict[str, Any] = {
             "iteration": self.k,
@@ -124,17 +126,17 @@ class _Making:
             "sampling": drawn_as(self.samplers[rejected], self.sampling),
             "truncated": options.truncated,
         }
-        samples = self.drawn[rejected]
+        samples = self.samples[rejected].by_key
         if chosen == "demonstration":
             limit = options.demonstrations_per_prompt
-            return policy_pairs(rows, samples, demonstrations_per_prompt=limit, **common)
-        prompts = by_prompt_key(rows, "prompt_ids")
-        return sample_pairs(prompts, self.drawn[chosen], samples, **common)
+            return policy_pairs(self.rows, samples, demonstrations_per_prompt=limit, **common)
+        prompts = by_prompt_key(self.rows, "prompt_ids")
+        return sample_pairs(prompts, self.samples[chosen].by_key, samples, **common)
 
-    def _contrast(self, rows: Dataset) -> Pairs:
+    def _contrast(self) -> Pairs:
         options, card = self.context.recipe.pairs, self.data.card
         return contrast_pairs(
-            rows,
+            self.rows,
             options.contrast,
             per_demonstration=options.contrast_per_demonstration,
             edits=options.contrast_edits,
@@ -149,21 +151,12 @@ class _Making:
 
 @dataclass(frozen=True)
 class Selected:
-    """How the samples of a selecting policy were drawn; what it gives them is not known."""
+    """Sampling of a selecting policy: the log-probs of its samples are not known."""
 
     temperature: float
     plain: bool = False
 
 
 def drawn_as(sampler: Policy, sampling: Sampling) -> Sampling | Selected:
-    """What a policy's samples are of: a selecting one draws at its own temperature."""
+    """How a policy's samples were drawn: a selecting one uses its own temperature."""
     return sampling if sampler.ranking is None else Selected(sampler.ranking.temperature)
-
-
-def samples_by_key(
-    context: RunContext, policy: Policy, rows: Dataset, sampling: Sampling, role: str
-) -> dict[str, list[Completion]]:
-    """Samples of every distinct prompt of these rows, by prompt key."""
-    prompts = by_prompt_key(rows, "prompt_ids")
-    samples = context.sample(policy, list(prompts.values()), sampling, role)
-    return dict(zip(prompts, samples.completions, strict=True))

@@ -18,7 +18,7 @@ from irl_align.data.cards import import_object
 from irl_align.data.columns import column
 from irl_align.data.splits import choose_prompts
 from irl_align.errors import UserError
-from irl_align.policy import Demonstrations, Policy, PolicyUpdate, Reward
+from irl_align.policy import Demonstrations, Policy, PolicyUpdate, UpdateRequest
 from irl_align.policy.best_of_n import BestOfN
 from irl_align.policy.identity import Identity
 from irl_align.policy.iqlearn import IQLearn
@@ -28,35 +28,46 @@ from irl_align.policy.sft import MoreSFT
 from irl_align.tasks.gold import GoldMetric
 from irl_align.training.context import RunContext
 from irl_align.training.extra_prompts import PromptsByIds, encoded_prompts, with_prompts
-from irl_align.training.prepare import Data
+from irl_align.training.iteration import Data, Iteration
 
 
-def improve_policy(
-    context: RunContext, k: int, policy: Policy, initial: Policy, reward: Reward | None, data: Data
-) -> Policy:
+def improve_policy(context: RunContext, iteration: Iteration) -> Policy:
     """pi_{k+1} = improve(pi_k, r_k), by the recipe's policy update."""
-    part = "sft" if reward is None else "reward"
-    update = make_update(context.recipe, data)
-    demonstrations = with_prompts(data.demonstrations(part), policy_prompts(context, data))
-    improved = update(context, k, policy, initial, reward, demonstrations)
-    context.names.setdefault(improved.identity, str(Role.policy(k + 1)))
+    k, data = iteration.k, iteration.data
+    demonstrations = data.demonstrations("sft" if iteration.reward is None else "reward")
+    request = UpdateRequest(
+        k,
+        iteration.policy,
+        iteration.initial,
+        iteration.reward,
+        with_prompts(demonstrations, policy_prompts(context, data)),
+    )
+    improved = make_update(context.recipe, data)(context, request)
+    context.models.name(improved, str(Role.policy(k + 1)))
     return improved
 
 
 def policy_prompts(context: RunContext, data: Data) -> PromptsByIds:
-    """The prompts without demonstrations that the recipe's policy update is to use."""
-    return encoded_prompts(data, context.tokenizer, context.recipe.generation.max_new_tokens)
+    """The prompts without demonstrations that the recipe's policy update uses."""
+    if not data.raw.extra_prompts or not len(data.sft):
+        return {}
+    limit = context.recipe.generation.max_new_tokens
+    return encoded_prompts(data, context.tokenizer, limit)
 
 
 def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
-    """The recipe's policy update: built in, or made by a factory given by import path."""
+    """The recipe's policy update: built in, or made by a factory given by import path.
+
+    Raises UserError: the factory cannot be imported, or refuses its options.
+    """
     options = recipe.policy_update
     if isinstance(options, BestOfNOptions):
         return BestOfN(options)
     if isinstance(options, PPOOptions):
         gold = data.card.gold if recipe.evaluation.gold else None
         judge = rollout_judge(gold, data.reward) if gold is not None else None
-        return PPO(options, some_held_out(data, options.held_out_prompts, recipe.seed), judge, gold)
+        held_out = held_out_subset(data, options.held_out_prompts, recipe.seed)
+        return PPO(options, held_out, judge, gold)
     if isinstance(options, MoreSFTOptions):
         return MoreSFT(options.args)
     if isinstance(options, IQLearnOptions):
@@ -71,7 +82,7 @@ def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
     return update
 
 
-def some_held_out(data: Data, prompts: int, seed: int) -> Demonstrations:
+def held_out_subset(data: Data, prompts: int, seed: int) -> Demonstrations:
     """Demonstrations of at most so many held-out prompts, chosen by hash."""
     keys = choose_prompts(column(data.held_out, "prompt_key"), prompts, seed)
     rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
@@ -80,9 +91,9 @@ def some_held_out(data: Data, prompts: int, seed: int) -> Demonstrations:
 
 
 def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]]:
-    """The card's gold metric of samples, given as prompts' token ids, and texts.
+    """The card's gold metric as a function of prompts (token ids) and texts.
 
-    Of prompts that are not among these rows nothing is judged: they have no references.
+    Prompts that are not among these rows are left out: they have no references.
     """
     metric: GoldMetric = import_object(gold, "gold")
     texts: dict[tuple[int, ...], str] = {}

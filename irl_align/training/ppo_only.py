@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,45 +14,45 @@ from irl_align.config.schema import Recipe
 from irl_align.data.columns import column
 from irl_align.data.rows import Prompt
 from irl_align.errors import UserError
-from irl_align.models.loading import pick_device
-from irl_align.policy import Policy, Reward
+from irl_align.policy import Policy, Reward, UpdateRequest
 from irl_align.policy.roles import Role
 from irl_align.reward.alignment import load_reward
-from irl_align.reward.protocol import RewardFunction
-from irl_align.training.context import RunContext, open_run
+from irl_align.training.context import RunContext
 from irl_align.training.evaluation import evaluate_policy
 from irl_align.training.extra_prompts import PromptsByIds, with_prompts
+from irl_align.training.iteration import Data, Iteration
 from irl_align.training.policy_step import make_update, policy_prompts
-from irl_align.training.prepare import Data, prepare
+from irl_align.training.prepare import load_data, prepare
 from irl_align.training.run_folder import artefact_folder
-from irl_align.training.store import RECORD, Store, environment
-from irl_align.training.trackers import LoopTrackers
-from irl_align.training.train import check_data, check_trackers
-from irl_align.utils import distributed
+from irl_align.training.setup import finish_run, open_run
+from irl_align.training.store import RECORD
 from irl_align.utils.files import file_checksum, read_json
 
 
 @dataclass(frozen=True)
 class Improved:
-    """What PPO left behind."""
+    """What PPO produced."""
 
     policy: Path
     """Folder of the policy, with its tokenizer."""
     folder: Path
     """Run folder; the stage policy-1 has metrics.jsonl and samples.jsonl."""
     metrics: dict[str, Any]
-    """Of the training: see the record `history`."""
+    """Metrics of the training; `history` has one record per update."""
 
 
 def ppo_recipe(policy: str, card: str, output: str, options: Sequence[str]) -> Recipe:
-    """The recipe of a PPO run by itself; options are key=value, those of PPO by their own name."""
+    """The recipe of a PPO run; options are key=value, and PPO's own options need no group.
+
+    Raises UserError: an option is not known, or another policy update is asked for.
+    """
     own, groups = set(PPOOptions.model_fields), set(Recipe.model_fields)
     overrides = []
     for option in options:
         key = option.split("=")[0].strip()
-        # A bare name that is no group's is taken for PPO's: the nearest of its names is told.
-        its = key in own or ("." not in key and key not in groups)
-        overrides.append(f"policy_update.{option}" if its else option)
+        # An unknown bare name counts as PPO's, so that the error suggests the nearest PPO option.
+        of_ppo = key in own or ("." not in key and key not in groups)
+        overrides.append(f"policy_update.{option}" if of_ppo else option)
     values = {
         "name": "ppo",
         "output_dir": output,
@@ -71,72 +70,62 @@ def ppo_recipe(policy: str, card: str, output: str, options: Sequence[str]) -> R
 
 
 def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improved:
-    """Train the recipe's model on a reward; the same call goes on after a kill.
+    """Train the recipe's model on a reward; the same call resumes after a kill.
 
-    Before and after, the model answers the evaluation's prompts, as in the loop; the reward of
-    the answers after is kept beside them.
-    reward: a run with an explicit reward, or any one-label AutoModelForSequenceClassification;
-    template: its prompts' (text with {prompt}, or chat), where its tokenizer is not the policy's.
-    Raises UserError for what the user can mend.
+    Before and after, the model answers the evaluation prompts as in the loop; the answers after
+    training are saved with their rewards.
+
+    reward: a run with an explicit reward, or any AutoModelForSequenceClassification with one label.
+    template: template of the reward's prompts (text with {prompt}, or chat), if its tokenizer is
+    not the policy's.
+
+    Raises UserError: a mistake or fault that the user can fix.
     """
-    check_trackers(recipe)
-    check_data(recipe)
-    output = Path(recipe.output_dir)
-    device, began = distributed.own_device(pick_device(recipe.device)), time.time()
+    began = time.time()
     path = artefact_folder(Path(reward), "reward")
     key = file_checksum(path)[:16] if path.exists() else str(path)
     artefact = Reward("explicit", path, key if template is None else f"{key}+{template}")
-    where = path if path.exists() else reward
-    with distributed.joined(device), open_run(recipe) as run:
-        run.log("environment", {**environment(), "device": recipe.device, "seed": recipe.seed})
-        context = RunContext(recipe, Store(output / "store"), run, device)
-        trackers = LoopTrackers(recipe, run)
-        try:
-            improved = _improve(context, artefact, where, template)
-            trackers.tell(run.metrics)
-        finally:
-            context.close()
-            trackers.finish()
+    with open_run(recipe) as (context, trackers):
+        where = path if path.exists() else reward
+        improved = _improve(context, artefact, where, template)
+        trackers.send(context.run.metrics)
         record = improved.path.parent / RECORD
-        metrics = read_json(record, "the record of a finished stage", "run the command again")
-        run.finish(
-            {
-                "policy": os.path.relpath(improved.path, output),
-                "reward": os.path.relpath(path, output) if path.exists() else None,
-                "policy_number": 1,
-                "ranking": None,
-                "ended": metrics["metrics"]["ended"],
-                "seconds": round(time.time() - began, 1),
-            }
+        stage = read_json(record, "the record of a finished stage", "run the command again")
+        metrics = stage["metrics"]
+        finish_run(
+            context,
+            policy=improved,
+            number=1,
+            reward=path if path.exists() else None,
+            ended=metrics["ended"],
+            began=began,
         )
-    return Improved(improved.path, run.folder, metrics["metrics"])
+    return Improved(improved.path, context.run.folder, metrics)
 
 
 def _improve(
     context: RunContext, reward: Reward, where: str | Path, template: str | None
 ) -> Policy:
-    """The policy after PPO on the reward model that is at `where`, evaluated as it was before."""
-    data, start = prepare(context)
-    evaluate_policy(context, 0, start, start, None, data)
+    """The policy after PPO on the reward model at `where`, evaluated before and after."""
+    data, start = prepare(context, load_data(context.recipe))
+    evaluate_policy(context, Iteration(0, start, start, None, data))
     extra = policy_prompts(context, data)
     prompt_of = raw_prompts(data, extra)
-
-    def load(artefact: Reward) -> RewardFunction:
-        return load_reward(
+    context.models.load_rewards_with(
+        lambda _: load_reward(
             where, context.tokenizer, context.device, prompt_of.__getitem__, template
         )
-
-    context.reward_from = load
-    update = make_update(context.recipe, data)
+    )
     demonstrations = with_prompts(data.demonstrations("reward"), extra)
-    improved = update(context, 0, start, start, reward, demonstrations)
-    context.names.setdefault(improved.identity, str(Role.policy(1)))
-    evaluate_policy(context, 1, improved, start, reward, data)
+    request = UpdateRequest(0, start, start, reward, demonstrations)
+    improved = make_update(context.recipe, data)(context, request)
+    context.models.name(improved, str(Role.policy(1)))
+    evaluate_policy(context, Iteration(1, improved, start, reward, data))
     return improved
 
 
 def summary_line(improved: Improved) -> str:
-    """How the training ended, and what it moved."""
+    """How the training ended, and how reward, KL and length changed."""
     first, last = improved.metrics["history"][0], improved.metrics["history"][-1]
     return (
         f"{improved.metrics['ended']}; reward {first['reward']:.3f} to {last['reward']:.3f}, "
@@ -153,7 +142,7 @@ class Prompts(dict[tuple[int, ...], Prompt]):
 
 
 def raw_prompts(data: Data, extra: PromptsByIds) -> Prompts:
-    """Of every row that a reward may be asked about, and of the prompts without demonstrations."""
+    """Prompts of all rows that a reward may score, and the prompts without demonstrations."""
     prompts = Prompts(extra)
     for rows in (data.reward, data.held_out, data.evaluation):
         for ids, text in zip(column(rows, "prompt_ids"), column(rows, "prompt"), strict=True):

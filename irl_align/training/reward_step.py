@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig
 
+from irl_align.config.reward import RewardOptions
 from irl_align.data.cards import load_card
 from irl_align.data.columns import column
 from irl_align.data.encoding import encode_preferences
-from irl_align.data.loading import load_preferences
 from irl_align.data.pairs import window
 from irl_align.data.splits import data_checksum
 from irl_align.models.loading import save_model
@@ -28,91 +28,100 @@ from irl_align.reward.forward import score_head
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.model import RewardModel, train_adapter
 from irl_align.reward.settings import RewardSettings
-from irl_align.training.context import RunContext, derive_seed
+from irl_align.training.context import RunContext
+from irl_align.training.iteration import Data, Iteration
+from irl_align.training.keys import derive_seed
 from irl_align.training.pair_step import IterationPairs
-from irl_align.training.prepare import Data
+from irl_align.training.store import Stage
 from irl_align.utils import distributed
 from irl_align.utils.files import is_sealed, seal
 
 # Demonstrations, evenly spaced, that the mean and variance of the reward come from: their standard
-# errors are 2.2 and 1.6% of a deviation, and scoring more is time beside the fit.
+# errors are 2.2 and 1.6% of a deviation, and scoring more would cost time after every fit.
 NORMALISED = 2048
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """What one fit reads: its pairs, and what its stage is keyed by."""
+    """One fit of a reward: its pairs, and the settings and inputs of its stage."""
 
-    train: Dataset
+    pairs: Sequence[IterationPairs]
+    window: str
+    max_pairs: int | None
+    seed: int
     args: dict[str, Any]
     settings: dict[str, Any]
     inputs: dict[str, str]
 
+    def train(self) -> Dataset:
+        """The pairs in the window, at most max_pairs of them."""
+        rows = window([pairs.train for pairs in self.pairs], self.window)
+        if self.max_pairs is None or self.max_pairs >= len(rows):
+            return rows
+        return rows.shuffle(seed=self.seed).select(range(self.max_pairs))
+
 
 def fit_reward_level(
-    context: RunContext,
-    k: int,
-    policy: Policy,
-    initial: Policy,
-    previous: Reward | None,
-    pairs: Sequence[IterationPairs],
-    data: Data,
+    context: RunContext, iteration: Iteration, pairs: Sequence[IterationPairs]
 ) -> Reward:
     """Fit r_k on the pairs in the window: an explicit reward model, or SPIN's implicit reward.
 
-    Of kind log_prob nothing is fitted: the reward is pi_0's mean log-prob in every iteration.
+    pairs: those of iterations 0 to k. With kind log_prob nothing is fitted: the reward is pi_0's
+    mean log-prob in every iteration.
     """
     options = context.recipe.reward
     if options.kind == "log_prob":
-        return _log_prob(context, k, initial, data)
-    args = scheduled(options.args, options.schedule, k)
-    train = window([p.train for p in pairs], context.recipe.pairs.window)
+        return _log_prob(context, iteration)
+    args = scheduled(options.args, options.schedule, iteration.k)
     settings: dict[str, Any] = {
-        "iteration": k,
+        "iteration": iteration.k,
         "window": context.recipe.pairs.window,
         "args": args,
-        "reward": options.model_dump(
-            exclude={"args", "schedule", "preferences", "max_pairs", "lora"}
-        ),
+        "reward": options.model_dump(exclude={"args", "schedule", "preferences"}),
     }
-    if options.lora is not None:
-        settings["lora"] = options.lora.model_dump()
-    # What is the same whatever it is called has one name, so that recipes share it.
-    if policy.key == initial.key:
+    # Normalise irrelevant settings so that recipes share a key.
+    if iteration.policy.key == iteration.initial.key:
         settings["reward"] |= {"reference": "previous", "mixture": 0.5}
-    if previous is None:
+    if iteration.reward is None:
         settings["reward"]["init"] = "warm"
     if options.kind == "explicit" and len(pairs) == 1:
         settings["window"] = "all"
-    if options.max_pairs is not None:
-        settings["max_pairs"] = options.max_pairs
-        if options.max_pairs < len(train):
-            seed = derive_seed(context.recipe.seed, f"pairs of {k}") % 2**32
-            train = train.shuffle(seed=seed).select(range(options.max_pairs))
-    inputs = {f"pairs-{i}": p.key for i, p in enumerate(pairs)} | {"initial": initial.key}
-    fit = _Fit(train, args, settings, inputs)
-    if options.kind == "implicit":
-        return _fit_implicit(context, k, policy, initial, fit)
-    return _fit_explicit(
-        context, k, initial, previous if options.init == "warm" else None, fit, data
+    fit = _Fit(
+        pairs,
+        context.recipe.pairs.window,
+        options.max_pairs,
+        derive_seed(context.recipe.seed, f"pairs of {iteration.k}") % 2**32,
+        args,
+        settings,
+        {f"pairs-{i}": p.key for i, p in enumerate(pairs)} | {"initial": iteration.initial.key},
     )
+    if options.kind == "implicit":
+        return _fit_implicit(context, iteration, fit)
+    return _fit_explicit(context, iteration, fit)
 
 
-def _log_prob(context: RunContext, k: int, initial: Policy, data: Data) -> Reward:
+def _log_prob(context: RunContext, iteration: Iteration) -> Reward:
     """The control r(x, y) = mean log pi_0(y | x), normalised as fitted rewards are."""
+    initial, data = iteration.initial, iteration.data
 
     def build(work: Path) -> dict[str, Any]:
         settings = _settings(context, data, lm_coef=1.0)
-        path, tokenizer = initial.path, context.tokenizer
-        reward = RewardModel.from_policy(path, tokenizer, settings, 0, context.device)
+        reward = RewardModel.from_policy(
+            initial.path, context.tokenizer, settings, 0, context.device
+        )
         with torch.no_grad():
             score_head(reward.model).weight.zero_()
         return _normalise_and_save(reward, data, work)
 
     inputs = {"initial": initial.key, "demonstrations": data.checksums["reward"]}
-    stage = context.stage(Role.reward(k), "log-prob", {}, inputs, build)
-    std = float(stage.metrics["normaliser"][1])
-    return Reward("explicit", stage.path / "model", stage.key, scale=std)
+    stage = context.stage(Role.reward(iteration.k), "log-prob", {}, inputs, build)
+    return _explicit(stage)
+
+
+def _explicit(stage: Stage) -> Reward:
+    """The reward of a stage; margins are rescaled by the normaliser's standard deviation."""
+    _, std = stage.metrics.get("normaliser", (0.0, 1.0))
+    return Reward("explicit", stage.path / "model", stage.key, scale=float(std))
 
 
 def _normalise_and_save(reward: RewardModel, data: Data, work: Path) -> dict[str, Any]:
@@ -136,118 +145,115 @@ def _settings(context: RunContext, data: Data, lm_coef: float) -> RewardSettings
     )
 
 
-def _fit_explicit(
-    context: RunContext, k: int, initial: Policy, warm: Reward | None, fit: _Fit, data: Data
-) -> Reward:
+def _fit_explicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Reward:
     """Fit a reward model, from the SFT model or (warm) from the last iteration's reward."""
-    preferences = _preferences(context, initial)
+    options, k = context.recipe.reward, iteration.k
+    warm = iteration.reward if options.init == "warm" else None
+    preferences = options.preferences
     inputs = dict(fit.inputs)
-    inputs |= {"warm": warm.key} if warm is not None else {}
-    inputs |= {"preferences": preferences.checksum} if preferences is not None else {}
+    if warm is not None:
+        inputs["warm"] = warm.key
+    if preferences is not None:
+        how = "alone" if preferences.use == "alone" else preferences.weight
+        inputs["preferences"] = f"{data_checksum(iteration.data.raw.preferences)}*{how}"
 
     def build(work: Path) -> dict[str, Any]:
-        reward = _unfitted(context, k, initial, warm, data)
-        columns = pair_columns(fit.train)
+        reward = _unfitted(context, iteration, warm)
+        columns = pair_columns(fit.train())
         if preferences is not None:
-            for name, values in preferences.columns.items():
-                columns[name] = values if preferences.alone else columns[name] + values
+            for name, values in _preference_columns(context, iteration).items():
+                columns[name] = values if preferences.use == "alone" else columns[name] + values
         training = context.training(work, f"reward {k}")
-        metrics = fit_reward(reward, columns, context.recipe.reward.loss, fit.args, training)
-        return {**metrics, **_normalise_and_save(reward, data, work)}
+        metrics = fit_reward(reward, columns, options.loss, fit.args, training)
+        return {**metrics, **_normalise_and_save(reward, iteration.data, work)}
 
     stage = context.stage(Role.reward(k), "reward", fit.settings, inputs, build)
-    context.run.log(str(Role.reward_fit(k)), _without_history(stage.metrics))
-    std = float(stage.metrics["normaliser"][1])
-    return Reward("explicit", stage.path / "model", stage.key, scale=std)
+    context.log(Role.reward_fit(k), _without_history(stage.metrics))
+    return _explicit(stage)
 
 
-def _unfitted(
-    context: RunContext, k: int, initial: Policy, warm: Reward | None, data: Data
-) -> RewardModel:
+def _unfitted(context: RunContext, iteration: Iteration, warm: Reward | None) -> RewardModel:
     """The reward model that a fit starts from."""
-    lora = context.recipe.reward.lora
+    options = context.recipe.reward
     if warm is not None:
-        reward = RewardModel.from_pretrained(warm.path, context.device, merge=lora is None)
-        if lora is not None:
+        reward = RewardModel.from_pretrained(warm.path, context.device, merge=options.lora is None)
+        if options.lora is not None:
             train_adapter(reward.model)
         reward.settings = replace(reward.settings, mean=0.0, std=1.0)
         return reward
-    settings = _settings(context, data, context.recipe.reward.lm_coef)
-    seed = derive_seed(context.recipe.seed, f"head {k}") % 2**63
-    quantization = context.quantization if lora is not None else {}
     return RewardModel.from_policy(
-        initial.path, context.tokenizer, settings, seed, context.device, lora, **quantization
+        iteration.initial.path,
+        context.tokenizer,
+        _settings(context, iteration.data, options.lm_coef),
+        derive_seed(context.recipe.seed, f"head {iteration.k}") % 2**63,
+        context.device,
+        options.lora,
+        **(context.models.quantization if options.lora is not None else {}),
     )
 
 
-def _fit_implicit(
-    context: RunContext, k: int, policy: Policy, initial: Policy, fit: _Fit
-) -> Reward:
-    """SPIN's step: move pi_theta from pi_k against the reference the recipe names."""
-    options = context.recipe.reward
-    paths = {
-        "previous": ((1.0, policy.path),),
-        "initial": ((1.0, initial.path),),
-        "mixture": ((options.mixture, initial.path), (1.0 - options.mixture, policy.path)),
-    }[options.reference]
+def _preference_columns(context: RunContext, iteration: Iteration) -> dict[str, list[Any]]:
+    """The recipe's preference pairs as trainer columns."""
+    options = context.recipe.reward.preferences
+    assert options is not None
+    card, texts = load_card(options.card), iteration.data.raw.preferences
+    limit = context_length(context.models.load_policy(iteration.initial.path))
+    encoded = encode_preferences(texts, context.tokenizer, card, context.recipe.data, limit).rows
+    pairs = encoded.add_column("rejected_prompt_ids", column(encoded, "prompt_ids"))
+    return pair_columns(pairs, options.weight)
+
+
+def _references(
+    options: RewardOptions, policy: Policy, initial: Policy
+) -> tuple[tuple[float, Path], ...]:
+    """Weighted models whose mixture an implicit reward is measured against."""
+    if options.reference == "previous":
+        return ((1.0, policy.path),)
+    if options.reference == "initial":
+        return ((1.0, initial.path),)
+    return ((options.mixture, initial.path), (1.0 - options.mixture, policy.path))
+
+
+def _fit_implicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Reward:
+    """SPIN's step: move pi_theta from pi_k against the recipe's reference."""
+    k, policy, models = iteration.k, iteration.policy, context.models
+    paths = _references(context.recipe.reward, policy, iteration.initial)
     starts_at_reference = all(path == policy.path for _, path in paths)
 
     def build(work: Path) -> dict[str, Any]:
-        references = [(weight, context.load_policy(path)) for weight, path in paths]
+        train = fit.train()
+        references = [(weight, models.load_policy(path)) for weight, path in paths]
         generator = policy.identity if starts_at_reference else ""
         began = time.perf_counter()
         logps = cached_array(
             work / "scratch" / "reference.npy",
-            lambda: reference_logps(references, fit.train, generator),
+            lambda: reference_logps(references, train, generator),
         )
-        took = {"step": 0, "reference_seconds": time.perf_counter() - began}
-        model = context.load_trainable(policy.path)
+        seconds = {"step": 0, "reference_seconds": time.perf_counter() - began}
+        model = models.load_trainable(policy.path)
         training = context.training(work, f"SPIN {k}")
         metrics = fit_implicit(
             model,
             context.tokenizer,
-            fit.train,
+            train,
             logps,
             fit.args,
             training,
             expect_ln2=starts_at_reference,
         )
         save_model(model, context.tokenizer, work / "model")
-        return {**metrics, "history": [took, *metrics["history"]]}
+        return {**metrics, "history": [seconds, *metrics["history"]]}
 
     stage = context.stage(
         Role.reward(k),
         "implicit-reward",
-        {**fit.settings, **context.adapted},
+        {**fit.settings, **models.adapted},
         {**fit.inputs, "policy": policy.key},
         build,
     )
-    context.run.log(str(Role.reward_fit(k)), _without_history(stage.metrics))
+    context.log(Role.reward_fit(k), _without_history(stage.metrics))
     beta = float(fit.args.get("beta", DPOConfig.beta))
     return Reward("implicit", stage.path / "model", stage.key, beta=beta, references=paths)
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """Preference pairs as trainer columns, and their checksum."""
-
-    columns: dict[str, list[Any]]
-    checksum: str
-    alone: bool
-
-
-def _preferences(context: RunContext, initial: Policy) -> Preferences | None:
-    options = context.recipe.reward.preferences
-    if options is None:
-        return None
-    card = load_card(options.card)
-    rows = load_preferences(card, options.split, options.path)
-    limit = context_length(context.load_policy(initial.path))
-    encoded = encode_preferences(rows, context.tokenizer, card, context.recipe.data, limit).rows
-    pairs = encoded.add_column("rejected_prompt_ids", column(encoded, "prompt_ids"))
-    alone = options.use == "alone"
-    how = "alone" if alone else options.weight
-    return Preferences(pair_columns(pairs, options.weight), f"{data_checksum(rows)}*{how}", alone)
 
 
 def scheduled(
@@ -258,10 +264,10 @@ def scheduled(
 
 
 def cached_array(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in `path`, computed, written aside, renamed in and sealed where it is missing."""
+    """The array in `path`; a missing one is computed and written, whole or not at all."""
     if not distributed.on_main(lambda: is_sealed(path)):
-        found = compute()
-        distributed.on_main(lambda: _write(path, found))
+        values = compute()
+        distributed.on_main(lambda: _write(path, values))
     array: np.ndarray = np.load(path)
     return array
 

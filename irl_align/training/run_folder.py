@@ -110,14 +110,14 @@ class Run:
         """The records of ``metrics.jsonl`` so far."""
         return list(self._metrics.values())
 
-    def log(self, key: str, record: Mapping[str, Any]) -> None:
+    def log(self, key: str | Role, record: Mapping[str, Any]) -> None:
         """Set the line of ``key`` in ``metrics.jsonl``; a new key goes to the end.
 
         NaN and infinity become null.
         """
         if "key" in record:
             raise ValueError("'key' names the line itself: use another field")
-        self._metrics[key] = {"key": key, **record}
+        self._metrics[str(key)] = {"key": str(key), **record}
         self._write("metrics.jsonl", to_lines(self._metrics.values()))
 
     def save_answers(
@@ -145,7 +145,7 @@ class Run:
 
 
 class FollowedRun(Run):
-    """The run folder in a process that writes nothing: the main one does."""
+    """A run folder that this process does not write: the main one does, or nobody."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

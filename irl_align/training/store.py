@@ -36,7 +36,7 @@ from irl_align.utils.hardware import environment, peak_memory, reset_peak_memory
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of a stage's folder; part of every key, so a change here rebuilds everything
+FORMAT = 2  # of a stage's folder; part of every key, so a change here rebuilds everything
 RECORD = "stage.json"
 SCRATCH = "scratch"
 WORK = ".work"  # in the store: stages being built, their locks, and damaged ones
@@ -53,6 +53,8 @@ class Stage:
     metrics: dict[str, Any]
     record: dict[str, Any]
     reused: bool
+    missing: bool = False
+    """Whether the stage was only looked up and is not there: it has a key, but no files."""
 
 
 class Store:
@@ -208,17 +210,14 @@ def _read_stage(folder: Path, key: str, reused: bool) -> Stage:
         record = read_json(path, "the record of a finished stage", "it is lost")
     except UserError as error:
         raise Damaged(str(error)) from error
-    parts = {"name", "metrics", "files"} <= record.keys()
-    same = record.get("check", _check_of(record)) == _check_of(record)  # older ones have none
-    if not parts or not same or record.get("key") != key:
+    if record.get("check") != _check_of(record) or record.get("key") != key:
         raise Damaged(f"{path}: found another record than that of stage {key}")
-    hashes = record.get("xxh3", {})
     for name, size in record["files"].items():
         artefact = folder / name
         here = artefact.is_file() and not artefact.is_symlink()
         found = f"{artefact.stat().st_size} bytes" if here else "no such file"
         if found != f"{size} bytes":
             raise Damaged(f"{artefact}: found {found}, expected {size} bytes")
-        if reused and name in hashes and content_hash(artefact) != hashes[name]:
+        if reused and content_hash(artefact) != record["xxh3"][name]:
             raise Damaged(f"{artefact}: found other bytes than were written")
     return Stage(record["name"], key, folder, record["metrics"], record, reused)

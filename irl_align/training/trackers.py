@@ -1,4 +1,4 @@
-"""The loop's own numbers in the trackers of `report_to`, beside the losses that trainers send."""
+"""The loop's own numbers in the trackers of `report_to`; trainers send their losses themselves."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from irl_align.utils import distributed
 
 PROJECT = "irl-align"
 """Project of wandb and trackio, and the folder of tensorboard's events in RUN/tensorboard."""
-# By step k, the policy's number: what is known of pi_k, and of the reward that it came from.
+# Kinds of records at step k: about pi_k, and about the reward that pi_k was trained on.
 _OF_POLICY = ("vitals", "evaluation", "matched-entropy")
 _OF_REWARD = ("pairs", "reward-fit", "reward")
-_WITHOUT = {"policy", "temperature", "steps"}  # what names the line or counts the trainer's steps
+_WITHOUT = {"policy", "temperature", "steps"}  # these name the record or count the trainer's steps
 
 
 class LoopTrackers:
     """One tracker run per training run: KL, entropy, gold, pairs and reward by policy number.
 
-    Opened at the first numbers and after the trainers' own, with which it shares nothing. A run
-    that goes on sends all its numbers again.
+    The tracker run is opened at the first numbers, separately from those of the trainers. A resumed
+    run sends all its numbers again.
     """
 
     def __init__(self, recipe: Recipe, run: Run) -> None:
         self._recipe, self._run = recipe, run
         self._open: list[GeneralTracker] = []
-        self._told = -1  # the last policy whose numbers are sent
+        self._sent = -1  # the last policy whose numbers were sent
 
-    def tell(self, metrics: Sequence[Mapping[str, Any]], last: int | None = None) -> None:
+    def send(self, metrics: Sequence[Mapping[str, Any]], last: int | None = None) -> None:
         """Send the numbers of every new policy up to `last` in these records of metrics.jsonl."""
         if not self._recipe.report_to or not distributed.is_main():
             return
         steps = by_policy(metrics)
-        new = [s for s in sorted(steps) if s > self._told and (last is None or s <= last)]
+        new = [s for s in sorted(steps) if s > self._sent and (last is None or s <= last)]
         if not new:
             return
-        # Accelerate's trackers ask for it; where all stages were there already, no trainer made it
+        # Accelerate's trackers need it, and no trainer made it if all stages were reused.
         PartialState()
         if not self._open:
             self._open = [self._start(name) for name in self._recipe.report_to]
         for step in new:
             for tracker in self._open:
                 _send(tracker, steps[step], step)
-        self._told = max([self._told, *new])
+        self._sent = max([self._sent, *new])
 
     def finish(self) -> None:
-        """Close what is open."""
+        """Close the open trackers."""
         for tracker in self._open:
             tracker.finish()
         self._open = []
@@ -82,9 +82,9 @@ class LoopTrackers:
 
 
 def by_policy(metrics: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Policy number -> name/of/number -> number, as in vitals/kl or evaluation/t1/metrics/bleu.
+    """Policy number -> name -> number; names such as vitals/kl or evaluation/t1/metrics/bleu.
 
-    Of iteration k's pairs and reward under k + 1, the policy that comes of them.
+    Pairs and reward of iteration k are listed under k + 1, the policy that is trained on them.
     """
     steps: dict[int, dict[str, float]] = {}
     for record in metrics:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from irl_align.config.recipe import load_recipe
 from irl_align.data.tokenizer import decode_batch
 from irl_align.policy import Policy
 from irl_align.training.context import RunContext
+from irl_align.training.iteration import Data, Iteration
 from irl_align.training.pair_step import make_pairs
 from irl_align.training.policy_step import improve_policy
-from irl_align.training.prepare import Data, prepare, supervise
+from irl_align.training.prepare import load_data, prepare, supervise
 from irl_align.training.reward_step import fit_reward_level
 from irl_align.training.run_folder import Run
+from irl_align.training.stages import BuiltStages
 from irl_align.training.store import Store
 
 HERE = Path(__file__).parent
@@ -55,8 +58,10 @@ def open_context(folder: Path, options: argparse.Namespace) -> tuple[RunContext,
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(**vars(options)))
     loaded = load_recipe(recipe, [f"output_dir={folder}"])
-    context = RunContext(loaded, Store(folder / "store"), Run(folder), torch.device("cpu"))
-    data, start = prepare(context)
+    run = Run(folder)
+    stages = BuiltStages(Store(folder / "store"), run, loaded.seed)
+    context = RunContext(loaded, stages, run, torch.device("cpu"))
+    data, start = prepare(context, load_data(loaded))
     return context, data, supervise(context, start, data)
 
 
@@ -64,14 +69,17 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     """One iteration as bilevel() runs it; then sample the new policy, to time its sync."""
     context, data, policy = open_context(folder, options)
     begin = time.perf_counter()
-    pairs = make_pairs(context, 0, policy, policy, policy, data)
-    reward = fit_reward_level(context, 0, policy, policy, None, [pairs], data)
-    improved = improve_policy(context, 0, policy, policy, reward, data)
+    iteration = Iteration(0, policy, policy, None, data)
+    pairs = make_pairs(context, iteration, policy)
+    reward = fit_reward_level(context, iteration, [pairs])
+    improved = improve_policy(context, replace(iteration, reward=reward))
     took = time.perf_counter() - begin
-    if context.vllm is not None and context.vllm.sync_seconds:
+    vllm = context.sampler.vllm
+    if vllm is not None and vllm.sync_seconds:
         prompts = data.demonstrations("reward").distinct_prompts()[:4]
-        context.sample(improved, prompts, context.sampling(1, 1.0), "sync")
-        start, *syncs = context.vllm.sync_seconds
+        sampling = context.sampler.sampling(1, 1.0)
+        context.sampler.sample(improved, prompts, sampling, "sync")
+        start, *syncs = vllm.sync_seconds
         print(f"    {'engine, first weights':36}{start:8.1f} s, once per run")
         print(f"    {'sync of the new policy':36}{syncs[-1]:8.2f} s, {syncs[-1] / took:.1%}")
     context.close()

@@ -20,7 +20,7 @@ from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.loading import load_model
 from irl_align.models.trl import Training
-from irl_align.policy import Demonstrations, Policy, Ranking, Reward
+from irl_align.policy import Demonstrations, Policy, Ranking, Reward, UpdateRequest
 from irl_align.policy.best_of_n import (
     BestOfN,
     best_against_worst,
@@ -29,6 +29,7 @@ from irl_align.policy.best_of_n import (
     score_report,
 )
 from irl_align.policy.identity import Identity
+from irl_align.policy.roles import Role
 from irl_align.reward.ranking import rank_samples, sample_rewards
 
 INF = float("inf")
@@ -243,17 +244,19 @@ ROWS = Demonstrations([[3]], [[5, 2]], "sum")
 def test_select_trains_nothing_and_returns_a_ranking() -> None:
     options = BestOfNOptions(kind="best_of_n", use="select", n=16, score="both", temperature=0.7)
     context: Any = None  # not one stage is asked for
-    got = BestOfN(options)(context, 0, START, START, REWARD, ROWS)
+    got = BestOfN(options)(context, UpdateRequest(0, START, START, REWARD, ROWS))
     assert got == Policy(Path("start"), "key-start", Ranking(REWARD, 16, "both", 0.7))
     # A policy that ranks already is ranked anew, not twice.
-    again = BestOfN(options)(context, 1, got, START, REWARD, ROWS)
+    again = BestOfN(options)(context, UpdateRequest(1, got, START, REWARD, ROWS))
     assert again == got
 
 
 def test_best_of_n_needs_a_reward() -> None:
     context: Any = None
     with pytest.raises(UserError, match="best_of_n needs a reward"):
-        BestOfN(BestOfNOptions(kind="best_of_n"))(context, 0, START, START, None, ROWS)
+        BestOfN(BestOfNOptions(kind="best_of_n"))(
+            context, UpdateRequest(0, START, START, None, ROWS)
+        )
 
 
 class Bench:
@@ -265,12 +268,13 @@ class Bench:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, work: Path):
         self.model, self.tokenizer, self.work = model, tokenizer, work
         self.seen: dict[str, Any] = {}
+        self.models = self.sampler = self
 
     def sampling(self, n: int, temperature: float) -> Sampling:
         return Sampling(n=n, temperature=temperature)
 
-    def sample(self, policy: Policy, prompts: Any, sampling: Sampling, role: str) -> SampleSet:
-        self.seen |= {"sampled": policy, "prompts": prompts, "sampling": sampling, "role": role}
+    def sample(self, policy: Policy, prompts: Any, sampling: Sampling, use: str) -> SampleSet:
+        self.seen |= {"sampled": policy, "prompts": prompts, "sampling": sampling, "use": use}
         return GROUP
 
     def load_trainable(self, path: Path) -> PreTrainedModel:
@@ -283,7 +287,7 @@ class Bench:
     def training(self, work: Path, label: str) -> Training:
         return Training(work, seed=0, device=self.device, label=label)
 
-    def stage(self, role: str, name: str, settings: Any, inputs: Any, build: Any) -> Any:
+    def stage(self, role: Role, name: str, settings: Any, inputs: Any, build: Any) -> Any:
         self.seen |= {"name": (role, name), "inputs": inputs, "metrics": build(self.work)}
         return SimpleNamespace(path=self.work, key="key-new")
 
@@ -313,7 +317,7 @@ def test_training_on_the_best_makes_them_likelier(
     ranked = Policy(Path("start"), "key-start", Ranking(REWARD, 16, "both", 0.7))
     initial = Policy(Path("sft"), "key-sft")
     with torch.enable_grad():
-        got = BestOfN(options)(bench, 1, ranked, initial, REWARD, rows)
+        got = BestOfN(options)(bench, UpdateRequest(1, ranked, initial, REWARD, rows))
     assert got == Policy(tmp_path / "model", "key-new")
     seen = bench.seen
     assert seen["sampled"] == START  # its plain samples, not the best of 16 of them
@@ -358,8 +362,8 @@ def test_everything_that_ranks_is_in_a_policys_identity() -> None:
 def test_the_identity_gives_the_model_that_the_implicit_fit_left() -> None:
     context: Any = None
     implicit = Reward("implicit", Path("theta"), "key-theta", beta=0.1)
-    got = Identity()(context, 0, START, START, implicit, ROWS)
+    got = Identity()(context, UpdateRequest(0, START, START, implicit, ROWS))
     assert got == Policy(Path("theta"), "key-theta")
     for reward in (REWARD, None):
         with pytest.raises(UserError, match=r"identity needs reward\.kind: implicit"):
-            Identity()(context, 0, START, START, reward, ROWS)
+            Identity()(context, UpdateRequest(0, START, START, reward, ROWS))

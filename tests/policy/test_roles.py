@@ -9,7 +9,7 @@ from irl_align.policy.roles import (
     is_evaluation,
     signs_in,
     signs_key,
-    stage_key,
+    stage_record_key,
     stage_role,
 )
 
@@ -59,8 +59,8 @@ def test_role_reads_back_from_its_text(role: Role, text: str) -> None:
     assert Role.parse(text) == role
 
 
-def test_stage_key_reads_back_its_role() -> None:
-    assert stage_key(Role.pairs(1)) == "stage/pairs/1"
+def test_stage_record_key_reads_back_its_role() -> None:
+    assert stage_record_key(Role.pairs(1)) == "stage/pairs/1"
     assert stage_role({"key": "stage/pairs/1"}) == Role.pairs(1)
     assert stage_role({"key": "pairs/1"}) is None
 

@@ -22,7 +22,6 @@ from irl_align.errors import UserError
 from irl_align.models.generation.samples import StoredSamples
 from irl_align.reward.model import RewardModel
 from irl_align.tasks import restaurant
-from irl_align.training.loop import judge_policy, judge_reward
 from irl_align.training.run_folder import Run
 from irl_align.training.trackers import LoopTrackers
 from irl_align.training.train import Result, train
@@ -438,7 +437,7 @@ def test_an_unfit_reward_is_not_optimised_on(run: Callable[..., Result]) -> None
     assert summary is not None and summary["ended"] == "iteration 0: the reward is unfit"
     assert result.policy == stage_folder(result.folder, "sft") / "model"
     assert "vitals/1" not in logged and "evaluation/1/t1" not in logged
-    assert "is unfit and is not optimised on" in logged["signs/reward-0"]["signs"][-1]
+    assert "is unfit and is not used by the policy step" in logged["signs/reward-0"]["signs"][-1]
 
 
 def test_a_sign_with_action_stop_keeps_the_policy_before(
@@ -477,67 +476,6 @@ def test_options_of_trl_that_contradict_each_other_are_told_first(
     assert not (tmp_path / "runs").exists()
 
 
-def test_numbers_that_are_not_finite_are_signs(tmp_path: Path) -> None:
-    """A record holds null for them; they neither pass as good nor break the judging."""
-    told: dict[str, Any] = {}
-    run = SimpleNamespace(log=lambda key, record: told.update({key: record["signs"]}))
-    context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path, "loop.signs.action=stop"), run=run)
-    good = {"length": 9.0, "truncated": 0.0, "entropy": 1.0, "kl": 0.0}
-    assert judge_policy(context, 0, good, good) is None
-    stop = judge_policy(context, 0, {**good, "kl": None, "entropy": None}, good)
-    assert stop == "iteration 0: entropy: not finite; policy 0 is kept"
-    assert told["signs/policy-1"] == ["entropy: not finite", "kl: not finite"]
-    assert judge_policy(context, 0, good, {**good, "entropy": None}) is None
-
-    audit = {"length": 0.5, "truncation": 0.5}
-    fit = {"held_out": {"accuracy": 0.0, "loss": None}, "audit": audit, "older": {}}
-    assert judge_reward(context, 0, fit) == "iteration 0: the reward is unfit"
-    assert told["signs/reward-0"][0].startswith("held-out pair loss is not finite")
-
-
-@pytest.mark.parametrize("action", ["warn", "stop"])
-def test_a_reward_that_forgets(action: str, tmp_path: Path) -> None:
-    told: dict[str, Any] = {}
-    run = SimpleNamespace(log=lambda key, record: told.update({key: record["signs"]}))
-    recipe = tiny_recipe(tmp_path, f"loop.signs.action={action}")
-    context: Any = SimpleNamespace(recipe=recipe, run=run)
-    fit = {
-        "held_out": {"accuracy": 0.8, "loss": 0.4},
-        "audit": {"length": 0.5, "truncation": 0.5},
-        "older": {"0": {"accuracy": 0.66}},
-        "older_before": {"0": {"accuracy": 0.7}},
-    }
-    assert judge_reward(context, 1, fit) is None and told["signs/reward-1"] == []
-    stop = judge_reward(context, 1, {**fit, "older": {"0": {"accuracy": 0.64}}})
-    [sign] = told["signs/reward-1"]
-    assert sign.startswith("older pairs: accuracy on iteration 0 fell by 6.0%, more than 5.0%")
-    assert stop == (f"iteration 1: {sign}" if action == "stop" else None)
-
-
-def test_a_reward_is_judged_on_the_pairs_of_its_policy(tmp_path: Path) -> None:
-    """Contrast pairs, which are easy, hide neither a shortcut nor a reward that learned nothing."""
-    told: dict[str, Any] = {}
-    run = SimpleNamespace(log=lambda key, record: told.update({key: record["signs"]}))
-    context: Any = SimpleNamespace(
-        recipe=tiny_recipe(tmp_path, f"loop.signs.unfit_loss={LN2}"), run=run
-    )
-    own = {"accuracy": 0.71, "loss": 0.6}
-    fit = {
-        "held_out": {"accuracy": 0.81, "loss": 0.5},
-        "by_source": {"demonstration/policy": own},
-        "audit": {"length": 0.70, "truncation": 0.5},
-        "older": {},
-    }
-    assert judge_reward(context, 0, fit) is None
-    [sign] = told["signs/reward-0"]
-    assert "length alone separates 70.0% of the held-out pairs, the reward 71.0%" in sign
-    own.update(accuracy=0.5, loss=0.7)
-    fit["audit"] = {"length": 0.5, "truncation": 0.5}
-    assert judge_reward(context, 0, fit) is None
-    [sign] = told["signs/reward-0"]
-    assert sign.startswith("held-out pair loss is 0.7000 where policy samples are rejected")
-
-
 UPDATE = """
 import shutil
 from irl_align.policy import Policy
@@ -547,13 +485,13 @@ class Copy:
     def __init__(self, note):
         self.note = note
 
-    def __call__(self, context, iteration, policy, initial, reward, demonstrations):
+    def __call__(self, context, request):
         def build(work):
-            shutil.copytree(policy.path, work / "model")
-            return {"note": self.note, "prompts": len(demonstrations.distinct_prompts())}
+            shutil.copytree(request.policy.path, work / "model")
+            return {"note": self.note, "prompts": len(request.demonstrations.distinct_prompts())}
 
-        role, inputs = f"policy-{iteration + 1}", {"policy": policy.key, "reward": reward.key}
-        stage = context.stage(role, "copy", {"note": self.note}, inputs, build)
+        inputs = {"policy": request.policy.key, "reward": request.reward.key}
+        stage = context.stage(request.role, "copy", {"note": self.note}, inputs, build)
         return Policy(stage.path / "model", stage.key)
 """
 
@@ -707,9 +645,9 @@ def test_other_trackers_get_a_run_of_the_loops_own(
     ]
     with Run.open(tmp_path / "run", {}, "") as run:
         trackers = LoopTrackers(recipe, run)
-        trackers.tell(records[:2], 0)
-        trackers.tell(records)
-        trackers.tell(records)
+        trackers.send(records[:2], 0)
+        trackers.send(records)
+        trackers.send(records)
         trackers.finish()
     (options,) = opened
     assert (options["project"], options["name"]) == ("irl-align", f"{recipe.name}-seed0")

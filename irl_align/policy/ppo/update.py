@@ -1,8 +1,7 @@
-"""PPO as a policy update of the loop: pi_{k+1} maximises r_k under a KL leash."""
+"""PPO as a policy update of the loop: pi_{k+1} maximises r_k under a KL penalty."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from transformers import PreTrainedModel
 
 from irl_align.config.policy_update import PROMPT_OPTIONS, PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.generation.protocol import Sampling
 from irl_align.models.trl import Training
-from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext
+from irl_align.policy import Demonstrations, Policy, Reward, UpdateContext, UpdateRequest
 from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.backbone import adapter_critic, share_backbone
 from irl_align.policy.ppo.critic import make_critic
@@ -31,8 +29,8 @@ from irl_align.utils.hardware import use_bf16
 class PPO:
     """pi_{k+1} from PPO on the demonstrations' prompts, with one reward from start to end.
 
-    held_out: demonstrations of other prompts, by which the best policy is chosen; judge: gold
-    metrics of the rollouts, which are reported and decide nothing; gold: their name.
+    held_out: demonstrations of other prompts, which choose the best policy; judge: gold
+    metrics of the rollouts, for reporting only; gold: import path of the gold metric.
     """
 
     options: PPOOptions
@@ -40,68 +38,60 @@ class PPO:
     judge: Judge | None = None
     gold: str | None = None
 
-    def __call__(
-        self,
-        context: UpdateContext,
-        iteration: int,
-        policy: Policy,
-        initial: Policy,
-        reward: Reward | None,
-        demonstrations: Demonstrations,
-    ) -> Policy:
+    def __call__(self, context: UpdateContext, request: UpdateRequest) -> Policy:
         """Train pi_k (or pi_0) in one stage, which resumes from its own checkpoints."""
-        options = self.options
+        options, reward = self.options, request.reward
         if reward is None:
             raise UserError("policy_update.kind: ppo needs a reward")
-        if not demonstrations.prompts:
-            raise UserError("PPO: there are no prompts to roll out; expected at least one")
-        if not self.held_out.prompts:
-            raise UserError("PPO: there are no held-out demonstrations; raise data.held_out")
-        start = policy if options.start == "current" else initial
-        reference = policy if options.reference == "current" else initial
-        sampling = context.sampling(options.n, options.temperature)
-        alike = PROMPT_OPTIONS | ({"backbone"} if options.backbone == "separate" else set())
+        start = request.policy if options.start == "current" else request.initial
+        reference = request.policy if options.reference == "current" else request.initial
+        sampling = context.sampler.sampling(options.n, options.temperature)
 
         def build(work: Path) -> dict[str, Any]:
-            actors = self._actors(context, start, reference, reward, demonstrations, sampling)
-            return train_ppo(actors, options, context.training(work, f"PPO {iteration}"))
+            if not request.demonstrations.prompts:
+                raise UserError("PPO: there are no prompts to roll out; expected at least one")
+            if not self.held_out.prompts:
+                raise UserError("PPO: there are no held-out demonstrations; raise data.held_out")
+            actors = self._actors(context, request, start, reference, reward)
+            training = context.training(work, f"PPO {request.iteration}")
+            return train_ppo(actors, options, training)
 
         stage = context.stage(
-            Role.policy(iteration + 1),
+            request.role,
             "ppo",
             {
                 "sampling": vars(sampling),
-                "options": options.model_dump(exclude=alike),
-                "iteration": iteration,
+                "options": options.model_dump(exclude=PROMPT_OPTIONS),
+                "iteration": request.iteration,
                 "gold": self.gold,
-                **context.adapted,
+                **context.models.adapted,
             },
             {
                 "start": start.key,
                 "reference": reference.key,
                 "reward": reward.key,
-                "demonstrations": demonstrations.checksum,
+                "demonstrations": request.demonstrations.checksum,
                 "held_out": self.held_out.checksum,
             },
             build,
         )
-        history = stage.metrics["history"]
+        history = stage.metrics.get("history")
         summary = {name: value for name, value in stage.metrics.items() if name != "history"}
-        context.log(str(Role.ppo(iteration)), {**summary, "last": history[-1] if history else None})
+        last = history[-1] if history else None
+        context.log(Role.ppo(request.iteration), {**summary, "last": last})
         return Policy(stage.path / "model", stage.key)
 
     def _actors(
         self,
         context: UpdateContext,
+        request: UpdateRequest,
         start: Policy,
         reference: Policy,
         reward: Reward,
-        demonstrations: Demonstrations,
-        sampling: Sampling,
     ) -> Actors:
-        """The models, loaded; policy and reference become float32, but for weights of 4 bits."""
-        options = self.options
-        model = context.load_trainable(start.path)
+        """Load the models; policy and reference become float32 unless their weights have 4 bits."""
+        options, models = self.options, context.models
+        model = models.load_trainable(start.path)
         stored = model.dtype
         model = _float32(model)
         backbone = None
@@ -111,11 +101,11 @@ class PPO:
             policy=model,
             reference=model if backbone else self._reference(context, reference),
             reward=backbone.reward if backbone else self._reward(context, reward),
-            generator=context.generator(model),
+            generator=context.sampler.generator(model),
             tokenizer=context.tokenizer,
-            prompts=demonstrations.distinct_prompts(),
+            prompts=request.demonstrations.distinct_prompts(),
             held_out=self.held_out,
-            sampling=sampling,
+            sampling=context.sampler.sampling(options.n, options.temperature),
             starts_at_reference=start.key == reference.key,
             judge=self.judge,
             backbone=backbone,
@@ -124,23 +114,24 @@ class PPO:
 
     def _reference(self, context: UpdateContext, reference: Policy) -> PreTrainedModel:
         """The reference in the policy's precision: in another it would be another function."""
-        return _float32(context.load_policy(reference.path)).requires_grad_(False)
+        return _float32(context.models.load_policy(reference.path)).requires_grad_(False)
 
     def _reward(self, context: UpdateContext, reward: Reward) -> RewardFunction:
-        """The reward; its adapter stays apart where a critic starts as it and trains it."""
+        """The reward; its adapter is not merged if a critic starts from it and trains it."""
         merge = self.options.advantage != "gae" or self.options.critic_init != "reward"
-        return context.load_reward(reward, merge)
+        return context.models.load_reward(reward, merge)
 
 
 def _float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float32; one of 4 bits as it is."""
+    """The model in float32; a 4-bit model is not changed."""
     return model if getattr(model, "is_quantized", False) else model.float()
 
 
 def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[str, Any]:
-    """Train actors.policy in place; the policy that is kept, metrics and samples in training.work.
+    """Train actors.policy in place; the selected policy, metrics and samples go to training.work.
 
-    Returns the training's metrics, `history` with one record per update among them.
+    Returns the training's metrics; `history` has one record per update.
+    Raises UserError: the tokenizer's pad token is missing or equals its EOS.
     """
     pad, eos = actors.tokenizer.pad_token_id, actors.tokenizer.eos_token_id
     if pad is None or pad == eos:
@@ -154,7 +145,7 @@ def train_ppo(actors: Actors, options: PPOOptions, training: Training) -> dict[s
         critic = make_critic(options, actors.policy, actors.reward, actors.tokenizer)
     trackers: dict[str, Any] = {}
     if training.report_to:
-        folder = os.environ.get("TENSORBOARD_LOGGING_DIR", str(training.work / "tensorboard"))
+        folder = str(training.tensorboard or training.work / "tensorboard")
         trackers = {"log_with": list(training.report_to), "project_dir": folder}
     bf16 = use_bf16(options.bf16, training.device.type == "cpu")
     accelerator = make_accelerator(training.device, bf16, **trackers)

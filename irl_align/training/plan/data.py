@@ -17,7 +17,7 @@ from irl_align.data.splits import divide
 from irl_align.data.tokenizer import prepare_tokenizer, train_tokenizer
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer
-from irl_align.training.context import derive_seed
+from irl_align.training.keys import derive_seed
 
 SAMPLED = 1000  # rows that are encoded: some evenly spaced, and the longest ones
 TRAINED = 5000  # rows that a tokenizer from scratch is tried out on

@@ -20,24 +20,24 @@ from irl_align.models.generation.backends import (
     resolve_backend,
 )
 from irl_align.models.generation.vllm_common import require_vllm
-from irl_align.training.context import RunContext
-from irl_align.training.run_folder import Run
-from irl_align.training.store import Store
+from irl_align.training.model_loader import ModelLoader
+from irl_align.training.sampler import Sampler
+from irl_align.training.stages import LookedUpStages
 from irl_align.training.train import train
 
 CPU = torch.device("cpu")
 HEAD_OF_32 = "model.from_scratch.num_attention_heads=1"  # vLLM's CPU attention has none smaller
 
 
-def context_of(recipe: Recipe, folder: Path) -> RunContext:
-    return RunContext(recipe, Store(folder / "store"), Run(folder), CPU)
+def sampler_of(recipe: Recipe, folder: Path) -> Sampler:
+    return Sampler(recipe, LookedUpStages(None, 0), ModelLoader(recipe, CPU), folder)
 
 
 # Keys
 
 
 def test_sampling_by_transformers_names_no_backend(tmp_path: Path) -> None:
-    settings = vars(context_of(tiny_recipe(tmp_path), tmp_path).sampling(2, 0.7))
+    settings = vars(sampler_of(tiny_recipe(tmp_path), tmp_path).sampling(2, 0.7))
     assert settings == {
         "n": 2,
         "temperature": 0.7,
@@ -55,7 +55,7 @@ def test_sampling_by_vllm_names_the_backend_and_its_options(
     settings = []
     for engine in ("{}", "{quantization: fp8}"):
         recipe = tiny_recipe(tmp_path, "generation.backend=vllm", f"generation.engine={engine}")
-        sampling = context_of(recipe, tmp_path).sampling(1, 1.0)
+        sampling = sampler_of(recipe, tmp_path).sampling(1, 1.0)
         assert isinstance(sampling, BackendSampling) and sampling.plain
         settings.append(vars(replace(sampling, seed=5)))
     assert [(f["backend"], f["engine"], f["seed"]) for f in settings] == [

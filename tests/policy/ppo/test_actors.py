@@ -17,9 +17,10 @@ from irl_align.models.generation.protocol import Sampling
 from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.loading import load_model
 from irl_align.models.trl import Training
-from irl_align.policy import Demonstrations, Policy, Reward
+from irl_align.policy import Demonstrations, Policy, Reward, UpdateRequest
 from irl_align.policy.ppo import update
 from irl_align.policy.ppo.actors import Actors
+from irl_align.policy.roles import Role
 
 MakeModel = Callable[[str], PreTrainedModel]
 DATA = Demonstrations([[3, 4], [5, 6]], [[7, 2], [8, 2]], checksum="data")
@@ -35,10 +36,11 @@ class Shop:
         self.folder, self.tokenizer, self.dtype = folder, tokenizer, dtype
         self.device = torch.device("cpu")
         self.adapted: dict[str, Any] = {}
+        self.models = self.sampler = self
         self.inputs: Mapping[str, str] = {}
         self.loaded: dict[str, Path] = {}
 
-    def stage(self, role: str, name: str, settings: Any, inputs: Any, build: Any) -> Any:
+    def stage(self, role: Role, name: str, settings: Any, inputs: Any, build: Any) -> Any:
         self.inputs = inputs
         return SimpleNamespace(path=self.folder, key="new", metrics=build(self.folder))
 
@@ -78,7 +80,7 @@ def called(
     monkeypatch.setattr(update, "train_ppo", note)
     ppo = update.PPO(chosen, DATA)
     reward = Reward("explicit", shop.folder / "reward", "r")
-    ppo(shop, 1, now, first, reward, DATA)  # type: ignore[arg-type]
+    ppo(shop, UpdateRequest(1, now, first, reward, DATA))  # type: ignore[arg-type]
     return made[0]
 
 

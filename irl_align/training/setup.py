@@ -1,0 +1,137 @@
+"""The set-up that `train` and `ppo` share: checks, device, run folder, context and trackers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+
+from irl_align.config.recipe import to_dict, to_yaml
+from irl_align.config.schema import Recipe
+from irl_align.config.trl_args import trl_config
+from irl_align.data.cards import import_object, load_card
+from irl_align.data.loading import check_source
+from irl_align.errors import UserError
+from irl_align.models.loading import pick_device
+from irl_align.models.trl import Training, training_args
+from irl_align.policy import Policy
+from irl_align.training.context import RunContext
+from irl_align.training.run_folder import FollowedRun, Run
+from irl_align.training.stages import BuiltStages
+from irl_align.training.store import Store
+from irl_align.training.trackers import LoopTrackers
+from irl_align.utils import distributed
+from irl_align.utils.hardware import environment
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The run folder of a recipe."""
+    return Path(recipe.output_dir) / f"{recipe.name}-seed{recipe.seed}"
+
+
+@contextmanager
+def open_run(recipe: Recipe) -> Iterator[tuple[RunContext, LoopTrackers]]:
+    """Check a recipe and open its run, whose stages are built; close what it started at the end.
+
+    Raises UserError: the recipe cannot be run here, or another process has the run.
+    """
+    check_trackers(recipe)
+    check_data(recipe)
+    device = distributed.own_device(pick_device(recipe.device))
+    check_trainers(recipe, device)
+    with distributed.joined(device), _open_folder(recipe) as run:
+        run.log("environment", {**environment(), "device": str(device), "seed": recipe.seed})
+        store = Store(Path(recipe.output_dir) / "store")
+        context = RunContext(recipe, BuiltStages(store, run, recipe.seed), run, device)
+        trackers = LoopTrackers(recipe, run)
+        try:
+            yield context, trackers
+        finally:
+            context.close()
+            trackers.finish()
+
+
+@contextmanager
+def _open_folder(recipe: Recipe) -> Iterator[Run]:
+    """The run folder of a recipe; of several processes only the main one holds and writes it."""
+    folder = run_folder(recipe)
+    if not distributed.is_main():
+        yield FollowedRun(folder)
+        return
+    with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
+        yield run
+
+
+def finish_run(
+    context: RunContext,
+    *,
+    policy: Policy,
+    number: int,
+    reward: Path | None,
+    ended: str,
+    began: float,
+) -> None:
+    """Write the summary of a run: its final policy and its number, its reward, why it ended.
+
+    began: ``time.time()`` at the start.
+    """
+    output, ranking = Path(context.recipe.output_dir), policy.ranking
+    summary: dict[str, Any] = {
+        "policy": os.path.relpath(policy.path, output),
+        "reward": os.path.relpath(reward, output) if reward is not None else None,
+        "policy_number": number,
+        "ranking": None,
+        "ended": ended,
+        "seconds": round(time.time() - began, 1),
+    }
+    if ranking is not None:
+        names = ("n", "score", "temperature")
+        summary["ranking"] = {name: getattr(ranking, name) for name in names}
+    context.run.finish(summary)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise UserError if a tracker of report_to is not installed."""
+    for tracker in recipe.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(
+                f"recipe: report_to: {tracker} is not installed; install irl-align[tracking], or "
+                "leave it out"
+            )
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raise UserError if the card, the files or the edit cannot be what the recipe asks for."""
+    data, card = recipe.data, load_card(recipe.data.card)
+    check_source(card, "train", data.path, data.task)
+    if data.edit is not None and not callable(import_object(data.edit, "data.edit")):
+        raise UserError(
+            f"data.edit: found {data.edit}, expected a function of a prompt and a Random"
+        )
+    if recipe.evaluation.match_entropy and card.gold is None:
+        raise UserError(
+            f"evaluation.match_entropy: it compares gold metrics, and card {card.name} names none"
+        )
+
+
+def check_trainers(recipe: Recipe, device: torch.device) -> None:
+    """Raise UserError if options of TRL contradict each other."""
+    values = to_dict(recipe)
+    groups = ("sft", "reward", "policy_update") if recipe.loop.iterations else ("sft",)
+    for group in groups:
+        config, options = trl_config(values, group), values[group]
+        if config is None or options.get("enabled") is False:
+            continue
+        first = {name: each[0] for name, each in options.get("schedule", {}).items()}
+        training = Training(Path(recipe.output_dir), recipe.seed, device)
+        try:
+            training_args(getattr(trl, config), {**options.get("args", {}), **first}, training)
+        except UserError as error:
+            raise UserError(f"{group}: {error}") from error

@@ -1,0 +1,142 @@
+"""Warning signs that a reward or a policy went wrong, and whether the loop stops for them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from irl_align.config.loop import SignOptions
+from irl_align.policy.roles import signs_in, signs_key
+from irl_align.reward.audit import shortcut_warnings
+from irl_align.reward.health import audited_accuracy, policy_pair_loss
+from irl_align.training.context import RunContext
+
+logger = logging.getLogger(__name__)
+ROUNDING = 1e-6  # of a float32 mean: a reward that learned nothing has loss ln 2 up to this
+
+
+def judge_reward(context: RunContext, k: int, report: dict[str, Any]) -> str | None:
+    """Log warnings about shortcuts and forgetting; the reason to stop, if there is one.
+
+    The loop stops when the reward is unfit, or forgets and the recipe says to stop. An empty report
+    (of a stage that was only looked up) is not judged.
+    """
+    if not report:
+        return None
+    bounds = context.recipe.loop.signs
+    forgets = []
+    for older, now in report["older"].items():
+        before = report.get("older_before", {}).get(older, {}).get("accuracy", 0.0)
+        fall = before - now["accuracy"]
+        if fall > bounds.older_drop:
+            forgets.append(
+                f"older pairs: accuracy on iteration {older} fell by {fall:.1%}, more than "
+                f"{bounds.older_drop:.1%}: the reward forgets; widen pairs.window or init warm"
+            )
+    signs = shortcut_warnings(report["audit"], audited_accuracy(report)) + forgets
+    loss, own = report["held_out"]["loss"], policy_pair_loss(report)
+    unfit = loss is None or loss >= bounds.unfit_loss - ROUNDING
+    if unfit:
+        value = "not finite" if loss is None else f"{loss:.4f}, at or above {bounds.unfit_loss:.4f}"
+        signs.append(
+            f"held-out pair loss is {value}: the reward is unfit and is not used by the policy step"
+        )
+    elif own is not None and own >= bounds.unfit_loss - ROUNDING:
+        signs.append(
+            f"held-out pair loss is {own:.4f} on pairs that reject policy samples: the reward has "
+            "learned only the other pairs"
+        )
+    _log_signs(context, "reward", k, signs)
+    if unfit:
+        return f"iteration {k}: the reward is unfit"
+    return f"iteration {k}: {forgets[0]}" if forgets and bounds.action == "stop" else None
+
+
+def judge_policy(
+    context: RunContext, k: int, vitals: dict[str, Any], baseline: dict[str, Any]
+) -> str | None:
+    """Log every bound that policy k + 1 passes; the reason to stop if the recipe says so.
+
+    vitals, baseline: vital signs of the new policy and of pi_0. Empty ones (of a stage that was
+    only looked up) are not judged.
+    """
+    if not vitals or not baseline:
+        return None
+    bounds = context.recipe.loop.signs
+    # In a record, null is a number that was not finite.
+    signs = [f"{name}: not finite" for name, value in vitals.items() if value is None]
+    finite = {name: v for name, v in vitals.items() if None not in (v, baseline.get(name, v))}
+    signs += find_signs(bounds, finite, baseline)
+    _log_signs(context, "policy", k + 1, signs)
+    if signs and bounds.action == "stop":
+        return f"iteration {k}: {signs[0]}; policy {k} is kept"
+    return None
+
+
+def judge_fresh(context: RunContext, k: int, vitals: dict[str, Any]) -> str | None:
+    """Log that the reward cannot tell demonstrations from policy k + 1's samples (near 50%).
+
+    Then there is nothing left to learn from this reward: the reason to stop, if the recipe says so.
+    """
+    bounds = context.recipe.loop.signs
+    accuracy = vitals.get("fresh_accuracy")
+    if accuracy is None or accuracy > bounds.fresh_accuracy:
+        return None
+    sign = (
+        f"fresh samples: the reward tells demonstrations from the new policy's samples in "
+        f"{accuracy:.1%}, at most {bounds.fresh_accuracy:.1%}: nothing is left to learn from it"
+    )
+    _log_signs(context, "fresh", k + 1, [sign])
+    return f"iteration {k}: {sign}" if bounds.action == "stop" else None
+
+
+def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) -> list[str]:
+    """Signs that a policy went wrong compared with pi_0: one line for each bound that is passed.
+
+    now, start: vital signs of the new policy and of pi_0. A missing key is not judged; a NaN is a
+    sign.
+    """
+    signs = []
+
+    def judge(key: str, broken: bool, text: str) -> None:
+        if broken:
+            signs.append(f"{key}: {text}")
+
+    if "entropy" in now:
+        ratio = now["entropy"] / start["entropy"]
+        inside = bounds.entropy_low <= ratio <= bounds.entropy_high
+        judge(
+            "entropy",
+            not inside,
+            f"{ratio:.2f} of the first policy's, outside "
+            f"{bounds.entropy_low:g} to {bounds.entropy_high:g}",
+        )
+    if "kl" in now:
+        judge("kl", not now["kl"] <= bounds.kl, f"{now['kl']:.2f} nats, above {bounds.kl:g}")
+    change = now["length"] / start["length"] - 1.0
+    judge(
+        "length",
+        abs(change) > bounds.length_change,
+        f"{change:+.0%} against the first policy, beyond {bounds.length_change:.0%}",
+    )
+    more = now["truncated"] - start["truncated"]
+    judge(
+        "missing_eos",
+        more > bounds.missing_eos,
+        f"{more:+.1%} samples without EOS, above {bounds.missing_eos:.1%}",
+    )
+    if "demonstration_logp" in now:
+        fall = start["demonstration_logp"] - now["demonstration_logp"]
+        judge(
+            "demonstration_log_prob",
+            not fall <= bounds.demonstration_log_prob,
+            f"fell by {fall:.2f} nats, more than {bounds.demonstration_log_prob:g}",
+        )
+    return signs
+
+
+def _log_signs(context: RunContext, subject: str, number: int, signs: list[str]) -> None:
+    key = signs_key(subject, number)
+    context.run.log(key, {"signs": signs})
+    for sign in signs_in({"key": key, "signs": signs}):
+        logger.warning("%s", sign)

@@ -1,0 +1,140 @@
+"""Warning signs of rewards and policies, each bound separately."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.tiny_runs import tiny_recipe
+
+from irl_align.config.loop import SignOptions
+from irl_align.training.signs import find_signs, judge_policy, judge_reward
+
+LN2 = math.log(2.0)
+BOUNDS = SignOptions()
+
+
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [
+        ({}, None),
+        # entropy: 0.75 to 1.25 of the first policy's
+        ({"entropy": 1.5}, None),
+        ({"entropy": 1.48}, "entropy: 0.74 of the first policy's, outside 0.75 to 1.25"),
+        ({"entropy": 2.5}, None),
+        ({"entropy": 2.52}, "entropy: 1.26 of the first policy's, outside 0.75 to 1.25"),
+        ({"entropy": math.nan}, "entropy: nan of"),
+        # kl: 3 nats
+        ({"kl": 3.0}, None),
+        ({"kl": 3.5}, "kl: 3.50 nats, above 3"),
+        ({"kl": math.nan}, "kl: nan nats"),
+        # length: a quarter either way
+        ({"length": 25.0}, None),
+        ({"length": 15.0}, None),
+        ({"length": 26.0}, "length: +30% against the first policy, beyond 25%"),
+        ({"length": 14.0}, "length: -30% against"),
+        # samples without EOS: two points more; fewer is no fault
+        ({"truncated": 0.025}, None),
+        ({"truncated": 0.0}, None),
+        ({"truncated": 0.05}, "missing_eos: +4.0% samples without EOS, above 2.0%"),
+        # log-prob of the demonstrations: a fall of 5 nats; a rise is no fault
+        ({"demonstration_logp": -35.0}, None),
+        ({"demonstration_logp": -20.0}, None),
+        ({"demonstration_logp": -36.0}, "demonstration_log_prob: fell by 6.00 nats, more than 5"),
+        ({"demonstration_logp": math.nan}, "demonstration_log_prob: fell by nan"),
+    ],
+)
+def test_find_signs_names_the_passed_bound(change: dict[str, float], sign: str | None) -> None:
+    signs = find_signs(BOUNDS, {**START, **change}, START)
+    if sign is None:
+        assert signs == []
+    else:
+        assert len(signs) == 1
+        assert signs[0].startswith(sign)
+
+
+def test_find_signs_uses_the_recipes_bounds() -> None:
+    wide = SignOptions(
+        entropy_low=0.1,
+        entropy_high=9.0,
+        kl=99.0,
+        length_change=9.0,
+        missing_eos=0.9,
+        demonstration_log_prob=99.0,
+    )
+    bad = {
+        "entropy": 1.0,
+        "length": 40.0,
+        "truncated": 0.5,
+        "kl": 9.0,
+        "demonstration_logp": -50.0,
+    }
+    assert find_signs(wide, bad, START) == []
+    names = [sign.split(":")[0] for sign in find_signs(BOUNDS, bad, START)]
+    assert names == ["entropy", "kl", "length", "missing_eos", "demonstration_log_prob"]
+
+
+def test_find_signs_skips_what_is_not_measured() -> None:
+    assert find_signs(BOUNDS, {"length": 20.0, "truncated": 0.01}, START) == []
+
+
+def test_judge_policy_and_judge_reward_report_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    """A record holds null for them; they neither pass as good nor break the judging."""
+    logged: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
+    context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path, "loop.signs.action=stop"), run=run)
+    good = {"length": 9.0, "truncated": 0.0, "entropy": 1.0, "kl": 0.0}
+    assert judge_policy(context, 0, good, good) is None
+    stop = judge_policy(context, 0, {**good, "kl": None, "entropy": None}, good)
+    assert stop == "iteration 0: entropy: not finite; policy 0 is kept"
+    assert logged["signs/policy-1"] == ["entropy: not finite", "kl: not finite"]
+    assert judge_policy(context, 0, good, {**good, "entropy": None}) is None
+
+    audit = {"length": 0.5, "truncation": 0.5}
+    fit = {"held_out": {"accuracy": 0.0, "loss": None}, "audit": audit, "older": {}}
+    assert judge_reward(context, 0, fit) == "iteration 0: the reward is unfit"
+    assert logged["signs/reward-0"][0].startswith("held-out pair loss is not finite")
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_judge_reward_reports_a_reward_that_forgets(action: str, tmp_path: Path) -> None:
+    logged: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
+    recipe = tiny_recipe(tmp_path, f"loop.signs.action={action}")
+    context: Any = SimpleNamespace(recipe=recipe, run=run)
+    fit = {
+        "held_out": {"accuracy": 0.8, "loss": 0.4},
+        "audit": {"length": 0.5, "truncation": 0.5},
+        "older": {"0": {"accuracy": 0.66}},
+        "older_before": {"0": {"accuracy": 0.7}},
+    }
+    assert judge_reward(context, 1, fit) is None and logged["signs/reward-1"] == []
+    stop = judge_reward(context, 1, {**fit, "older": {"0": {"accuracy": 0.64}}})
+    [sign] = logged["signs/reward-1"]
+    assert sign.startswith("older pairs: accuracy on iteration 0 fell by 6.0%, more than 5.0%")
+    assert stop == (f"iteration 1: {sign}" if action == "stop" else None)
+
+
+def test_judge_reward_uses_the_pairs_that_reject_policy_samples(tmp_path: Path) -> None:
+    """Contrast pairs, which are easy, hide neither a shortcut nor a reward that learned nothing."""
+    logged: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
+    context: Any = SimpleNamespace(
+        recipe=tiny_recipe(tmp_path, f"loop.signs.unfit_loss={LN2}"), run=run
+    )
+    own = {"accuracy": 0.71, "loss": 0.6}
+    fit = {
+        "held_out": {"accuracy": 0.81, "loss": 0.5},
+        "by_source": {"demonstration/policy": own},
+        "audit": {"length": 0.70, "truncation": 0.5},
+        "older": {},
+    }
+    assert judge_reward(context, 0, fit) is None
+    [sign] = logged["signs/reward-0"]
+    assert "length alone separates 70.0% of the held-out pairs, the reward 71.0%" in sign
+    own.update(accuracy=0.5, loss=0.7)
+    fit["audit"] = {"length": 0.5, "truncation": 0.5}
+    assert judge_reward(context, 0, fit) is None
+    [sign] = logged["signs/reward-0"]
+    assert sign.startswith("held-out pair loss is 0.7000 on pairs that reject policy samples")
