@@ -59,15 +59,6 @@ def test_vitals_by_the_policys_own_log_probs_where_the_sampler_cut_the_tail() ->
     assert report["kl"] == pytest.approx((2 + 1 + 3 + 2) / 4)
 
 
-START = {
-    "entropy": 2.0,
-    "length": 20.0,
-    "truncated": 0.01,
-    "kl": 0.0,
-    "demonstration_logp": -30.0,
-}
-
-
 def two_way(temperature: float) -> float:
     """Entropy of logits 1 and 0 at a temperature."""
     p = 1 / (1 + math.exp(-1 / temperature))

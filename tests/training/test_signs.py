@@ -12,6 +12,13 @@ from irl_align.config.loop import SignOptions
 from irl_align.training.signs import find_signs, judge_policy, judge_reward
 
 LN2 = math.log(2.0)
+START = {
+    "entropy": 2.0,
+    "length": 20.0,
+    "truncated": 0.01,
+    "kl": 0.0,
+    "demonstration_logp": -30.0,
+}
 BOUNDS = SignOptions()
 
 
