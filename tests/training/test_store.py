@@ -45,7 +45,7 @@ def never(work: Path) -> None:
 
 
 def test_key_is_the_hash_of_canonical_json() -> None:
-    # sha256sum of {"format":1,"inputs":{"data":"abc"},"name":"sft","settings":{"lr":0.001,
+    # sha256sum of {"format":2,"inputs":{"data":"abc"},"name":"sft","settings":{"lr":0.001,
     # "name":"\u00e9","steps":[1,2]}}, on one line. It may change only together with FORMAT.
     options = {"steps": (1, 2), "name": "é", "lr": 0.001}
     assert stage_key("sft", options, {"data": "abc"}) == "51156ab08b168943"
