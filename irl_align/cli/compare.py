@@ -237,24 +237,26 @@ def compare(
     Stages that are the same are shared; the same command goes on after a stop.
     """
     set_up(debug)
+    from irl_align.cli.show import show_comparison
+    from irl_align.evaluation.compare.aggregate import AnalysisOptions
     from irl_align.evaluation.compare.runner import CompareOptions
     from irl_align.evaluation.compare.runner import compare as compare_recipes
-    from irl_align.evaluation.compare.tables import show_comparison
 
-    chosen = tuple(dict.fromkeys(seed)) if seed else tuple(range(1, seeds + 1))
     options = CompareOptions(
-        chosen,
-        output,
-        jobs,
-        only_finished,
-        iterations,
-        baseline,
-        by,
-        interval,
-        force,
-        tuple(sweep or ()),
-        tuple(dict.fromkeys(gold_level or ())),
-        tuple(dict.fromkeys(at_kl or ())),
+        seeds=tuple(dict.fromkeys(seed)) if seed else tuple(range(1, seeds + 1)),
+        output=output,
+        parallel=jobs,
+        only_finished=only_finished,
+        iterations=iterations,
+        force=force,
+        sweeps=tuple(sweep or ()),
+        analysis=AnalysisOptions(
+            by=by,
+            baseline=baseline,
+            interval=interval,
+            levels=tuple(dict.fromkeys(gold_level or ())),
+            kls=tuple(dict.fromkeys(at_kl or ())),
+        ),
     )
     compared = compare_recipes(arguments, options)
     show_comparison(compared.analysis, console())
@@ -271,7 +273,7 @@ def report(
 ) -> None:
     """Write one HTML file of a run or a comparison, which opens anywhere without a network."""
     set_up(debug)
-    from irl_align.evaluation.report import write_report
+    from irl_align.evaluation.report.write import write_report
 
     typer.echo(f"report: {write_report(source, output, figures)}")
 
@@ -300,9 +302,8 @@ def evaluate(
 ) -> None:
     """Measure rewards on preference sets and in best-of-n; policies by judges and benchmarks."""
     set_up(debug)
+    from irl_align.cli.show import show_evaluation
     from irl_align.evaluation.evaluate import EvaluationRequest, evaluate_source
-    from irl_align.evaluation.tables import evaluation_grids, evaluation_notes
-    from irl_align.utils.text_table import show_grid
 
     request = EvaluationRequest(
         cards=card or [],
@@ -321,11 +322,7 @@ def evaluate(
         tasks_folder=lm_eval_tasks,
         limit=lm_eval_limit,
     )
-    found = evaluate_source(source, request, device, output)
-    for grid in evaluation_grids(found):
-        show_grid(grid, console())
-    for line in evaluation_notes(found):
-        typer.echo(line)
+    show_evaluation(evaluate_source(source, request, device, output), console())
 
 
 def _is_address(judge: str) -> bool:

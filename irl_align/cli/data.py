@@ -9,11 +9,11 @@ import typer
 
 from irl_align.cli.terminal import Debug, console, set_up
 from irl_align.errors import UserError
-from irl_align.utils.text_table import MISSING, Grid, show_grid
 
 if TYPE_CHECKING:
     from irl_align.data.cards import Card
     from irl_align.data.summary import SplitSummary
+    from irl_align.utils.text_table import Table
 
 _MOST_SHOWN = 300  # characters of a text in a sample
 
@@ -68,9 +68,12 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 def _show(card: Card, splits: Sequence[SplitSummary]) -> None:
     """Print the card, a table of its splits, their overlaps, warnings and samples."""
+    from irl_align.utils.text_table import terminal_tables
+
     terminal = console()
     terminal.print(f"{card.name}: {card.kind}, licence {card.license or 'not given'}")
-    show_grid(_table(splits), terminal)
+    for part in terminal_tables(_table(splits), terminal.width):
+        terminal.print(part)
     for split in splits:
         for other in splits:
             shared = len(split.prompts & other.prompts)
@@ -87,22 +90,20 @@ def _show(card: Card, splits: Sequence[SplitSummary]) -> None:
                 terminal.print(f"{field}: {cut}", highlight=False)
 
 
-def _table(splits: Sequence[SplitSummary]) -> Grid:
-    fields = list(splits[0].words)
-    columns = ["split", "rows", "the card says", "prompts", "repeated"]
-    columns += [f"{field} words, {kind}" for field in fields for kind in ("mean", "most")]
+def _table(splits: Sequence[SplitSummary]) -> Table:
+    from irl_align.utils.text_table import Column, Table
+
+    names = ["rows", "the card says", "prompts", "repeated"]
+    names += [f"{field} words, {kind}" for field in splits[0].words for kind in ("mean", "most")]
     rows = [
         [
             split.name,
-            f"{split.rows:,}",
-            MISSING if split.expected is None else f"{split.expected:,}",
-            f"{len(split.prompts):,}",
-            f"{split.repeated:,}",
-            *(text for mean, most in split.words.values() for text in (f"{mean:.0f}", f"{most:,}")),
+            *(split.rows, split.expected, len(split.prompts), split.repeated),
+            *(number for mean_and_most in split.words.values() for number in mean_and_most),
         ]
         for split in splits
     ]
-    return Grid("splits", columns, rows)
+    return Table("splits", [Column("split"), *(Column(n, 0, grouped=True) for n in names)], rows)
 
 
 def _check(card: Card, splits: Sequence[SplitSummary]) -> None:

@@ -57,8 +57,8 @@ def train(
 ) -> None:
     """Run a recipe. After a stop or a kill the same command goes on from where it was."""
     _set_up(debug)
+    from irl_align.cli.show import show_policies, show_runs
     from irl_align.config.recipe import load_recipe
-    from irl_align.evaluation.compare.run_tables import show_policies, show_runs
 
     options = load_recipe(recipe, overrides or [])
     if smoke:
@@ -107,7 +107,7 @@ def ppo(
 ) -> None:
     """Improve a policy on a reward model by PPO. The same command goes on after a kill."""
     _set_up(debug)
-    from irl_align.evaluation.compare.run_tables import show_runs
+    from irl_align.cli.show import show_runs
     from irl_align.training.ppo_only import ppo_recipe, run_ppo, summary_line
     from irl_align.training.run_folder import Run
 
@@ -148,7 +148,7 @@ def show(
 ) -> None:
     """Show the results, rewards, costs and warning signs of runs side by side."""
     _set_up(debug)
-    from irl_align.evaluation.compare.run_tables import show_runs
+    from irl_align.cli.show import show_runs
     from irl_align.training.run_folder import Run
 
     show_runs([Run.load(run) for run in runs], _console())

@@ -1,4 +1,4 @@
-"""How well scores tell preferred completions from rejected ones: what a report says of a set."""
+"""Reports, tables and notes of how well scores distinguish preferred from rejected completions."""
 
 from __future__ import annotations
 
@@ -11,63 +11,67 @@ from typing import Any
 import numpy as np
 
 from irl_align.evaluation.rewardbench import section_gaps, section_scores
-from irl_align.utils.statistics import clustered_difference, clustered_share
-from irl_align.utils.text_table import MISSING, Grid
+from irl_align.utils.statistics import Estimate, clustered_difference, clustered_share
+from irl_align.utils.text_table import Cell, Column, Table, estimate_cell, p_value, percent
 
-FEW_VALUES = 6  # of the data's margin are told one by one, more by thirds
+FEW_VALUES = 6  # more values of the data's margin are grouped by thirds
 PREFERENCE_REWARD = "trained on preferences"
 BASELINES = ("longer wins", "shorter wins", "SFT log-prob, sum", "SFT log-prob, mean")
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """What a report needs of the pairs of a preference set, besides their scores."""
+    """What a report needs to know about the pairs of a preference set, besides their scores."""
 
     card: str
     split: str
     prompts: Sequence[str]
-    """Key of each pair's prompt: pairs of one prompt are not independent."""
+    """Key of each pair's prompt; pairs of one prompt are not independent."""
     subsets: Sequence[str]
     margins: Sequence[float | None]
-    """How much better people found the preferred one, in the data's own unit."""
+    """How much better people judged the preferred completion, in the data's own unit."""
     dropped: int = 0
     """Pairs that were too long for a model's context."""
     only: Sequence[str] = ()
-    """Subsets that the set was restricted to; nothing is all."""
+    """Subsets that the set was restricted to; empty for all."""
     axes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Column -> its value for each pair, of the columns that make the subset together."""
+    """Column -> its value for each pair, for the columns that form the subset together."""
 
 
 def preference_report(
     pairs: PairSet, margins: Mapping[str, np.ndarray], calibration: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Accuracy of every scorer overall, by subset, by each of the columns that make the subset, and
-    by margin; and beside the baselines.
+    """Accuracy of every scorer: overall, by subset, by each column of the subset, by margin, and
+    compared with the baselines.
 
-    margins: scorer -> score of the preferred minus score of the rejected, (B,); equal scores count
-    half. calibration: scorer -> expected calibration error, of those whose margins are logits.
+    margins: scorer -> score of the preferred minus score of the rejected completion, (B,); equal
+    scores count half. calibration: scorer -> expected calibration error, for scorers whose margins
+    are logits.
     """
     wins = {name: 0.5 * (1.0 + np.sign(margin)) for name, margin in margins.items()}
-    groups = {"subsets": _groups(list(pairs.subsets)), "margins": _margin_groups(pairs.margins)}
-    axes = {name: rows for name, own in pairs.axes.items() if (rows := _groups(own))}
+    everything = range(len(pairs.prompts))
+    subsets, by_margin = _groups(pairs.subsets), _margin_groups(pairs.margins)
+    axes = {name: groups for name, own in pairs.axes.items() if (groups := _groups(own))}
     scorers = {}
     for name, outcome in wins.items():
-        found: dict[str, Any] = {"overall": _share(outcome, pairs, range(len(outcome)))}
-        for kind, rows in groups.items():
-            found[kind] = _shares(outcome, pairs, rows)
-        found["axes"] = {axis: _shares(outcome, pairs, rows) for axis, rows in axes.items()}
-        sections = section_scores({k: v["mean"] for k, v in found["subsets"].items()})
+        report: dict[str, Any] = {
+            "overall": _share(outcome, pairs, everything),
+            "subsets": _shares(outcome, pairs, subsets),
+            "margins": _shares(outcome, pairs, by_margin),
+            "axes": {axis: _shares(outcome, pairs, groups) for axis, groups in axes.items()},
+        }
+        sections = section_scores({k: v["mean"] for k, v in report["subsets"].items()})
         if sections:
-            found["sections"] = sections
+            report["sections"] = sections
         if name in calibration:
-            found["calibration_error"] = calibration[name]
+            report["calibration_error"] = calibration[name]
         if name not in BASELINES:
-            found["against"] = {
+            report["against"] = {
                 other: asdict(clustered_difference(outcome - wins[other], pairs.prompts))
                 for other in BASELINES
                 if other in wins
             }
-        scorers[name] = found
+        scorers[name] = report
     return {
         "card": pairs.card,
         "split": pairs.split,
@@ -81,8 +85,11 @@ def preference_report(
 
 
 def excess_share(accuracy: float, trained_on_preferences: float) -> float | None:
-    """Excess over chance as a share of the preference-trained reward's (arXiv:2503.13538 reports
-    0.685 on TL;DR): (a - 1/2) / (a_pref - 1/2). None where that one is not above chance."""
+    """Accuracy above chance as a share of that of the preference-trained reward:
+    (a - 1/2) / (a_pref - 1/2); arXiv:2503.13538 reports 0.685 on TL;DR.
+
+    None unless the preference-trained reward is above chance.
+    """
     if trained_on_preferences <= 0.5:
         return None
     return (accuracy - 0.5) / (trained_on_preferences - 0.5)
@@ -91,16 +98,16 @@ def excess_share(accuracy: float, trained_on_preferences: float) -> float | None
 def _shares(
     outcome: np.ndarray, pairs: PairSet, groups: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    return {group: _share(outcome, pairs, at) for group, at in groups.items()}
+    return {group: _share(outcome, pairs, rows) for group, rows in groups.items()}
 
 
-def _share(outcome: np.ndarray, pairs: PairSet, rows: Sequence[int] | range) -> dict[str, Any]:
-    at = list(rows)
-    return asdict(clustered_share(outcome[at].tolist(), [pairs.prompts[i] for i in at]))
+def _share(outcome: np.ndarray, pairs: PairSet, rows: Sequence[int]) -> dict[str, Any]:
+    own = [float(outcome[row]) for row in rows]
+    return asdict(clustered_share(own, [pairs.prompts[row] for row in rows]))
 
 
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:
-    """Name -> rows, by name; nothing where all have the same."""
+    """Name -> rows, sorted by name; empty if all rows have the same name."""
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)
@@ -108,67 +115,64 @@ def _groups(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _margin_groups(margins: Sequence[float | None]) -> dict[str, list[int]]:
-    """Rows by the data's margin: by its values where they are few, else by thirds."""
-    rows = [i for i, margin in enumerate(margins) if margin is not None]
-    if not rows:
-        return {}
-    values = np.array([margins[i] for i in rows], dtype=np.float64)
-    distinct = np.unique(values)
-    if len(distinct) <= FEW_VALUES:
-        names = [f"margin {value:g}" for value in values]
-    else:
-        low, high = np.quantile(values, [1 / 3, 2 / 3])
-        names = [_third(value, float(low), float(high)) for value in values]
+    """Rows by the data's margin: by its values if these are few, else by thirds."""
+    known = sorted((margin, row) for row, margin in enumerate(margins) if margin is not None)
+    values = [margin for margin, _ in known]
+    few = len(set(values)) <= FEW_VALUES
+    low, high = (0.0, 0.0) if few else map(float, np.quantile(values, [1 / 3, 2 / 3]))
     groups: dict[str, list[int]] = {}
-    for row, _, name in sorted(zip(rows, values, names, strict=True), key=lambda item: item[1]):
+    for margin, row in known:
+        if few:
+            name = f"margin {margin:g}"
+        elif margin <= low:
+            name = f"margin up to {low:g}"
+        else:
+            name = f"margin up to {high:g}" if margin <= high else f"margin above {high:g}"
         groups.setdefault(name, []).append(row)
     return groups if len(groups) > 1 else {}
 
 
-def _third(value: float, low: float, high: float) -> str:
-    if value <= low:
-        return f"margin up to {low:g}"
-    return f"margin up to {high:g}" if value <= high else f"margin above {high:g}"
-
-
-def preference_grids(report: Mapping[str, Any]) -> list[Grid]:
+def preference_report_tables(report: Mapping[str, Any]) -> list[Table]:
     """Tables of a report: accuracies, by subset and margin, and differences to the baselines."""
-    scorers = report["scorers"]
-    card = report["card"] + _only(report)
-    title = f"{report['card']}, {split_name(report)}: accuracy %, {report['pairs']} pairs"
-    columns = ["scorer", "accuracy %", "interval", "calibration error %", "excess share"]
-    overall = Grid(title, columns, [])
-    for name, found in scorers.items():
-        error, share = found.get("calibration_error"), found.get("excess_share")
-        overall.rows.append(
-            [
-                name,
-                f"{100 * found['overall']['mean']:.1f}",
-                _bounds(found["overall"]),
-                MISSING if error is None else f"{100 * error:.1f}",
-                MISSING if share is None else f"{share:.2f}",
-            ]
-        )
-    grids = [overall]
+    scorers, card = report["scorers"], report["card"] + _only(report)
+    tables = [_overall_table(report)]
     for title, by_scorer in _grouped(scorers):
-        grids.append(_by_group(f"{card}, {title}: accuracy %", by_scorer))
-    if any("sections" in found for found in scorers.values()):
+        tables.append(_group_table(f"{card}, {title}: accuracy %", by_scorer))
+    if any("sections" in scorer for scorer in scorers.values()):
         names = list(next(iter(scorers.values()))["sections"])
         rows = [
-            [scorer, *(f"{100 * found['sections'][name]:.1f}" for name in names)]
-            for scorer, found in scorers.items()
+            [name, *(scorer["sections"][section] for section in names)]
+            for name, scorer in scorers.items()
         ]
-        grids.append(Grid("RewardBench's sections: score %", ["scorer", *names], rows))
-    against = Grid(
-        f"{card}: beyond the baselines",
-        ["scorer", "baseline", "difference", "interval", "p"],
-        [
-            [name, other, f"{100 * d['mean']:+.1f}", _bounds(d), _p(d["p_t"])]
-            for name, found in scorers.items()
-            for other, d in found.get("against", {}).items()
-        ],
-    )
-    return [*grids, against] if against.rows else grids
+        columns = [Column("scorer"), *map(percent, names)]
+        tables.append(Table("RewardBench's sections: score %", columns, rows))
+    against = _baselines_table(card, scorers)
+    return [*tables, against] if against.rows else tables
+
+
+def _overall_table(report: Mapping[str, Any]) -> Table:
+    columns = [Column("scorer"), percent("accuracy %"), percent("interval")]
+    columns += [percent("calibration error %"), Column("excess share", 2)]
+    rows: list[list[Cell]] = []
+    for name, scorer in report["scorers"].items():
+        overall = Estimate(**scorer["overall"])
+        interval, error = columns[2].bounds(overall), scorer.get("calibration_error")
+        rows.append([name, overall.mean, interval, error, scorer.get("excess_share")])
+    title = f"{report['card']}, {split_name(report)}: accuracy %, {report['pairs']} pairs"
+    return Table(title, columns, rows)
+
+
+def _baselines_table(card: str, scorers: Mapping[str, Any]) -> Table:
+    columns = [Column("scorer"), Column("baseline"), percent("difference", signed=True)]
+    columns += [percent("interval"), Column("p", 3)]
+    rows: list[list[Cell]] = []
+    for name, scorer in scorers.items():
+        for baseline, difference in scorer.get("against", {}).items():
+            estimate = estimate_cell(difference)
+            assert estimate is not None
+            p = p_value(difference["p_t"])
+            rows.append([name, baseline, estimate.mean, columns[3].bounds(estimate), p])
+    return Table(f"{card}: beyond the baselines", columns, rows)
 
 
 def split_name(report: Mapping[str, Any]) -> str:
@@ -177,85 +181,67 @@ def split_name(report: Mapping[str, Any]) -> str:
 
 
 def _only(report: Mapping[str, Any]) -> str:
-    return f", {', '.join(report['only'])} alone" if report.get("only") else ""
+    return f", only {', '.join(report['only'])}" if report["only"] else ""
 
 
 def _grouped(scorers: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(title, scorer -> group -> accuracy) of every way in which the pairs are grouped."""
-    axes = next(iter(scorers.values())).get("axes", {})
+    axes = next(iter(scorers.values()))["axes"]
     ways = [("by subset", ("subsets",)), *((f"by {axis}", ("axes", axis)) for axis in axes)]
     for title, keys in [*ways, ("by the data's margin", ("margins",))]:
-        by_scorer = {name: reduce(getitem, keys, found) for name, found in scorers.items()}
+        by_scorer = {name: reduce(getitem, keys, scorer) for name, scorer in scorers.items()}
         if next(iter(by_scorer.values())):
             yield title, by_scorer
 
 
-def _by_group(title: str, by_scorer: Mapping[str, Any]) -> Grid:
-    grid = Grid(f"{title} ± half its interval", ["group", "pairs", *by_scorer], [])
+def _group_table(title: str, by_scorer: Mapping[str, Any]) -> Table:
+    rows: list[list[Cell]] = []
     for name in next(iter(by_scorer.values())):
-        cells = [groups[name] for groups in by_scorer.values()]
-        shown = [f"{100 * cell['mean']:.1f}{half(cell)}" for cell in cells]
-        grid.rows.append([name, str(cells[0]["n"]), *shown])
-    return grid
-
-
-def half(found: Mapping[str, Any]) -> str:
-    """Half the width of a share's interval, in percent, behind a plus-minus."""
-    return "" if found["low"] is None else f"±{50 * (found['high'] - found['low']):.1f}"
-
-
-def _bounds(found: Mapping[str, Any]) -> str:
-    if found["low"] is None:
-        return MISSING
-    return f"[{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+        cells = [Estimate(**groups[name]) for groups in by_scorer.values()]
+        rows.append([name, cells[0].n, *cells])
+    columns = [Column("group"), Column("pairs", 0), *map(percent, by_scorer)]
+    return Table(f"{title} ± half its interval", columns, rows)
 
 
 def preference_notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader of a report's tables must know, one line each."""
-    card, scorers, notes = report["card"] + _only(report), report["scorers"], []
+    notes = []
     if report["dropped"]:
-        notes.append(f"{card}: {report['dropped']} pairs too long for a model, left out")
-    notes += [f"{card}: {line}" for line in _gap_notes(report.get("section_gaps") or {})]
-    if BASELINES[-1] not in scorers:
-        notes.append(
-            f"{card}: no log-prob baselines, since a reward's folder names no SFT model: give --sft"
-        )
-    if trained := report.get("trained_on"):
-        notes += [f"{card}: {line}" for line in _rival_notes(trained, report)]
-    return notes
-
-
-def _gap_notes(gaps: Mapping[str, Any]) -> list[str]:
-    """Why RewardBench's scores are not all there."""
-    missing, unknown = gaps.get("missing", {}), gaps.get("unknown", [])
-    lacking = [f"{section} (lacks {', '.join(names)})" for section, names in missing.items()]
-    notes = [f"RewardBench: no score of {'; '.join(lacking)}; so no mean"] if lacking else []
+        notes.append(f"{report['dropped']} pairs too long for a model, left out")
+    missing, unknown = (report["section_gaps"].get(k) for k in ("missing", "unknown"))
+    if missing:
+        lacking = [f"{section} (lacks {', '.join(names)})" for section, names in missing.items()]
+        notes.append(f"RewardBench: no score of {'; '.join(lacking)}; so no mean")
     if unknown:
         notes.append(f"RewardBench: in no section, left out of its scores: {', '.join(unknown)}")
-    return notes
-
-
-def _rival_notes(trained: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-    """What the reward on preferences was trained on, and what that makes of the excess share."""
-    left = f", {trained['dropped']} too long and left out" if trained["dropped"] else ""
-    of = f"{trained['pairs']} pairs of {trained['card']}, {trained['split']}{left}"
-    notes = [f"the reward on preferences was trained on {of}"]
-    if trained["shared_prompts"]:
+    if BASELINES[-1] not in report["scorers"]:
         notes.append(
-            f"it was trained on the prompts of {trained['shared_prompts']} of the "
-            f"{report['pairs']} pairs"
+            "no log-prob baselines, since a reward's folder does not name an SFT model: give --sft"
+        )
+    if trained := report.get("trained_on"):
+        notes += _preference_reward_notes(trained, report)
+    return [f"{report['card']}{_only(report)}: {line}" for line in notes]
+
+
+def _preference_reward_notes(
+    trained: Mapping[str, Any], report: Mapping[str, Any]
+) -> Iterator[str]:
+    """What the reward on preferences was trained on, and how reliable the excess share is."""
+    dropped = f", {trained['dropped']} too long and left out" if trained["dropped"] else ""
+    yield (
+        f"the reward on preferences was trained on {trained['pairs']} pairs of {trained['card']}, "
+        f"{trained['split']}{dropped}"
+    )
+    if trained["shared_prompts"]:
+        yield (
+            f"the reward on preferences was trained on the prompts of {trained['shared_prompts']} "
+            f"of the {report['pairs']} pairs"
         )
     own = report["scorers"][PREFERENCE_REWARD]["overall"]
     if own["mean"] <= 0.5:
-        notes.append("no excess share: the reward on preferences is not above chance itself")
+        yield "no excess share: the reward on preferences is not above chance itself"
     elif own["low"] is None or own["low"] <= 0.5:
-        notes.append(
-            "the excess share says little: the interval of the reward on preferences holds chance"
+        yield (
+            "the excess share is unreliable: the interval of the reward on preferences includes "
+            "chance"
         )
-    return notes

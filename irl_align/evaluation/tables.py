@@ -1,190 +1,174 @@
-"""What `irl-align evaluate` found, as tables and lines. Reads its JSON, never models."""
+"""Tables and notes of what `irl-align evaluate` measured, from its JSON file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from irl_align.evaluation.lm_eval_tasks import LEADERBOARD
-from irl_align.evaluation.preference_tables import half, preference_grids, preference_notes
+from irl_align.evaluation.preference_tables import preference_notes, preference_report_tables
 from irl_align.training.run_folder import RunView
 from irl_align.utils.files import read_json
-from irl_align.utils.text_table import Grid, spelt
+from irl_align.utils.statistics import Estimate
+from irl_align.utils.text_table import Cell, Column, Table, estimate_cell, metric_name, percent
 
 FILE = "evaluation.json"
 
 
 def read_evaluation(view: RunView) -> dict[str, Any] | None:
-    """What was evaluated of a run, if it was, and of the policy and reward that it has now."""
+    """The evaluation of a run's present policy and reward; None if there is none."""
     path = view.folder / FILE
     if not path.is_file():
         return None
-    found = read_json(path, "an evaluation", "run irl-align evaluate again")
-    return found if found.get("of") == subject_of(view) else None
+    evaluation = read_json(path, "an evaluation", "run irl-align evaluate again")
+    return evaluation if evaluation.get("of") == subject_of(view) else None
 
 
 def subject_of(view: RunView) -> dict[str, Any]:
-    """What an evaluation of a run is of."""
+    """The policy and reward that an evaluation of a run evaluates."""
     summary = view.summary or {}
     return {"policy": summary.get("policy"), "reward": summary.get("reward")}
 
 
-def evaluation_grids(found: Mapping[str, Any]) -> list[Grid]:
-    """Tables of all sets, of the best-of-n curve, of all judges and of benchmarks."""
-    grids = [grid for report in found["sets"] for grid in preference_grids(report)]
-    grids += [curve_grid(found["best_of"])] if found["best_of"] else []
-    grids += map(judge_grid, found["judged"])
-    grids += map(chat_judge_grid, found.get("judged_by_chat", []))
-    harness = found.get("benchmarks", [])
-    return [*grids, *([benchmark_grid(harness)] if harness else [])]
+def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """Tables of all preference sets, of the best-of-n curve, of all judges and of benchmarks."""
+    tables = [table for report in evaluation["sets"] for table in preference_report_tables(report)]
+    if evaluation["best_of"]:
+        tables.append(curve_table(evaluation["best_of"]))
+    tables += map(judge_table, evaluation["judged"])
+    tables += map(chat_judge_table, evaluation["judged_by_chat"])
+    if evaluation["benchmarks"]:
+        tables.append(benchmark_table(evaluation["benchmarks"]))
+    return tables
 
 
-def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
+def evaluation_notes(evaluation: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables must know, one line each."""
-    sets = [line for report in found["sets"] for line in preference_notes(report)]
-    told = curve_notes(found["best_of"]) if found["best_of"] else []
-    return [*sets, *told, *map(_unjudged, _without_verdict(found)), *benchmark_notes(found)]
+    lines = [line for report in evaluation["sets"] for line in preference_notes(report)]
+    lines += curve_notes(evaluation["best_of"]) if evaluation["best_of"] else []
+    return [*lines, *_judge_notes(evaluation), *_benchmark_notes(evaluation["benchmarks"])]
 
 
-def judge_grid(report: Mapping[str, Any]) -> Grid:
-    """Win rates by a judge, one row per temperature."""
+def judge_table(report: Mapping[str, Any]) -> Table:
+    """Win rates by a reward, one row per temperature."""
     sides = [
         name
         for name in ("start", "demonstrations")
         if any(f"wins_against_{name}" in row for row in report["rows"])
     ]
-    grid = Grid(
-        f"{report['policy']}, judged by {report['judge']}: wins %",
+    columns = [Column("policy"), Column("samples", 0)]
+    columns += [percent(f"against {name}") for name in sides]
+    rows: list[list[Cell]] = [
         [
-            "policy",
-            "samples",
-            *(f"against {name}" for name in sides),
-            "judge's score",
-            "distinct bigrams",
-        ],
-        [],
-    )
-    for row in report["rows"]:
-        at = "greedy" if row["temperature"] == 0 else f"T={row['temperature']:g}"
-        wins = [row.get(f"wins_against_{name}") for name in sides]
-        grid.rows.append(
-            [
-                at,
-                str(row["samples"]),
-                *("-" if won is None else f"{100 * won['mean']:.1f}{half(won)}" for won in wins),
-                f"{row['judge_score']:.3f}",
-                f"{row['distinct_bigrams']:.3f}",
-            ]
-        )
-    return grid
-
-
-def chat_judge_grid(report: Mapping[str, Any]) -> Grid:
-    """Win rates by a chat model that was asked in both orders."""
-    grid = Grid(
-        f"{report['policy']}, judged by {report['judge']}: wins %, ties counting half",
-        ["policy", "against", "pairs", "judged", "wins %", "won", "tied", "lost", "inconsistent %"],
-        [],
-    )
-    for row in report["rows"]:
-        won, judged = row["win_rate"], row["judged"]
-        grid.rows.append(
-            [
-                "greedy" if row["temperature"] == 0 else f"T={row['temperature']:g}",
-                row["against"],
-                *map(str, (row["pairs"], judged)),
-                "-" if won is None else f"{100 * won['mean']:.1f}{half(won)}",
-                *(str(row[name]) for name in ("wins", "ties", "losses")),
-                f"{100 * row['inconsistent'] / judged:.1f}" if judged else "-",
-            ]
-        )
-    return grid
-
-
-def _without_verdict(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(judge, row) of every comparison in which some pairs have no verdict."""
-    return [
-        (str(report["judge"]), row)
-        for report in found.get("judged_by_chat", [])
+            _temperature(row),
+            row["samples"],
+            *(estimate_cell(row.get(f"wins_against_{name}")) for name in sides),
+            row["judge_score"],
+            row["distinct_bigrams"],
+        ]
         for row in report["rows"]
-        if row["judged"] < row["pairs"]
     ]
+    title = f"{report['policy']}, judged by {report['judge']}: wins %"
+    return Table(title, [*columns, Column("judge's score", 3), Column("distinct bigrams", 3)], rows)
 
 
-def _unjudged(judge_and_row: tuple[str, Mapping[str, Any]]) -> str:
-    judge, row = judge_and_row
-    return (
-        f"{judge}: of {row['pairs']} pairs against {row['against']}, {row['unreadable']} had a "
-        f"reply without a verdict and {row['unanswered']} no reply: left out"
-    )
+def chat_judge_table(report: Mapping[str, Any]) -> Table:
+    """Win rates by a chat model that was asked in both orders."""
+    columns = [Column("policy"), Column("against"), Column("pairs", 0), Column("judged", 0)]
+    columns += [percent("wins %"), *(Column(name, 0) for name in ("won", "tied", "lost"))]
+    rows: list[list[Cell]] = []
+    for row in report["rows"]:
+        judged = row["judged"]
+        cells = [_temperature(row), row["against"], row["pairs"], judged]
+        cells += [estimate_cell(row["win_rate"]), row["wins"], row["ties"], row["losses"]]
+        rows.append([*cells, row["inconsistent"] / judged if judged else None])
+    title = f"{report['policy']}, judged by {report['judge']}: wins %, ties counting half"
+    return Table(title, [*columns, percent("inconsistent %")], rows)
 
 
-def benchmark_grid(results: Sequence[Mapping[str, Any]]) -> Grid:
-    """Every metric of lm-eval's tasks; of the leaderboard's the leaderboard's, and their mean."""
-    grid = Grid("lm-eval", ["task", "metric", "shots", "value %", "rows"], [])
-    whole = []
+def _temperature(row: Mapping[str, Any]) -> str:
+    return "greedy" if row["temperature"] == 0 else f"T={row['temperature']:g}"
+
+
+def _judge_notes(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """A note on every comparison in which some pairs have no verdict."""
+    for report in evaluation["judged_by_chat"]:
+        for row in report["rows"]:
+            if row["judged"] < row["pairs"]:
+                yield (
+                    f"{report['judge']}: {row['pairs']} pairs against {row['against']}, without "
+                    f"{row['unreadable']} whose reply had no verdict and {row['unanswered']} that "
+                    "had no reply"
+                )
+
+
+def benchmark_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Every metric of lm-eval's tasks.
+
+    Tasks of the Open LLM Leaderboard have its metric only, and a mean if all of them are there.
+    """
+    rows: list[list[Cell]] = []
+    leaderboard = []
     for result in results:
+        for name in benchmark_metrics(result):
+            value = result["metrics"][name]["value"]
+            # 1.96 standard errors, since the harness gives no interval.
+            error = result["metrics"][name]["stderr"]
+            spread = None if error is None else 1.96 * error
+            low, high = (None, None) if spread is None else (value - spread, value + spread)
+            shots, limit = result["shots"], result["limit"] or "all"
+            cells = [result["task"], name.replace(",none", ""), shots]
+            rows.append([*cells, Estimate(value, low, high, 0), limit])
         usual = LEADERBOARD.get(result["task"])
-        own = [usual[1]] if usual and usual[1] in result["metrics"] else list(result["metrics"])
-        for name in own:
-            found = result["metrics"][name]
-            error = found["stderr"]
-            # 1.96 standard errors: the harness gives no other interval
-            spread = "" if error is None else f"±{196.0 * error:.1f}"
-            value, rows = f"{100 * found['value']:.1f}{spread}", result["limit"] or "all"
-            shots = "-" if result["shots"] is None else str(result["shots"])
-            grid.rows.append([result["task"], name.replace(",none", ""), shots, value, str(rows)])
         if usual and result["shots"] == usual[0] and usual[1] in result["metrics"]:
-            whole.append(result["metrics"][usual[1]]["value"])
-    if len(whole) == len(LEADERBOARD):
-        mean = f"{100 * sum(whole) / len(whole):.1f}"
-        grid.rows.append(["Open LLM Leaderboard", "mean", "-", mean, "-"])
-    return grid
+            leaderboard.append(result["metrics"][usual[1]]["value"])
+    if len(leaderboard) == len(LEADERBOARD):
+        mean = sum(leaderboard) / len(leaderboard)
+        rows.append(["Open LLM Leaderboard", "mean", None, mean, None])
+    columns = [Column("task"), Column("metric"), Column("shots", 0), percent("value %")]
+    return Table("lm-eval", [*columns, Column("rows", 0)], rows)
 
 
-def benchmark_notes(found: Mapping[str, Any]) -> list[str]:
-    """The harness's version, and which numbers are of a part of a task's rows."""
-    results = found.get("benchmarks", [])
+def benchmark_metrics(result: Mapping[str, Any]) -> list[str]:
+    """The metrics shown of a task: the leaderboard's if it has one, else all."""
+    usual = LEADERBOARD.get(result["task"], (None, ""))[1]
+    return [usual] if usual in result["metrics"] else list(result["metrics"])
+
+
+def _benchmark_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The harness's version, and the tasks that were limited to some of their rows."""
     notes = [f"lm-eval {version}" for version in dict.fromkeys(r["lm_eval"] for r in results)]
-    part = [f"{r['task']} ({r['limit']} rows)" for r in results if r["limit"]]
-    return notes + ([f"lm-eval: of a part of the rows: {', '.join(part)}"] if part else [])
+    limited = [f"{r['task']} ({r['limit']} rows)" for r in results if r["limit"]]
+    return notes + ([f"lm-eval: limited to some rows: {', '.join(limited)}"] if limited else [])
 
 
-def curve_grid(report: Mapping[str, Any]) -> Grid:
-    """A curve as a table: one row per n."""
+def curve_table(report: Mapping[str, Any]) -> Table:
+    """A best-of-n curve, one row per n."""
     names = list(report["gold"])
-    grid = Grid(
-        "best of n by the reward: means over prompts",
-        ["n", "KL at most", "reward", *(spelt(name) for name in names)],
-        [],
-    )
+    rows: list[list[Cell]] = []
     for at, (n, kl) in enumerate(zip(report["n"], report["kl"], strict=True)):
-        cells = [report["reward"][at], *(report["gold"][name]["estimates"][at] for name in names)]
-        grid.rows.append([str(n), f"{kl:.2f}", *map(_shown, cells)])
-    return grid
+        golds = (report["gold"][name]["estimates"][at] for name in names)
+        rows.append([str(n), kl, *map(estimate_cell, (report["reward"][at], *golds))])
+    columns = [Column("n"), Column("KL at most", 2), Column("reward", 3)]
+    columns += [Column(metric_name(name), 3) for name in names]
+    return Table("best of n by the reward: means over prompts", columns, rows)
 
 
 def curve_notes(report: Mapping[str, Any]) -> list[str]:
-    """One line for every gold field that the reward is overoptimised on, and one for those of which
-    it is not known whether high or low is better."""
-    unknown = [
-        spelt(name) for name, found in report["gold"].items() if found["lower_is_better"] is None
-    ]
-    over = [
-        f"overoptimised: {spelt(name)} is best at n = {found['peak_n']} and worse at "
+    """Notes on the gold fields for which the reward is overoptimised, and on those whose better
+    direction is unknown."""
+    notes = [
+        f"overoptimised: {metric_name(name)} is best at n = {gold['peak_n']} and worse at "
         f"n = {report['n'][-1]}, while the reward still rises"
-        for name, found in report["gold"].items()
-        if found["overoptimised"]
+        for name, gold in report["gold"].items()
+        if gold["overoptimised"]
+    ]
+    unknown = [
+        metric_name(n) for n, gold in report["gold"].items() if gold["lower_is_better"] is None
     ]
     if unknown:
-        over.append(
+        notes.append(
             "best of n: not judged for overoptimisation, since the gold does not say whether high "
             f"or low is good: {', '.join(unknown)}"
         )
-    return over
-
-
-def _shown(found: Mapping[str, Any]) -> str:
-    if found["low"] is None:
-        return f"{found['mean']:.3f}"
-    return f"{found['mean']:.3f}±{found['high'] - found['mean']:.3f}"
+    return notes

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from irl_align.errors import UserError
-from irl_align.evaluation.compare.run_tables import policy_label
+from irl_align.evaluation.compare.policies import policy_label
 from irl_align.evaluation.preferences import reward_of
 from irl_align.models.loading import pick_device
 from irl_align.reward.model import RewardModel

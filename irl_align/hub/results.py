@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 
 from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
 from irl_align.policy.roles import DEMONSTRATIONS, Role
-from irl_align.utils.text_table import spelt
+from irl_align.utils.text_table import metric_name
 
 AUDIT = {
     "length": "length alone",
@@ -128,8 +128,15 @@ def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
         values = [record.get("metrics", {}).get(name) for name in texts]
         rows[-1] += ["" if value is None else f"{value:.1f}" for value in values]
         rows[-1] += [_kl(record), f"{record['length']:.1f}"]
-    title = spelt(headline)
-    columns = ["policy", "temperature", title or "gold", *map(spelt, texts), "KL to pi_0", "tokens"]
+    title = metric_name(headline)
+    columns = [
+        "policy",
+        "temperature",
+        title or "gold",
+        *map(metric_name, texts),
+        "KL to pi_0",
+        "tokens",
+    ]
     better = "lower" if demonstrations.get("lower_is_better") else "higher"
     split = str(facts.view.recipe["evaluation"]["split"])
     return GoldTable(split, title, better, columns, rows, results)

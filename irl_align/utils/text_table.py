@@ -1,100 +1,187 @@
-"""A table of texts, for the console and as Markdown."""
+"""Tables of numbers and texts, written to a terminal, as Markdown or as CSV.
+
+The report's page template writes the same tables as HTML.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
+from irl_align.utils.statistics import Estimate
+
 MISSING = "-"
-LABEL_WIDTH = 30  # largest width of a text column, which may wrap
+LABEL_WIDTH = 30  # characters of a text column, which may wrap
 GAP = 2  # characters between columns
-SPELT = {"bleu": "BLEU", "chrf": "chrF"}
-# Columns that hold text and not numbers.
-TEXTS = ("policy", "metric", "gold", "rank", "scorer", "group", "baseline", "against", "task")
+METRIC_NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "kl": "KL",
+    "entropy": "entropy per token",
+    "fresh_accuracy": "fresh samples",
+}
+
+Cell = str | float | Estimate | None
+"""A text stays as it is; a missing value is None."""
 
 
-def spelt(metric: str) -> str:
-    """The usual name of a metric: `slot error rate` for `slot_error_rate`, `BLEU` for `bleu`."""
-    return SPELT.get(metric, metric.replace("_", " "))
+def metric_name(metric: str) -> str:
+    """A metric as people write it: `slot_error_rate` is `slot error rate`, `bleu` is `BLEU`."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def p_value(p: float | None) -> str | None:
+    """A p-value with three decimals."""
+    if p is None:
+        return None
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def estimate_cell(fields: Mapping[str, Any] | None) -> Estimate | None:
+    """The estimate whose fields a JSON file holds, perhaps among others; None if there is none."""
+    return None if fields is None else Estimate(*(fields[k] for k in ("mean", "low", "high", "n")))
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table of texts, whatever its output format. The first column is a label."""
+class Column:
+    """A column's name and the format of its numbers. A column without decimals holds texts."""
+
+    name: str
+    decimals: int | None = None
+    scale: float = 1.0
+    """Numbers are multiplied by this, shares by 100 for instance."""
+    unit: str = ""
+    """Written after each number."""
+    signed: bool = False
+    """Whether a number above zero has a plus sign."""
+    grouped: bool = False
+    """Whether commas separate the thousands."""
+    brackets: bool = False
+    """Whether an interval is written as [low, high]; otherwise as ± half its width."""
+
+    def text(self, cell: Cell) -> str:
+        """A cell as people read it: `20.5`, `20.5±1.2` or `20.5 [19.1, 21.8]`."""
+        if cell is None:
+            return MISSING
+        if isinstance(cell, str) or self.decimals is None:
+            return str(cell)
+        if not isinstance(cell, Estimate):
+            return self._number(cell, "+" if self.signed else "")
+        mean = self._number(cell.mean, "+" if self.signed else "")
+        if cell.low is None or cell.high is None:
+            return mean
+        if self.brackets:
+            return f"{mean} {self.bounds(cell)}"
+        return f"{mean}±{self._number((cell.high - cell.low) / 2)}"
+
+    def bounds(self, estimate: Estimate) -> str:
+        """Only the interval of an estimate."""
+        if estimate.low is None or estimate.high is None:
+            return MISSING
+        return f"[{self._number(estimate.low)}, {self._number(estimate.high)}]"
+
+    def _number(self, value: float, sign: str = "") -> str:
+        rounded = round(self.scale * value, self.decimals or 0) + 0.0  # no -0.0
+        return f"{rounded:{sign}{',' if self.grouped else ''}.{self.decimals}f}{self.unit}"
+
+
+def percent(name: str, *, unit: str = "", signed: bool = False, brackets: bool = False) -> Column:
+    """A column of shares, which are written in percent with one decimal."""
+    return Column(name, 1, 100.0, unit, signed=signed, brackets=brackets)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, columns, and rows with one cell per column. The first column labels the rows."""
 
     title: str
-    columns: list[str]
-    rows: list[list[str]]
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+    def texts(self) -> list[list[str]]:
+        """The rows as people read them."""
+        return [
+            [column.text(cell) for column, cell in zip(self.columns, row, strict=True)]
+            for row in self.rows
+        ]
+
+    def is_text(self, at: int) -> bool:
+        """Whether a column holds texts, which are aligned to the left and may wrap."""
+        return at == 0 or self.columns[at].decimals is None
 
 
-def show_grid(grid: Grid, console: Console) -> None:
-    """Print a table with narrow number columns, in parts if it is wider than the console."""
-    for number, columns in enumerate(_parts(grid, console.width)):
-        table = Table(
-            title=None if number else Text(grid.title),
+def terminal_tables(table: Table, width: int) -> Iterator[RichTable]:
+    """The table for a terminal of this width, in parts if it is wider."""
+    texts = table.texts()
+    for number, part in enumerate(_parts(table, texts, width)):
+        made = RichTable(
+            title=None if number else Text(table.title),
             title_justify="left",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
-        for at in columns:
-            name, is_text = grid.columns[at], _is_text(grid, at)
-            table.add_column(
+        for at in part:
+            name, is_text = table.columns[at].name, table.is_text(at)
+            made.add_column(
                 name if is_text else name.replace(" ", "\n"),
                 justify="left" if is_text else "right",
+                vertical="bottom" if is_text else "top",
                 no_wrap=not is_text,
             )
-        for row in grid.rows:
-            table.add_row(*(Text(row[at]) for at in columns))
-        console.print(table)
+        for row in texts:
+            made.add_row(*(Text(row[at]) for at in part))
+        yield made
 
 
-def _is_text(grid: Grid, at: int) -> bool:
-    return at == 0 or grid.columns[at] in TEXTS
-
-
-def _parts(grid: Grid, width: int) -> list[list[int]]:
-    """Columns of each part of a grid. A part starts with the text columns and is at most `width`
-    wide, unless one column is wider."""
-    texts = [at for at in range(len(grid.columns)) if _is_text(grid, at)]
-    room = width - 2 - sum(min(_width(grid, at), LABEL_WIDTH) + GAP for at in texts)
-    parts, used = [list(texts)], 0
-    for at in range(len(grid.columns)):
-        if at in texts:
+def _parts(table: Table, texts: list[list[str]], width: int) -> list[list[int]]:
+    """Columns of each part of the table, which is at most `width` wide if its text columns and one
+    other fit. Every part begins with the text columns."""
+    widths = []
+    for at, column in enumerate(table.columns):
+        # The header of a number column breaks at its spaces.
+        head = [column.name] if table.is_text(at) else column.name.split()
+        widths.append(max(map(len, [*head, *(row[at] for row in texts)])) + GAP)
+    labels = [at for at in range(len(widths)) if table.is_text(at)]
+    room = width - 2 - sum(min(widths[at], LABEL_WIDTH + GAP) for at in labels)
+    parts, used = [list(labels)], 0
+    for at in range(len(widths)):
+        if at in labels:
             continue
-        needed = _width(grid, at) + GAP
-        if used and used + needed > room:
-            parts.append(list(texts))
+        if used and used + widths[at] > room:
+            parts.append(list(labels))
             used = 0
         parts[-1].append(at)
-        used += needed
+        used += widths[at]
     return [sorted(part) for part in parts]
 
 
-def _width(grid: Grid, at: int) -> int:
-    """Characters that a column needs. The header of a number column breaks at its spaces."""
-    head = [grid.columns[at]] if _is_text(grid, at) else grid.columns[at].split()
-    return max(map(len, [*head, *(row[at] for row in grid.rows)]))
+def markdown_table(table: Table) -> str:
+    """The table as GitHub's Markdown, below its title."""
+    columns = range(len(table.columns))
+    names = [column.name for column in table.columns]
+    rule = ["---" if table.is_text(at) else "---:" for at in columns]
+    lines = ["| " + " | ".join(map(escaped, row)) + " |" for row in (names, rule, *table.texts())]
+    return f"**{escaped(table.title)}**\n\n" + "\n".join(lines)
 
 
-def grid_markdown(grid: Grid) -> str:
-    """A table as GitHub's Markdown, below its title."""
-    text = sum(name in TEXTS for name in grid.columns)
-    rule = ["---"] * text + ["---:"] * (len(grid.columns) - text)
-    lines = [_markdown_row(row) for row in (grid.columns, rule, *grid.rows)]
-    return f"**{escaped(grid.title)}**\n\n" + "\n".join(lines)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(escaped(text) for text in cells) + " |"
+def csv_table(table: Table) -> str:
+    """The table as CSV, its numbers unrounded and without units."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(column.name for column in table.columns)
+    writer.writerows(table.rows)
+    return file.getvalue()
 
 
 def escaped(text: str) -> str:
-    """Text in which all characters that are special in Markdown or HTML are escaped."""
+    """Text in which no character has a meaning to Markdown or HTML."""
     marks = r"[\\|<>&`*_]|\](?=\()"
     return re.sub(marks, lambda mark: f"&#{ord(mark[0])};", " ".join(text.split()))

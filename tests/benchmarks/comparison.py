@@ -17,7 +17,7 @@ from pathlib import Path
 
 from irl_align.config.resources import recipes_dir
 from irl_align.evaluation.compare.runner import CompareOptions, compare
-from irl_align.evaluation.report import write_report
+from irl_align.evaluation.report.write import write_report
 
 SMALL = (
     "device=cpu",

@@ -23,9 +23,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from irl_align.evaluation.compare.aggregate import BEYOND_ENTROPY, Comparison, analyse, compare_runs
-from irl_align.evaluation.compare.tables import interval
+from irl_align.evaluation.compare.aggregate import (
+    AnalysisOptions,
+    Comparison,
+    analyse,
+    compare_runs,
+)
+from irl_align.evaluation.compare.policies import BEYOND_ENTROPY
+from irl_align.evaluation.compare.run_tables import measure_column
 from irl_align.training.run_folder import Run
+from irl_align.utils.text_table import estimate_cell
 
 ARCHIVE = Path(__file__).with_name("recorded.tar.gz")
 FILES = ("recipe.yaml", "metrics.jsonl", "stages.json", "summary.json")
@@ -96,7 +103,7 @@ def comparison(archive: Path = ARCHIVE) -> Comparison:
 def analysis(baseline: str) -> Mapping[str, Any]:
     """Means and intervals of the recorded runs, with differences from the policy `baseline`."""
     label = next(row.label for row in comparison().rows if short(row.label) == baseline)
-    return analyse(comparison(), None, label)
+    return analyse(comparison(), AnalysisOptions(baseline=label))
 
 
 def short(label: str) -> str:
@@ -136,7 +143,7 @@ def differences_table() -> str:
         differences = _rows_by_label(against)[COMPARED]["against_baseline"]
         cells = []
         for measure in DIFFERENCES.values():
-            text = interval(differences[measure], measure, against["interval"], signed=True)
+            text = measure_column(measure, signed=True).text(estimate_cell(differences[measure]))
             cells.append(_bold_if_better(text, differences[measure], measure, against))
         lines.append([POLICIES[other], *cells])
     return _markdown([f"{POLICIES[COMPARED]}, minus …", *DIFFERENCES], lines)
@@ -151,8 +158,10 @@ def _cell(row: Mapping[str, Any], measure: str, against: Mapping[str, Any]) -> s
         measure = "fully_right@1"  # human texts have no temperature
     if measure not in row["estimates"] or (measure == BEYOND and row["label"] == "SFT"):
         return ""
-    method = None if measure in WITHOUT_INTERVAL or row["policy"] is None else against["interval"]
-    text = interval(row["estimates"][measure], measure, method, measure == BEYOND)
+    estimate = row["estimates"][measure]
+    with_interval = measure not in WITHOUT_INTERVAL and row["policy"] is not None
+    cell = estimate_cell(estimate) if with_interval else estimate["mean"]
+    text = measure_column(measure, signed=measure == BEYOND).text(cell)
     return _bold_if_better(text, row["against_baseline"].get(measure), measure, against)
 
 

@@ -17,11 +17,11 @@ from rich.console import Console
 from support.synthetic_runs import synthetic_run
 from support.tiny_runs import BEST, RECIPE, SPIN
 
+from irl_align.cli.show import show_runs
 from irl_align.config.recipe import load_recipe, options_table, to_yaml
 from irl_align.config.resources import data_cards_dir, recipes_dir
 from irl_align.data.cards import Card, load_card
 from irl_align.data.loading import load_demonstrations, load_preferences
-from irl_align.evaluation.compare.run_tables import show_runs
 from irl_align.training.prune import find_waste
 from irl_align.training.run_folder import Run
 

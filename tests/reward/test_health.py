@@ -92,8 +92,8 @@ def test_stages_record_their_tokens(run: Result) -> None:
     assert 0.3 * most < records["stage/reward/0"]["tokens_trained"] <= most
     (cost,) = method_costs([run.view()])
     own = [s for s in stage_costs(run.view()) if s.iteration == 0]
-    assert cost.tokens["sampled"] == sum(s.sampled or 0 for s in own) > sampled
-    assert cost.tokens["trained"] == sum(s.trained or 0 for s in own)
+    assert cost.by_iteration[0]["sampled"] == sum(s.sampled or 0 for s in own) > sampled
+    assert cost.by_iteration[0]["trained"] == sum(s.trained or 0 for s in own)
 
 
 def test_real_tokens_of_packed_rows_exclude_padding() -> None:

@@ -1,241 +1,222 @@
-"""Tables of runs for the terminal. Reads run folders, never models."""
+"""Tables of runs: their results, vital signs, rewards and costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from irl_align.policy.roles import DEMONSTRATIONS, Role, stage_role
+from irl_align.evaluation.compare.policies import (
+    AT_ENTROPY,
+    BEYOND_ENTROPY,
+    evaluated_policies,
+    evaluation_key,
+    evaluations,
+    gold_measures,
+    policy_label,
+    policy_measures,
+    reward_reports,
+)
+from irl_align.policy.roles import DEMONSTRATIONS, stage_role
 from irl_align.reward.health import audited_accuracy
-from irl_align.training.run_folder import RunView, records_told
-from irl_align.utils.text_table import spelt
+from irl_align.training.run_folder import RunView
+from irl_align.utils.text_table import Cell, Column, Table, metric_name, percent
 
-MISSING = "-"
-NONE = (None, None)
-
-
-def results_table(views: Sequence[RunView]) -> Table:
-    """One row per policy of each run: gold at every temperature (length where there is no gold)."""
-    rows = _rows(views)
-    temperatures = sorted({t for row in rows for t in row.evaluations}, reverse=True)
-    records = [record for row in rows for record in row.evaluations.values()]
-    headline = next((str(r["headline"]) for r in records if "headline" in r), None)
-    metrics = [headline, "fully_right", "bleu"] if headline else ["length", "bleu"]
-    metrics = [m for m in metrics if any(_value(r, m) is not None for r in records)]
-    at = ["greedy" if t == 0 else f"T={t:g}" for t in temperatures]
-    columns = [f"{spelt(metric)} {t}" for metric in metrics for t in at]
-    table = _table("results", "policy", columns)
-    for row in rows:
-        table.add_row(
-            row.label,
-            *(
-                _shown(metric, _value(row.evaluations.get(t, {}), metric))
-                for metric in metrics
-                for t in temperatures
-            ),
+DECIMALS = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
+DECIMALS |= {"demonstration_logp": 2, "reward_gain": 2, "matched_temperature": 2}
+"""Decimals of the metrics that are not shares. Shares are written in percent, with one decimal."""
+VITAL_SIGNS = (
+    *("kl", "entropy", "length", "truncated"),
+    *("reward_accuracy", "fresh_accuracy"),
+)
+RESULTS, VITALS = "results", "vital signs, at temperature 1"
+SHARE, TWO_DECIMALS = percent("", unit="%"), Column("", 2)
+HEALTH = [
+    percent("accuracy", unit="%"),
+    Column("loss", 4),
+    Column("margin", 3),
+    *(
+        percent(name, unit="%")
+        for name in (
+            "calibration error",
+            "older pairs",
+            "fresh samples",
+            "length only",
+            "EOS only",
+            "SFT log-prob",
         )
-    return table
+    ),
+]
+DRIFT = [
+    Column(name, 2)
+    for name in ("correlation with length", "agreement with older", "score mean", "score std")
+]
+EVALUATED = ("preference/", "wins/", "lm_eval/")
+"""How the measures of `irl-align evaluate` begin; see irl_align.evaluation.measures."""
+METRICS = ("fully_right", "bleu")
+"""Gold metrics that are shown after the headline."""
+ENTROPIES = (AT_ENTROPY, BEYOND_ENTROPY)
+AT = {"": "", "0": "greedy", AT_ENTROPY: "first policy at its entropy"}
+AT |= {BEYOND_ENTROPY: "beyond entropy"}
 
 
-def vitals_table(views: Sequence[RunView]) -> Table:
-    """One row per policy of each run: what its samples at temperature 1 look like, and how well
-    the reward that it was improved on tells demonstrations from samples, old and fresh."""
-    rows = _rows(views)
-    columns = (
-        "KL",
-        "entropy per token",
-        "length",
-        "truncated",
-        "reward accuracy",
-        "fresh samples",
-    )
-    table = _table("vital signs, at temperature 1", "policy", columns)
-    for row in rows:
-        first = row.evaluations.get(1.0, {})
-        kl = f"<= {first['kl_bound']:.2f}" if "kl_bound" in first else _number(first.get("kl"), 2)
-        table.add_row(
-            row.label,
-            kl,
-            _number(first.get("entropy"), 2),
-            _number(first.get("length"), 1),
-            _percent(first.get("truncated")),
-            _percent(row.reward.get("held_out", {}).get("accuracy")),
-            _percent(row.vitals.get("fresh_accuracy")),
-        )
-    return table
+def measure_column(
+    measure: str,
+    name: str | None = None,
+    *,
+    unit_in_cells: bool = False,
+    signed: bool = False,
+    brackets: bool = False,
+) -> Column:
+    """The column of a measure, whose name is `slot error rate % greedy` for `slot_error_rate@0`."""
+    metric, _, temperature = measure.partition("@")
+    is_share = metric not in DECIMALS
+    if name is None:
+        name = ", ".join(metric.split("/")) if metric.startswith(EVALUATED) else metric
+        unit = " %" if is_share and not unit_in_cells else ""
+        name = f"{metric_name(name)}{unit} {AT.get(temperature, f'T={temperature}')}".strip()
+    if is_share:
+        unit = "%" if unit_in_cells else ""
+        return percent(name, unit=unit, signed=signed, brackets=brackets)
+    return Column(name, DECIMALS[metric], signed=signed, brackets=brackets)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One policy of a run: temperature -> evaluation record, its reward's and its own report."""
+def shown_measures(measures: Iterable[str], metrics: Sequence[str]) -> list[str]:
+    """The measures of these metrics at a temperature, each from the highest to greedy."""
 
-    label: str
-    evaluations: dict[float, dict[str, Any]]
-    reward: dict[str, Any]
-    vitals: dict[str, Any]
+    def order(measure: str) -> tuple[int, float]:
+        metric, _, temperature = measure.partition("@")
+        return metrics.index(metric), -float(temperature)
+
+    at_temperature = {m for m in measures if m.partition("@")[2] not in ("", *ENTROPIES)}
+    return sorted((m for m in at_temperature if m.partition("@")[0] in metrics), key=order)
 
 
-def _rows(views: Sequence[RunView]) -> list[_Row]:
-    """Every policy of the runs; one that several runs share (the demonstrations, SFT) once."""
-    rows: dict[str, _Row] = {}
+def measures_table(
+    title: str, rows: Iterable[tuple[str, Mapping[str, Cell]]], columns: Mapping[str, Column]
+) -> Table:
+    """A row for each (policy's label, measure -> cell) and a column for each measure."""
+
+    def cell(measures: Mapping[str, Cell], name: str) -> Cell:
+        if name == "kl" and "kl_bound" in measures:
+            return f"<= {columns[name].text(measures['kl_bound'])}"
+        return measures.get(name)
+
+    cells = [[label, *(cell(measures, name) for name in columns)] for label, measures in rows]
+    return Table(title, [Column("policy"), *columns.values()], cells)
+
+
+def policy_tables(views: Sequence[RunView]) -> list[Table]:
+    """Results and vital signs, with one row for each policy of each run.
+
+    A policy that several runs share (the demonstrations, SFT) has one row.
+    """
+    rows = list(_policies(views))
+    records = [record for view in views for record in view.metrics]
+    headline = next((str(r["headline"]) for r in records if "headline" in r), "length")
+    shown = shown_measures({m for _, row in rows for m in row}, (headline, *METRICS))
+    results = {m: measure_column(m, unit_in_cells=True) for m in shown}
+    vitals = {m: measure_column(m, unit_in_cells=True) for m in VITAL_SIGNS}
+    return [measures_table(RESULTS, rows, results), measures_table(VITALS, rows, vitals)]
+
+
+def _policies(views: Sequence[RunView]) -> Iterator[tuple[str, dict[str, Cell]]]:
+    """(label, measures) of each policy of the runs; a policy that runs share comes once."""
+    seen: set[str] = set()
     seeds = {view.recipe["seed"] for view in views}
     for view in views:
-        stages = {role: stage["key"] for role, stage in view.stages.items()}
         seed = f", seed {view.recipe['seed']}" if len(seeds) > 1 else ""
-        if record := view.record(DEMONSTRATIONS):
-            stage = stages.get(str(DEMONSTRATIONS), "demonstrations")
-            rows.setdefault(stage, _Row("demonstrations", {1.0: record}, {}, {}))
-        evaluations = view.evaluations()
-        for number in sorted({r["policy"] for r in evaluations}):
-            found = {r["temperature"]: r for r in evaluations if r["policy"] == number}
-            rows.setdefault(
-                stages.get(str(Role.evaluation(number, 1.0)), f"{view.folder}/{number}"),
-                _Row(
-                    f"{policy_label(view, number)}{seed}",
-                    found,
-                    view.record(Role.reward(number - 1)),
-                    view.record(Role.vitals(number)),
-                ),
-            )
-    return list(rows.values())
+        record = view.record(DEMONSTRATIONS)
+        stage = view.stages.get(str(DEMONSTRATIONS), {"key": "demonstrations"})
+        if record and stage["key"] not in seen:
+            seen.add(stage["key"])
+            own = {"length": record["length"], "truncated": record.get("truncated")}
+            yield "demonstrations", own | _results(record, 1.0)
+        for number in evaluated_policies(view):
+            key = evaluation_key(view, number)
+            if key not in seen:
+                seen.add(key)
+                measures: dict[str, Cell] = {**policy_measures(view, number)}
+                for one in evaluations(view, number):
+                    measures |= _results(one, one["temperature"])
+                yield f"{policy_label(view, number)}{seed}", measures
 
 
-def policy_label(view: RunView, number: int) -> str:
-    """A policy's name in tables: SFT, or the run's name and the iteration."""
-    if number == 0:
-        return "SFT" if view.recipe["sft"]["enabled"] else "start model"
-    update = view.recipe["policy_update"]
-    best = f", best of {update['n']}" if update.get("use") == "select" else ""
-    return f"{view.recipe['name']} {number}{best}"
+def _results(record: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """The gold metrics of an evaluation, or the length of the samples if the data has no gold."""
+    if "headline" in record:
+        return gold_measures(record, temperature)
+    return {f"length@{temperature:g}": record["length"]}
 
 
-def _value(record: Mapping[str, Any], metric: str) -> float | None:
-    value = {**record, **record.get("metrics", {})}.get(metric)
-    return None if value is None else float(value)
+def reward_tables(views: Sequence[RunView], title: str) -> list[Table]:
+    """Held-out health of each iteration's reward next to shortcuts, and its drift.
+
+    The accuracy in round brackets is on the pairs that the shortcuts are judged on, if these are
+    not all pairs. Several runs have a column for the run.
+    """
+    labels = [Column("run"), Column("iteration")] if len(views) > 1 else [Column("iteration")]
+    health, drift = [], []
+    for view in views:
+        for k, report in reward_reports(view):
+            label = [view.folder.name, str(k)] if len(views) > 1 else [str(k)]
+            health.append([*label, *_health(report)])
+            agreement = map(TWO_DECIMALS.text, report.get("agreement", {}).values())
+            length = report["audit"].get("length_correlation")
+            drift.append([*label, length, _listed(agreement), *report["normaliser"]])
+    return [
+        Table(title, [*labels, *HEALTH], health),
+        Table("reward drift; scores are those of demonstrations", [*labels, *DRIFT], drift),
+    ]
 
 
-def _shown(metric: str, value: float | None) -> str:
-    return _number(value, 1) if metric in ("bleu", "length") else _percent(value)
+def _health(report: Mapping[str, Any]) -> list[Cell]:
+    """Cells of HEALTH."""
+    held, audit = report["held_out"], report["audit"]
+    accuracy, audited = held["accuracy"], audited_accuracy(report)
+    shown = SHARE.text(accuracy)
+    return [
+        shown if audited == accuracy else f"{shown} ({SHARE.text(audited)})",
+        held["loss"],
+        held["margin"],
+        held["calibration_error"],
+        _listed(SHARE.text(older["accuracy"]) for older in report["older"].values()),
+        report["fresh"],
+        audit["length"],
+        audit["truncation"],
+        max(audit["logprob_sum"], audit["logprob_mean"]),
+    ]
 
 
-def _table(title: str, label: str, numbers: Sequence[str]) -> Table:
-    """A table of a column of labels and of narrow columns of numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(label, vertical="bottom")
-    for name in numbers:
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    return table
+def _listed(texts: Iterable[str]) -> str | None:
+    return ", ".join(texts) or None
 
 
 def costs_table(view: RunView) -> Table:
-    """Time and peak memory of a run's stages, those of one kind together."""
-    columns = ("built", "reused", "seconds", "peak MiB")
-    table = _table(f"costs of {view.folder.name}", "stage", columns)
+    """Time and peak memory of a run's stages, summed over the stages of one kind."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for record in view.metrics:
         if stage_role(record) is not None:
             kinds.setdefault(str(record["stage"]), []).append(record)
-    for kind, records in [*kinds.items(), ("total", [r for rs in kinds.values() for r in rs])]:
+    kinds["total"] = [record for records in kinds.values() for record in records]
+    rows: list[list[Cell]] = []
+    for kind, records in kinds.items():
         reused = sum(bool(record["reused"]) for record in records)
+        seconds = sum(record.get("seconds") or 0.0 for record in records)
         peaks = [r.get("peak_cuda_mib", r.get("peak_rss_mib")) for r in records]
-        table.add_row(
-            kind,
-            str(len(records) - reused),
-            str(reused),
-            _number(sum(record.get("seconds") or 0.0 for record in records), 1),
-            _number(max((peak for peak in peaks if peak is not None), default=None), 0),
-        )
-    return table
+        peak = max((peak for peak in peaks if peak is not None), default=None)
+        rows.append([kind, len(records) - reused, reused, seconds, peak])
+    numbers = (("built", 0), ("reused", 0), ("seconds", 1), ("peak MiB", 0))
+    columns = [Column("stage"), *(Column(*number) for number in numbers)]
+    return Table(f"costs of {view.folder.name}", columns, rows)
 
 
-def reward_table(view: RunView) -> Table:
-    """Held-out health of every iteration's reward, beside the shortcuts.
-
-    In brackets the accuracy on the pairs that the shortcuts are judged on, where those are not all.
-    """
-    columns = (
-        "accuracy",
-        "loss",
-        "margin",
-        "calibration error",
-        "older pairs",
-        "fresh samples",
-        "length alone",
-        "EOS alone",
-        "SFT log-prob",
-    )
+def run_tables(view: RunView) -> list[Table]:
+    """Rewards and costs of one run."""
     title = f"rewards of {view.folder.name}, on held-out demonstrations"
-    table = _table(title, "iteration", columns)
-    for k, record in view.records("reward").items():
-        held, audit = record["held_out"], record["audit"]
-        audited = audited_accuracy(record)
-        same = audited == held["accuracy"]
-        older = ", ".join(_percent(report["accuracy"]) for report in record["older"].values())
-        table.add_row(
-            str(k),
-            _percent(held["accuracy"]) + ("" if same else f" ({_percent(audited)})"),
-            _number(held["loss"], 4),
-            _number(held["margin"], 3),
-            _percent(held["calibration_error"]),
-            older or MISSING,
-            _percent(view.record(Role.vitals(k + 1)).get("fresh_accuracy")),
-            _percent(audit["length"]),
-            _percent(audit["truncation"]),
-            _percent(max(audit["logprob_sum"], audit["logprob_mean"])),
-        )
-    return table
+    rewards = [table for table in reward_tables([view], title) if table.rows]
+    return [*rewards, costs_table(view)]
 
 
-def drift_table(view: RunView) -> Table:
-    """What every iteration's reward leans to, and how far it is from the one before."""
-    columns = ("correlation with length", "agreement with older", "score mean", "score std")
-    table = _table("leaning and drift, the scores those of demonstrations", "iteration", columns)
-    for k, record in view.records("reward").items():
-        agreement = [_number(one, 2) for one in record.get("agreement", {}).values()]
-        table.add_row(
-            str(k),
-            _number(record["audit"].get("length_correlation"), 2),
-            ", ".join(agreement) or MISSING,
-            # Before they are normalised.
-            *(_number(one, 2) for one in view.record(Role.reward_fit(k)).get("normaliser", NONE)),
-        )
-    return table
-
-
-def show_runs(views: Sequence[RunView], console: Console) -> None:
-    """Print results, vital signs, rewards, costs and signs of runs."""
-    with records_told(", ".join(str(view.folder) for view in views)):
-        _show(views, console)
-
-
-def show_policies(views: Sequence[RunView], console: Console) -> None:
-    """Print results and vital signs of the policies that there are so far."""
-    console.print(results_table(views))
-    console.print(vitals_table(views))
-
-
-def _show(views: Sequence[RunView], console: Console) -> None:
-    show_policies(views, console)
-    for view in views:
-        if view.records("reward"):
-            console.print(reward_table(view))
-            console.print(drift_table(view))
-        console.print(costs_table(view))
-        for sign in view.signs():
-            console.print(f"sign: {sign}", markup=False)
-        ended = view.summary["ended"] if view.summary else "not finished: run the recipe again"
-        console.print(f"{view.folder}: {ended}", markup=False, soft_wrap=True)
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{100 * value:.1f}%"
-
-
-def _number(value: float | None, digits: int) -> str:
-    # Adding 0 makes of -0.0 a 0.
-    return MISSING if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+def run_ending(view: RunView) -> str:
+    """How a run ended."""
+    return str(view.summary["ended"]) if view.summary else "not finished: run the recipe again"

@@ -1,7 +1,8 @@
-"""`irl-align compare`: methods x seeds run through their recipes, each run a process of its own.
+"""`irl-align compare`: runs the recipes of several methods with several seeds, each run in its own
+process.
 
-Stages are shared by the store, so what methods have in common is built once per seed; a finished
-run costs nothing, and a stopped comparison goes on with the same command.
+The store shares stages, so what methods have in common is built once per seed. A finished run costs
+nothing, and the same command resumes a stopped comparison.
 """
 
 from __future__ import annotations
@@ -15,26 +16,25 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from irl_align.config.recipe import load_recipe, to_dict
 from irl_align.config.schema import Recipe
 from irl_align.errors import UserError
-from irl_align.evaluation.compare.aggregate import FILE, Comparison, analyse, compare_runs
+from irl_align.evaluation.compare.aggregate import (
+    FILE,
+    AnalysisOptions,
+    analyse,
+    compare_runs,
+)
 from irl_align.evaluation.compare.memory_guard import GIB, MemoryGuard, gpu_in_use
-from irl_align.evaluation.compare.overoptimization import frontiers
-from irl_align.evaluation.compare.rollouts import learning_speeds
-from irl_align.evaluation.compare.same_kl import levels_at_kl
 from irl_align.evaluation.compare.sweep import Sweep, named, parse_sweeps, settings
 from irl_align.evaluation.compare.tables import to_csv, to_markdown
 from irl_align.evaluation.measures import evaluated_runs
 from irl_align.training.run_folder import Run, RunView
 from irl_align.utils.files import atomic_write, to_json
-from irl_align.utils.statistics import Method
 
 logger = logging.getLogger(__name__)
 POLL = 0.2  # seconds between looks at the running processes
@@ -48,47 +48,43 @@ class Job:
     overrides: tuple[str, ...]
     recipe: Recipe
     swept: dict[str, str] | None = None
-    """Of a swept recipe: what its curve is called (`family`: its name, and the values of all sweeps
-    but the last) and where it lies on that (`value`: the last sweep's)."""
+    """A swept recipe's place on a curve: `family` names the curve (the recipe's name and the values
+    of all sweeps but the last), and `value` is the last sweep's value."""
 
     @property
     def folder(self) -> Path:
-        """Folder of the run, as api.train names it."""
+        """Folder of the run, as `train` names it."""
         return Path(self.recipe.output_dir) / f"{self.recipe.name}-seed{self.recipe.seed}"
 
     def finished(self) -> RunView | None:
-        """The run, if it is there, finished and of this recipe."""
+        """The run, if it exists, has finished and has this recipe."""
         if not (self.folder / "summary.json").is_file():
             return None
         view = Run.load(self.folder)
-        try:  # with the defaults of options that are newer than the run
-            found = to_dict(Recipe.model_validate(view.recipe))
-        except ValidationError:
-            return None
-        return view if found == to_dict(self.recipe) else None
+        return view if dict(view.recipe) == to_dict(self.recipe) else None
 
 
 def plan(arguments: Sequence[str], seeds: Sequence[int], swept: Sequence[str] = ()) -> list[Job]:
-    """The runs of recipes x seeds. Arguments are recipes, `key=value` for all of them, and
-    `NAME:key=value` for the recipe of that name or file.
+    """The runs of all recipes with all seeds. Arguments are recipes, `key=value` for all of them,
+    and `NAME:key=value` for the recipe of that name or file.
 
-    swept: `[NAME:]key=value,value,...`: a recipe has a run of its own for every value. Raises
-    UserError: no recipe, two of the same name, an override of none, runs in several folders or two
-    in one.
+    swept: `[NAME:]key=value,value,...` gives a recipe one run for every value. Raises UserError: no
+    recipe, two with the same name, an override of an unknown recipe, runs in several folders, or
+    two runs in one.
     """
     sweeps = parse_sweeps(swept)
     overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
     paths = [Path(a) for a in arguments if a not in overrides]
     if not paths:
         raise UserError("compare: found no recipe, expected at least one YAML file or run folder")
-    jobs = [job for path in paths for job in _of_recipe(path, overrides, seeds, sweeps)]
+    jobs = [job for path in paths for job in _jobs_of(path, overrides, seeds, sweeps)]
     names: dict[str, Path] = {}
     for job in jobs:
         other = names.setdefault(job.recipe.name, job.path)
         if other != job.path or paths.count(job.path) > 1:
             raise UserError(
-                f"{job.path}: name: found {job.recipe.name!r}, which {other} has too; expected a "
-                "name of its own"
+                f"{job.path}: name: found {job.recipe.name!r}, which {other} also has; expected "
+                "a different name"
             )
     _check_folders(jobs)
     own = [load_recipe(path).name for path in paths]
@@ -103,13 +99,13 @@ def plan(arguments: Sequence[str], seeds: Sequence[int], swept: Sequence[str] = 
     if len(folders) > 1:
         raise UserError(
             f"output_dir: found {' and '.join(folders)}, expected the same in all recipes, so that "
-            "they share their stages"
+            "they share stages"
         )
     return jobs
 
 
 def _check_folders(jobs: Sequence[Job]) -> None:
-    """Raise UserError where values of a sweep differ only in characters that no name has."""
+    """Raise UserError if values of a sweep differ only in characters that names cannot have."""
     seen: dict[tuple[str, int], Job] = {}
     for job in jobs:
         other = seen.setdefault((job.recipe.name, job.recipe.seed), job)
@@ -126,15 +122,15 @@ def _check_folders(jobs: Sequence[Job]) -> None:
         )
 
 
-def _of_recipe(
+def _jobs_of(
     path: Path, overrides: Sequence[str], seeds: Sequence[int], sweeps: Sequence[Sweep]
 ) -> list[Job]:
+    """The runs of one recipe: every combination of its sweeps' values with every seed."""
     name = load_recipe(path).name
-    targets = map(_target, overrides)
-    own = tuple(option for target, option in targets if target in (None, path.stem, name))
-    varied = [sweep for sweep in sweeps if sweep.target in (None, path.stem, name)]
+    matching = (None, path.stem, name)
+    own = tuple(option for target, option in map(_target, overrides) if target in matching)
     jobs = []
-    for chosen in settings(varied):
+    for chosen in settings([sweep for sweep in sweeps if sweep.target in matching]):
         for seed in seeds:
             options = (*own, *chosen, f"seed={seed}")
             recipe = load_recipe(path, options)
@@ -148,42 +144,45 @@ def _of_recipe(
 
 
 def _target(override: str) -> tuple[str | None, str]:
-    """(recipe that an override is for, or None for all of them; the override)."""
+    """(recipe that an override is for, or None for all recipes; the override itself)."""
     key, _, value = override.partition("=")
     target, colon, rest = key.partition(":")
     return (target, f"{rest}={value}") if colon else (None, override)
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
-    """Run what is not finished, at most `parallel` at a time and as many as memory holds; return
-    what to say of failures.
+    """Run the jobs that are not finished, at most `parallel` at a time and as many as memory holds.
 
     Each run is `irl-align train` in a process with its share of the threads; its output goes to
-    logs/RUN.log. Runs of different seeds, which share few stages, go first beside each other.
+    logs/RUN.log. Runs of different seeds, which share few stages, run at the same time first.
+    Returns one message for each run that failed.
     """
-    before_now = [(job, job.finished()) for job in jobs]
-    waiting = [job for job, view in before_now if view is None]
-    several = min(parallel, len(waiting))
-    guard = MemoryGuard([v for _, v in before_now if v is not None], gpu_in_use(several))
-    for job, view in before_now:
-        if view is not None:
+    waiting, finished = [], []
+    for job in jobs:
+        view = job.finished()
+        if view is None:
+            waiting.append(job)
+        else:
+            finished.append(view)
             logger.info("%s: finished before", job.folder.name)
+    at_a_time = max(1, min(parallel, len(waiting)))
+    guard = MemoryGuard(finished, gpu_in_use(at_a_time))
+    environment = job_environment(at_a_time)
     running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
     failed: list[str] = []
-    environment = _environment(several or 1)
-    # A signal has Python's main thread handle it, and only that may say how.
+    # Only Python's main thread may set a signal handler.
     is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop) if is_main else None
+    handler = signal.signal(signal.SIGTERM, _stop) if is_main else None
     try:
         while waiting or running:
-            while waiting and len(running) < parallel and _room(guard, running):
-                job = _next(waiting, {job.recipe.seed for job, _ in running.values()})
+            while waiting and len(running) < parallel and _has_room(guard, running):
+                job = next_job(waiting, {job.recipe.seed for job, _ in running.values()})
                 waiting.remove(job)
                 logger.info("%s: started", job.folder.name)
                 running[_start(job, logs, environment)] = (job, time.monotonic())
             for process in [p for p in running if p.poll() is not None]:
-                job, began = running.pop(process)
-                took = time.monotonic() - began
+                job, start = running.pop(process)
+                took = time.monotonic() - start
                 if process.returncode == 0:
                     logger.info("%s: finished in %.0f s", job.folder.name, took)
                     if (view := job.finished()) is not None:
@@ -198,24 +197,24 @@ def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
         for process in running:
             process.wait()
         if is_main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler)
     return failed
 
 
 def _stop(number: int, frame: Any) -> None:
-    """End by an exception, so that the runs are ended too."""
+    """End by an exception, so that the running processes are ended too."""
     raise SystemExit(128 + number)
 
 
-def _room(guard: MemoryGuard, running: Collection[subprocess.Popen[bytes]]) -> bool:
-    """Whether memory has room for another run; said once a number of runs that it has not."""
+def _has_room(guard: MemoryGuard, running: Collection[subprocess.Popen[bytes]]) -> bool:
+    """Whether memory has room for another run; if not, log it once per number of running runs."""
     if guard.fits([process.pid for process in running]):
         return True
-    if guard.told != len(running):
-        guard.told = len(running)
-        on_gpu = f" and {guard.need_cuda / GIB:.1f} GiB of the GPU's" if guard.need_cuda else ""
+    if guard.logged_at != len(running):
+        guard.logged_at = len(running)
+        on_gpu = f" and {guard.need_cuda / GIB:.1f} GiB of GPU memory" if guard.need_cuda else ""
         logger.warning(
-            "another run waits for memory: %d run now, and one needs about %.1f GiB%s",
+            "another run waits for memory: %d are running, and one needs about %.1f GiB%s",
             len(running),
             guard.need / GIB,
             on_gpu,
@@ -223,17 +222,18 @@ def _room(guard: MemoryGuard, running: Collection[subprocess.Popen[bytes]]) -> b
     return False
 
 
-def _next(waiting: Sequence[Job], busy: set[int]) -> Job:
+def next_job(waiting: Sequence[Job], busy: set[int]) -> Job:
+    """The job to start next: the first whose seed is not busy, else the first."""
     return next((job for job in waiting if job.recipe.seed not in busy), waiting[0])
 
 
-def _environment(parallel: int) -> dict[str, str]:
-    """The environment of a run that has its share of the threads."""
+def job_environment(parallel: int) -> dict[str, str]:
+    """Environment variables of a run that has its share of the threads."""
+    if parallel == 1:
+        return dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     given = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdigit() else cores or 1
-    if parallel == 1:
-        return dict(os.environ)
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // parallel))}
 
 
@@ -259,22 +259,16 @@ def _last_line(log: Path) -> str:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What `irl-align compare` was asked for besides recipes."""
+    """Options of `irl-align compare` besides the recipes."""
 
     seeds: tuple[int, ...]
     output: Path | None = None
     parallel: int = 1
     only_finished: bool = False
     iterations: bool = False
-    baseline: str | None = None
-    by: str | None = None
-    interval: Method = "t"
     force: bool = False
     sweeps: tuple[str, ...] = ()
-    levels: tuple[float, ...] = ()
-    """Gold levels, in the headline's units as measured; see learning_speed."""
-    kls: tuple[float, ...] = ()
-    """KLs at which PPO's rollouts are compared; see same_kl."""
+    analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
 
 
 @dataclass(frozen=True)
@@ -285,19 +279,19 @@ class Compared:
     """As in comparison.json."""
     folder: Path
     failed: list[str]
-    """What to say of each run that failed."""
+    """One message for each run that failed."""
 
 
 def compare(arguments: Sequence[str], options: CompareOptions) -> Compared:
     """Run what is missing, then write comparison.json, .csv and .md.
 
-    Arguments are recipes and overrides (see `plan`), or folders of runs, which are taken as they
+    Arguments are recipes and overrides (see `plan`), or folders of runs, which are compared as they
     are. Raises UserError.
     """
-    for level in options.levels:
+    for level in options.analysis.levels:
         if not math.isfinite(level):
             raise UserError(f"--gold-level: found {level}, expected a finite number")
-    for kl in options.kls:
+    for kl in options.analysis.kls:
         if not (math.isfinite(kl) and kl > 0.0):
             raise UserError(f"--at-kl: found {kl}, expected a finite number above 0")
     folders = [Path(a) for a in arguments if Path(a).is_dir()]
@@ -306,10 +300,14 @@ def compare(arguments: Sequence[str], options: CompareOptions) -> Compared:
     if folders:
         if len(folders) < len(arguments):
             extra = next(a for a in arguments if not Path(a).is_dir())
-            raise UserError(f"compare: found runs and {extra!r}, expected runs or recipes alone")
+            raise UserError(
+                f"compare: found runs and {extra!r}, expected only runs or only recipes"
+            )
         if options.sweeps:
-            raise UserError("--sweep: found runs, expected recipes: runs are taken as they are")
-        views, missing = _finished(folders)
+            raise UserError("--sweep: found runs, expected recipes: runs are compared as they are")
+        runs = [Run.load(folder) for folder in folders]
+        views = [view for view in runs if view.summary is not None]
+        missing = [f"{view.folder}: not finished" for view in runs if view.summary is None]
         output = options.output or folders[0].parent / "comparison"
     else:
         jobs = plan(arguments, options.seeds, options.sweeps)
@@ -317,41 +315,26 @@ def compare(arguments: Sequence[str], options: CompareOptions) -> Compared:
         output = options.output or Path(jobs[0].recipe.output_dir) / "comparison"
         if not options.only_finished:
             failed = run_jobs(jobs, options.parallel, output / "logs")
-        found = [(job, job.finished()) for job in jobs]
-        views = [view for _, view in found if view is not None]
-        missing = [f"{job.folder}: no finished run of this recipe" for job, v in found if not v]
+        finished = [(job, job.finished()) for job in jobs]
+        views = [view for _, view in finished if view is not None]
+        missing = [f"{job.folder}: no finished run of this recipe" for job, v in finished if not v]
     if failed and not views:
         raise UserError("\n".join(failed))
     evaluated = evaluated_runs(views)
     comparison = compare_runs(views, options.iterations, options.force, missing, evaluated)
-    analysis = analyse(comparison, options.by, options.baseline, options.interval)
-    runs, headline, lower = comparison.runs, comparison.headline, comparison.lower_is_better
-    analysis |= {
-        "sweeps": swept,
-        "frontiers": frontiers(runs, swept, headline, lower),
-        "levels": list(options.levels),
-        "speeds": learning_speeds(runs, options.levels, headline, lower),
-        "kls": list(options.kls),
-        "at_kl": levels_at_kl(runs, options.kls, headline, options.interval),
-    }
-    return Compared(_write(output, analysis, comparison), output, failed)
+    analysis = analyse(comparison, replace(options.analysis, swept=swept))
+    return Compared(_write(output, analysis, comparison.runs), output, failed)
 
 
-def _finished(folders: Sequence[Path]) -> tuple[list[RunView], list[str]]:
-    views = [Run.load(folder) for folder in folders]
-    missing = [f"{view.folder}: not finished" for view in views if view.summary is None]
-    return [view for view in views if view.summary is not None], missing
-
-
-def _write(output: Path, analysis: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
-    """Write a comparison's files; run folders are noted relative to them."""
+def _write(output: Path, analysis: dict[str, Any], views: Sequence[RunView]) -> dict[str, Any]:
+    """Write a comparison's files; the paths of run folders in them are relative."""
     runs = [
         {
             "method": view.recipe["name"],
             "seed": view.recipe["seed"],
             "path": Path(os.path.relpath(view.folder, output)).as_posix(),
         }
-        for view in comparison.runs
+        for view in views
     ]
     analysis = {**analysis, "runs": runs}
     atomic_write(output / "comparison.csv", to_csv(analysis))

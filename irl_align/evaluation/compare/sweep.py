@@ -1,4 +1,4 @@
-"""One option of a recipe at several values: each value is a recipe of its own."""
+"""Sweeps of a recipe's option over several values; each value gives a recipe of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from irl_align.errors import UserError
 
 @dataclass(frozen=True)
 class Sweep:
-    """An option and its values, of one recipe or (target None) of all."""
+    """An option and its values, for one recipe or (if target is None) for all recipes."""
 
     text: str
     target: str | None
@@ -21,15 +21,17 @@ class Sweep:
 
 
 def parse_sweeps(texts: Sequence[str]) -> list[Sweep]:
-    """Sweeps written `[NAME:]key=value,value,...`.
+    """Parse sweeps that are written as `[NAME:]key=value,value,...`.
 
-    Raises UserError: no key, fewer than two values, the same value or the same key twice.
+    Raises UserError: no key, fewer than two values, or the same value or key twice.
     """
     sweeps = [_parse(text) for text in texts]
     keys = [(sweep.target, sweep.key) for sweep in sweeps]
     for sweep in sweeps:
         if keys.count((sweep.target, sweep.key)) > 1:
-            raise UserError(f"--sweep: found {sweep.key} twice, expected all its values in one")
+            raise UserError(
+                f"--sweep: found {sweep.key} twice, expected all of its values in one sweep"
+            )
     return sweeps
 
 
@@ -40,20 +42,20 @@ def _parse(text: str) -> Sweep:
     if not equals or not key or (colon and not target) or not all(values):
         raise UserError(f"--sweep: found {text!r}, expected [NAME:]KEY=VALUE,VALUE,...")
     if key in ("seed", "name"):
-        raise UserError(f"--sweep: found {key}, expected another option: runs are told apart by it")
+        raise UserError(f"--sweep: found {key}, expected another option: it identifies runs")
     if len(set(values)) < max(2, len(values)):
         raise UserError(f"--sweep: found {right!r}, expected at least two values, each once")
     return Sweep(text, target or None, key, values)
 
 
 def settings(sweeps: Sequence[Sweep]) -> list[tuple[str, ...]]:
-    """Overrides of every combination; one without any where nothing is swept."""
+    """Overrides of every combination of values; one empty combination if nothing is swept."""
     return list(product(*([f"{s.key}={value}" for value in s.values] for s in sweeps)))
 
 
 def named(name: str, chosen: Sequence[str]) -> str:
-    """Name of a recipe with these overrides: the option's last part and its value, as a file may
-    be called."""
+    """Name of a recipe with these overrides, as a valid file name: the recipe's name, then the last
+    part of each option and its value."""
     parts = [
         f"{key.rpartition('.')[2]}-{value}" for key, _, value in (c.partition("=") for c in chosen)
     ]

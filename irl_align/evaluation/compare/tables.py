@@ -1,308 +1,309 @@
-"""A comparison as text, CSV and Markdown. Reads what comparison.analyse says, nothing else."""
+"""Tables and notes of a comparison, from what `aggregate.analyse` computed."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
-from textwrap import wrap
 from typing import Any
 
-from rich.console import Console
-
-from irl_align.evaluation.compare.aggregate import AT_ENTROPY, BEYOND_ENTROPY, EVALUATED
 from irl_align.evaluation.compare.cost_tables import (
     costs,
     costs_by_iteration,
     memory_by_part,
     tokens_by_part,
 )
-from irl_align.utils.text_table import MISSING, Grid, escaped, grid_markdown, show_grid, spelt
+from irl_align.evaluation.compare.policies import AT_ENTROPY, BEYOND_ENTROPY
+from irl_align.evaluation.compare.run_tables import (
+    EVALUATED,
+    METRICS,
+    RESULTS,
+    VITAL_SIGNS,
+    VITALS,
+    measure_column,
+    measures_table,
+    shown_measures,
+)
+from irl_align.utils.statistics import Estimate
+from irl_align.utils.text_table import (
+    Cell,
+    Column,
+    Table,
+    csv_table,
+    escaped,
+    estimate_cell,
+    markdown_table,
+    p_value,
+)
 
 Analysis = Mapping[str, Any]
-# Metrics of any gold that are shown beside its headline; the CSV and JSON files have all.
-SHOWN = ("fully_right", "bleu", "chrf")
-PLAIN = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
-PLAIN |= {"demonstration_logp": 2, "reward_gain": 2, "matched_temperature": 2}
-"""Decimals of the metrics that are no share; of others percent are shown, with one."""
-VITALS = {
-    "kl": "KL",
-    "entropy": "entropy per token",
-    "length": "length",
-    "truncated": "truncated %",
-    "reward_accuracy": "reward accuracy %",
-    "fresh_accuracy": "fresh samples %",
-    "reward_gain": "reward gain",
-    "seconds": "seconds",
-}
-MATCHED = {AT_ENTROPY: "first policy at its entropy", BEYOND_ENTROPY: "beyond that"}
-BEYOND = "beyond entropy"
-# What a table is about; the report has a section of each.
-RESULTS, GAINS, PPO, COST = "Results", "Gold against KL", "PPO", "Cost"
 
 
-def grids(analysis: Analysis) -> list[Grid]:
-    """The tables of a comparison: results, vital signs, against the baseline, ranking, costs."""
-    return [grid for section in grids_by_section(analysis).values() for grid in section]
+def tables_by_section(analysis: Analysis) -> dict[str, list[Table]]:
+    """The tables by section, without those that have no rows."""
+    builders: dict[str, Sequence[Callable[[Analysis], Table]]] = {
+        "Results": (results, vital_signs, against_baseline, ranking, evaluated),
+        "Gold against KL": (gain_fits, same_kl),
+        "PPO": (learning_speed,),
+        "Cost": (costs, memory_by_part, tokens_by_part, costs_by_iteration),
+    }
+    made = {name: [build(analysis) for build in own] for name, own in builders.items()}
+    return {name: [table for table in tables if table.rows] for name, tables in made.items()}
 
 
-def grids_by_section(analysis: Analysis) -> dict[str, list[Grid]]:
-    """The tables by what they are about, the results first; those without rows are left out."""
-    made = {name: [table(analysis) for table in tables] for name, tables in SECTIONS.items()}
-    return {name: [grid for grid in tables if grid.rows] for name, tables in made.items()}
+def comparison_tables(analysis: Analysis) -> list[Table]:
+    """All tables of a comparison: results, vital signs, tests, ranking, costs."""
+    return [table for tables in tables_by_section(analysis).values() for table in tables]
 
 
-def results(analysis: Analysis) -> Grid:
+def _column(
+    analysis: Analysis, measure: str, name: str | None = None, *, signed: bool = False
+) -> Column:
+    brackets = analysis["interval"] == "bootstrap"
+    return measure_column(measure, name, signed=signed, brackets=brackets)
+
+
+def _policies_table(analysis: Analysis, title: str, columns: Mapping[str, Column]) -> Table:
+    rows = [
+        (row["label"], {m: estimate_cell(found) for m, found in row["estimates"].items()})
+        for row in analysis["rows"]
+    ]
+    return measures_table(title, rows, columns)
+
+
+def results(analysis: Analysis) -> Table:
     """Gold of every row at every temperature; length where there is no gold."""
     measures = headline_measures(analysis) or ["length"]
-    rows = [[row["label"], *(cell(row, m, analysis) for m in measures)] for row in analysis["rows"]]
-    return Grid("results", ["policy", *map(column_name, measures)], rows)
+    return _policies_table(analysis, RESULTS, {m: _column(analysis, m) for m in measures})
 
 
 def headline_measures(analysis: Analysis) -> list[str]:
-    """The headline and the metrics shown beside it, each from the hottest samples to greedy."""
-    present = {
-        m
-        for row in analysis["rows"]
-        for m in row["estimates"]
-        if "@" in m and m.partition("@")[2] not in MATCHED
-    }
-    metrics = [analysis["headline"], *SHOWN]
-
-    def order(measure: str) -> tuple[int, float]:
-        metric, _, temperature = measure.partition("@")
-        return metrics.index(metric), -float(temperature)
-
-    return sorted((m for m in present if m.partition("@")[0] in metrics), key=order)
+    """The headline and the metrics shown after it, each from the highest temperature to greedy."""
+    measures = {measure for row in analysis["rows"] for measure in row["estimates"]}
+    return shown_measures(measures, (str(analysis["headline"]), *METRICS, "chrf"))
 
 
-def vital_signs(analysis: Analysis) -> Grid:
-    """What is told of each policy besides gold, at temperature 1, and the cost of its run."""
-    present = {m for row in analysis["rows"] for m in row["estimates"]}
-    unit = "" if analysis["headline"] in PLAIN else " %"
-    names = VITALS | {f"{analysis['headline']}@{at}": name + unit for at, name in MATCHED.items()}
-    measures = [m for m in names if m in present]
-    rows = []
-    for row in analysis["rows"]:
-        cells = [cell(row, m, analysis) for m in measures]
-        if "kl" in measures and "kl_bound" in row["estimates"]:
-            cells[measures.index("kl")] = "<= " + cell(row, "kl_bound", analysis)
-        rows.append([row["label"], *cells])
-    title = "vital signs, at temperature 1"
-    return Grid(title, ["policy", *(names[m] for m in measures)], rows)
+def vital_signs(analysis: Analysis) -> Table:
+    """Other measures of each policy at temperature 1, and the seconds of its run."""
+    measures = [*VITAL_SIGNS, "reward_gain", "seconds"]
+    measures += [f"{analysis['headline']}@{at}" for at in (AT_ENTROPY, BEYOND_ENTROPY)]
+    present = {measure for row in analysis["rows"] for measure in row["estimates"]}
+    columns = {m: _column(analysis, m) for m in measures if m in present}
+    return _policies_table(analysis, VITALS, columns)
 
 
-def against_baseline(analysis: Analysis) -> Grid:
+def against_baseline(analysis: Analysis) -> Table:
     """Differences to the baseline in the headline, paired by seed, with their tests: at every
-    temperature, and beyond what the first policy reaches at each one's entropy."""
-    columns = ["policy", "metric", "difference", "p, t-test", "p, sign flip", "P(better)"]
-    grid = Grid(f"against {analysis['baseline']}, paired by seed", columns, [])
-    headline = analysis["headline"]
-    own = [m for m in headline_measures(analysis) if m.partition("@")[0] == headline]
+    temperature, and beyond what the first policy reaches at each policy's entropy."""
+    headline = str(analysis["headline"])
+    measures = [m for m in headline_measures(analysis) if m.partition("@")[0] == headline]
+    rows: list[list[Cell]] = []
     for row in analysis["rows"]:
-        for measure in [*own, f"{headline}@{BEYOND_ENTROPY}"]:
-            found = row["against_baseline"].get(measure)
-            if found is None:
-                continue
-            grid.rows.append(
-                [
-                    row["label"],
-                    column_name(measure),
-                    interval(found, measure, analysis["interval"], signed=True),
-                    _p(found["p_t"]),
-                    _p(found["p_sign_flip"]),
-                    _probability(found.get("probability_of_improvement")),
-                ]
-            )
-    return grid
+        for measure in [*measures, f"{headline}@{BEYOND_ENTROPY}"]:
+            if (found := row["against_baseline"].get(measure)) is not None:
+                better = _probability(found.get("probability_of_improvement"))
+                tests = (p_value(found["p_t"]), p_value(found["p_sign_flip"]), better)
+                name = _column(analysis, measure).name
+                rows.append([row["label"], name, estimate_cell(found), *tests])
+    columns = [
+        Column("policy"),
+        Column("metric"),
+        _column(analysis, headline, "difference", signed=True),
+        Column("p, t-test", 3),
+        Column("p, sign flip", 3),
+        Column("P(better)", 2, brackets=True),
+    ]
+    return Table(f"against {analysis['baseline']}, paired by seed", columns, rows)
 
 
-def ranking(analysis: Analysis) -> Grid:
-    """Policies from best to worst, with the probability that a run beats one of the next."""
+def ranking(analysis: Analysis) -> Table:
+    """Policies from best to worst, with the probability that a run beats a run of the next."""
     by = analysis["ranked_by"]
-    grid = Grid(
-        f"ranking by {column_name(by)}" if by else "ranking",
-        ["rank", "policy", "mean", "seeds", "P(beats the next)"],
-        [],
-    )
-    for place, entry in enumerate(analysis["ranking"], 1):
-        seeds, beats = str(entry.get("n", MISSING)), _probability(entry["beats_next"])
-        grid.rows.append([str(place), entry["label"], number(entry["mean"], by), seeds, beats])
-    return grid
+    rows: list[list[Cell]] = [
+        [str(place), entry["label"], entry["mean"], entry["n"], _probability(entry["beats_next"])]
+        for place, entry in enumerate(analysis["ranking"], 1)
+    ]
+    columns = [
+        Column("rank"),
+        Column("policy"),
+        measure_column(by or "", "mean"),
+        Column("seeds", 0),
+        Column("P(beats the next)", 2, brackets=True),
+    ]
+    title = f"ranking by {_column(analysis, by).name}" if by else "ranking"
+    return Table(title, columns, rows)
 
 
-def evaluated(analysis: Analysis) -> Grid:
-    """What `irl-align evaluate` told of every run of a method: preferences, wins, benchmarks."""
-    columns = ["policy", "metric", "value", "difference", "p, t-test"]
-    title = f"evaluations of the last policies and rewards, beside {analysis['baseline']}"
-    grid = Grid(title, columns, [])
+def evaluated(analysis: Analysis) -> Table:
+    """What `irl-align evaluate` measured of all runs of a method: preferences, wins, benchmarks."""
+    rows: list[list[Cell]] = []
     for row in analysis["rows"]:
         for measure in (m for m in row["estimates"] if m.startswith(EVALUATED)):
+            value = estimate_cell(row["estimates"][measure])
             against = row["against_baseline"].get(measure)
-            cells = [row["label"], column_name(measure), cell(row, measure, analysis)]
-            if against is None:
-                cells += [MISSING, MISSING]
-            else:
-                shown = interval(against, measure, analysis["interval"], signed=True)
-                cells += [shown, _p(against["p_t"])]
-            grid.rows.append(cells)
-    return grid
+            p = None if against is None else p_value(against["p_t"])
+            name = _column(analysis, measure).name
+            rows.append([row["label"], name, value, estimate_cell(against), p])
+    columns = [
+        Column("policy"),
+        Column("metric"),
+        _column(analysis, EVALUATED[0], "value"),
+        _column(analysis, EVALUATED[0], "difference", signed=True),
+        Column("p, t-test", 3),
+    ]
+    title = f"evaluations of the final policies and rewards, compared with {analysis['baseline']}"
+    return Table(title, columns, rows)
 
 
-def frontier_fits(analysis: Analysis) -> Grid:
-    """Gao et al.'s forms of gold's and the reward's gain against KL, where there are points."""
-    columns = ["policy", "points", "largest KL", "gold alpha", "gold beta", "gold best at KL"]
-    columns += ["reward alpha", "reward beta", "reward best at KL", "overoptimised"]
-    grid = Grid("gain against KL: d (alpha - beta log d), d = sqrt KL", columns, [])
-    for found in analysis.get("frontiers", []):
-        if found["gold"] is None and found["proxy"] is None:
-            continue
-        largest = max(place["kl"] for place in found["places"])
-        cells = [found["name"], str(len(found["places"])), f"{largest:.2f}"]
-        for fit in (found["gold"], found["proxy"]):
-            cells += [MISSING] * 3 if fit is None else _fitted(fit, largest)
-        grid.rows.append([*cells, "yes" if found["overoptimised"] else "no"])
-    if any(_is_best_of_n(found) for found in analysis.get("frontiers", [])):
-        return Grid(f"{grid.title}; of best-of-n d (alpha - beta d)", grid.columns, grid.rows)
-    return grid
+def gain_fits(analysis: Analysis) -> Table:
+    """The forms of Gao et al. fitted to the gains of gold and of the reward against KL."""
+    fitted = [f for f in analysis["frontiers"] if f["gold"] is not None or f["proxy"] is not None]
+    rows: list[list[Cell]] = []
+    for frontier in fitted:
+        largest = max(place["kl"] for place in frontier["places"])
+        fits = [
+            cell
+            for fit in (frontier["gold"], frontier["proxy"])
+            for cell in ([None] * 3 if fit is None else _fit_cells(fit, largest))
+        ]
+        overoptimised = "yes" if frontier["overoptimised"] else "no"
+        rows.append([frontier["name"], len(frontier["places"]), largest, *fits, overoptimised])
+    columns = [Column("policy"), Column("points", 0), Column("largest KL", 2)]
+    for which in ("gold", "reward"):
+        columns += [Column(f"{which} alpha", 3), Column(f"{which} beta", 3)]
+        columns.append(Column(f"{which} best at KL", 2))
+    title = "gain against KL: d (alpha - beta log d), d = sqrt KL"
+    if any((f["gold"] or f["proxy"])["form"] == "best_of_n" for f in fitted):
+        title += "; for best-of-n d (alpha - beta d)"
+    return Table(title, [*columns, Column("overoptimised", 0)], rows)
 
 
-def _is_best_of_n(found: Mapping[str, Any]) -> bool:
-    fit = found["gold"] or found["proxy"]
-    return fit is not None and fit["form"] == "best_of_n"
-
-
-def _fitted(fit: Mapping[str, Any], largest: float) -> list[str]:
-    """alpha, beta and the KL of the peak, where that is among the points."""
+def _fit_cells(fit: Mapping[str, Any], largest: float) -> list[Cell]:
+    """alpha, beta and the KL of the peak, or `beyond` if the peak is not among the points."""
     peak = fit["peak_kl"]
-    shown = "beyond" if peak is None or peak > largest else f"{peak:.2f}"
-    return [f"{fit['alpha']:.3f}", f"{fit['beta']:.3f}", shown]
+    return [fit["alpha"], fit["beta"], "beyond" if peak is None or peak > largest else peak]
 
 
-def same_kl(analysis: Analysis) -> Grid:
-    """Gold, reward and BLEU of PPO's rollouts at the same KL, mean over seeds that come so far."""
-    found = analysis.get("at_kl", [])
-    metric = column_name(found[0]["metric"]) if found else "gold"
-    columns = ["policy", "KL", "reached by", metric, "reward"]
-    bleu = any(one.get("bleu") for one in found)
-    columns += [column_name("bleu")] if bleu else []
-    grid = Grid("rollouts at the same KL", columns, [])
-    for one in found:
-        reached = sum(seed is not None for seed in one["seeds"].values())
-        cells = [f"{one['method']}, {one['role']}", f"{one['kl']:g}"]
-        cells.append(f"{reached} of {len(one['seeds'])}")
-        levels = [(one["gold"], one["metric"]), (one["reward"], "reward_gain")]
-        for level, measure in [*levels, *([(one.get("bleu"), "bleu")] if bleu else [])]:
-            known = level is not None
-            cells.append(interval(level, measure, analysis["interval"]) if known else MISSING)
-        grid.rows.append(cells)
-    return grid
+def same_kl(analysis: Analysis) -> Table:
+    """Gold, reward and BLEU of PPO's rollouts at the same KL, mean over the seeds that reach it."""
+    levels = analysis["at_kl"]
+    measures = {"gold": levels[0]["metric"] if levels else "gold", "reward": "reward_gain"}
+    if any(level["bleu"] for level in levels):
+        measures["bleu"] = "bleu"
+    rows: list[list[Cell]] = []
+    for level in levels:
+        reached = sum(seed is not None for seed in level["seeds"].values())
+        cells = [f"{level['kl']:g}", f"{reached} of {len(level['seeds'])}"]
+        cells = [f"{level['method']}, {level['role']}", *cells]
+        rows.append([*cells, *(estimate_cell(level[which]) for which in measures)])
+    columns = [Column("policy"), Column("KL", 2), Column("reached by", 0)]
+    columns += [
+        _column(analysis, measure, "reward" if which == "reward" else None)
+        for which, measure in measures.items()
+    ]
+    return Table("rollouts at the same KL", columns, rows)
 
 
-def learning_speed(analysis: Analysis) -> Grid:
-    """Updates and samples until PPO's rollouts reach the gold levels, mean over seeds that do."""
-    columns = ["policy", "gold", "reached by", "updates", "samples"]
-    grid = Grid("how soon rollouts reach a level of gold", columns, [])
-    for speed in analysis.get("speeds", []):
-        metric, reached = speed["metric"], [n for n in speed["updates"].values() if n is not None]
-        level = f"{spelt(metric)} {number(speed['level'], metric)}"
-        cells = [f"{speed['method']}, {speed['role']}", level + ("" if metric in PLAIN else "%")]
-        cells.append(f"{len(reached)} of {len(speed['updates'])}")
-        for unit in ("updates", "samples"):
-            counts = [n for n in speed[unit].values() if n is not None]
-            cells.append(f"{sum(counts) / len(counts):,.0f}" if counts else MISSING)
-        grid.rows.append(cells)
-    return grid
+def learning_speed(analysis: Analysis) -> Table:
+    """Updates and samples until PPO's rollouts reach a level of gold, mean over those seeds."""
+    rows: list[list[Cell]] = []
+    for speed in analysis["speeds"]:
+        column = measure_column(speed["metric"], unit_in_cells=True)
+        counts = [
+            [count for count in speed[unit].values() if count is not None]
+            for unit in ("updates", "samples")
+        ]
+        rows.append(
+            [
+                f"{speed['method']}, {speed['role']}",
+                f"{column.name} {column.text(speed['level'])}",
+                f"{len(counts[0])} of {len(speed['updates'])}",
+                *(sum(own) / len(own) if own else None for own in counts),
+            ]
+        )
+    columns = [Column("policy"), Column("gold"), Column("reached by", 0)]
+    columns += [Column(unit, 0, grouped=True) for unit in ("updates", "samples")]
+    return Table("how soon rollouts reach a level of gold", columns, rows)
 
 
-SECTIONS: Mapping[str, Sequence[Callable[[Analysis], Grid]]] = {
-    RESULTS: (results, vital_signs, against_baseline, ranking, evaluated),
-    GAINS: (frontier_fits, same_kl),
-    PPO: (learning_speed,),
-    COST: (costs, memory_by_part, tokens_by_part, costs_by_iteration),
-}
+def _probability(fields: Mapping[str, Any] | None) -> Estimate | None:
+    """A probability of improvement; None for one seed each, where it is always 0, 0.5 or 1."""
+    estimate = estimate_cell(fields)
+    return None if estimate is None or estimate.n < 2 else estimate
 
 
 def notes(analysis: Analysis) -> list[str]:
     """What a reader of the tables must know, one line each."""
     seeds = analysis["seeds"]
-    told = {
+    intervals = {
         "t": f"± is the 95% t interval of the mean over {len(seeds)} seeds",
         "bootstrap": f"in brackets: 95% bootstrap interval of the mean over {len(seeds)} seeds",
         None: f"one seed ({seeds[0]}): there are no intervals and no tests",
     }
-    lines = [told[analysis["interval"]]]
-    for row in analysis["rows"]:
-        full = max((e["n"] for e in row["estimates"].values()), default=0)
-        partial = sorted(m for m, e in row["estimates"].items() if e["n"] < full)
-        if full < len(seeds):
-            lines.append(f"{row['label']}: {full} of {len(seeds)} seeds")
-        if partial:
-            lines.append(f"{row['label']}: not in all of its seeds: {', '.join(partial)}")
-    lines += _ranking_note(analysis)
-    if any(_is_beyond(m) for row in analysis["rows"] for m in row["against_baseline"]):
+    lines = [intervals[analysis["interval"]], *_partial_notes(analysis), *_ranking_note(analysis)]
+    if any(m.endswith(BEYOND_ENTROPY) for r in analysis["rows"] for m in r["against_baseline"]):
         lines.append(
-            f"{BEYOND}: at T=1, less what the first policy reaches at the same entropy per token"
+            "beyond entropy: at T=1, minus what the first policy reaches at the same entropy per "
+            "token"
         )
     shared, alone = analysis["seconds"]["shared"], analysis["seconds"]["one_by_one"]
     if alone:
         lines.append(
-            f"stages: {shared:.0f} s together, {alone:.0f} s if every run were by itself "
+            f"stages: {shared:.0f} s together, {alone:.0f} s if each run shared none "
             f"({shared / alone:.0%})"
         )
-    resumed = [f"{c['method']} {c['resumed']}" for c in analysis["costs"] if c.get("resumed")]
+    resumed = [
+        f"{cost['method']} {cost['resumed']}" for cost in analysis["costs"] if cost["resumed"]
+    ]
     if resumed:
         lines.append(
-            f"stages that went on after a stop, whose seconds are of the last try alone: "
+            "stages that resumed after a stop; their seconds cover the last attempt only: "
             f"{', '.join(resumed)}"
         )
     lines += [
-        f"overoptimised: {found['name']}: gold falls beyond KL {found['gold']['peak_kl']:.2f}, "
-        "while the reward still rises"
-        for found in analysis.get("frontiers", [])
-        if found["overoptimised"]
+        f"overoptimised: {frontier['name']}: gold falls beyond KL "
+        f"{frontier['gold']['peak_kl']:.2f}, while the reward still rises"
+        for frontier in analysis["frontiers"]
+        if frontier["overoptimised"]
     ]
     lines += [
-        f"no {option} is told: found no PPO training whose rollouts have gold"
-        for option, asked, found in (("gold level", "levels", "speeds"), ("KL", "kls", "at_kl"))
-        if analysis.get(asked) and not analysis.get(found)
+        f"no values for the {option}: found no PPO training whose rollouts have gold"
+        for option, asked, rows in (("gold level", "levels", "speeds"), ("KL", "kls", "at_kl"))
+        if analysis[asked] and not analysis[rows]
     ]
     lines += [f"not compared: {line}" for line in analysis["missing"]]
     lines += [f"differs: {line}" for line in analysis["differences"]]
     return lines
 
 
+def _partial_notes(analysis: Analysis) -> list[str]:
+    """Policies and measures that some seeds lack."""
+    lines, all_seeds = [], len(analysis["seeds"])
+    for row in analysis["rows"]:
+        most = max((found["n"] for found in row["estimates"].values()), default=0)
+        partial = sorted(m for m, found in row["estimates"].items() if found["n"] < most)
+        if most < all_seeds:
+            lines.append(f"{row['label']}: {most} of {all_seeds} seeds")
+        if partial:
+            lines.append(f"{row['label']}: not in all of its seeds: {', '.join(partial)}")
+    return lines
+
+
 def _ranking_note(analysis: Analysis) -> list[str]:
-    """Over which seeds is ranked, where that is not all of them, and who lacks the others."""
-    shared = analysis.get("ranked_seeds")  # an older comparison has none
-    if not analysis["ranking"] or shared is None or shared == analysis["seeds"]:
+    """The seeds that the ranking is over and the policies with fewer, unless all have all seeds."""
+    shared, all_seeds = analysis["ranked_seeds"], analysis["seeds"]
+    if not analysis["ranking"] or shared == all_seeds:
         return []
     if not shared:
-        return ["ranking: no seed is in all policies, so each mean is over seeds of its own"]
-    by, all_seeds = analysis["ranked_by"], analysis["seeds"]
+        return ["ranking: no seed is in all policies, so each mean is over its own seeds"]
+    by = analysis["ranked_by"]
     policies = [row for row in analysis["rows"] if row["policy"] is not None]
-    short = [r["label"] for r in policies if len(r["values"].get(by, all_seeds)) < len(all_seeds)]
+    fewer = [r["label"] for r in policies if len(r["values"].get(by, all_seeds)) < len(all_seeds)]
     seeds = ", ".join(map(str, shared))
-    return [f"ranking: over the seeds that all policies have ({seeds}); fewer: {', '.join(short)}"]
-
-
-def _is_beyond(measure: str) -> bool:
-    return measure.partition("@")[2] == BEYOND_ENTROPY
-
-
-def show_comparison(analysis: Analysis, console: Console) -> None:
-    """Print all tables of a comparison and its notes."""
-    for grid in grids(analysis):
-        show_grid(grid, console)
-    for line in notes(analysis):
-        # Wrapped between words alone: a path, however long, stays whole.
-        wrapped = wrap(line, console.width, break_long_words=False, break_on_hyphens=False)
-        console.print("\n".join(wrapped), markup=False, soft_wrap=True)
+    return [f"ranking: over the seeds that all policies have ({seeds}); fewer: {', '.join(fewer)}"]
 
 
 def to_markdown(analysis: Analysis) -> str:
     """All tables and notes as GitHub's Markdown."""
-    parts = [grid_markdown(grid) for grid in grids(analysis)]
+    parts = [markdown_table(table) for table in comparison_tables(analysis)]
     parts.append("\n".join(f"- {escaped(line)}" for line in notes(analysis)))
     return "\n\n".join(parts) + "\n"
 
@@ -312,69 +313,16 @@ def to_csv(analysis: Analysis) -> str:
 
     Numbers are as measured: shares, not percent.
     """
-    columns = ["policy", "method", "iteration", "measure", "mean", "low", "high", "seeds"]
-    columns += ["difference", "difference_low", "difference_high", "p_t", "p_sign_flip"]
-    columns += ["probability_of_improvement", "probability_low", "probability_high"]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
+    names = ["policy", "method", "iteration", "measure", "mean", "low", "high", "seeds"]
+    names += ["difference", "difference_low", "difference_high", "p_t", "p_sign_flip"]
+    names += ["probability_of_improvement", "probability_low", "probability_high"]
+    rows: list[list[Cell]] = []
     for row in analysis["rows"]:
-        for measure, found in row["estimates"].items():
+        for measure, estimate in row["estimates"].items():
             against = row["against_baseline"].get(measure, {})
             better = against.get("probability_of_improvement", {})
-            line = [row["label"], row["method"], row["policy"], measure]
-            line += [found[k] for k in ("mean", "low", "high", "n")]
-            line += [against.get(k) for k in ("mean", "low", "high", "p_t", "p_sign_flip")]
-            writer.writerow([*line, *(better.get(k) for k in ("mean", "low", "high"))])
-    return file.getvalue()
-
-
-def cell(row: Mapping[str, Any], measure: str, analysis: Analysis) -> str:
-    """Mean and interval of a measure of a row, for people."""
-    found = row["estimates"].get(measure)
-    return MISSING if found is None else interval(found, measure, analysis["interval"])
-
-
-def interval(
-    found: Mapping[str, Any], measure: str, method: str | None, signed: bool = False
-) -> str:
-    """`20.5±1.2` for a t interval, `20.5 [19.1, 21.8]` for another; the mean alone without one."""
-    mean = number(found["mean"], measure, signed)
-    if found["low"] is None or method is None:
-        return mean
-    if method == "t":
-        return f"{mean}±{number(found['high'] - found['mean'], measure)}"
-    return f"{mean} [{number(found['low'], measure)}, {number(found['high'], measure)}]"
-
-
-def number(value: float, measure: str, signed: bool = False) -> str:
-    """A value in its unit: percent of shares, else with the metric's decimals."""
-    digits = PLAIN.get(measure.partition("@")[0])
-    scaled = 100.0 * value if digits is None else value
-    rounded = round(scaled, 1 if digits is None else digits) + 0.0  # no -0.0
-    return f"{rounded:{'+' if signed else ''}.{1 if digits is None else digits}f}"
-
-
-def column_name(measure: str) -> str:
-    """`slot_error_rate@0` as `slot error rate % greedy`."""
-    metric, _, temperature = measure.partition("@")
-    at = "greedy" if temperature == "0" else f"T={temperature}" if temperature else ""
-    at = {AT_ENTROPY: MATCHED[AT_ENTROPY], BEYOND_ENTROPY: BEYOND}.get(temperature, at)
-    unit = "" if metric in PLAIN else " %"
-    if metric.startswith(EVALUATED):
-        metric = ", ".join(metric.split("/"))
-    return f"{spelt(metric)}{unit} {at}".strip()
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _probability(found: Mapping[str, Any] | None) -> str:
-    """A probability of improvement with its bootstrap interval; of one seed each it would be 0 or 1
-    and say nothing."""
-    if found is None or found["n"] < 2:
-        return MISSING
-    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+            cells = [row["label"], row["method"], row["policy"], measure]
+            cells += [estimate[k] for k in ("mean", "low", "high", "n")]
+            cells += [against.get(k) for k in ("mean", "low", "high", "p_t", "p_sign_flip")]
+            rows.append([*cells, *(better.get(k) for k in ("mean", "low", "high"))])
+    return csv_table(Table("", [Column(name) for name in names], rows))

@@ -1,5 +1,1 @@
-"""A run or a comparison as one HTML file that needs nothing else. Reads files, never models."""
-
-from irl_align.evaluation.report.write import write_report
-
-__all__ = ["write_report"]
+"""The report of a run or a comparison: one HTML file that needs nothing else."""

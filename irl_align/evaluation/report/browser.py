@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from irl_align.data.rows import prompt_text
-from irl_align.evaluation.compare.run_tables import policy_label
-from irl_align.evaluation.report.curves import by_method
+from irl_align.evaluation.compare.policies import by_method, final_policy, policy_label
 from irl_align.evaluation.report.templates import render, script_json
 from irl_align.training.run_folder import RunView
 
@@ -73,9 +72,7 @@ def _columns(views: Sequence[RunView]) -> dict[str, dict[str, list[dict[str, Any
     columns: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for number in (0, None):
         for view in views:
-            assert view.summary is not None
-            last = int(view.summary["policy_number"])
-            shown = last if number is None else number
+            shown = final_policy(view) if number is None else number
             label = policy_label(view, shown)
             if label in columns:
                 continue

@@ -6,15 +6,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from irl_align.evaluation.compare.aggregate import policy_measures
 from irl_align.evaluation.compare.costs import method_costs
-from irl_align.evaluation.compare.tables import PLAIN, column_name, headline_measures
+from irl_align.evaluation.compare.policies import (
+    by_method,
+    evaluated_policies,
+    policy_measures,
+    reward_reports,
+)
+from irl_align.evaluation.compare.run_tables import measure_column
+from irl_align.evaluation.compare.tables import headline_measures
 from irl_align.evaluation.report.figures import Bars, Dots, Plot, Point, Series
 from irl_align.evaluation.tables import read_evaluation
-from irl_align.policy.roles import Role
 from irl_align.training.run_folder import RunView
 from irl_align.utils.statistics import estimate
-from irl_align.utils.text_table import MISSING, Grid, spelt
+from irl_align.utils.text_table import metric_name
 
 SIGNS = {
     "kl": "KL to SFT, nats",
@@ -25,7 +30,7 @@ HEALTH: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "held-out pairs": lambda report: report["held_out"]["accuracy"],
     "fresh samples": lambda report: report["fresh"],
     "oldest pairs": lambda report: report["older"].get("0", {}).get("accuracy"),
-    "length alone": lambda report: report["audit"]["length"],
+    "length only": lambda report: report["audit"]["length"],
     "SFT log-prob": lambda report: max(
         (v for v in (report["audit"]["logprob_sum"], report["audit"]["logprob_mean"]) if v),
         default=None,
@@ -38,12 +43,6 @@ UPDATES = {
 }
 
 
-def by_method(views: Sequence[RunView]) -> dict[str, list[RunView]]:
-    """The runs of each method, in the order of the runs."""
-    names = dict.fromkeys(view.recipe["name"] for view in views)
-    return {name: [v for v in views if v.recipe["name"] == name] for name in names}
-
-
 def standings(analysis: Mapping[str, Any]) -> list[Dots]:
     """Each metric of the results for every row, a mark with its interval for each temperature."""
     rows, by_metric = analysis["rows"], defaultdict(list)
@@ -52,14 +51,14 @@ def standings(analysis: Mapping[str, Any]) -> list[Dots]:
     figures = []
     for metric, measures in by_metric.items():
         shown = [row for row in rows if any(m in row["estimates"] for m in measures)]
-        scale = _scale(metric)
+        scale = measure_column(metric).scale
         series = []
         for measure in measures:
-            name = column_name(measure).removeprefix(column_name(metric)).strip()
+            name = measure_column(measure).name.removeprefix(measure_column(metric).name).strip()
             found = [(at, row["estimates"].get(measure)) for at, row in enumerate(shown)]
             series.append(Series(name, [_scaled(at, e, scale) for at, e in found if e]))
         if len(shown) > 1:
-            label, names = column_name(metric), [row["label"] for row in shown]
+            label, names = measure_column(metric).name, [row["label"] for row in shown]
             figures.append(Dots(f"standing-{metric}", label, label, names, series))
     return figures
 
@@ -75,20 +74,20 @@ def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> li
         name: [
             (number, policy_measures(view, number))
             for view in own
-            for number in sorted({r["policy"] for r in view.evaluations()})
+            for number in evaluated_policies(view)
         ]
         for name, own in by_method(views).items()
     }
     figures = []
     for measure in [*headline_measures(analysis), *SIGNS]:
-        scale = _scale(measure)
+        scale = measure_column(measure).scale
         series = [
             Series(name, _over_seeds((k, scale * m[measure]) for k, m in found if measure in m), at)
             for at, (name, found) in enumerate(measured.items())
         ]
         series = [one for one in series if one.points]
         if series and max(p.x for one in series for p in one.points) > 0:
-            label = SIGNS.get(measure, column_name(measure))
+            label = SIGNS.get(measure, measure_column(measure).name)
             key = f"curve-{measure.replace('@', '-t')}"
             figures.append(Plot(key, label, "iteration", label, series, whole_x=True))
     return figures
@@ -98,7 +97,7 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
     """The headline at temperature 1 against KL to SFT: one point per policy and seed; the values of
     a swept option are points of one series."""
     measure = f"{analysis['headline']}@1"
-    swept = analysis.get("sweeps", {})
+    swept = analysis["sweeps"]
     families: dict[str, list[RunView]] = {}
     for name, own in by_method(views).items():
         families.setdefault(swept.get(name, {}).get("family", name), []).extend(own)
@@ -106,7 +105,7 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
     for at, (name, own) in enumerate(families.items()):
         points = []
         for view in own:
-            for number in sorted({r["policy"] for r in view.evaluations()}):
+            for number in evaluated_policies(view):
                 found = policy_measures(view, number)
                 kl = found.get("kl", found.get("kl_bound"))
                 if kl is not None and measure in found:
@@ -114,12 +113,14 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
                     value = swept.get(view.recipe["name"], {}).get("value")
                     note = f"seed {view.recipe['seed']}, iteration {number}{bound}"
                     note = note if value is None else f"{value}, {note}"
-                    points.append(Point(kl, _scale(measure) * found[measure], note=note))
+                    points.append(
+                        Point(kl, measure_column(measure).scale * found[measure], note=note)
+                    )
         series.append(Series(name, points, at))
     series = [one for one in series if one.points]
     if not series:
         return []
-    label = column_name(measure)
+    label = measure_column(measure).name
     return [Plot("frontier", f"{label} against KL", SIGNS["kl"], label, series, joined=False)]
 
 
@@ -141,54 +142,14 @@ def reward_health(views: Sequence[RunView]) -> list[Plot]:
     return figures
 
 
-def reward_reports(view: RunView) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(iteration, its reward's report, with `fresh`: accuracy on the next policy's samples)."""
-    for k, record in view.records("reward").items():
-        yield k, {**record, "fresh": view.record(Role.vitals(k + 1)).get("fresh_accuracy")}
-
-
 def cost_bars(views: Sequence[RunView]) -> list[Bars]:
     """Seconds by part, as if a run had shared no stage, mean over its seeds."""
-    bars = [(cost.method, cost.parts) for cost in method_costs(views) if cost.parts]
+    bars = [
+        (cost.method, {part: total["seconds"] for part, total in cost.by_part.items()})
+        for cost in method_costs(views)
+        if cost.by_part
+    ]
     return [Bars("costs", "time by part, mean over seeds", "seconds", bars)] if bars else []
-
-
-def reward_table(views: Sequence[RunView]) -> Grid:
-    """Every run's rewards on held-out demonstrations, and where the demonstrations' scores are
-    before they are normalised, whose drift over iterations shows."""
-    columns = ["run", "iteration", "accuracy %", "loss", "margin", "calibration error %"]
-    columns += ["fresh samples %", "older pairs %", "agreement with older", "length alone %"]
-    columns += ["correlation with length", "score mean", "score std"]
-    grid = Grid("rewards, on held-out demonstrations", columns, [])
-    for view in views:
-        for k, report in reward_reports(view):
-            held = report["held_out"]
-            older = ", ".join(_percent(r["accuracy"]) for r in report["older"].values())
-            scores = view.record(Role.reward_fit(k)).get("normaliser", (None, None))
-            grid.rows.append(
-                [
-                    view.folder.name,
-                    str(k),
-                    _percent(held["accuracy"]),
-                    *(_decimal(held[name]) for name in ("loss", "margin")),
-                    _percent(held["calibration_error"]),
-                    _percent(report["fresh"]),
-                    older or MISSING,
-                    ", ".join(map(_decimal, report.get("agreement", {}).values())) or MISSING,
-                    _percent(report["audit"]["length"]),
-                    _decimal(report["audit"].get("length_correlation")),
-                    *map(_decimal, scores),
-                ]
-            )
-    return grid
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{100 * value:.1f}"
-
-
-def _decimal(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3f}"
 
 
 def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
@@ -210,7 +171,7 @@ def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
                 for n, kl, e in zip(curve["n"], curve["kl"], estimates or [], strict=False)
             ]
             series.append(Series(run, points))
-        label = spelt(name)
+        label = metric_name(name)
         title = f"best of n: {label}"
         figures.append(Plot(f"best-of-{name}", title, "KL at most, nats", label, series))
     return figures
@@ -226,8 +187,8 @@ def ppo_curves(views: Sequence[RunView], headline: str | None) -> list[Plot]:
     scales = dict.fromkeys(UPDATES, 1.0)
     labels = dict(UPDATES)
     if headline is not None:
-        scales[f"gold_{headline}"] = _scale(headline)
-        labels[f"gold_{headline}"] = f"rollouts' {column_name(headline)}"
+        scales[f"gold_{headline}"] = measure_column(headline).scale
+        labels[f"gold_{headline}"] = f"rollouts' {measure_column(headline).name}"
     figures = []
     for measure, label in labels.items():
         series = []
@@ -253,7 +214,3 @@ def _over_seeds(pairs: Iterator[tuple[int, float]] | Any) -> list[Point]:
         note = f"mean of {found.n} seeds" if found.n > 1 else "one seed"
         points.append(Point(float(k), found.mean, found.low, found.high, note))
     return points
-
-
-def _scale(measure: str) -> float:
-    return 1.0 if measure.partition("@")[0] in PLAIN else 100.0

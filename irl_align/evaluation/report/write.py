@@ -10,8 +10,8 @@ from typing import Any
 
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.aggregate import FILE, analyse, compare_runs, read_comparison
-from irl_align.evaluation.compare.overoptimization import frontiers
-from irl_align.evaluation.compare.tables import COST, GAINS, PPO, RESULTS, grids_by_section, notes
+from irl_align.evaluation.compare.run_tables import reward_tables, run_ending
+from irl_align.evaluation.compare.tables import notes, tables_by_section
 from irl_align.evaluation.report.browser import (
     BUDGET,
     CREDIT_BUDGET,
@@ -25,17 +25,16 @@ from irl_align.evaluation.report.curves import (
     learning_curves,
     ppo_curves,
     reward_health,
-    reward_table,
     standings,
 )
 from irl_align.evaluation.report.figures import Drawable
 from irl_align.evaluation.report.gains import gain_figures
 from irl_align.evaluation.report.images import png, svg
 from irl_align.evaluation.report.templates import render
-from irl_align.evaluation.tables import evaluation_grids, evaluation_notes, read_evaluation
+from irl_align.evaluation.tables import evaluation_notes, evaluation_tables, read_evaluation
 from irl_align.training.run_folder import Run, RunView, is_run, records_told
 from irl_align.utils.files import atomic_write
-from irl_align.utils.text_table import TEXTS, Grid
+from irl_align.utils.text_table import Column, Table
 from irl_align.utils.version import __version__
 
 LONG = 12  # rows; longer tables are closed at first
@@ -48,9 +47,9 @@ class Section:
 
     name: str
     figures: Sequence[Drawable]
-    grids: Sequence[Grid] = ()
+    tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
-    first: Grid | None = None
+    first: Table | None = None
     """A table before the figures."""
 
 
@@ -70,10 +69,9 @@ def _write(source: Path, output: Path | None, figures: Path | None) -> Path:
     values = {
         "title": title,
         "version": __version__,
-        "texts": TEXTS,
         "sections": [(one, [svg(figure) for figure in one.figures]) for one in sections],
         "long": LONG,
-        "health": [grid for grid in [_ended(views), _told(views)] if grid["rows"]],
+        "health": _health(views),
     }
     output = output or source / "report.html"
     atomic_write(output, _page(values, views))
@@ -104,58 +102,53 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
                 "comparison or of a run"
             )
         view = Run.load(source)
-        comparison = compare_runs([view], iterations=True)
-        analysis = analyse(comparison, None, None)
-        lower = comparison.lower_is_better
-        analysis["frontiers"] = frontiers([view], {}, comparison.headline, lower)
-        return [view], analysis, source.name
+        return [view], analyse(compare_runs([view], iterations=True)), source.name
     analysis = read_comparison(source)
     try:
         paths = [source / str(run["path"]) for run in analysis["runs"]]
-        grids_by_section(analysis)
+        tables_by_section(analysis)
     except (KeyError, TypeError) as error:
-        mend = "run irl-align compare again"
-        raise UserError(f"{source / FILE}: found no {error} in it; {mend}") from error
+        raise UserError(
+            f"{source / FILE}: found no {error} in it; run irl-align compare again"
+        ) from error
     gone = [path for path in paths if not is_run(path)]
-    analysis["missing"] += [f"{path}: gone; tables have it, figures do not" for path in gone]
+    in_tables = "it is in the tables, but not in the figures"
+    analysis["missing"] += [f"{path}: deleted; {in_tables}" for path in gone]
     views = [Run.load(path) for path in paths if path not in gone]
-    left = "not finished any more; tables have it, figures do not"
+    left = f"not finished any more; {in_tables}"
     analysis["missing"] += [f"{v.folder}: {left}" for v in views if v.summary is None]
     return [v for v in views if v.summary is not None], analysis, "comparison"
 
 
 def _sections(views: Sequence[RunView], analysis: dict[str, Any]) -> list[Section]:
-    """What is there to see, figures before tables; of the results the table of gold comes first."""
-    tables = grids_by_section(analysis)
-    gold, *results = tables[RESULTS] or [Grid("results", ["policy"], [])]
-    gains = [*frontier(views, analysis), *gain_figures(analysis.get("frontiers", []))]
-    evaluated = [(view, found) for view in views if (found := read_evaluation(view))]
-    evaluations = [_of(view, grid) for view, found in evaluated for grid in evaluation_grids(found)]
-    told = [
-        f"{v.folder.name}: {line}" for v, found in evaluated for line in evaluation_notes(found)
-    ]
-    rewards = reward_table(views)
+    """The sections that have content; in each, figures come before tables, except that the results
+    begin with the table of gold."""
+    tables = tables_by_section(analysis)
+    gold, *results = tables["Results"] or [Table("results", [Column("policy")], [])]
+    gains = [*frontier(views, analysis), *gain_figures(analysis["frontiers"])]
+    rewards = reward_tables(views, "rewards, on held-out demonstrations")
+    evaluations, evaluation_lines = [], []
+    for view in views:
+        if evaluation := read_evaluation(view):
+            name = view.folder.name
+            for table in evaluation_tables(evaluation):
+                evaluations.append(replace(table, title=f"{name}: {table.title}"))
+            evaluation_lines += [f"{name}: {line}" for line in evaluation_notes(evaluation)]
     sections = [
-        Section(RESULTS, standings(analysis), results, notes(analysis), gold),
+        Section("Results", standings(analysis), results, notes(analysis), gold),
         Section("Learning curves", learning_curves(views, analysis)),
-        Section(GAINS, gains, tables[GAINS]),
-        Section("Reward health", reward_health(views), [rewards] if rewards.rows else []),
-        Section("Evaluations", best_of_curves(views), evaluations, told),
-        Section(PPO, ppo_curves(views, analysis["headline"]), tables[PPO]),
-        Section(COST, cost_bars(views), tables[COST]),
+        Section("Gold against KL", gains, tables["Gold against KL"]),
+        Section("Reward health", reward_health(views), [t for t in rewards if t.rows]),
+        Section("Evaluations", best_of_curves(views), evaluations, evaluation_lines),
+        Section("PPO", ppo_curves(views, analysis["headline"]), tables["PPO"]),
+        Section("Cost", cost_bars(views), tables["Cost"]),
     ]
-    return [one for one in sections if one.first or one.figures or one.grids]
+    return [one for one in sections if one.first or one.figures or one.tables]
 
 
-def _of(view: RunView, grid: Grid) -> Grid:
-    return replace(grid, title=f"{view.folder.name}: {grid.title}")
-
-
-def _ended(views: Sequence[RunView]) -> dict[str, Any]:
-    rows = [(v.folder.name, (v.summary or {}).get("ended", "not finished")) for v in views]
-    return {"title": "How the runs ended", "rows": rows}
-
-
-def _told(views: Sequence[RunView]) -> dict[str, Any]:
-    rows = [(view.folder.name, sign) for view in views for sign in view.signs()]
-    return {"title": "Warning signs", "rows": rows}
+def _health(views: Sequence[RunView]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(title, (run, text) of each line) of how the runs ended and of their warning signs."""
+    endings = [(view.folder.name, run_ending(view)) for view in views]
+    signs = [(view.folder.name, sign) for view in views for sign in view.signs()]
+    lists = (("How the runs ended", endings), ("Warning signs", signs))
+    return [(title, lines) for title, lines in lists if lines]

@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+from irl_align.evaluation.compare.same_kl import levels_at_kl, smoothed_at
 from support.synthetic_runs import synthetic_run, trained_run
 from support.tiny_runs import irl_align, the_line
 
-from irl_align.evaluation.compare.same_kl import levels_at_kl, smoothed_at
 from irl_align.utils.statistics import estimate
 
 KLS = [0.0, 0.1, 0.3, 0.6, 1.0, 1.7, 2.5]
