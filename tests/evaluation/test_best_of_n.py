@@ -14,7 +14,7 @@ from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.evaluation.best_of_n import LOWER_IS_BETTER, curve, expected_best
-from irl_align.evaluation.tables import curve_grid, curve_notes
+from irl_align.evaluation.tables import curve_notes, curve_table
 from irl_align.training.train import Result
 
 pytestmark = pytest.mark.timeout(240)
@@ -95,7 +95,7 @@ def test_a_gold_of_unknown_direction_is_shown_and_not_judged() -> None:
         "best of n: not judged for overoptimisation, since the gold does not say whether high or "
         "low is good: words"
     )
-    assert [row[-1] for row in curve_grid(report).rows][-1].startswith("3.005")
+    assert [row[-1] for row in curve_table(report).texts()][-1].startswith("3.005")
 
 
 @pytest.fixture(scope="module")

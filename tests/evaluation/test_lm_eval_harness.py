@@ -9,7 +9,7 @@ from support.tiny_runs import irl_align, the_line
 
 from irl_align.errors import UserError
 from irl_align.evaluation.lm_eval_tasks import LEADERBOARD, benchmarks
-from irl_align.evaluation.tables import benchmark_grid
+from irl_align.evaluation.tables import benchmark_table
 from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_model, load_tokenizer
 
@@ -53,12 +53,12 @@ def test_the_mean_is_told_of_the_whole_leaderboard_only() -> None:
         | {"metrics": {metric: {"value": 0.1 * i, "stderr": 0.01}, "other,none": {}}}
         for i, (task, (shots, metric)) in enumerate(LEADERBOARD.items())
     ]
-    rows = benchmark_grid(results).rows
+    rows = benchmark_table(results).texts()
     assert rows[1][:4] == ["hellaswag", "acc_norm", "10", "10.0±2.0"] and len(rows) == 7
     assert rows[-1][:4] == ["Open LLM Leaderboard", "mean", "-", "25.0"]
-    assert len(benchmark_grid(results[1:]).rows) == 5
+    assert len(benchmark_table(results[1:]).rows) == 5
     results[0]["shots"] = 0
-    assert len(benchmark_grid(results).rows) == 6
+    assert len(benchmark_table(results).texts()) == 6
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support.synthetic_runs import synthetic_run
 
-from irl_align.evaluation.compare.aggregate import analyse, compare_runs
-from irl_align.evaluation.compare.tables import grids, notes, to_csv
+from irl_align.evaluation.compare.aggregate import AnalysisOptions, analyse, compare_runs
+from irl_align.evaluation.compare.tables import comparison_tables, notes, to_csv
 from irl_align.evaluation.measures import evaluated_runs, evaluation_measures
 from irl_align.training.run_folder import Run, RunView
 
@@ -32,7 +32,7 @@ def evaluation(accuracy: float, wins: float, **of: Any) -> dict[str, Any]:
     return {
         "of": {"policy": None, "reward": None, **of},
         "best_of": None,
-        "sets": [{"card": "pairs", "split": "test", "scorers": scorers, "dropped": 0}],
+        "sets": [{"card": "pairs", "split": "test", "scorers": scorers, "only": None}],
         "judged": [{"judge": "judge-seed1", "policy": "m", "rows": [row]}],
         "judged_by_chat": [{"judge": "chat", "url": "u", "rows": [chat, silent]}],
         "benchmarks": [
@@ -74,10 +74,10 @@ def test_evaluations_over_seeds(tmp_path: Path) -> None:
         for seed in (1, 2, 3)
     ]
     comparison = compare_runs(views, evaluated=evaluated_runs(views))
-    analysis = analyse(comparison, "preference/pairs/test/reward", "a")
+    analysis = analyse(comparison, AnalysisOptions("preference/pairs/test/reward", "a"))
     assert [r["label"] for r in analysis["ranking"]] == ["b", "a"]
-    (grid,) = [g for g in grids(analysis) if g.title.startswith("evaluations")]
-    lines = {tuple(line[:2]): line[2:] for line in grid.rows}
+    (grid,) = [g for g in comparison_tables(analysis) if g.title.startswith("evaluations")]
+    lines = {tuple(line[:2]): line[2:] for line in grid.texts()}
     accuracy = "preference, pairs, test, reward %"
     assert lines["a", accuracy] == ["62.0±2.5", "-", "-"]
     assert lines["b", accuracy] == ["72.0±2.5", "+10.0±0.0", "-"]
@@ -101,7 +101,7 @@ def test_what_some_runs_lack_or_was_of_another_policy_is_no_mean(tmp_path: Path)
     ]
     found = evaluated_runs(views)
     assert list(found) == [views[0].folder]
-    analysis = analyse(compare_runs(views, evaluated=found), None, None)
-    assert not [g for g in grids(analysis) if g.title.startswith("evaluations")]
+    analysis = analyse(compare_runs(views, evaluated=found))
+    assert not [g for g in comparison_tables(analysis) if g.title.startswith("evaluations")]
     (line,) = [line for line in notes(analysis) if "not evaluated in all" in line]
     assert line.startswith("not compared: a: ") and "preference/pairs/test/reward" in line

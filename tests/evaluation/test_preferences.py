@@ -18,8 +18,8 @@ from irl_align.evaluation.inference import score_rows
 from irl_align.evaluation.preference_tables import (
     PairSet,
     excess_share,
-    preference_grids,
     preference_report,
+    preference_report_tables,
 )
 from irl_align.reward.model import RewardModel
 from irl_align.training.train import Result
@@ -251,9 +251,9 @@ def test_accuracy_by_each_of_the_columns_that_make_the_subset(
         "quality": (1.0, 3),
     }
     assert {k: v["n"] for k, v in longer["domain"].items()} == {"food": 3, "rooms": 2}
-    by_axis = next(grid for grid in preference_grids(report) if ", by axis:" in grid.title)
-    assert by_axis.columns == ["group", "pairs", *report["scorers"]]
-    assert [row[:2] for row in by_axis.rows] == [["naturalness", "2"], ["quality", "3"]]
+    by_axis = next(grid for grid in preference_report_tables(report) if ", by axis:" in grid.title)
+    assert [column.name for column in by_axis.columns] == ["group", "pairs", *report["scorers"]]
+    assert [row[:2] for row in by_axis.texts()] == [["naturalness", "2"], ["quality", "3"]]
     assert "joined, by axis: accuracy %" in out and "joined, by domain: accuracy %" in out
 
 
@@ -384,10 +384,10 @@ def test_ties_count_half_and_thirds_split_margins() -> None:
     }
     assert reward["against"]["longer wins"]["mean"] == -0.5
     assert "against" not in report["scorers"]["longer wins"]
-    (overall, by_margin, against) = preference_grids(report)
-    assert overall.rows[0][0] == "reward" and overall.rows[0][3] == "25.0"
-    assert [row[0] for row in by_margin.rows] == list(reward["margins"])
-    assert against.rows[0][:3] == ["reward", "longer wins", "-50.0"]
+    (overall, by_margin, against) = preference_report_tables(report)
+    assert overall.texts()[0][0] == "reward" and overall.texts()[0][3] == "25.0"
+    assert [row[0] for row in by_margin.texts()] == list(reward["margins"])
+    assert against.texts()[0][:3] == ["reward", "longer wins", "-50.0"]
 
 
 def test_excess_share() -> None:

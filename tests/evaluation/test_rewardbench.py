@@ -10,9 +10,9 @@ from support.tiny_runs import irl_align, the_line
 
 from irl_align.evaluation.preference_tables import (
     PairSet,
-    preference_grids,
     preference_notes,
     preference_report,
+    preference_report_tables,
 )
 from irl_align.evaluation.rewardbench import SECTIONS, section_gaps, section_scores
 
@@ -37,7 +37,7 @@ def test_rewardbench_weighs_subsets_by_their_pairs() -> None:
         pair_set(list(chat)), {"reward": np.array([1.0, -1, -1, -1, -1])}, {}
     )
     assert report["scorers"]["reward"]["sections"]["Chat"] == pytest.approx(100 / 358)
-    assert any(grid.title.startswith("RewardBench") for grid in preference_grids(report))
+    assert any(grid.title.startswith("RewardBench") for grid in preference_report_tables(report))
 
 
 def test_what_sections_lack_is_named() -> None:

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 from support.synthetic_runs import synthetic_recipe, synthetic_run
 
+from irl_align.cli.show import show_comparison
 from irl_align.errors import UserError
-from irl_align.evaluation.compare.aggregate import analyse, compare_runs
+from irl_align.evaluation.compare.aggregate import AnalysisOptions, analyse, compare_runs
 from irl_align.evaluation.compare.costs import sharing
 from irl_align.evaluation.compare.tables import (
-    grids,
+    comparison_tables,
     headline_measures,
     notes,
-    show_comparison,
     to_csv,
     to_markdown,
 )
@@ -44,7 +44,7 @@ def row(analysis: dict[str, Any], label: str) -> dict[str, Any]:
 
 
 def test_methods_by_seeds(tmp_path: Path) -> None:
-    analysis = analyse(compare_runs(three_seeds(tmp_path)), None, None)
+    analysis = analyse(compare_runs(three_seeds(tmp_path)))
     assert [r["label"] for r in analysis["rows"]] == ["demonstrations", "SFT", "good", "even"]
     assert (analysis["baseline"], analysis["ranked_by"]) == ("SFT", "slot_error_rate@1")
     good = row(analysis, "good")
@@ -70,9 +70,9 @@ def test_stages_that_runs_share_are_paid_once(tmp_path: Path) -> None:
     # Of each of three seeds: SFT (100 s) and two updates (10 s), against twice SFT and an update.
     runs = three_seeds(tmp_path)
     assert sharing(runs) == (3 * 120.0, 3 * 2 * 110.0)
-    analysis = analyse(compare_runs(runs), None, None)
+    analysis = analyse(compare_runs(runs))
     assert row(analysis, "good")["estimates"]["seconds"]["mean"] == 110.0
-    assert "stages: 360 s together, 660 s if every run were by itself (55%)" in notes(analysis)
+    assert "stages: 360 s together, 660 s if each run shared none (55%)" in notes(analysis)
 
 
 def test_costs_by_part_and_iteration(tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_costs_by_part_and_iteration(tmp_path: Path) -> None:
         synthetic_run(tmp_path, "a", 1, errors, extra=extra),
         synthetic_run(tmp_path, "b", 1, errors),
     ]
-    analysis = analyse(compare_runs(views(*runs)), None, None)
-    (grid,) = [g for g in grids(analysis) if g.title.startswith("seconds")]
-    assert grid.columns[1:] == [
+    analysis = analyse(compare_runs(views(*runs)))
+    (grid,) = [g for g in comparison_tables(analysis) if g.title.startswith("seconds")]
+    assert [c.name for c in grid.columns[1:]] == [
         "SFT", "samples and pairs", "reward", "policy step", "measuring",
         "total", "per iteration", "relative", "peak MiB",
     ]  # fmt: skip
-    assert grid.rows == [
+    assert grid.texts() == [
         ["a", "100", "5", "15", "10", "2", "132", "30", "1.00", "700"],
         ["b", "100", "-", "-", "10", "-", "110", "10", "0.33", "512"],
     ]
@@ -115,32 +115,37 @@ def test_memory_and_tokens_by_part_and_iteration(tmp_path: Path) -> None:
             }
         errors = [(0.3, 0.2), (0.2, 0.1), (0.2, 0.1)]
         runs.append(synthetic_run(tmp_path, "m", seed, errors, extra=extra))
-    analysis = analyse(compare_runs(views(*runs)), None, None)
-    found = {g.title.partition(",")[0].partition(" (")[0]: g for g in grids(analysis)}
+    analysis = analyse(compare_runs(views(*runs)))
+    found = {g.title.partition(",")[0].partition(" (")[0]: g for g in comparison_tables(analysis)}
     memory = found["peak MiB by part"]
-    assert memory.columns == ["policy", "SFT", "reward", "policy step"]
-    assert memory.rows == [["m", "512", "210", "512"]]
+    assert [c.name for c in memory.columns] == ["policy", "SFT", "reward", "policy step"]
+    assert memory.texts() == [["m", "512", "210", "512"]]
     tokens = found["thousands of tokens by part"]
-    assert (tokens.columns, tokens.rows) == (["policy", "reward trained"], [["m", "18"]])
-    assert found["by iteration"].rows == [
+    assert ([c.name for c in tokens.columns], tokens.texts()) == (
+        ["policy", "reward trained"],
+        [["m", "18"]],
+    )
+    assert found["by iteration"].texts() == [
         ["m, iteration 0", "20", "6", "-", "512"],
         ["m, iteration 1", "30", "12", "-", "512"],
     ]
-    told = "stages that went on after a stop, whose seconds are of the last try alone: m 1"
+    told = "stages that resumed after a stop; their seconds cover the last attempt only: m 1"
     assert told in notes(analysis)
     stored = json.loads(json.dumps(analysis))  # as the report reads it
-    assert [g.rows for g in grids(stored)] == [g.rows for g in grids(analysis)]
+    assert [g.texts() for g in comparison_tables(stored)] == [
+        g.texts() for g in comparison_tables(analysis)
+    ]
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path, "one", 7, [(0.3, 0.1), (0.2, 0.1)])
-    analysis = analyse(compare_runs(views(run)), None, None)
+    analysis = analyse(compare_runs(views(run)))
     assert analysis["interval"] is None
     assert "one seed (7): there are no intervals and no tests" in notes(analysis)
     text = to_markdown(analysis)
     assert "±" not in text and "| one | 20.0 | 10.0 |" in text
-    (against,) = [g for g in grids(analysis) if g.title.startswith("against")]
-    assert [line[2:] for line in against.rows] == [
+    (against,) = [g for g in comparison_tables(analysis) if g.title.startswith("against")]
+    assert [line[2:] for line in against.texts()] == [
         ["-10.0", "-", "-", "-"],
         ["+0.0", "-", "-", "-"],
     ]
@@ -155,17 +160,17 @@ def test_what_is_beyond_entropy(tmp_path: Path) -> None:
         errors = [(0.30, 0.15), (own, 0.1)]
         extra = {"matched-entropy/1": matched}
         folders.append(synthetic_run(tmp_path, "good", seed, errors, extra=extra))
-    analysis = analyse(compare_runs(views(*folders)), None, None)
+    analysis = analyse(compare_runs(views(*folders)))
     found = row(analysis, "good")["estimates"]
     assert found["slot_error_rate@first-at-entropy"]["mean"] == pytest.approx(0.26)
     assert found["slot_error_rate@beyond-entropy"]["mean"] == pytest.approx(-0.04)
     assert found["matched_temperature"]["mean"] == pytest.approx(0.8)
     assert "slot_error_rate@1" in headline_measures(analysis)
     assert not any("entropy" in measure for measure in headline_measures(analysis))
-    columns = {column: at for at, column in enumerate(grids(analysis)[1].columns)}
-    line = grids(analysis)[1].rows[-1]
-    assert line[columns["first policy at its entropy %"]].startswith("26.0±")
-    assert line[columns["beyond that %"]].startswith("-4.0±")
+    columns = {column.name: at for at, column in enumerate(comparison_tables(analysis)[1].columns)}
+    line = comparison_tables(analysis)[1].texts()[-1]
+    assert line[columns["slot error rate % first policy at its entropy"]].startswith("26.0±")
+    assert line[columns["slot error rate % beyond entropy"]].startswith("-4.0±")
     assert "slot_error_rate@beyond-entropy" in to_csv(analysis)
 
 
@@ -179,16 +184,16 @@ def test_methods_at_the_same_entropy_by_seed(tmp_path: Path) -> None:
             errors = [(0.30, 0.15), (own, 0.1)]
             extra = {"matched-entropy/1": matched}
             folders.append(synthetic_run(tmp_path, name, seed, errors, extra=extra))
-    analysis = analyse(compare_runs(views(*folders)), None, "spin")
-    (against,) = [g for g in grids(analysis) if g.title.startswith("against spin")]
-    lines = {tuple(line[:2]): line[2:] for line in against.rows}
+    analysis = analyse(compare_runs(views(*folders)), AnalysisOptions(baseline="spin"))
+    (against,) = [g for g in comparison_tables(analysis) if g.title.startswith("against spin")]
+    lines = {tuple(line[:2]): line[2:] for line in against.texts()}
     beyond = "slot error rate % beyond entropy"
     # spin is 7, 6, 6 points beyond, irl 12, 11, 10; SFT at its own entropy is itself.
     assert lines["irl", beyond] == ["-4.7±1.4", "0.005", "0.250", "1.00 [1.00, 1.00]"]
     assert lines["SFT", beyond][0] == "+6.3±1.4"
     assert f"| irl | {beyond} | -4.7±1.4 |" in to_markdown(analysis)
-    assert any(line.startswith("beyond entropy: at T=1, less what") for line in notes(analysis))
-    by_default = analyse(compare_runs(views(*folders)), None, None)
+    assert any(line.startswith("beyond entropy: at T=1, minus what") for line in notes(analysis))
+    by_default = analyse(compare_runs(views(*folders)))
     found = row(by_default, "irl")["against_baseline"]["slot_error_rate@beyond-entropy"]
     assert found["mean"] == pytest.approx(-0.11)
 
@@ -200,7 +205,7 @@ def test_ranked_over_the_seeds_that_all_have(tmp_path: Path) -> None:
         for seed, error in ((1, 0.05), (2, 0.40), (3, 0.45))
     ]
     folders.append(synthetic_run(tmp_path, "lucky", 1, [(0.5, 0.5), (0.10, 0.1)]))
-    analysis = analyse(compare_runs(views(*folders)), None, None)
+    analysis = analyse(compare_runs(views(*folders)))
     assert [(r["label"], r["mean"], r["n"]) for r in analysis["ranking"]] == [
         ("good", 0.05, 1),
         ("lucky", 0.10, 1),
@@ -208,11 +213,11 @@ def test_ranked_over_the_seeds_that_all_have(tmp_path: Path) -> None:
     ]
     told = "ranking: over the seeds that all policies have (1); fewer: lucky"
     assert told in notes(analysis)
-    (grid,) = [g for g in grids(analysis) if g.title.startswith("ranking")]
-    assert grid.rows[0] == ["1", "good", "5.0", "1", "-"]
+    (grid,) = [g for g in comparison_tables(analysis) if g.title.startswith("ranking")]
+    assert grid.texts()[0] == ["1", "good", "5.0", "1", "-"]
     # Without a seed in all of them each has its own, and that is told.
     apart = [*folders[1:3], folders[3]]
-    analysis = analyse(compare_runs(views(*apart)), None, None)
+    analysis = analyse(compare_runs(views(*apart)))
     assert [(r["label"], r["n"]) for r in analysis["ranking"]] == [
         ("lucky", 1),
         ("good", 2),
@@ -258,9 +263,9 @@ def test_select_shows_its_bound_and_best_of(tmp_path: Path) -> None:
     bound = {"policy": 1, "temperature": 1.0, "kl_bound": 1.8351, "length": 20.0, "metrics": {}}
     extra = {"evaluation/1/t1": bound}
     run = synthetic_run(tmp_path, "sel", 1, [(0.3, 0.2), (0.2, 0.1)], recipe=recipe, extra=extra)
-    analysis = analyse(compare_runs(views(run)), None, None)
-    vitals = grids(analysis)[1]
-    assert vitals.rows[-1][:2] == ["sel, best of 16", "<= 1.84"]
+    analysis = analyse(compare_runs(views(run)))
+    vitals = comparison_tables(analysis)[1]
+    assert vitals.texts()[-1][:2] == ["sel, best of 16", "<= 1.84"]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,7 @@ def test_other_data_or_evaluation_is_refused(
         compare_runs(views(first, second))
     assert named in str(caught.value) and "--force" in str(caught.value)
     assert str(first) in str(caught.value) and str(second) in str(caught.value)
-    forced = analyse(compare_runs(views(first, second), force=True), None, None)
+    forced = analyse(compare_runs(views(first, second), force=True))
     assert any(line.startswith("differs: ") and named in line for line in notes(forced))
 
 
@@ -317,7 +322,9 @@ def test_a_measure_that_some_seeds_lack(tmp_path: Path) -> None:
     (record,) = [r for r in records if r["key"] == "evaluation/1/t0"]
     record["metrics"]["slot_error_rate"] = None  # what was not finite
     only = [v for v in runs if v.folder.name != "even-seed1"]
-    analysis = analyse(compare_runs(only, missing=["even-seed1: gone"]), None, "good")
+    analysis = analyse(
+        compare_runs(only, missing=["even-seed1: gone"]), AnalysisOptions(baseline="good")
+    )
     assert row(analysis, "good")["estimates"]["slot_error_rate@0"]["n"] == 2
     told = notes(analysis)
     assert "good: not in all of its seeds: slot_error_rate@0" in told
@@ -329,12 +336,12 @@ def test_a_measure_that_some_seeds_lack(tmp_path: Path) -> None:
 
 def test_baseline_and_measure_are_checked(tmp_path: Path) -> None:
     comparison = compare_runs(three_seeds(tmp_path))
-    assert analyse(comparison, "slot_error_rate@0", "even")["baseline"] == "even"
-    assert analyse(comparison, "bleu", None)["ranked_by"] == "bleu@1"
+    assert analyse(comparison, AnalysisOptions("slot_error_rate@0", "even"))["baseline"] == "even"
+    assert analyse(comparison, AnalysisOptions("bleu"))["ranked_by"] == "bleu@1"
     with pytest.raises(UserError, match="--baseline: found 'x', expected one of SFT, good, even"):
-        analyse(comparison, None, "x")
+        analyse(comparison, AnalysisOptions(baseline="x"))
     with pytest.raises(UserError, match="--by: found 'kl@1', expected a gold metric"):
-        analyse(comparison, "kl", None)
+        analyse(comparison, AnalysisOptions("kl"))
 
 
 def test_without_gold_nothing_is_ranked(tmp_path: Path) -> None:
@@ -347,13 +354,13 @@ def test_without_gold_nothing_is_ranked(tmp_path: Path) -> None:
             record.pop(field, None)
         lines.append(json.dumps(record) + "\n")
     path.write_text("".join(lines))
-    analysis = analyse(compare_runs(views(run)), None, None)
+    analysis = analyse(compare_runs(views(run)))
     assert analysis["ranking"] == [] and analysis["ranked_by"] is None
-    assert grids(analysis)[0].columns == ["policy", "length"]
+    assert [c.name for c in comparison_tables(analysis)[0].columns] == ["policy", "length"]
 
 
 def test_tables_in_all_forms(tmp_path: Path) -> None:
-    analysis = analyse(compare_runs(three_seeds(tmp_path)), None, None)
+    analysis = analyse(compare_runs(three_seeds(tmp_path)))
     assert headline_measures(analysis) == ["slot_error_rate@1", "slot_error_rate@0",
                                            "fully_right@1", "bleu@1", "bleu@0"]  # fmt: skip
     markdown = to_markdown(analysis)
@@ -371,12 +378,12 @@ def test_tables_in_all_forms(tmp_path: Path) -> None:
     show_comparison(analysis, console)
     text = console.export_text()
     assert "21.0±2.5" in text and max(map(len, text.splitlines())) <= 100
-    bootstrap = analyse(compare_runs(three_seeds(tmp_path)), None, None, "bootstrap")
+    bootstrap = analyse(compare_runs(three_seeds(tmp_path)), AnalysisOptions(interval="bootstrap"))
     assert "21.0 [20.0, 22.0]" in to_markdown(bootstrap) and "bootstrap" in notes(bootstrap)[0]
 
 
 def test_wide_tables_are_printed_in_parts(tmp_path: Path) -> None:
-    analysis = analyse(compare_runs(three_seeds(tmp_path)), None, None)
+    analysis = analyse(compare_runs(three_seeds(tmp_path)))
     for row_ in analysis["rows"]:
         row_["label"] = f"a name of a policy that is long, {row_['label']}"
     console = Console(width=60, record=True, file=io.StringIO())
@@ -390,6 +397,6 @@ def test_wide_tables_are_printed_in_parts(tmp_path: Path) -> None:
 
 def test_markdown_escapes_names(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path, "a", 1, [(0.3, 0.2), (0.2, 0.1)])
-    analysis = analyse(compare_runs(views(run)), None, None)
+    analysis = analyse(compare_runs(views(run)))
     analysis["rows"][-1]["label"] = "<b>|`x`_"
     assert "| &#60;b&#62;&#124;&#96;x&#96;&#95; | 20.0" in to_markdown(analysis)

@@ -112,7 +112,7 @@ def test_a_process_is_seen_and_one_that_has_ended_is_nothing() -> None:
     )
     assert process.stdout is not None and process.stdout.readline() == "there\n"
     guard = MemoryGuard()
-    (held,) = guard.look([process.pid])
+    (held,) = guard.measure([process.pid])
     assert 200 * 2**20 < held < 400 * 2**20 and guard.largest == held
     process.communicate("\n")
-    assert guard.look([process.pid]) == [0] and guard.largest == held
+    assert guard.measure([process.pid]) == [0] and guard.largest == held

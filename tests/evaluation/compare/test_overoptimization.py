@@ -14,10 +14,10 @@ from irl_align.errors import UserError
 from irl_align.evaluation.compare.overoptimization import Form, fit_gain, frontiers, overoptimised
 from irl_align.evaluation.compare.runner import plan
 from irl_align.evaluation.compare.sweep import named, parse_sweeps, settings
-from irl_align.evaluation.compare.tables import frontier_fits, notes
-from irl_align.evaluation.report import write_report
+from irl_align.evaluation.compare.tables import gain_fits, notes
 from irl_align.evaluation.report.curves import frontier
 from irl_align.evaluation.report.figures import Plot
+from irl_align.evaluation.report.write import write_report
 from irl_align.training.run_folder import Run
 from irl_align.utils.files import to_lines
 
@@ -160,9 +160,9 @@ def test_a_sweep_is_one_frontier(tmp_path: Path) -> None:
     (series,) = figure.series
     assert series.name == "m" and series.points[-1].x == 25.0
     assert series.points[-1].note == "policy_update.kl_coef=0.01, seed 2, iteration 1"
-    apart = frontier(views, {"headline": "slot_error_rate"})[0].series
+    apart = frontier(views, {"headline": "slot_error_rate", "sweeps": {}})[0].series
     assert [one.name for one in apart] == [f"m-kl_coef-{c:g}" for c in (0.2, 0.1, 0.05, 0.02, 0.01)]
-    (row,) = frontier_fits({"frontiers": [found]}).rows
+    (row,) = gain_fits({"frontiers": [found]}).texts()
     assert row == ["m", "10", "25.00", "0.100", "0.100", "1.00", "1.000", "0.100", "beyond", "yes"]
 
 

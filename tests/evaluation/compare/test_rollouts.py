@@ -38,7 +38,7 @@ def test_speeds_are_by_method_level_and_seed(
     assert fast["updates"] == {"1": 7, "2": 5} and fast["samples"] == {"1": 7 * 8, "2": 5 * 8}
     assert slow["updates"] == {"1": 11, "2": None} and slow["samples"] == {"1": 11 * 8, "2": None}
     assert learning_speeds(views, [0.3], None, LOWER) == []
-    assert learning_speed({"speeds": [fast, slow]}).rows == [
+    assert learning_speed({"speeds": [fast, slow]}).texts() == [
         ["m, policy-1", "slot error rate 30.0%", "2 of 2", "6", "48"],
         ["m, policy-1", "slot error rate 15.0%", "1 of 2", "11", "88"],
     ]

@@ -9,7 +9,13 @@ from support.synthetic_runs import synthetic_run
 from support.tiny_runs import RECIPE, irl_align, metrics, the_line
 
 from irl_align.errors import UserError
-from irl_align.evaluation.compare.runner import Job, _environment, _next, plan, run_jobs
+from irl_align.evaluation.compare.runner import (
+    Job,
+    job_environment,
+    next_job,
+    plan,
+    run_jobs,
+)
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -51,8 +57,11 @@ def test_plan_is_recipes_times_seeds(recipes: Path) -> None:
     ("arguments", "told"),
     [
         (["seed=1"], "found no recipe"),
-        (["sft.yaml", "sft.yaml"], "name: found 'tiny-sft', which sft.yaml has too"),
-        (["sft.yaml", "best.yaml", "name=x"], "best.yaml: name: found 'x', which sft.yaml has too"),
+        (["sft.yaml", "sft.yaml"], "name: found 'tiny-sft', which sft.yaml also has"),
+        (
+            ["sft.yaml", "best.yaml", "name=x"],
+            "best.yaml: name: found 'x', which sft.yaml also has",
+        ),
         (["sft.yaml", "spin:seed=1"], "spin:seed=1: found no recipe 'spin'"),
         (["sft.yaml", "best.yaml", "best:output_dir=other"], "output_dir: found other and runs"),
         (
@@ -75,10 +84,10 @@ def test_jobs_of_another_seed_go_first_and_threads_are_divided(
     recipes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = plan(["sft.yaml", "best.yaml"], [1, 2])
-    assert _next(jobs, busy={1}) is jobs[1]
-    assert _next(jobs, busy={1, 2}) is jobs[0]
+    assert next_job(jobs, busy={1}) is jobs[1]
+    assert next_job(jobs, busy={1, 2}) is jobs[0]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert [_environment(n)["OMP_NUM_THREADS"] for n in (1, 2, 9)] == ["7", "3", "1"]
+    assert [job_environment(n)["OMP_NUM_THREADS"] for n in (1, 2, 9)] == ["7", "3", "1"]
 
 
 def test_compare_runs_shares_and_resumes(
@@ -138,7 +147,7 @@ def test_folders_of_runs_are_compared_as_they_are(
     assert "c-seed1: not finished" in " ".join(ended.out.split())  # a note may be wrapped
     assert (tmp_path / "comparison/comparison.csv").is_file()
     mixed = the_line(irl_align(capsys, "compare", *runs, "seed=1"))
-    assert mixed == "compare: found runs and 'seed=1', expected runs or recipes alone"
+    assert mixed == "compare: found runs and 'seed=1', expected only runs or only recipes"
 
 
 def test_no_comparison_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

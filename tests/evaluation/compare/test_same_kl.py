@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-from irl_align.evaluation.compare.same_kl import levels_at_kl, smoothed_at
 from support.synthetic_runs import synthetic_run, trained_run
 from support.tiny_runs import irl_align, the_line
 
+from irl_align.evaluation.compare.rollouts import levels_at_kl, smoothed_at
 from irl_align.utils.statistics import estimate
 
 KLS = [0.0, 0.1, 0.3, 0.6, 1.0, 1.7, 2.5]
@@ -103,6 +103,6 @@ def test_what_is_no_kl_is_refused_before_any_work(
 def test_without_ppo_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = synthetic_run(tmp_path, "m", 1, [(0.3, 0.2), (0.2, 0.1)])
     ended = irl_align(capsys, "compare", run, "--at-kl", 1)
-    assert ended.status == 0 and "no KL is told: found no PPO training" in " ".join(
+    assert ended.status == 0 and "no values for the KL: found no PPO training" in " ".join(
         ended.out.split()
     )

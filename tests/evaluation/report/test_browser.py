@@ -15,7 +15,7 @@ from support.report_runs import HOSTILE, a_run, rows, with_ppo
 from support.synthetic_runs import synthetic_run
 
 from irl_align.evaluation.compare.runner import CompareOptions, compare
-from irl_align.evaluation.report import write_report
+from irl_align.evaluation.report.write import write_report
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]

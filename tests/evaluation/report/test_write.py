@@ -16,12 +16,12 @@ from support.report_runs import HOSTILE, a_run, samples, with_ppo
 from support.synthetic_runs import synthetic_recipe, synthetic_run
 from support.tiny_runs import irl_align, the_line
 
-from irl_align.evaluation.report import write_report
 from irl_align.evaluation.report.browser import _within, sample_browser, token_texts
 from irl_align.evaluation.report.curves import ppo_curves
 from irl_align.evaluation.report.figures import Bars, Dots, Drawable, Plot, Point, Series
 from irl_align.evaluation.report.images import png, svg
 from irl_align.evaluation.report.templates import script_json
+from irl_align.evaluation.report.write import write_report
 from irl_align.training.run_folder import Run
 from irl_align.utils.files import to_lines
 
@@ -184,7 +184,7 @@ def test_a_run_that_lost_its_summary_is_told(
     assert irl_align(capsys, "compare", *runs).status == 0
     (tmp_path / "b-seed1/summary.json").unlink()
     text = page_of(tmp_path / "comparison").text_content()
-    assert "b-seed1: not finished any more; tables have it, figures do not" in text
+    assert "b-seed1: not finished any more; it is in the tables, but not in the figures" in text
 
 
 def test_token_credit_is_drawn_on_the_text(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         for section in page.xpath("//section[@id]")
     }
     assert tables["results"][:2] == ["results", "vital signs, at temperature 1"]
-    assert tables["cost"][0].startswith("seconds") and len(tables["reward-health"]) == 1
+    assert tables["cost"][0].startswith("seconds") and len(tables["reward-health"]) == 2
     assert "20.0±0.0" in page.xpath("//section[@id='results']//table")[0].text_content()
     marks = page.xpath("//figure//*[local-name()='use']/*[local-name()='title']/text()")
     assert "a: 20 at 1 (20 to 20); mean of 2 seeds" in marks
@@ -281,7 +281,7 @@ def test_long_tables_are_closed_at_first(
     for table in page.xpath("//details//table"):
         is_open = next(table.iterancestors("details")).get("open") is not None
         assert is_open == (len(table.xpath("./tbody/tr")) <= 12)
-    (rewards,) = page.xpath("//section[@id='reward-health']//details")
+    rewards, _ = page.xpath("//section[@id='reward-health']//details")
     assert "14 rows" in rewards.find("summary").text_content() and rewards.get("open") is None
 
 
@@ -290,7 +290,7 @@ def test_a_run_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert irl_align(capsys, "compare", *runs).status == 0
     (tmp_path / "b-seed1/recipe.yaml").unlink()
     page = page_of(tmp_path / "comparison")
-    assert "b-seed1: gone; tables have it, figures do not" in page.text_content()
+    assert "b-seed1: deleted; it is in the tables, but not in the figures" in page.text_content()
 
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
