@@ -102,7 +102,7 @@ def test_a_runs_policy_on_a_local_task(tasks: Path, capsys: pytest.CaptureFixtur
     kept.write_text(json.dumps(said), encoding="utf-8")
     assert "12.3" in irl_align(capsys, *command, "toy_choice@0").out
     part = irl_align(capsys, *command, "toy_choice@1", "--lm-eval-limit", "2")
-    assert "lm-eval: of a part of the rows: toy_choice (2 rows)" in part.out
+    assert "lm-eval: limited to some rows: toy_choice (2 rows)" in part.out
     assert len(json.loads((run.folder / "evaluation.json").read_text())["benchmarks"]) == 2
 
 
