@@ -216,7 +216,7 @@ def preference_notes(report: Mapping[str, Any]) -> list[str]:
         notes.append(f"RewardBench: in no section, left out of its scores: {', '.join(unknown)}")
     if BASELINES[-1] not in report["scorers"]:
         notes.append(
-            "no log-prob baselines, since a reward's folder does not name an SFT model: give --sft"
+            "no log-prob baselines, since a reward's folder names no SFT model: give --sft"
         )
     if trained := report.get("trained_on"):
         notes += _preference_reward_notes(trained, report)

@@ -72,7 +72,7 @@ def test_a_rival_of_another_card(folder: Path, capsys: pytest.CaptureFixture[str
         "card": "other", "split": "train", "pairs": 4, "dropped": 0, "shared_prompts": 2,
     }  # fmt: skip
     assert "toy: the reward on preferences was trained on 4 pairs of other, train" in out
-    assert "toy: it was trained on the prompts of 2 of the 4 pairs" in out
+    assert "toy: the reward on preferences was trained on the prompts of 2 of the 4 pairs" in out
     best = report["scorers"]["trained on preferences"]["overall"]["mean"]
     for found in report["scorers"].values():
         expected = None if best <= 0.5 else (found["overall"]["mean"] - 0.5) / (best - 0.5)
@@ -94,7 +94,8 @@ def test_no_excess_where_the_rival_is_not_above_chance() -> None:
     trained = {"card": "c", "split": "train", "pairs": 3, "dropped": 2, "shared_prompts": 0}
     own = {"mean": 0.5, "low": 0.4}
     scorers = {"trained on preferences": {"overall": own}, "SFT log-prob, mean": {}}
-    report = {"card": "toy", "dropped": 0, "scorers": scorers, "trained_on": trained}
+    report = {"card": "toy", "only": None, "dropped": 0, "section_gaps": {}}
+    report |= {"scorers": scorers, "trained_on": trained}
     assert preference_notes(report) == [
         "toy: the reward on preferences was trained on 3 pairs of c, train, 2 too long and left "
         "out",
@@ -102,7 +103,8 @@ def test_no_excess_where_the_rival_is_not_above_chance() -> None:
     ]
     own |= {"mean": 0.52, "low": 0.48}
     assert preference_notes(report)[1:] == [
-        "toy: the excess share says little: the interval of the reward on preferences holds chance"
+        "toy: the excess share is unreliable: the interval of the reward on preferences includes "
+        "chance"
     ]
     own |= {"mean": 0.62, "low": 0.58}
     assert len(preference_notes(report)) == 1
