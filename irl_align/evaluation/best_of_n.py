@@ -25,7 +25,7 @@ from irl_align.evaluation.compare.overoptimization import fit_gain
 from irl_align.evaluation.inference import first_policy
 from irl_align.models.generation.backends import resolve_backend, sampling_of
 from irl_align.models.generation.offline import saved_sampler, with_backend
-from irl_align.models.generation.samples import SampleSet, read_samples, write_samples
+from irl_align.models.generation.samples import Samples, StoredSamples, write_samples
 from irl_align.models.loading import load_tokenizer, pick_device
 from irl_align.models.logprobs import best_of_n_kl_bound
 from irl_align.reward.model import RewardModel
@@ -158,7 +158,7 @@ def best_of_curve(source: Path, request: BestOfN, device: str = "auto") -> dict[
         tokenizer = load_tokenizer(policy)
         with saved_sampler(policy, tokenizer, ids, options, backend, where) as generator:
             write_samples(work, generator, ids, sampling)
-        samples = read_samples(work, ids)
+        samples = StoredSamples(work, ids)
         reward = RewardModel.from_pretrained(reward_path, where)
         scores = rank_samples(samples, sample_rewards(samples, reward), "reward")
         golds = _gold_values(samples, texts, tokenizer, gold)
@@ -191,7 +191,7 @@ def _evaluation_prompts(view: RunView, count: int | None) -> tuple[list[list[int
 
 
 def _gold_values(
-    samples: SampleSet, texts: Sequence[str], tokenizer: Any, gold: GoldMetric
+    samples: Samples, texts: Sequence[str], tokenizer: Any, gold: GoldMetric
 ) -> dict[str, np.ndarray]:
     """Field of the gold's rows -> its values (M, N)."""
     _, completions = samples.flat()

@@ -23,7 +23,6 @@ from irl_align.errors import UserError
 from irl_align.models.lora import (
     add_adapter,
     base_of,
-    can_merge,
     has_adapter,
     is_adapter,
     load_adapter,
@@ -131,9 +130,8 @@ def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrain
     for name in (key for key in config if key.startswith("irl_")):
         setattr(model.config, name, config[name])
     model.requires_grad_(False).eval()
-    if not (merge and can_merge(model)):
-        return model
-    return merge_adapter(model).requires_grad_(True)
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    return merge_adapter(model).requires_grad_(True) if merge and exact else model
 
 
 def _load_head(model: PreTrainedModel, head: dict[str, Tensor], folder: Path) -> None:

@@ -218,11 +218,6 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def can_merge(model: PreTrainedModel) -> bool:
-    """Whether merging changes nothing but rounding in float32."""
-    return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-
-
 class AdapterSwitch:
     """Chooses which adapter of a backbone is active: one at a time, or none.
 

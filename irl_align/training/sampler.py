@@ -32,7 +32,6 @@ from irl_align.models.generation.transformers_backend import TransformersGenerat
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.loading import eos_ids, folder_eos_ids
 from irl_align.models.lora import require_bitsandbytes
-from irl_align.models.packing import context_length
 from irl_align.policy import Policy
 from irl_align.policy.roles import Role
 from irl_align.reward.ranking import rank_samples, sample_rewards
@@ -104,7 +103,6 @@ class Sampler:
             eos_token_ids=eos_ids(model, tokenizer),
             pad_token_id=int(tokenizer.pad_token_id),
             max_batch_tokens=self.recipe.generation.max_batch_tokens,
-            context_length=context_length(model),
         )
 
     def sample_rows(

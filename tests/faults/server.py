@@ -167,7 +167,7 @@ class _Sampler:
             seed=params["seed"],
         )
         stops = params.get("stop_token_ids") or [2**30]  # none: an id that is never sampled
-        sampler = TransformersGenerator(self.model, stops, 0, context_length=CONTEXT)
+        sampler = TransformersGenerator(self.model, stops, 0)
         (group,) = generate(sampler, [prompt], sampling)
         span = {"version": self.version}
         return [

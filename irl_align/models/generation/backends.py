@@ -6,9 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,34 +25,17 @@ from irl_align.models.lora import has_adapter, save_adapter
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 
 
-@dataclass(frozen=True)
-class BackendSampling(Sampling):
-    """Sampling by a backend other than transformers, which draws other random numbers.
-
-    The backend is one of the settings, so it is in the keys of all stages that depend on samples.
-
-    Attributes:
-        backend: vllm or vllm-server.
-        engine: vLLM's own options, as JSON.
-    """
-
-    backend: str = "vllm"
-    engine: str = "{}"
-
-
 def sampling_of(options: GenerationOptions, backend: str, n: int, temperature: float) -> Sampling:
     """The options' sampling with this n and temperature; the caller sets the seed."""
-    settings: dict[str, Any] = {
-        "n": n,
-        "temperature": temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "max_new_tokens": options.max_new_tokens,
-    }
-    if backend == "transformers":
-        return Sampling(**settings)
-    engine = json.dumps(options.engine, sort_keys=True)
-    return BackendSampling(**settings, backend=backend, engine=engine)
+    return Sampling(
+        n=n,
+        temperature=temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_new_tokens=options.max_new_tokens,
+        backend=backend,
+        engine=json.dumps(options.engine, sort_keys=True),
+    )
 
 
 def resolve_backend(options: GenerationOptions, device: torch.device) -> str:

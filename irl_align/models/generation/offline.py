@@ -17,7 +17,6 @@ from irl_align.models.generation.transformers_backend import TransformersGenerat
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_common import EngineSettings
 from irl_align.models.loading import eos_ids, folder_eos_ids, load_model
-from irl_align.models.packing import context_length
 
 
 def with_backend(options: GenerationOptions, backend: str | None) -> GenerationOptions:
@@ -52,7 +51,6 @@ def saved_sampler(
             model,
             eos_token_ids=eos_ids(model, tokenizer),
             pad_token_id=int(tokenizer.eos_token_id if pad is None else pad),
-            context_length=context_length(model),
         )
         return
     longest = max((len(prompt) for prompt in prompts), default=1) + options.max_new_tokens

@@ -29,6 +29,8 @@ class Sampling:
         top_p: keep the smallest set of most likely tokens with this probability; 1 keeps all.
         top_k: keep this many most likely tokens; 0 keeps all. Applied before ``top_p``.
         max_new_tokens: most tokens in a completion, EOS included.
+        backend: transformers, vllm or vllm-server, which draw different random numbers.
+        engine: vLLM's own options, as JSON.
         seed: decides every random number, together with the prompt's ids and the sample's index.
 
     Raises:
@@ -40,6 +42,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     max_new_tokens: int = 64
+    backend: str = "transformers"
+    engine: str = "{}"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -157,12 +157,6 @@ def write_chosen(work: Path, completions: Sequence[Sequence[Completion]]) -> Non
     _write(work / "samples.parquet", enumerate(completions))
 
 
-def read_samples(folder: Path, prompts: Sequence[Sequence[int]]) -> SampleSet:
-    """All that :func:`write_samples` wrote for these prompts. Raises UserError if it is damaged."""
-    stored = StoredSamples(folder, prompts)
-    return SampleSet(stored.prompts, stored.completions)
-
-
 def _write(path: Path, groups: Iterable[tuple[int, Sequence[Completion]]]) -> None:
     """Write groups of samples to a temporary file as they come, and rename it at the end."""
     temporary = path.with_suffix(".writing")

@@ -39,6 +39,7 @@ from irl_align.models.generation.protocol import (
 )
 from irl_align.models.generation.sampler import sample_tokens
 from irl_align.models.loading import evaluating
+from irl_align.models.packing import context_length
 
 HEADROOM = 16  # cache columns (decoding steps) between two rebuilds of the cache, at most
 MOST_ROWS = 128  # default of the most rows in a batch
@@ -58,8 +59,9 @@ class TransformersGenerator:
         max_batch_tokens: most cache positions of a batch, rows times columns. Prompts that are
             prefilled, and one layer's copy while the batch is refilled, need memory besides these.
         max_batch_rows: most rows of a batch; bounds the memory of rows times vocabulary.
-        context_length: most tokens of prompt and completion together; by default the model's
-            ``max_position_embeddings``.
+
+    Raises:
+        UserError: the model's cache has layers without attention, such as Mamba's.
     """
 
     def __init__(
@@ -69,27 +71,14 @@ class TransformersGenerator:
         pad_token_id: int,
         max_batch_tokens: int = 32_768,
         max_batch_rows: int = MOST_ROWS,
-        context_length: int | None = None,
     ) -> None:
-        if not eos_token_ids:
-            raise UserError("eos_token_ids: found none, expected at least one end-of-sequence id")
-        limits = {
-            "max_batch_tokens": (max_batch_tokens, 1),
-            "max_batch_rows": (max_batch_rows, 1),
-            "context_length": (context_length, 2),
-        }
-        for field, (value, least) in limits.items():
-            if value is not None and value < least:
-                raise UserError(f"{field}: found {value}, expected at least {least}")
         config = model.config.get_text_config(decoder=True)
         self.model = model
         self.eos = np.asarray(sorted(eos_token_ids), dtype=np.int64)
         self.pad_token_id = pad_token_id
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_rows = max_batch_rows
-        self.context_length: int | None = context_length or getattr(
-            config, "max_position_embeddings", None
-        )
+        self.context_length = context_length(model)
         self.vocab_size: int = config.vocab_size
         layers = DynamicCache(config=model.config).layers
         if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):

@@ -12,9 +12,7 @@ from irl_align.errors import UserError
 from irl_align.models.generation import samples
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import (
-    SampleSet,
     StoredSamples,
-    read_samples,
     write_chosen,
     write_samples,
 )
@@ -52,7 +50,7 @@ def three_prompts_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "PROMPTS_PER_PART", 3)
 
 
-def check(got: SampleSet, prompts: list[list[int]], n: int) -> None:
+def check(got: StoredSamples, prompts: list[list[int]], n: int) -> None:
     assert got.prompts == prompts
     for prompt, group in zip(prompts, got.completions, strict=True):
         assert len(group) == n
@@ -63,16 +61,16 @@ def check(got: SampleSet, prompts: list[list[int]], n: int) -> None:
             assert one.logprobs.tobytes() == expected.logprobs.tobytes()
 
 
-def test_write_samples_and_read_samples_round_trip(tmp_path: Path) -> None:
+def test_stored_samples_are_what_write_samples_wrote(tmp_path: Path) -> None:
     generator = Echo()
     write_samples(tmp_path, generator, PROMPTS, Sampling(n=3))
     assert sorted(generator.asked) == list(range(7))
-    check(read_samples(tmp_path, PROMPTS), PROMPTS, 3)
+    check(StoredSamples(tmp_path, PROMPTS), PROMPTS, 3)
 
 
 def test_flat_repeats_each_prompt_for_its_samples(tmp_path: Path) -> None:
     write_samples(tmp_path, Echo(), PROMPTS[:2], Sampling(n=2))
-    prompts, completions = read_samples(tmp_path, PROMPTS[:2]).flat()
+    prompts, completions = StoredSamples(tmp_path, PROMPTS[:2]).flat()
     assert prompts == [[10, 0], [10, 0], [10, 1], [10, 1]]
     assert [c.token_ids for c in completions] == [[0, 0], [0, 1, 0], [1, 0], [1, 1, 0]]
 
@@ -86,41 +84,41 @@ def test_write_samples_keeps_finished_parts_after_a_kill(tmp_path: Path) -> None
     again = Echo()
     write_samples(tmp_path, again, PROMPTS, Sampling(n=2))
     assert sorted(again.asked) == [3, 4, 5, 6]  # the first part's 0 to 2 are there
-    check(read_samples(tmp_path, PROMPTS), PROMPTS, 2)
+    check(StoredSamples(tmp_path, PROMPTS), PROMPTS, 2)
     whole = tmp_path / "whole"
     write_samples(whole, Echo(), PROMPTS, Sampling(n=2))
     kept, fresh = ((folder / "samples.parquet").read_bytes() for folder in (tmp_path, whole))
     assert kept == fresh
 
 
-def test_write_chosen_and_read_samples_round_trip(tmp_path: Path) -> None:
+def test_stored_samples_are_what_write_chosen_wrote(tmp_path: Path) -> None:
     write_chosen(tmp_path, [[completion(prompt[1], 1)] for prompt in PROMPTS])
-    got = read_samples(tmp_path, PROMPTS)
+    got = StoredSamples(tmp_path, PROMPTS)
     assert [group[0].token_ids for group in got.completions] == [[i, 1, 0] for i in range(7)]
     assert all(group[0].truncated for group in got.completions)
 
 
 def test_write_samples_of_no_prompts(tmp_path: Path) -> None:
     write_samples(tmp_path, Echo(), [], Sampling(n=2))
-    assert read_samples(tmp_path, []) == SampleSet([], [])
+    assert StoredSamples(tmp_path, []).completions == []
 
 
-def test_read_samples_refuses_damaged_and_missing_files(tmp_path: Path) -> None:
+def test_stored_samples_refuse_damaged_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"samples\.parquet: not a complete samples file"):
-        read_samples(tmp_path, PROMPTS)
+        StoredSamples(tmp_path, PROMPTS)
     write_samples(tmp_path, Echo(), PROMPTS, Sampling(n=2))
     path = tmp_path / "samples.parquet"
     whole = path.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], whole[:-4] + b"XXXX"):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"samples\.parquet: not a complete samples file"):
-            read_samples(tmp_path, PROMPTS)
+            StoredSamples(tmp_path, PROMPTS)
 
 
-def test_read_samples_refuses_samples_of_other_prompts(tmp_path: Path) -> None:
+def test_stored_samples_refuse_other_prompts(tmp_path: Path) -> None:
     write_samples(tmp_path, Echo(), PROMPTS, Sampling(n=2))
     with pytest.raises(UserError, match=r"samples of 7 prompts, expected 5"):
-        read_samples(tmp_path, PROMPTS[:5])
+        StoredSamples(tmp_path, PROMPTS[:5])
 
 
 class Noise:
@@ -163,7 +161,7 @@ def test_best_of_many_samples_needs_little_memory(
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
-    whole = read_samples(tmp_path, prompts)
+    whole = StoredSamples(tmp_path, prompts)
     everything = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert most < 0.3 * everything

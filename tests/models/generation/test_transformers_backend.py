@@ -329,8 +329,6 @@ def test_completions_end_at_the_context(models: dict[str, PreTrainedModel]) -> N
         sampler(model), [[5] * (CONTEXT - 3), *[[5]] * 7], Sampling(max_new_tokens=30)
     )
     assert [len(completion.token_ids) for [completion] in groups] == [3] + [30] * 7
-    [[short]] = generate(sampler(model, context_length=10), [[5] * 7], Sampling())
-    assert len(short.token_ids) == 3
 
 
 def test_every_eos_id_ends_a_completion_and_stays_in_it() -> None:
@@ -428,15 +426,6 @@ def test_generate_refuses_logits_that_are_not_finite(fault: float, temperature: 
 def test_sampling_refuses_values_out_of_range(field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"sampling\.{field}: found {value}"):
         Sampling(**{field: value})  # type: ignore[arg-type]
-
-
-def test_generator_refuses_settings_out_of_range(llama: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match="eos_token_ids"):
-        TransformersGenerator(llama, [], PAD)
-    with pytest.raises(UserError, match="context_length: found 0"):
-        sampler(llama, context_length=0)
-    with pytest.raises(UserError, match="max_batch_rows: found 0"):
-        sampler(llama, max_batch_rows=0)
 
 
 def test_generator_refuses_a_model_without_an_attention_cache() -> None:
