@@ -12,6 +12,7 @@ from irl_align.errors import UserError
 from irl_align.models.generation import samples
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.generation.samples import (
+    SampleSet,
     StoredSamples,
     write_chosen,
     write_samples,
@@ -161,7 +162,7 @@ def test_best_of_many_samples_needs_little_memory(
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
-    whole = StoredSamples(tmp_path, prompts)
+    whole = SampleSet(prompts, StoredSamples(tmp_path, prompts).completions)
     everything = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert most < 0.3 * everything
