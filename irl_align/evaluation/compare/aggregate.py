@@ -218,7 +218,7 @@ def _shared_rows(views: Sequence[RunView]) -> Iterator[PolicyRow]:
 
 
 def _ends_with_start(view: RunView) -> bool:
-    return view.recipe["loop"]["iterations"] == 0
+    return bool(view.recipe["loop"]["iterations"] == 0)
 
 
 def _method_rows(

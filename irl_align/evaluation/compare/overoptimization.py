@@ -155,8 +155,9 @@ def _trainings(view: RunView, headline: str, sign: float) -> Iterator[dict[str, 
 
     def gain(field: str, row: Mapping[str, Any]) -> float | None:
         value, start = row.get(field), rows[0].get(field)
-        known = isinstance(value, int | float) and isinstance(start, int | float)
-        return value - start if known else None
+        if isinstance(value, int | float) and isinstance(start, int | float):
+            return value - start
+        return None
 
     for role, records in view.ppo_records().items():
         rows = [record for record in records if isinstance(record.get("kl"), int | float)]

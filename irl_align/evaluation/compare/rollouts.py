@@ -117,7 +117,7 @@ def _level(records: Sequence[Mapping[str, Any]], gold: str, kl: float) -> dict[s
     there. Updates without a number are left out."""
     level = {}
     for which, field in (("gold", gold), ("reward", "reward"), ("bleu", "gold_bleu")):
-        rows = [(record.get("kl"), record.get(field)) for record in records]
+        rows: list[tuple[Any, Any]] = [(r.get("kl"), r.get(field)) for r in records]
         known = [
             row for row in rows if all(isinstance(x, int | float) and isfinite(x) for x in row)
         ]
