@@ -1,9 +1,9 @@
-"""The command plan: what a recipe would do, and what it needs."""
+"""The command plan: the stages of a recipe and the resources that they need."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from irl_align.cli.terminal import Debug, console, set_up
-from irl_align.policy.roles import Role
 
 if TYPE_CHECKING:
     from irl_align.training.plan.plan import Plan, Step
@@ -43,22 +42,21 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a recipe would do: stages, tokens, memory, hours, disk. Nothing is run."""
+    """Show what a recipe would do: stages, tokens, memory, hours, disk. Nothing is run."""
     set_up(debug)
-    if not debug:  # a Hub out of reach is told once, in our words
+    if not debug:  # our own message says once that the Hub is not available
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from irl_align.config.recipe import load_recipe
     from irl_align.training.plan.devices import device_named
     from irl_align.training.plan.plan import Assumptions, make_plan
     from irl_align.utils.files import to_json
 
-    found = make_plan(
-        load_recipe(recipe, overrides or []), Assumptions(device_named(device), mfu, mbu)
-    )
+    assumptions = Assumptions(device_named(device), mfu, mbu)
+    made = make_plan(load_recipe(recipe, overrides or []), assumptions)
     if json:
-        typer.echo(to_json(found.to_dict(), indent=2))
+        typer.echo(to_json(made.to_dict(), indent=2))
     else:
-        _show(found)
+        _show(made)
 
 
 def _show(plan: Plan) -> None:
@@ -75,7 +73,9 @@ def _show(plan: Plan) -> None:
 
 
 def _stages(plan: Plan) -> Table:
-    """One line per stage, and one for all that measures a policy or a reward."""
+    """One line per stage, except that neighbouring measurements share a line."""
+    from irl_align.training.plan.plan import total_hours
+
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", justify="right")
     table.add_column("stage", no_wrap=True)
@@ -87,27 +87,25 @@ def _stages(plan: Plan) -> Table:
         reads = {number[role] for step in line for role in step.reads} - {i}
         missing = [step for step in line if not step.found]
         state = "found" if not missing else "to do" if len(missing) == len(line) else "in part"
-        hours = [plan.assumptions.hours(step.cost) for step in missing]
         table.add_row(
             str(i),
-            line[0].role if len(line) == 1 else f"measuring ({len(line)} stages)",
+            str(line[0].role) if len(line) == 1 else f"measuring ({len(line)} stages)",
             ", ".join(map(str, sorted(reads))),
             state,
             _number(sum(step.cost.rows for step in line)),
             _number(sum(step.cost.tokens for step in line)),
             _number(sum(step.cost.sampled for step in line)),
             _bytes(max(step.cost.use.peak for step in line)),
-            _hours(None if None in hours else sum(h for h in hours if h is not None)),
+            _hours(total_hours([plan.assumptions.hours(step.cost) for step in missing])),
         )
     return table
 
 
 def _lines(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps in their order; neighbours that measure are one line."""
-    measures = [Role.parse(step.role).part == "measuring" for step in steps]
+    """The steps in their order, grouped: neighbouring measurements are one line."""
     lines: list[list[Step]] = []
-    for i, step in enumerate(steps):
-        if measures[i] and i and measures[i - 1]:
+    for step in steps:
+        if lines and step.role.part == lines[-1][-1].role.part == "measuring":
             lines[-1].append(step)
         else:
             lines.append([step])
@@ -117,9 +115,8 @@ def _lines(steps: Sequence[Step]) -> list[list[Step]]:
 def _memory(plan: Plan) -> Table:
     from irl_align.training.plan.plan import parts_of
 
-    found: dict[str, Mapping[str, float]] = parts_of(plan)
-    names = list(dict.fromkeys(name for parts in found.values() for name in parts))
-    kinds = {kind: parts for kind, parts in found.items() if parts["peak"]}
+    kinds = {kind: parts for kind, parts in parts_of(plan).items() if parts["peak"]}
+    names = dict.fromkeys(name for parts in kinds.values() for name in parts)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title="memory of the fullest stages")
     table.add_column("")
     for kind in kinds:
@@ -132,21 +129,21 @@ def _memory(plan: Plan) -> Table:
 def _totals(plan: Plan) -> list[str]:
     device, peak = plan.assumptions.device, plan.peak
     if peak is None:
-        return ["nothing is to do: the store has every stage"]
+        return ["nothing to do: the store has every stage"]
     need, has = peak.cost.use.peak, device.memory * 2**30
     verdict = "fits" if need < has else "DOES NOT FIT"
     lines = [
         f"memory: {_bytes(need)} at {peak.role}; {verdict} into {device.name} "
-        f"({device.memory:.0f} GiB), its libraries' own memory aside",
-        f"disk: {_bytes(plan.disk)}, the largest checkpoints included",
+        f"({device.memory:.0f} GiB), without the memory of its libraries",
+        f"disk: {_bytes(plan.disk)}, including the largest checkpoints",
     ]
     if plan.hours is None:
-        return [*lines, "hours: not told for a CPU"]
+        return [*lines, "hours: not estimated for a CPU"]
     return [
         *lines,
         f"hours: {_hours(plan.hours)} on one {device.name}, at {plan.assumptions.mfu:.0%} of its "
-        f"peak operations and {plan.assumptions.mbu:.0%} of its bandwidth; text, disk and "
-        "start-up aside",
+        f"peak operations and {plan.assumptions.mbu:.0%} of its bandwidth; without text, "
+        "disk and start-up",
     ]
 
 

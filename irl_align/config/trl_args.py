@@ -208,7 +208,7 @@ def _enum_or_type(hint: Any) -> Any:
 def _adapter(config: str, name: str) -> TypeAdapter[Any] | None:
     hint = _hints(config)[name]
     if isinstance(hint, type) and issubclass(hint, Enum):
-        hint = Literal[tuple(member.value for member in hint)]  # type: ignore[valid-type]
+        hint = Literal[tuple(member.value for member in hint)]
     try:
         return TypeAdapter(hint, config=ConfigDict(strict=True))
     except PydanticUserError:  # pydantic cannot check this type

@@ -175,8 +175,9 @@ def on_main(work: Callable[[], T]) -> T:
     if _here.count == 1:
         return work()
     with alone():
-        outcome = _outcome(work) if is_main() else None
-    return _result(broadcast(outcome))
+        outcome: Any = _outcome(work) if is_main() else None
+    result: T = _result(broadcast(outcome))
+    return result
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -256,7 +257,7 @@ def _outcome(work: Callable[[], T]) -> T | UserError | TryAgain:
         return error
 
 
-def _result(outcome: Any) -> Any:
+def _result(outcome: T | UserError | TryAgain) -> T:
     if isinstance(outcome, UserError | TryAgain):
         raise outcome
     return outcome

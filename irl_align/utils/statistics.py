@@ -83,7 +83,7 @@ def paired_difference(
 def _rounded(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """Differences [n]. If they differ only by rounding they are made equal: a test would take the
     rounding for spread and call any difference significant."""
-    differences = values - baseline
+    differences: np.ndarray = values - baseline
     error = ROUNDING * max(np.abs(values).max(), np.abs(baseline).max())
     if np.ptp(differences) > error:
         return differences
@@ -103,7 +103,8 @@ def probability_of_improvement(
     def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
         """x [..., N], y [..., M] -> [...]; S averaged over all N x M pairs."""
         signs = np.sign(x[..., :, None] - y[..., None, :]) * (-1.0 if lower_is_better else 1.0)
-        return (0.5 * (1.0 + signs)).mean(axis=(-2, -1))
+        shares: np.ndarray = (0.5 * (1.0 + signs)).mean(axis=(-2, -1))
+        return shares
 
     x, y = np.asarray(values, dtype=np.float64), np.asarray(others, dtype=np.float64)
     mean, n = float(statistic(x, y)), min(len(x), len(y))

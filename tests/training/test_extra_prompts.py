@@ -215,7 +215,7 @@ def test_ppo_rolls_them_out_and_judges_the_others(
     assert _rolled_out(run.folder) & (edited - own)
     for some in (run, plain):
         ended = irl_align(capsys, "plan", some.folder / "recipe.yaml")
-        assert "nothing is to do" in ended.out
+        assert "nothing to do" in ended.out
     records = [stage_records(some.folder)["policy-1"] for some in (run, plain)]
     assert "edited_prompts" not in records[0]["settings"]["options"]  # the checksum has them
     for record in records:

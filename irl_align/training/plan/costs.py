@@ -1,4 +1,4 @@
-"""What each kind of step of a run costs: operations, tokens, memory and disk.
+"""What each kind of work in a run costs: operations, tokens, memory and disk.
 
 Legend of shapes: R rows, L columns of a row, P prompt tokens, T completion tokens, V vocabulary.
 """
@@ -6,8 +6,9 @@ Legend of shapes: R rows, L columns of a row, P prompt tokens, T completion toke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import trl
@@ -36,31 +37,37 @@ from irl_align.training.plan.memory import (
 from irl_align.training.plan.model_shapes import adapter_size
 from irl_align.utils.hardware import in_bf16
 
-TRL_TOKENS = 4096  # whose logits TRL's losses hold at once
-SAVED = 2  # checkpoints that a training keeps for resuming
-PER_TOKEN = 12  # bytes on disk of a sampled token: id, log-prob, and its text elsewhere
+TRL_TOKENS = 4096  # TRL's losses hold the logits of so many tokens at once
+SAVED = 2  # number of checkpoints that a training keeps for resuming
+PER_TOKEN = 12  # bytes on disk of a sampled token: id, log-prob and text
 
 NOTHING = Use({}, 0.0)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A stage: rows and tokens that it reads and samples, its work, memory and disk."""
+    """Cost of a stage: rows and tokens that it reads and samples, work, memory and disk."""
 
     rows: int = 0
     tokens: float = 0.0
-    """Read by a model, padding aside, in all passes."""
+    """Tokens that models read in all passes, without padding."""
     sampled: float = 0.0
     work: tuple[Work, ...] = ()
     use: Use = NOTHING
     disk: float = 0.0
-    """Bytes that stay in the store."""
+    """Bytes that remain in the store."""
     scratch: float = 0.0
-    """Bytes of checkpoints while it runs."""
+    """Bytes of checkpoints while the stage runs."""
+
+
+def disk_of(costs: Sequence[Cost]) -> float:
+    """Bytes that stages leave, plus the largest checkpoints of one of them."""
+    scratch = max((cost.scratch for cost in costs), default=0.0)
+    return sum(cost.disk for cost in costs) + scratch
 
 
 class Costs:
-    """Costs of a recipe's steps, for a model of this shape and data of these counts."""
+    """Costs of a recipe's work, for a model of this shape and data of these counts."""
 
     def __init__(self, recipe: Recipe, shape: Shape, counts: Counts, on_cpu: bool) -> None:
         self.recipe, self.shape, self.counts, self.on_cpu = recipe, shape, counts, on_cpu
@@ -71,28 +78,24 @@ class Costs:
         self.sample_longest = limit
         model, reward = recipe.model, recipe.reward
         self.adapter = model.lora and adapter_size(model, model.lora)
-        """Parameters that a policy's training trains, where it is an adapter."""
+        """Parameters of a policy's adapter; None if all weights are trained."""
         self.reward_adapter = reward.lora and adapter_size(model, reward.lora)
 
-    # ---- what several steps share
-
     def model_bytes(self) -> int:
-        """Of a policy's weights; below an adapter the matrices may have 4 bits."""
+        """Bytes of a policy's weights. Below an adapter the matrices may have 4 bits."""
         if self.recipe.model.quantization is not None:
             matrices = self.shape.matrices // 2
             return matrices + (self.shape.parameters - self.shape.matrices) * self.stored.weights
         return self.shape.parameters * self.stored.weights
 
     def reward_bytes(self) -> int:
-        """Of a reward's weights: a trunk and one row of a head, in float32."""
+        """Bytes of a reward's weights: a trunk and one row of a head, in float32."""
         return FLOAT * (self.shape.trunk + self.shape.width)
 
     def _forward(self, rows: float, length: float, head: float | None = None) -> float:
         tokens = rows * length
         asked = None if head is None else rows * head
         return forward_flops(self.shape, tokens, length / 2, asked)
-
-    # ---- steps
 
     def start(self) -> Cost:
         """The model before SFT, copied or made."""
@@ -107,7 +110,7 @@ class Costs:
         return Cost(rows=rows, tokens=tokens, disk=tokens * PER_TOKEN)
 
     def sample(self, prompts: int, n: int, beside: Mapping[str, float] | None = None) -> Cost:
-        """n samples of each prompt; beside: what else is in memory."""
+        """n samples of each prompt. beside: models in memory, in bytes; by default the policy."""
         length, new = self.prompt.mean, self.sample_mean
         rows = self._batch_rows()
         steps = prompts * n * new / rows  # each reads all weights, and the batch's cache
@@ -131,7 +134,8 @@ class Costs:
     def _sampling_parts(self, rows: int) -> dict[str, float]:
         columns = rows * (self.prompt.longest + self.sample_longest + HEADROOM)
         cache = key_values(self.shape, columns, self.stored.weights)
-        # While a batch is refilled, one layer is there twice; prompts prefilled have caches too.
+        # While a batch is refilled, the cache of one layer exists twice, and prefilled prompts have
+        # caches too.
         refill = cache / self.shape.layers
         prefilled = key_values(self.shape, rows * self.prompt.longest, self.stored.weights)
         return {
@@ -142,43 +146,43 @@ class Costs:
     def score(
         self, rows: int, length: float, models: Mapping[str, float], head: float = 0.0
     ) -> Cost:
-        """One pass of each model over rows; head: tokens of a row whose log-prob is asked for."""
+        """One pass of each model over rows. head: tokens of a row whose log-probs are computed."""
         work = Work(len(models) * self._forward(rows, length, head), 0.0, self.stored)
         use = Use(dict(models), sum(models.values()))
         return Cost(rows=rows, tokens=len(models) * rows * length, work=(work,), use=use)
 
-    def measure(self, prompts: int, samples: int) -> Cost:
-        """Log-probs of samples and demonstrations."""
+    def measure(self, rows: int) -> Cost:
+        """Log-probs of samples or demonstrations."""
         length = self.prompt.mean + self.sample_mean
-        return self.score(samples + prompts, length, {"weights": self.model_bytes()}, length)
+        return self.score(rows, length, {"weights": self.model_bytes()}, length)
 
     def sft(self, rows: float, config: str, args: Mapping[str, Any], full: bool = False) -> Cost:
-        """TRL's SFTTrainer, and with pairs (DPOConfig) its DPOTrainer: rows of each side.
+        """TRL's SFTTrainer, or with pairs (DPOConfig) its DPOTrainer. rows: of each side.
 
-        full: all weights are trained, also where the recipe has adapters.
+        full: train all weights, even if the recipe has adapters.
         """
-        sides = 2 if config == "DPOConfig" else 1
-        batch, columns = self._batch(config, args), self._columns(sides)
+        trainer, sides = trl_args(config, args), 2 if config == "DPOConfig" else 1
         mean = self.prompt.mean + (self.answer.mean if sides == 1 else self._pair_mean())
-        tokens = batch * sides * columns
-        whole = min(tokens, TRL_TOKENS)
-        loss = logits_of(self.shape, whole) + FLOAT * self.shape.vocabulary * self.shape.width
+        batch_rows = sides * int(trainer.per_device_train_batch_size)
+        batches = _Batches(rows, sides * mean, batch_rows, self._columns(sides))
+        logits = logits_of(self.shape, min(batches.tokens, TRL_TOKENS))
+        loss = logits + FLOAT * self.shape.vocabulary * self.shape.width
         trained = (None if full else self.adapter) or self.shape.parameters
-        work = (rows, sides * mean, sides * batch, columns)
-        return self._trained(config, args, work, loss, trained, self.model_bytes())
+        return self._trained(trainer, batches, loss, trained, self.model_bytes())
 
     def reward_fit(self, pairs: float, args: Mapping[str, Any]) -> Cost:
-        """The explicit reward on pairs; both sides of a prompt share a row where they can."""
-        batch = self._batch("RewardConfig", args)
-        both = self.answer.longest + max(self.answer.longest, self.sample_longest)
-        columns = self.prompt.longest + both
-        rows, mean = batch, self.prompt.mean + 2 * self._pair_mean()
+        """The explicit reward on pairs. Both sides of a prompt share a row where they can."""
+        trainer = trl_args("RewardConfig", args)
+        rows = int(trainer.per_device_train_batch_size)
+        sides = self.answer.longest + max(self.answer.longest, self.sample_longest)
+        columns = self.prompt.longest + sides
+        mean = self.prompt.mean + 2 * self._pair_mean()
         if self.shape.family not in PACKABLE or columns > row_limit(self.prompt.longest):
-            rows, columns = 2 * batch, self._columns(2)
+            rows, columns = 2 * rows, self._columns(2)
             mean = 2 * (self.prompt.mean + self._pair_mean())
-        whole = self.shape.trunk + self.shape.width
-        trained, work = self.reward_adapter or whole, (pairs, mean, rows, columns)
-        return self._trained("RewardConfig", args, work, 0.0, trained, self.reward_bytes())
+        trained = self.reward_adapter or self.shape.trunk + self.shape.width
+        batches = _Batches(pairs, mean, rows, columns)
+        return self._trained(trainer, batches, 0.0, trained, self.reward_bytes())
 
     def _pair_mean(self) -> float:
         return (self.answer.mean + self.sample_mean) / 2
@@ -190,56 +194,49 @@ class Costs:
         return self.prompt.longest + longest
 
     def _trained(
-        self,
-        config: str,
-        args: Mapping[str, Any],
-        size: tuple[float, float, int, int],
-        loss: float,
-        trained: int,
-        weights: int,
+        self, trainer: SimpleNamespace, batches: _Batches, loss: float, trained: int, weights: int
     ) -> Cost:
-        """A training by one of TRL's trainers. size: rows, their mean tokens, and R and L.
+        """A training by one of TRL's trainers. loss: bytes; weights: bytes of the whole model.
 
-        With adapters the activations are those of training all weights: an upper bound.
+        With adapters the activations are those of training all weights, which is an upper bound.
         """
-        rows, mean, batch_rows, columns = size
-        shape, option = self.shape, _Args(config, args)
-        asked = option.bf16 if option.bf16 is not None else not self.on_cpu
+        shape = self.shape
+        asked = trainer.bf16 if trainer.bf16 is not None else not self.on_cpu
         half = in_bf16(asked, self.on_cpu)
         precision = Precision(self.stored.weights, HALF if half else self.stored.weights)
-        steps = option.per_device_train_batch_size * option.gradient_accumulation_steps
-        passes = rows * float(option.num_train_epochs)
-        if option.max_steps > 0:
-            passes = float(option.max_steps * steps)
-        again = bool(option.gradient_checkpointing)
-        flops = (4 if again else 3) * self._forward(passes, mean, None if loss else 0)
-        state = float(optimiser_state(trained, str(option.optim)))
+        accumulation = int(trainer.gradient_accumulation_steps)
+        passes = batches.rows * float(trainer.num_train_epochs)
+        if trainer.max_steps > 0:
+            steps = trainer.per_device_train_batch_size * accumulation
+            passes = float(trainer.max_steps * steps)
+        again = bool(trainer.gradient_checkpointing)
+        flops = (4 if again else 3) * self._forward(passes, batches.mean, None if loss else 0)
+        state = float(optimiser_state(trained, str(trainer.optim)))
         adapted = trained < shape.trunk
-        held = weights + FLOAT * trained if adapted else weights
         use = training(
             trained,
-            held,
+            weights + FLOAT * trained if adapted else weights,
             state,
-            activations(shape, batch_rows, columns, precision, True, again),
-            loss,
-            weight_copies(shape, precision),
-            later=float(int(option.gradient_accumulation_steps) > 1),
-        )
+            kept=activations(
+                shape, batches.batch_rows, batches.columns, precision, masked=True,
+                checkpointing=again,
+            ),
+            loss=loss,
+            copies=weight_copies(shape, precision),
+            later=float(accumulation > 1),
+        )  # fmt: skip
         saved = FLOAT * trained if adapted else weights
         return Cost(
-            rows=round(rows),
-            tokens=passes * mean,
+            rows=round(batches.rows),
+            tokens=passes * batches.mean,
             work=(Work(flops, 0.0, precision),),
             use=use,
             disk=float(saved),
             scratch=SAVED * (saved + state),
         )
 
-    def _batch(self, config: str, args: Mapping[str, Any]) -> int:
-        return int(_Args(config, args).per_device_train_batch_size)
-
     def ppo(self, options: PPOOptions) -> Cost:
-        """Rollouts and updates; the fuller of the two moments is the peak."""
+        """Rollouts and updates. The peak is the larger of the two."""
         shape = self.shape
         critic = options.advantage == "gae" and options.critic == "separate"
         trained = shape.parameters + (shape.trunk if critic else 0)
@@ -256,7 +253,9 @@ class Costs:
             adapter = float(FLOAT * self.adapter)
             beside = {"reference": adapter, "reward": adapter} if shared else beside
         state = float(optimiser_state(trained, "adamw"))
-        use = self._ppo_update(options, critic, trained, weights, state, beside)
+        use = self._ppo_update(
+            options, critic=critic, trained=trained, weights=weights, state=state, beside=beside
+        )
         held = {"weights": float(weights), "optimiser": state, **beside}
         rollout = self.sample(1, 1, held).use
         length = self.prompt.mean + self.sample_mean
@@ -264,7 +263,7 @@ class Costs:
         drawn = self.sample(round(episodes / options.n), options.n)
         read = self._forward(episodes, length, self.sample_mean)
         trunks = 1 + critic
-        # Reward and reference once, and the critic's values; then each epoch forward and backward.
+        # Reward, reference and critic read the rollout once. An epoch is forward and backward.
         scored = Work((2 + critic) * read, 0.0, self._products(options))
         again = 4 if options.gradient_checkpointing else 3
         updates = Work(again * options.epochs * trunks * read, 0.0, self._products(options))
@@ -284,6 +283,7 @@ class Costs:
     def _ppo_update(
         self,
         options: PPOOptions,
+        *,
         critic: bool,
         trained: int,
         weights: int,
@@ -294,33 +294,50 @@ class Costs:
         columns = self.prompt.longest + self.sample_longest
         minibatch = options.batch_size // options.minibatches
         rows = max(1, min(options.max_batch_tokens // columns, minibatch))
-        # Adapters of one backbone take turns: a pass forward and backward for each.
+        # Adapters of one backbone take turns, with a forward and backward pass for each.
         turns = bool(self.adapter) and options.backbone == "shared"
         trunks = 1 if turns else 1 + critic
-        kept = activations(
-            shape, rows, columns, precision, options.n > 1, options.gradient_checkpointing, trunks
-        )
-        asked = rows * self.sample_longest  # completion tokens, by pieces of the logits
-        loss = logits_of(shape, min(asked, max(1, LOGITS_AT_ONCE // shape.vocabulary)))
+        completion_tokens = rows * self.sample_longest  # the loss reads their logits in pieces
+        piece = min(completion_tokens, max(1, LOGITS_AT_ONCE // shape.vocabulary))
         return training(
             trained,
             weights,
             state,
-            kept,
-            loss,
-            weight_copies(shape, precision) * trunks,
+            kept=activations(
+                shape,
+                rows,
+                columns,
+                precision,
+                masked=options.n > 1,
+                checkpointing=options.gradient_checkpointing,
+                trunks=trunks,
+            ),
+            loss=logits_of(shape, piece),
+            copies=weight_copies(shape, precision) * trunks,
             later=min(rows, minibatch - rows) / rows,
             beside=beside,
         )
 
 
-class _Args:
-    """Fields of a TRL config that a recipe gives, or their defaults as irl-align has them."""
+@dataclass(frozen=True)
+class _Batches:
+    """Data of a training."""
 
-    def __init__(self, config: str, args: Mapping[str, Any]) -> None:
-        fields = dataclasses.fields(getattr(trl, config))
-        self.values = {field.name: field.default for field in fields}
-        self.values |= {"gradient_checkpointing": False, **args}
+    rows: float
+    """Rows (or pairs) of one epoch."""
+    mean: float
+    """Mean tokens of a row."""
+    batch_rows: int
+    """R of one forward pass."""
+    columns: int
+    """L of one forward pass."""
 
-    def __getattr__(self, name: str) -> Any:
-        return self.values[name]
+    @property
+    def tokens(self) -> int:
+        return self.batch_rows * self.columns
+
+
+def trl_args(config: str, args: Mapping[str, Any]) -> SimpleNamespace:
+    """Fields of a TRL config: a recipe's, or else the defaults that irl-align uses."""
+    defaults = {field.name: field.default for field in dataclasses.fields(getattr(trl, config))}
+    return SimpleNamespace(**{**defaults, "gradient_checkpointing": False, **args})

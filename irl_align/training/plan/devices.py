@@ -1,4 +1,4 @@
-"""Devices by name, and how long they take: the assumptions of a plan."""
+"""Devices by name, and the time that work takes on them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FULL = Precision()
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, by its maker's data sheet."""
+    """One accelerator, as in its maker's data sheet."""
 
     name: str
     memory: float
-    """GiB."""
+    """Memory in GiB."""
     half: float | None
-    """Dense operations per second in bfloat16; None where no time is told."""
+    """Dense operations per second in bfloat16; None where no time is estimated."""
     full: float | None
-    """The same in float32, without TF32."""
+    """Dense operations per second in float32, without TF32."""
     bandwidth: float | None
     """Bytes per second of its memory."""
 
@@ -42,7 +42,7 @@ DEVICES = {
 
 
 def device_named(name: str) -> Device:
-    """A device by its name; cpu is this machine. Raises UserError for another name."""
+    """A device by its name; cpu is this machine. Raises UserError for an unknown name."""
     if name == "cpu":
         return Device("cpu", psutil.virtual_memory().total / GIB, None, None, None)
     if name not in DEVICES:
@@ -52,11 +52,11 @@ def device_named(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage asks of a device."""
+    """Work of a stage on a device."""
 
     flops: float = 0.0
     moved: float = 0.0
-    """Bytes read from its memory where that is the limit: sampling, token by token."""
+    """Bytes read from memory where bandwidth is the limit: sampling, token by token."""
     precision: Precision = FULL
 
     def hours(self, device: Device, mfu: float, mbu: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The disk that a run will need, told before it starts."""
+"""A check, before a run starts, that the disk has room for its models and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ import logging
 import shutil
 from pathlib import Path
 
+from irl_align.config.recipe import to_dict
 from irl_align.config.schema import Recipe
 from irl_align.errors import UserError
-from irl_align.training.plan.devices import device_named
-from irl_align.training.plan.dry_run import unsaid
-from irl_align.training.plan.plan import Assumptions, make_plan
+from irl_align.training.plan.costs import Costs, disk_of
+from irl_align.training.plan.data import Counts, Lengths
+from irl_align.training.plan.model_shapes import shape_of_recipe
+from irl_align.training.plan.stage_costs import StageCosts
+from irl_align.training.plan.walk import planned_stages
+from irl_align.training.prepare import USES
+from irl_align.training.run_folder import Run
+from irl_align.training.setup import run_folder
 
 logger = logging.getLogger(__name__)
 MEGABYTE = 1e6
+_NO_ROWS = dict.fromkeys(USES, 0)
+_NO_TEXT = Counts(_NO_ROWS, _NO_ROWS, Lengths(0.0, 1), Lengths(0.0, 1), None, "not counted")
 
 
 def announce_disk(recipe: Recipe) -> None:
-    """Tell what the stages to do will leave on the disk, checkpoints included, and what is free.
+    """Log what a run's models and checkpoints take, and what is free.
 
-    What the store has already is not counted, so that an interrupted run needs less. Nothing is
-    told of a recipe whose sizes are not known. Raises UserError where less is free.
+    Stages that the run has finished are not counted, so that an interrupted run needs less. Texts
+    are small next to models and are not counted either. Nothing is logged where the model's size is
+    not known. Raises UserError where less is free.
     """
     try:
-        with unsaid():
-            need = make_plan(recipe, Assumptions(device_named("cpu"), 1.0, 1.0)).disk
+        need = _need(recipe)
     except UserError as unknown:
         logger.debug("disk: the need is not known: %s", unknown)
         return
@@ -32,10 +40,22 @@ def announce_disk(recipe: Recipe) -> None:
     while not folder.exists():
         folder = folder.absolute().parent
     free = shutil.disk_usage(folder).free
-    told = f"{need / MEGABYTE:,.0f} MB for {recipe.output_dir}, {free / MEGABYTE:,.0f} MB are free"
+    sizes = f"{need / MEGABYTE:,.0f} MB for {recipe.output_dir}, {free / MEGABYTE:,.0f} MB are free"
     if need > free:
         raise UserError(
-            f"disk: the run needs about {told}; free space (irl-align prune), choose another "
-            "output_dir, or give --any-disk to run all the same"
+            f"disk: the run needs about {sizes}; free space (irl-align prune), choose another "
+            "output_dir, or give --any-disk to run anyway"
         )
-    logger.info("disk: the run needs about %s", told)
+    logger.info("disk: the run needs about %s", sizes)
+
+
+def _need(recipe: Recipe) -> float:
+    """Bytes of the stages that the run has not finished."""
+    costs = Costs(recipe, shape_of_recipe(recipe.model), _NO_TEXT, on_cpu=True)
+    cost_of = StageCosts(recipe, _NO_TEXT, costs).of
+    folder, finished = run_folder(recipe), set[str]()
+    if folder.is_dir():
+        run = Run.load(folder)
+        finished = set(run.stages) if dict(run.recipe) == to_dict(recipe) else finished
+    stages, _ = planned_stages(recipe, None)
+    return disk_of([cost_of(s.role) for s in stages if str(s.role) not in finished])

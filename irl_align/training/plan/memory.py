@@ -1,7 +1,7 @@
 """Memory of a causal language model in training and sampling, from its shape alone.
 
-Nothing is loaded: sizes follow from the shape, and from what PyTorch keeps of a forward pass for
-the backward one (tests count the saved tensors of real models). In bytes, on one device.
+Nothing is loaded. Sizes follow from the shape, and from what PyTorch keeps of a forward pass for
+the backward pass (tests count the saved tensors of real models). Sizes are bytes on one device.
 
 Legend of shapes: R rows, L columns of a row, H width, I feed-forward width, Q = heads * head_dim,
 K = key-value heads * head_dim, V vocabulary, n layers.
@@ -20,7 +20,7 @@ LOGITS_COPIES = 4
 its gradient, entropy."""
 ROPE, NEOX, GPT2 = ("llama", "mistral", "qwen2", "gemma", "qwen3"), "gpt_neox", "gpt2"
 KNOWN = (*ROPE, NEOX, GPT2)
-"""Model types whose kept activations are exact; others are taken as llama's."""
+"""Model types whose kept activations are exact. Others are computed as llama's."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Shape:
     trunk: int
     """Parameters below the output layer, embeddings included."""
     head: int
-    """Parameters of the output layer of its own; 0 where it is the embeddings'."""
+    """Parameters of a separate output layer; 0 where it is tied to the embeddings."""
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.trunk + self.head
 
     @property
     def matrices(self) -> int:
-        """Parameters that a token is multiplied with in the trunk: embeddings are looked up."""
+        """Parameters of the trunk's matrix products: all but the embeddings."""
         return self.trunk - self.vocabulary * self.width
 
     @property
@@ -64,22 +64,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a stored weight, and of what matrix products take and give."""
+    """Bytes of a stored weight, and of the inputs and outputs of matrix products."""
 
     weights: int = FLOAT
     products: int = FLOAT
 
     @property
     def autocast(self) -> bool:
-        """Whether products are made in less than the weights' precision."""
+        """Whether products have a lower precision than the weights."""
         return self.products < self.weights
 
 
 def optimiser_state(parameters: int, optimiser: str) -> int:
     """Bytes of state: two moments of Adam, one of RMSProp; a quarter of that in 8 bits."""
     name = optimiser.removeprefix("paged_")
-    found = next((size for start, size in STATE.items() if name.startswith(start)), 8)
-    return parameters * found // (4 if "8bit" in name else 1)
+    size = next((size for start, size in STATE.items() if name.startswith(start)), 8)
+    return parameters * size // (4 if "8bit" in name else 1)
 
 
 def weight_copies(shape: Shape, precision: Precision) -> int:
@@ -92,8 +92,9 @@ def weight_copies(shape: Shape, precision: Precision) -> int:
 def kept_by_layer(shape: Shape, precision: Precision, columns: int = 0) -> float:
     """Bytes per token that a layer keeps for the backward pass.
 
-    columns: L where the pass has a mask, of padding or of rows that hold several completions: its
-    copy in the products' precision is kept, (R, 1, L, L), and grouped keys and values are repeated.
+    columns: L where the pass has a mask, because of padding or several completions in a row. Then
+    a copy of the mask (R, 1, L, L) in the products' precision is kept, and grouped keys and values
+    are repeated.
     """
     if shape.family == NEOX:
         kept = _neox(shape, precision)
@@ -107,12 +108,12 @@ def kept_by_layer(shape: Shape, precision: Precision, columns: int = 0) -> float
 def _rope(s: Shape, p: Precision, masked: bool) -> int:
     """RMSNorm, rotary attention, gated feed-forward."""
     keys = s.queries if masked else s.keys
-    # Two norms: their input and its normalised self, and 1/rms; all in float32 at float32 weights.
+    # Two norms: input, normalised input and 1/rms; all in float32 if the weights are.
     if p.weights == FLOAT or s.family == "gemma":
         norms = FLOAT * 2 * (2 * s.width + 1)
     else:
         norms = FLOAT * 2 * (s.width + 1) + p.weights * 2 * s.width
-    # The norms' outputs, one of q, k, v and one of gate, up; autocast makes each a copy of its own.
+    # The norms' outputs: one for q, k, v and one for gate, up. Autocast makes a copy for each.
     inputs = (5 if p.autocast else 2) * s.width
     attention = 2 * s.queries + 2 * keys  # q, output, k, v; and a log-sum-exp per head
     gated = 4 * s.feed_forward  # gate, its activation, up, their product
@@ -126,12 +127,12 @@ def _rope(s: Shape, p: Precision, masked: bool) -> int:
 def _neox(s: Shape, p: Precision) -> int:
     """Two LayerNorms of one input (mean and 1/std each), fused q, k, v; parallel residual."""
     norms = p.weights * (s.width + 4) + FLOAT * s.heads
-    # norms' outputs, attention's output for its product; q, k, output; v keeps all of q, k, v
+    # norms' outputs, input of the output product; q, k, output; v keeps all of q, k, v
     return norms + p.products * (3 * s.width + 6 * s.width + 2 * s.feed_forward)
 
 
 def _gpt2(s: Shape, p: Precision) -> int:
-    """Two LayerNorms, fused q, k, v, GELU of five pieces, noise of two dropouts."""
+    """Two LayerNorms, fused q, k, v, a GELU of five operations, two dropout masks."""
     norms = p.weights * (2 * s.width + 4) + FLOAT * s.heads
     return norms + p.products * (8 * s.width + 5 * s.feed_forward)
 
@@ -141,18 +142,19 @@ def activations(
     rows: int,
     columns: int,
     precision: Precision,
+    *,
     masked: bool = False,
     checkpointing: bool = False,
     trunks: int = 1,
 ) -> float:
-    """Bytes that a forward pass of the trunks keeps for the backward one, and the latter's own.
+    """Bytes that a forward pass of the trunks keeps for the backward pass, and those of the latter.
 
-    While the backward pass is in a layer, the gradients of what it kept are there too: at most as
-    much again. With checkpointing only each layer's input is kept, and one layer is run again.
+    While the backward pass is in a layer, the gradients of what that layer kept take at most the
+    same space. With checkpointing only each layer's input is kept, and one layer is recomputed.
     """
     tokens = rows * columns
     layer = kept_by_layer(shape, precision, columns if masked else 0)
-    # The last norm's input and output; RMSNorm: its normalised input; GPT-2: the embeddings' noise.
+    # The last norm's input and output. RMSNorm keeps its normalised input, GPT-2 a dropout mask.
     extra = 0 if shape.family == NEOX else FLOAT * shape.width
     last = extra + precision.weights * 2 * shape.width
     if checkpointing:
@@ -162,18 +164,18 @@ def activations(
 
 
 def key_values(shape: Shape, columns: int, bytes_each: int) -> int:
-    """Bytes of keys and values of so many cache columns."""
+    """Bytes of the keys and values of cache columns."""
     return columns * shape.layers * 2 * shape.keys * bytes_each
 
 
 def logits_of(shape: Shape, tokens: int) -> int:
-    """Bytes that a loss of so many tokens' logits (tokens, V) holds at once, in float32."""
+    """Bytes that a loss holds at once for logits (tokens, V) in float32."""
     return LOGITS_COPIES * FLOAT * tokens * shape.vocabulary
 
 
 @dataclass(frozen=True)
 class Use:
-    """Bytes on a device by part. Parts need not be there at once: `peak` says how much is."""
+    """Bytes on a device by part, and the peak: not all parts exist at the same time."""
 
     parts: dict[str, float]
     peak: float
@@ -183,18 +185,19 @@ def training(
     trained: int,
     weights: int,
     state: float,
+    *,
     kept: float,
     loss: float,
     copies: float = 0.0,
     later: float = 0.0,
     beside: dict[str, float] | None = None,
 ) -> Use:
-    """A training step: trained parameters (float32 gradients), and the bytes of everything else.
+    """Memory of a training step. trained: number of parameters; all else is in bytes.
 
-    Gradients come as the first pass's activations go, and are there beside those of later passes
-    (gradient accumulation), the fullest of which is this share (0 to 1) of the first:
-    peak = weights + state + beside + max(forward, gradients + later * forward), where
-    forward = activations + copies + loss. beside: models that only give numbers.
+    Gradients (float32) appear as the first pass's activations are freed. Later passes (gradient
+    accumulation) hold gradients and activations; the largest of them needs the share `later` (0 to
+    1) of the first: peak = weights + state + beside + max(forward, gradients + later * forward),
+    where forward = kept + copies + loss. beside: models that are only read.
     """
     gradients = float(FLOAT * trained)
     forward = kept + copies + loss
@@ -212,10 +215,10 @@ def training(
 
 
 def forward_flops(shape: Shape, tokens: float, context: float, head: float | None = None) -> float:
-    """Floating-point operations of a forward pass: 2 per weight and token, and causal attention's.
+    """Floating-point operations of a forward pass: 2 per weight and token, plus attention.
 
-    context: mean number of tokens that a token sees, half a row's; its scores and their sum of
-    values take 4 Q per token seen and layer. head: tokens that the output layer is run on.
+    context: mean number of tokens that a token attends to, half a row. Attention takes 4 Q per such
+    token and layer. head: number of tokens that the output layer reads; None means all.
     """
     products = 2.0 * shape.matrices * tokens
     attention = 4.0 * shape.queries * shape.layers * context * tokens

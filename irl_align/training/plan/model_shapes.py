@@ -1,4 +1,4 @@
-"""Shapes of language models from their configs: no weights are loaded or downloaded."""
+"""Shapes of language models, from their configs. No weights are loaded or downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from irl_align.errors import UserError
 from irl_align.models.lora import add_adapter
 from irl_align.training.plan.memory import Shape
 
-# As published with the models of the recipes, so that the Hub need not be asked for them.
+# Published configs of the recipes' models, so that a plan needs no network.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-1b-deduped": {
         "model_type": "gpt_neox",
@@ -49,17 +49,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def shape_of_recipe(options: ModelOptions, vocabulary: int | None = None) -> Shape:
-    """Shape of a recipe's model: from scratch, a folder's, the Hub's, or a published one.
+    """Shape of a recipe's model. Raises UserError where its config is not known.
 
-    vocabulary: tokens of a tokenizer from scratch, where it is known to have fewer than asked for.
+    vocabulary: size of a trained tokenizer, which may be smaller than the recipe's vocab_size.
     """
-    if options.from_scratch is not None:
-        return shape_of(scratch_config(options.from_scratch, vocabulary))
-    return shape_of(_config(str(options.path), options.revision))
+    return shape_of(_config(options, vocabulary))
 
 
 def scratch_config(options: ScratchOptions, vocabulary: int | None = None) -> PreTrainedConfig:
-    """The config that models.scratch_model makes, special tokens aside."""
+    """The config of models.loading.scratch_model, without special tokens."""
     shape = options.model_dump(exclude={"architecture"})
     if options.num_key_value_heads is None:
         del shape["num_key_value_heads"]
@@ -69,33 +67,33 @@ def scratch_config(options: ScratchOptions, vocabulary: int | None = None) -> Pr
     )
 
 
-def _config(path: str, revision: str | None) -> PreTrainedConfig:
+def _config(options: ModelOptions, vocabulary: int | None = None) -> PreTrainedConfig:
+    if options.from_scratch is not None:
+        return scratch_config(options.from_scratch, vocabulary)
+    path, revision = str(options.path), options.revision
     if path in PUBLISHED and not Path(path).exists():
         return AutoConfig.for_model(**PUBLISHED[path])
     try:
-        return AutoConfig.from_pretrained(path, revision=revision)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision)
     except Exception as error:  # transformers and the hub raise many kinds
         cause = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.path: {path}: no config.json in reach, from which its shape would follow; "
+            f"model.path: {path}: found no config.json, which gives the model's shape; "
             f"expected a folder, a model on the Hub, or one of {', '.join(PUBLISHED)}: {cause}"
         ) from error
+    return config
 
 
 def adapter_size(options: ModelOptions, lora: LoraOptions) -> int:
-    """Parameters of an adapter of a recipe's model; UserError where it would adapt no layer."""
-    if options.from_scratch is not None:
-        config = scratch_config(options.from_scratch)
-    else:
-        config = _config(str(options.path), options.revision)
+    """Parameters of an adapter of a recipe's model. Raises UserError where it adapts no layer."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(_config(options))
         add_adapter(model, lora, str(options.path))
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
-    """Shape of a config's causal language model, whose parameters are counted on no device."""
+    """Shape of a config's causal language model. Raises UserError where it has none."""
     return _shape(config.to_json_string(use_diff=False))
 
 
@@ -124,7 +122,7 @@ def _shape(text: str) -> Shape:
     except (ValueError, AttributeError) as error:  # no causal LM, or sizes by other names
         cause = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model: no shape follows from a config of {own.model_type}; expected a causal "
+            f"model: found a config of {own.model_type}, which gives no shape; expected a causal "
             f"language model such as llama, mistral, qwen3, gpt_neox or gpt2: {cause}"
         ) from error
 

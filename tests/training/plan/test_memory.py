@@ -167,11 +167,11 @@ def test_a_shape_from_scratch_is_the_model_that_is_made() -> None:
 
 
 def test_a_model_out_of_reach_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"no config\.json in reach") as caught:
+    with pytest.raises(UserError, match=r"found no config\.json") as caught:
         shape_of_recipe(ModelOptions(path="nobody/nothing"))
     assert "\n" not in str(caught.value) and "openai-community/gpt2" in str(caught.value)
 
 
 def test_a_model_that_is_no_causal_one_is_one_line() -> None:
-    with pytest.raises(UserError, match="no shape follows from a config of t5"):
+    with pytest.raises(UserError, match="found a config of t5, which gives no shape"):
         shape_of(AutoConfig.for_model("t5"))

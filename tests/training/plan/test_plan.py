@@ -1,4 +1,4 @@
-"""`irl-align plan`: the stages that a run makes, what the store has of them, and what they take."""
+"""`irl-align plan`: stages of a run, those that the store has, and their costs."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,12 @@ from irl_align.config.recipe import load_recipe
 from irl_align.config.resources import recipe_files, recipes_dir
 from irl_align.config.schema import Recipe
 from irl_align.errors import UserError
-from irl_align.training.plan.data import count_data
+from irl_align.training.plan.data import Counts, count_data, local_data
 from irl_align.training.plan.devices import DEVICES, Work, device_named
 from irl_align.training.plan.memory import Precision
-from irl_align.training.plan.plan import MATCHING, Assumptions, Plan, make_plan
-from irl_align.training.train import Result
+from irl_align.training.plan.plan import Assumptions, Plan, Step, make_plan
+from irl_align.training.plan.stage_costs import MATCHING
+from irl_align.training.train import Result, train
 
 pytestmark = pytest.mark.timeout(240)
 A100 = Assumptions(device_named("a100-80gb"), 0.35, 0.5)
@@ -37,44 +38,61 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def again(run: Result, *overrides: str) -> Plan:
+def plan_of(run: Result, *overrides: str) -> Plan:
     """The plan of a finished run's recipe."""
     return make_plan(load_recipe(run.folder / "recipe.yaml", overrides), A100)
 
 
+def roles(plan: Plan) -> list[str]:
+    return [str(step.role) for step in plan.steps]
+
+
+def step_of(plan: Plan, role: str) -> Step:
+    return next(step for step in plan.steps if str(step.role) == role)
+
+
+def rows_of(plan: Plan) -> dict[str, int]:
+    return {str(step.role): step.cost.rows for step in plan.steps}
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_recipe_has_a_plan(name: str) -> None:
+def test_make_plan_of_every_recipe(name: str) -> None:
     small = ["data.task={size: 60}"] if name.startswith("restaurant") else []
     plan = make_plan(load_recipe(recipes_dir() / name, small), A100)
     assert plan.to_do == plan.steps and plan.store.startswith("no store at")
     assert plan.hours is not None and plan.hours > 0 and plan.disk > 0
-    roles = [step.role for step in plan.steps]
-    assert len(roles) == len(set(roles)) and roles[:2] == ["start", "data"]
-    for number, step in enumerate(plan.steps):  # whatever is read has been made before
-        assert set(step.reads) <= set(roles[:number]), step
+    assert len(roles(plan)) == len(set(roles(plan))) and roles(plan)[:2] == ["start", "data"]
+    for number, step in enumerate(plan.steps):  # a stage reads only earlier stages
+        assert set(step.reads) <= {earlier.role for earlier in plan.steps[:number]}, step
         assert (
             step.cost.use.peak >= max(step.cost.use.parts.values(), default=0) or not step.cost.work
         )
 
 
-@pytest.mark.parametrize("name", ["contrast", "select", "spin"])
-def test_the_stages_are_those_of_the_run(name: str) -> None:
+@pytest.mark.parametrize("name", ["irl", "contrast", "select", "spin", "sft"])
+@pytest.mark.parametrize("pick", ["last", "nearest"])
+def test_make_plan_of_a_finished_run_finds_its_stages_in_order(name: str, pick: str) -> None:
     run = shared_run(name)
-    plan = again(run)
-    made = stage_records(run.folder)
-    assert {step.role for step in plan.steps} == set(made)
+    if pick == "nearest":
+        recipe = load_recipe(run.folder / "recipe.yaml", ["loop.pick=nearest", f"name={name}-near"])
+        run = train(recipe)
+    plan = plan_of(run)
+    assert roles(plan) == built(run)
+    assert ("pick" in roles(plan)) == (pick == "nearest" and name != "sft")
     assert plan.to_do == [] and plan.hours == 0 and plan.disk == 0
-    order = [key.removeprefix("stage/") for key in metrics(run.folder) if key.startswith("stage/")]
-    trained = [role for role in order if not role.startswith(("samples", "selected", "eval"))]
-    assert [s.role for s in plan.steps if s.role in trained] == trained
 
 
-def test_rows_and_tokens_are_those_of_the_run() -> None:
+def built(run: Result) -> list[str]:
+    """Roles of a run's stages, in order."""
+    return [key.removeprefix("stage/") for key in metrics(run.folder) if key.startswith("stage/")]
+
+
+def test_make_plan_counts_the_rows_and_tokens_of_the_run() -> None:
     run = shared_run("contrast")
-    plan, made = again(run), stage_records(run.folder)
-    rows = {step.role: step.cost.rows for step in plan.steps}
+    plan, made = plan_of(run), stage_records(run.folder)
+    rows = rows_of(plan)
     pairs = made["pairs/0"]["metrics"]["train"]["pairs"]
-    assert pairs <= rows["pairs/0"] <= 1.5 * pairs  # of samples without EOS there are none
+    assert pairs <= rows["pairs/0"] <= 1.5 * pairs  # samples without EOS make no pairs
     samples = made["samples/train/policy-0/t1"]["metrics"]
     assert rows["samples/train/policy-0/t1"] == samples["samples"]
     counted = made["data"]["metrics"]
@@ -84,7 +102,7 @@ def test_rows_and_tokens_are_those_of_the_run() -> None:
     assert plan.shape.parameters == made["start"]["metrics"]["parameters"]
 
 
-def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
+def test_make_plan_counts_edits_and_extra_prompts(tmp_path: Path) -> None:
     run = shared_run("contrast")
     contrast = (
         "pairs.sources=[demonstration/policy, demonstration/contrast]",
@@ -93,7 +111,7 @@ def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     plain, edited, both = (
-        {step.role: step.cost.rows for step in again(run, *options).steps}
+        rows_of(plan_of(run, *options))
         for options in (
             (*contrast, "policy_update.prompts=null"),
             (
@@ -109,39 +127,44 @@ def test_edits_and_extra_prompts_are_counted(tmp_path: Path) -> None:
             ),
         )
     )
-    demonstrations = again(run).counts.rows["reward"]
+    demonstrations = plan_of(run).counts.rows["reward"]
     assert edited["pairs/0"] == plain["pairs/0"] + 5 * demonstrations
     candidates, n = "samples/candidates/policy-0/t1", 2
     assert both[candidates] == 2 * plain[candidates] + 2 * n
 
 
-def test_only_what_the_change_touches_is_to_do() -> None:
-    plan = again(shared_run("contrast"), "policy_update.args.learning_rate=0.005")
-    to_do = {step.role for step in plan.to_do}
+def test_make_plan_has_to_do_what_a_change_affects() -> None:
+    plan = plan_of(shared_run("contrast"), "policy_update.args.learning_rate=0.005")
+    to_do = {str(step.role) for step in plan.to_do}
     assert to_do == {
         *("policy-1", "samples/held_out/policy-1/t1", "vitals/1"),
         *("samples/evaluation/policy-1/t1", "evaluation/1/t1"),
         *("samples/evaluation/policy-1/t0", "evaluation/1/t0", "evaluation/1/rewards"),
     }
-    assert plan.peak is not None and plan.peak.role == "policy-1"
-    # another evaluation trains nothing again
-    other = again(shared_run("contrast"), "evaluation.prompts=5")
-    assert {s.role for s in other.to_do if not s.role.startswith(("samples/eval", "eval"))} == set()
+    assert plan.peak is not None and str(plan.peak.role) == "policy-1"
+    # another evaluation trains nothing
+    other = plan_of(shared_run("contrast"), "evaluation.prompts=5")
+    assert all(str(s.role).startswith(("samples/eval", "eval")) for s in other.to_do)
 
 
-def test_matching_entropy_samples_the_first_policy_a_few_times() -> None:
-    plan = again(shared_run("contrast"), "evaluation.match_entropy=true")
+def test_make_plan_counts_the_samples_of_match_entropy() -> None:
+    plan = plan_of(shared_run("contrast"), "evaluation.match_entropy=true")
     (step,) = plan.to_do
-    assert step.role == "matched-entropy/1" and step.reads == ("sft", "evaluation/1/t1")
-    at_one = next(s for s in plan.steps if s.role == "samples/evaluation/policy-0/t1")
+    assert str(step.role) == "matched-entropy/1"
+    at_one = step_of(plan, "samples/evaluation/policy-0/t1")
     assert step.cost.sampled == pytest.approx(MATCHING * at_one.cost.sampled)
     assert plan.hours is not None and plan.hours > 0
 
 
-def test_a_store_out_of_reach_is_said_and_searched_as_far_as_it_goes() -> None:
+def test_make_plan_without_the_recipes_backend_does_not_search_the_store() -> None:
     run = shared_run("contrast")
-    plan = again(run, "generation.backend=vllm-server", "generation.server.urls=[http://x]")
-    assert plan.store.startswith(str(run.folder.parent)) and "searched" in plan.store
+    plan = plan_of(run, "generation.backend=vllm-server", "generation.server.urls=[http://x]")
+    assert plan.store.startswith(f"{run.folder.parent}/store was not searched: ")
+    assert plan.to_do == plan.steps
+
+
+def counts_of(recipe: Recipe) -> Counts:
+    return count_data(recipe, local_data(recipe))
 
 
 def hub_recipe(*overrides: str) -> Recipe:
@@ -149,7 +172,7 @@ def hub_recipe(*overrides: str) -> Recipe:
 
 
 def test_rows_of_the_hub_are_the_cards_and_lengths_the_limits() -> None:
-    counts = count_data(hub_recipe())
+    counts = counts_of(hub_recipe())
     used = 116722 * 0.0902
     assert counts.rows == {
         "sft": round(used * 0.95),
@@ -157,8 +180,8 @@ def test_rows_of_the_hub_are_the_cards_and_lengths_the_limits() -> None:
         "held_out": round(used * 0.05),
         "evaluation": 6447,
     }
-    assert (counts.prompt.mean, counts.completion.longest, counts.local) == (512, 53, False)
-    apart = count_data(hub_recipe("data.reward_data=disjoint", "data.reward_share=0.25"))
+    assert (counts.prompt.mean, counts.completion.longest) == (512, 53)
+    apart = counts_of(hub_recipe("data.reward_data=disjoint", "data.reward_share=0.25"))
     assert apart.rows["reward"] == round(used * 0.95 * 0.25)
 
 
@@ -170,7 +193,7 @@ def test_a_card_without_counts_is_one_line(tmp_path: Path) -> None:
         "  columns: {prompt: p, completion: c}\n---\n"
     )
     with pytest.raises(UserError, match="found no number of rows of split train") as caught:
-        count_data(hub_recipe(f"data.card={card}"))
+        counts_of(hub_recipe(f"data.card={card}"))
     assert "expected about: {train: ROWS} in the card, or data.path" in str(caught.value)
 
 
@@ -183,13 +206,13 @@ def test_local_data_of_a_model_out_of_reach_is_counted_by_words(tmp_path: Path) 
     )
     # one prompt: it is held out or trained on as a whole, so that a part is empty
     with pytest.raises(UserError, match="none is left"):
-        count_data(hub_recipe(f"data.card={card}", "data.share=1.0"))
+        counts_of(hub_recipe(f"data.card={card}", "data.share=1.0"))
     lines = "".join(f'{{"p": "one two {n}", "c": "four five"}}\n' for n in range(40))
     (tmp_path / "d.jsonl").write_text(lines)
-    counts = count_data(hub_recipe(f"data.card={card}", "data.share=1.0"))
+    counts = counts_of(hub_recipe(f"data.card={card}", "data.share=1.0"))
     assert counts.prompt.mean == pytest.approx(3 * 1.4 + 1)
     assert counts.rows["sft"] + counts.rows["held_out"] == counts.rows["evaluation"] == 40
-    assert counts.how.endswith("the model's tokenizer is not in reach")
+    assert counts.how.endswith("the model's tokenizer is not available")
 
 
 def test_hours_by_hand() -> None:
@@ -202,10 +225,10 @@ def test_hours_by_hand() -> None:
 
 
 def test_ppo_of_1b_by_hand() -> None:
-    """Policy and critic with float32 gradients and AdamW, reward and reference beside them."""
+    """Policy and critic with float32 gradients and AdamW, plus reward and reference."""
     recipe = load_recipe(recipes_dir() / "tldr/irl-ppo-pythia-1b.yaml")
     plan = make_plan(recipe, A100)
-    parts = next(step for step in plan.steps if step.role == "policy-1").cost.use.parts
+    parts = step_of(plan, "policy-1").cost.use.parts
     policy, head = 1_011_781_632, 50304 * 2048
     both = 2 * policy - head  # the critic has no output layer
     assert parts["weights"] == 4 * both and parts["gradients"] == 4 * both
@@ -221,11 +244,11 @@ def test_ppo_of_1b_by_hand() -> None:
         ),
         A100,
     )
-    parts = next(step for step in shared.steps if step.role == "policy-1").cost.use.parts
+    parts = step_of(shared, "policy-1").cost.use.parts
     assert parts["weights"] == 4 * policy
 
 
-def test_the_command_prints_stages_memory_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_stages_memory_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
     path = recipes_dir() / "tldr/irl-ppo-pythia-1b.yaml"
     ended = irl_align(capsys, "plan", path, "loop.iterations=1", "--device", "h100")
     assert ended.status == 0, ended.err
@@ -238,21 +261,22 @@ def test_the_command_prints_stages_memory_and_totals(capsys: pytest.CaptureFixtu
     assert "did you mean loop" in line
 
 
-def test_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     path = recipes_dir() / "imdb/abc-ppo-gpt2.yaml"
     ended = irl_align(capsys, "plan", path, "--json", "--device", "cpu", "--mfu", "0.5")
-    found = json.loads(ended.out)
-    assert found["parameters"] == 124_439_808 and found["mfu"] == 0.5 and found["hours"] is None
-    stages = {stage["role"]: stage for stage in found["stages"]}
-    assert stages["policy-1"]["reads"] == ["sft", "reward/0", "data"]
+    printed = json.loads(ended.out)
+    assert printed["parameters"] == 124_439_808
+    assert printed["mfu"] == 0.5 and printed["hours"] is None
+    stages = {stage["role"]: stage for stage in printed["stages"]}
+    assert set(stages["policy-1"]["reads"]) == {"sft", "reward/0", "data"}
     assert stages["policy-1"]["sampled"] == 2400 * 256
-    assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in stages.values())
-    assert found["disk_bytes"] > sum(stage["disk_bytes"] for stage in stages.values())
+    assert printed["peak_bytes"] == max(stage["peak_bytes"] for stage in stages.values())
+    assert printed["disk_bytes"] > sum(stage["disk_bytes"] for stage in stages.values())
 
 
-def test_a_finished_run_has_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_a_finished_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     ended = irl_align(capsys, "plan", shared_run("spin").folder / "recipe.yaml")
-    assert ended.status == 0 and "nothing is to do: the store has every stage" in ended.out
+    assert ended.status == 0 and "nothing to do: the store has every stage" in ended.out
     changed = irl_align(
         capsys, "plan", shared_run("spin").folder / "recipe.yaml", "reward.args.beta=0.2"
     )
