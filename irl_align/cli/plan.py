@@ -77,7 +77,7 @@ def _stages(plan: Plan) -> Table:
     from irl_align.training.plan.plan import total_hours
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", justify="right")
+    table.add_column("", justify="right", no_wrap=True, min_width=2)
     table.add_column("stage", no_wrap=True)
     for name in ("reads", "store", "rows", "tokens", "sampled", "memory", "hours"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -90,7 +90,7 @@ def _stages(plan: Plan) -> Table:
         table.add_row(
             str(i),
             str(line[0].role) if len(line) == 1 else f"measuring ({len(line)} stages)",
-            ", ".join(map(str, sorted(reads))),
+            ",".join(map(str, sorted(reads))),
             state,
             _number(sum(step.cost.rows for step in line)),
             _number(sum(step.cost.tokens for step in line)),

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 from support.tiny_runs import irl_align, the_line, tiny_recipe, write_recipe
 
-from irl_align.data.cards import load_card
-from irl_align.data.loading import load_demonstrations
 from irl_align.errors import UserError
 from irl_align.training.plan.disk import announce_disk
 from irl_align.training.prune import delete, find_waste, holding, runs_folder
 from irl_align.training.run_folder import Run
 from irl_align.training.store import Stage, Store
-from irl_align.utils.files import seal, to_lines
+from irl_align.training.train import train
+from irl_align.utils.files import seal
 
 
 def stage(store: Store, name: str, inputs: dict[str, str] | None = None) -> Stage:
@@ -139,7 +138,7 @@ def test_the_command_asks_before_it_deletes(runs: Path, capsys: pytest.CaptureFi
     assert "not needed: 0.0 MB" in irl_align(capsys, "prune", runs).out
 
 
-def test_the_disk_that_a_run_needs_is_told_and_must_be_there(
+def test_announce_disk_logs_the_need_and_refuses_too_small_a_disk(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
@@ -148,8 +147,8 @@ def test_the_disk_that_a_run_needs_is_told_and_must_be_there(
     recipe = tiny_recipe(tmp_path)
     caplog.set_level("INFO", "irl_align")
     announce_disk(recipe)
-    (told,) = [r.getMessage() for r in caplog.records if r.name == "irl_align.training.plan.disk"]
-    need = re.fullmatch(r"disk: the run needs about (\d+) MB for .*, [\d,]+ MB are free", told)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "irl_align.training.plan.disk"]
+    need = re.fullmatch(r"disk: the run needs about (\d+) MB for .*, [\d,]+ MB are free", line)
     assert need is not None and 0 < int(need[1]) < 20  # 0.6 MB of stages, 1 MB of checkpoints
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
@@ -159,24 +158,15 @@ def test_the_disk_that_a_run_needs_is_told_and_must_be_there(
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_wrong_with_the_data_is_left_to_the_run_to_say(
+def test_announce_disk_counts_only_what_an_interrupted_run_still_needs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else it is said again for every look at the data."""
-    rows = [{"q": f"count {n}", "a": f"it is {n}."} for n in range(30)]
-    (tmp_path / "rows.jsonl").write_text(to_lines(rows))
-    (tmp_path / "own.md").write_text(
-        "---\nirl_align:\n  kind: demonstrations\n  rows: {train: 5}\n"
-        "  splits: {train: {files: rows.jsonl}, validation: {from: train, share: 0.2}}\n"
-        "  columns: {prompt: q, completion: a}\n---\n"
-    )
-    recipe = tiny_recipe(tmp_path, f"data.card={tmp_path / 'own.md'}", "data.task={}")
-    (tmp_path / "runs/store").mkdir(parents=True)
-    caplog.set_level("INFO", "irl_align")
-    announce_disk(recipe)
-    assert [r.name for r in caplog.records] == ["irl_align.training.plan.disk"]
-    load_demonstrations(load_card(tmp_path / "own.md"), "train")  # as before, warnings are told
-    assert "the card says 5" in caplog.text
+    caplog.set_level("INFO", "irl_align.training.plan.disk")
+    train(tiny_recipe(tmp_path, "loop.iterations=0"))
+    announce_disk(tiny_recipe(tmp_path, "loop.iterations=0"))
+    assert "the run needs about 0 MB" in caplog.text
+    announce_disk(tiny_recipe(tmp_path, "loop.iterations=0", "seed=1"))
+    assert "the run needs about 0 MB" not in caplog.records[-1].getMessage()
 
 
 def test_no_store_and_a_damaged_run(runs: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ class StageCosts:
             case "sft":
                 options, rows = self.recipe.sft, self.counts.rows["sft"]
                 return self.costs.sft(rows, "SFTConfig", options.args, full=options.full)
+            case "samples" if self._matches_entropy(role):
+                return Cost()  # part of the cost of matched-entropy
             case "samples":
                 return self.costs.sample(*self._drawn(role))
             case "selected":
@@ -67,6 +69,12 @@ class StageCosts:
         first = "policy-0" if self.recipe.sft.enabled else "start"
         policy = role.sampler == first or role.sampler.startswith("policy-")
         return policy and (role.temperature in (None, 1.0) or role.use != "held_out")
+
+    def _matches_entropy(self, role: Role) -> bool:
+        """Whether samples are those of a search for a temperature with a given entropy."""
+        return role.use == "evaluation" and (
+            role.temperature not in self.recipe.evaluation.temperatures
+        )
 
     def _measured(self) -> int:
         return min(self.recipe.evaluation.held_out_prompts, self.counts.prompts["held_out"])

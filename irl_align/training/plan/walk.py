@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from irl_align.config.schema import Recipe
 from irl_align.policy.roles import DATA, Role
@@ -83,13 +88,15 @@ class _Recorder(LookedUpStages):
     ) -> Stage:
         """The committed stage or a missing one."""
         stage = super().stage(role, name, settings, inputs, build, main_only=main_only)
-        # A selecting policy's identity joins keys by "+"; "/" adds prompts to demonstrations.
-        keys = [key for value in inputs.values() for key in re.split("[+/]", value)]
-        reads = {self._roles[key] for key in keys if key in self._roles}
+        reads = self._inputs(inputs)
+        drawn = self._drawn
         if role.kind != "samples":
-            reads.update(self._drawn)
-            self._drawn = []
-        if role.kind in ("samples", "selected"):
+            # Only training reads both samples and the policy that drew them.
+            for sample in drawn if role.kind != "policy" else ():
+                reads -= {read for read in self.planned[sample].reads if read != DATA}
+            reads.update(drawn)
+            self._drawn = drawn if role.kind == "candidate-rewards" else []
+        if role.kind in ("samples", "selected", "candidate-rewards"):
             self._drawn.append(role)
         self._roles.setdefault(stage.key, role)
         if role == DATA:
@@ -99,6 +106,12 @@ class _Recorder(LookedUpStages):
         by_order = tuple(sorted(reads, key=order.index))
         self.planned.setdefault(role, PlannedStage(role, by_order, not stage.missing))
         return stage
+
+    def _inputs(self, inputs: Mapping[str, str]) -> set[Role]:
+        # A selecting policy's identity joins keys by "+"; "/" adds prompts to demonstrations.
+        keys = [key for value in inputs.values() for key in re.split("[+/]", value)]
+        roles = {self._roles[key] for key in keys if key in self._roles}
+        return roles | {DATA} if "prompts" in inputs else roles
 
 
 def _walk(recipe: Recipe, raw: RawData, root: Path | None) -> list[PlannedStage]:
@@ -115,10 +128,13 @@ def _walk(recipe: Recipe, raw: RawData, root: Path | None) -> list[PlannedStage]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A block without warnings about data: the run logs them when it uses the data."""
-    before = logging.root.manager.disable
+    """A block without progress bars, and without warnings, which the run itself logs."""
+    before, hidden = logging.root.manager.disable, are_progress_bars_disabled()
     logging.disable(logging.WARNING)
+    disable_progress_bars()
     try:
         yield
     finally:
         logging.disable(before)
+        if not hidden:
+            enable_progress_bars()
