@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.smoked import SMOKED, built_roles, planned_roles
 
 from irl_align.config.recipe import load_recipe, to_dict
 from irl_align.config.resources import recipes_dir
@@ -63,16 +64,6 @@ DIFFERENCES = {
     "sfx/irl-best-of-n.yaml": ("sfx/irl-select.yaml", {"policy_update"}),
     "sfx/irl-select-contrast.yaml": ("sfx/irl-select.yaml", {"pairs.sources", "reward.lm_coef"}),
 }
-# One of each kind of code path; every ablation can be tried by `train RECIPE --smoke`.
-SMOKED = {
-    "e2e/ablations/linear.yaml": ("loop.iterations=1",),
-    "e2e/ablations/negatives-t0.01.yaml": ("loop.iterations=1",),
-    "e2e/ablations/afd-sft-init.yaml": (),
-    "e2e/ablations/iqlearn-from-start.yaml": (),
-    "e2e/dpo-fixed-ref.yaml": (),
-    "e2e/irl-select-edits.yaml": (),
-    "sfx/preference-rlhf.yaml": (),
-}
 
 
 def options(name: str) -> dict[str, Any]:
@@ -107,9 +98,12 @@ def test_every_ablation_is_compared_with_its_neighbour() -> None:
 def test_an_ablation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(recipes_dir() / name, ["device=cpu", *SMOKED[name]])
-    summary = run_smoke(recipe).view().summary
+    result = run_smoke(recipe)
+    summary = result.view().summary
     assert summary is not None
     assert summary["ended"] == f"{recipe.loop.iterations} iterations done"
+    small = load_recipe(result.folder / "recipe.yaml")
+    assert built_roles(result.folder) == planned_roles(small)
 
 
 def test_preferences_alone_take_no_weight() -> None:

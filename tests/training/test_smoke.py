@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.smoked import SHIPPED, built_roles, planned_roles
 from support.tiny_runs import irl_align, the_line
 from transformers import (
     AutoConfig,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from irl_align.config.recipe import load_recipe
-from irl_align.config.resources import recipe_files, recipes_dir
+from irl_align.config.resources import recipes_dir
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import load_card
 from irl_align.data.encoding import encode_prompts
@@ -28,13 +29,6 @@ from irl_align.training.smoke import run_smoke, smoke_folder, smoke_recipe
 from irl_align.training.smoke_data import NOTICE, write_preferences
 
 pytestmark = pytest.mark.timeout(240)
-# The recipes of the two built-in tasks are run at their own size by other tests and by hand;
-# ablations are in test_ablations.
-SHIPPED = sorted(
-    path.relative_to(recipes_dir()).as_posix()
-    for path in recipe_files()
-    if path.parent.name not in ("e2e", "restaurant", "ablations", "sfx")
-)
 ARCHITECTURE = {
     "tldr": "gpt_neox",
     "ultrachat": "mistral",
@@ -99,6 +93,7 @@ def test_shipped_recipe_runs_end_to_end(name: str) -> None:
     result = run_smoke(full)
     view = result.view()
     assert view.summary["ended"] == f"{full.loop.iterations} iterations done"
+    assert built_roles(result.folder) == planned_roles(full)
     assert result.folder == smoke_folder(full) / f"{full.name}-seed0"
     config = AutoConfig.from_pretrained(result.policy)
     assert config.model_type == ARCHITECTURE.get(name, ARCHITECTURE.get(name.split("/")[0]))
