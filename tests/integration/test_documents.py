@@ -34,6 +34,13 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_on_a_page_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:irl_align|tests)/[\w/-]+\.(?:py|md|gz))`", text):
+        assert (ROOT / name).exists() or "NAME" in name, f"{page}: {name}"
+
+
 def test_catalogue_lists_every_recipe_once() -> None:
     catalogue = (recipes_dir() / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"\| `([\w./-]+\.yaml)`", catalogue)
