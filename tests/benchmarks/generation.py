@@ -222,6 +222,7 @@ class ByVLLM:
         self.generator = VLLMGenerator(settings, "vllm", ServerOptions(), folder / "log")
         self.generator.sync(folder / "policy", "a", [setting.eos], lambda: setting.model)
         self.start = time.perf_counter() - begin
+        self.gap = self.generator.compare(lambda: setting.model)
 
     def __call__(self, prompts: Prompts, n: int) -> tuple[int, int]:
         sampling = Sampling(n=n, max_new_tokens=self.setting.max_new_tokens)
@@ -331,7 +332,7 @@ def compare(
         f"rows, {torch.get_num_threads()} threads"
     )
     if vllm is not None:
-        print(f"vLLM: start, sync and comparison {vllm.start:.1f} s; gap {vllm.generator.gap:.1e}")
+        print(f"vLLM: start, sync and comparison {vllm.start:.1f} s; gap {vllm.gap:.1e}")
     print(f"{'':26}{'samples/s':>10}{'tokens/s':>10}{'tokens each':>13}{'ratio':>8}")
     base = 1.0
     for name, (samples, tokens, seconds) in results.items():

@@ -9,12 +9,12 @@ are not independent). Noise is the spread of the readings around the line.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,10 +27,10 @@ from support.ppo_tools import EOS, Scripted, actors, options, small_llama, train
 from support.rows import random_ids
 from support.tiny_models import cached_tokenizer
 
-from irl_align.policy.ppo import trainer as module
 from irl_align.policy.ppo.update import train_ppo
 
 BLOCK = 10
+BATCH = 16
 
 
 def slope(readings: np.ndarray) -> dict[str, float]:
@@ -55,21 +55,23 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=40, help="updates that are left out")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    process, readings = psutil.Process(), list[float]()
-    tell = module.PPOTrainer._tell
+    process, readings, calls = psutil.Process(), list[float](), itertools.count(1)
 
-    def reading(self: Any, record: dict[str, Any]) -> None:
-        tell(self, record)
-        gc.collect()
-        readings.append(process.memory_info().rss / 1024)
+    def score(prompt: list[int], completion: list[int]) -> float:
+        if next(calls) % BATCH == 0:  # the last completion of a rollout
+            gc.collect()
+            readings.append(process.memory_info().rss / 1024)
+        return float(EOS in completion)
 
-    module.PPOTrainer._tell = reading  # type: ignore[method-assign]
     chosen = options(
-        episodes=16 * given.updates, critic="separate", critic_init="zero", checkpoint_every=20
+        episodes=BATCH * given.updates,
+        batch_size=BATCH,
+        critic="separate",
+        critic_init="zero",
+        checkpoint_every=20,
     )
-    reward = Scripted(lambda prompt, completion: float(EOS in completion))
     prompts = random_ids(16, 2, 5, 0, vocabulary=12)
-    cast = actors(small_llama(12), reward, cached_tokenizer(), prompts, chosen)
+    cast = actors(small_llama(12), Scripted(score), cached_tokenizer(), prompts, chosen)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(cast, chosen, training(Path(folder)))
     growth = slope(np.asarray(readings[given.warm_up :]))
