@@ -107,7 +107,7 @@ def test_best_of_n_trains_adapters_on_the_sft_model(best: Result) -> None:
     for model in (best.reward, best.policy):
         assert is_adapter(model) and Path(base_of(model)).resolve() == base
     stages = stage_records(best.folder)
-    assert stages["reward/0"]["settings"]["lora"]["r"] == 4
+    assert stages["reward/0"]["settings"]["reward"]["lora"]["r"] == 4
     assert stages["policy-1"]["settings"]["lora"]["r"] == 4
     assert "lora" not in stages["sft"]["settings"]  # shared with runs that train all weights
 
