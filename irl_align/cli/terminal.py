@@ -18,7 +18,7 @@ from irl_align.utils.sanitize import fit_to_show, printable
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")]
 
 
-class _Lines(logging.Formatter):
+class LineFormatter(logging.Formatter):
     """One line per record: the time, the level where it is more than information, the message."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -38,7 +38,7 @@ def set_up(debug: bool) -> None:
         _silence()
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(_Lines())
+    handler.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, handlers=[handler])
     logging.getLogger("irl_align").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

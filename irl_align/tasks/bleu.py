@@ -1,4 +1,4 @@
-"""Corpus BLEU and chrF over any number of references per completion, by sacrebleu."""
+"""Corpus BLEU and chrF by sacrebleu, with any number of references per completion."""
 
 from __future__ import annotations
 
@@ -7,32 +7,28 @@ from collections.abc import Collection, Sequence
 from irl_align.errors import UserError
 
 
-def corpus_bleu(
-    completions: Sequence[str], references: Sequence[Sequence[str]], lowercase: bool = True
-) -> float:
-    """BLEU in percent, sacrebleu's default tokenisation and smoothing.
+def corpus_bleu(completions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Lowercased BLEU in percent, with sacrebleu's default tokenisation and smoothing.
 
-    completions: B texts. references: for each of them one or more texts; the numbers may differ.
-    Raises UserError when the lengths differ or a completion has no reference.
+    completions: B texts. references: one or more texts for each completion; their numbers may
+    differ. Raises UserError: the lengths differ, or a completion has no reference.
     """
     streams = _streams("BLEU", completions, references)
     from sacrebleu.metrics.bleu import BLEU
 
-    # Its annotation leaves the None out; its documentation asks for it.
-    return float(BLEU(lowercase=lowercase).corpus_score(completions, streams).score)  # type: ignore[arg-type]
+    # sacrebleu's annotation lacks the None that its documentation asks for.
+    return float(BLEU(lowercase=True).corpus_score(completions, streams).score)  # type: ignore[arg-type]
 
 
-def corpus_chrf(
-    completions: Sequence[str], references: Sequence[Sequence[str]], lowercase: bool = True
-) -> float:
-    """chrF2 in percent (Popovic 2015): F-score, with beta 2, of character n-grams up to 6.
+def corpus_chrf(completions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Lowercased chrF2 in percent (Popovic 2015): F-score with beta 2 of character n-grams up to 6.
 
-    Of several references the best one of each completion counts. Arguments and errors as above.
+    The best of several references counts. Arguments and errors are those of corpus_bleu.
     """
     streams = _streams("chrF", completions, references)
     from sacrebleu.metrics.chrf import CHRF
 
-    return float(CHRF(lowercase=lowercase).corpus_score(completions, streams).score)  # type: ignore[arg-type]
+    return float(CHRF(lowercase=True).corpus_score(completions, streams).score)  # type: ignore[arg-type]
 
 
 def reference_metrics(
@@ -40,9 +36,9 @@ def reference_metrics(
     references: Sequence[Sequence[str]],
     known: Collection[str] = (),
 ) -> dict[str, float]:
-    """`bleu` and `chrf` in percent, lowercased, but for those that are known already.
+    """`bleu` and `chrf` in percent, except those whose names are in `known`.
 
-    LogProbGap from a task's gold, since chrF takes seconds, too long for every update of PPO.
+    They are no part of a task's gold metric: chrF takes seconds, too long for every PPO update.
     """
     metrics = {"bleu": corpus_bleu, "chrf": corpus_chrf}
     return {n: score(completions, references) for n, score in metrics.items() if n not in known}
@@ -51,7 +47,7 @@ def reference_metrics(
 def _streams(
     name: str, completions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> list[list[str | None]]:
-    """One stream per reference number, as sacrebleu wants it; None marks "no such reference"."""
+    """One stream per reference number, as sacrebleu expects; None marks a missing reference."""
     if len(completions) != len(references):
         raise UserError(
             f"{name}: references has {len(references)} rows, expected one per completion, "

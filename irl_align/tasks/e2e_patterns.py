@@ -1,7 +1,7 @@
 """How English states the slots of the E2E NLG challenge: values, names and regular expressions.
 
-All patterns are for text as :func:`irl_align.tasks.e2e.normalise` leaves it: lower case, no
-accents, blanks in place of hyphens between words, names masked by ``@``.
+All patterns are for text that :func:`irl_align.tasks.e2e_statements.normalise` returns, with names
+masked by ``@``: lower case, no accents, blanks in place of hyphens between words.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ORDER = (
 )
 """The slots, in the order in which E2E writes them."""
 
-# Values that mean the same are one level. A text may leave two levels open ("affordable").
+# Values with the same meaning are one level. A text may leave two levels open ("affordable").
 LOW, MID, HIGH = frozenset({"low"}), frozenset({"mid"}), frozenset({"high"})
 OFF_SCALE = frozenset({"off scale"})  # "2 out of 5": E2E never asks for it
 
@@ -104,7 +104,7 @@ PROXIMITY = (
     r"in front of|round the corner from|corner from|outside|past|block from|"
     r"street from|road from|door to|side of|right by|off)"
 )
-"""What precedes a landmark."""
+"""Words before a landmark."""
 
 _COUNT = r"(?:[1-5]|one|two|three|four|five)"
 _RATING = (
@@ -131,7 +131,7 @@ _IS = (
     r"rather|pretty|also|relatively|somewhat|tends?|service|food|all) )*"
 )
 
-# "An average price of £30" averages, it does not call the price average.
+# "An average price of £30" is an average and does not call the price average.
 _AVERAGE = (
     r"average(?:ly|d)?(?![^.;]{0,30}?(?:£|\b(?:20|25|30|[1-5] out|one out|three out|five out)\b))"
 )
@@ -168,7 +168,7 @@ _RATING_WORD = "|".join(RATING_WORDS.values())
 _PRICE_WORD = "|".join(PRICE_WORDS.values())
 _NO_RATING_NEXT = rf"(?!,? (?:(?:customer|costumer|consumer|user|overall|quality) ?)*{_RATING})"
 _NO_PRICE_NEXT = rf"(?! (?:{_PRICER}{_PRICE}|end\b|family|kid|child|quality))"
-# "low prices and ratings" rates, "a low price range and customer rating of 5" does not.
+# "low prices and ratings" is a low rating; "a low price range and customer rating of 5" is not.
 _NO_VALUE_NEXT = r"(?! (?:is|are|of|at|:)\b)"
 
 _OUT_OF = (
@@ -246,7 +246,7 @@ FOOD = re.compile(
     r"(?P<weak_english>fish (?:and|&) chips|roasts?)|(?P<weak_indian>curry|curries|tandoori)|"
     r"(?P<weak_chinese>noodles?|dim sum))\b"
 )
-"""What is eaten. A dish speaks for its cuisine but contradicts no other."""
+"""Cuisines. A dish supports its cuisine but contradicts no other."""
 
 _FAMILY = (
     r"(?:famil(?:y'?s?|ies)|kids?|kiddos?|child(?:ren)?s?|toddlers?|youngsters?|young ones|"
@@ -257,7 +257,7 @@ _NOT = (
     r"\bnone|\bneither|\bnor|\banti|\bavoid|\bun|\bunsuitable|\bunfriendly|\binappropriate|"
     r"\bunwelcoming|\bdiscourag\w+|\black(?:s|ing)?)"
 )
-# Between a negation and the family that it denies: no other clause, at most 45 characters.
+# Between a negation and the negated family: no other clause, at most 45 characters.
 _DENIED = r"(?:(?!\b(?:and|but|yet|while|though)\b)[^.,;!?]){0,45}?"
 _NOT_ONLY = r"(?! (?:only|just|further|far|more|less|longer|to mention)\b)"
 _MORE_FAMILY = rf"(?:(?: (?:with|of|and|or|nor|&)| ?/)(?: (?:your|young|small|any))? ?{_FAMILY}\b)"
@@ -284,11 +284,11 @@ WEAK_RATING = re.compile(
     r"(?P<mid>average|averagely|decent|mediocre|okay|ok)|"
     r"(?P<low>(?:low|poor) quality|poor(?:ly)?|bad|below average|not (?:highly )?recommended))\b"
 )
-"""Words that speak for a rating without naming one."""
+"""Words that support a rating without naming one."""
 
 WEAK_PRICE = re.compile(
     r"\b(?:(?P<high>high end|upscale|up ?market|fine dining|fancy|luxur\w+|high class|exclusive|"
     r"high range)|"
     r"(?P<mid>mid(?:dle)?|medium)|(?P<low>budget|bargain|value|low end))\b"
 )
-"""Words that speak for a price without naming one."""
+"""Words that support a price without naming one."""

@@ -1,4 +1,4 @@
-"""What a task offers: a gold metric that judges completions, and an edit of its prompts."""
+"""The two parts of a task: a gold metric that judges completions, and an edit of prompts."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from irl_align.errors import UserError
 from irl_align.tasks.bleu import corpus_bleu
 
 PromptEdit = Callable[[str, random.Random], str]
-"""A prompt -> a neighbouring prompt that asks for something else (a slot added, dropped or
+"""Turns a prompt into a neighbouring one that asks for something else (a slot is added, dropped or
 changed), so that a demonstration of the first is wrong for the second."""
 
 SlotError = Literal["missing", "wrong", "hallucinated"]
-"""A slot that was asked for is absent; has another value, or two; is stated unasked."""
+"""A slot is asked for and absent; has another value, or two; or is stated but not asked for."""
 
 
 @dataclass(frozen=True)
 class GoldResult:
-    """Judgement of B completions."""
+    """Judgements of B completions."""
 
     corpus: dict[str, float]
     """Name -> value over all completions; rates and shares in [0, 1], BLEU in percent."""
     rows: list[dict[str, float]]
-    """B dicts, one per completion, in the order given."""
+    """B dicts, one per completion, in their order."""
 
 
 class GoldMetric(Protocol):
-    """Judges completions by their prompts and references. For reporting, never for selection."""
+    """Judges completions by their prompts and references, for reports and never for selection."""
 
     @property
     def headline(self) -> str:
-        """Name in GoldResult.corpus of the number that sums the metric up."""
+        """Name in GoldResult.corpus of the number that summarises the metric."""
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether a small headline is good."""
+        """Whether a smaller headline is better."""
 
     def __call__(
         self,
@@ -45,14 +45,14 @@ class GoldMetric(Protocol):
         completions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> GoldResult:
-        """Judge B completions; references is empty, or has one list of texts per completion."""
+        """Judge B completions. references is empty or has one list of texts per completion."""
 
 
 @dataclass(frozen=True)
 class SlotErrorRate:
     """Gold metric of a data-to-text task: errors over the slots that the prompts ask for.
 
-    check(prompt, completion) gives the number of slots asked for and the slots in error.
+    check(prompt, completion) returns the number of slots asked for and the slots in error.
     """
 
     check: Callable[[str, str], tuple[int, Mapping[str, SlotError]]]
@@ -68,12 +68,12 @@ class SlotErrorRate:
         """Rows: slot_errors, slots, missing, wrong, hallucinated, fully_right (0 or 1).
 
         Corpus: slot_error_rate, fully_right, missing_rate, wrong_rate, hallucinated_rate, and
-        bleu (lowercased) where there are references.
+        bleu (lowercased) if there are references.
         """
         if not prompts or len(prompts) != len(completions):
             raise UserError(
                 f"gold metric: found {len(prompts)} prompts and {len(completions)} completions, "
-                "expected as many of both, at least one"
+                "expected equal numbers, at least one"
             )
         rows = [self._row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         total = {name: sum(row[name] for row in rows) for name in rows[0]}
@@ -82,7 +82,7 @@ class SlotErrorRate:
         for kind in ("missing", "wrong", "hallucinated"):
             corpus[f"{kind}_rate"] = total[kind] / total["slots"]
         if any(references):
-            corpus["bleu"] = corpus_bleu(completions, references, lowercase=True)
+            corpus["bleu"] = corpus_bleu(completions, references)
         return GoldResult(corpus, rows)
 
     def _row(self, prompt: str, completion: str) -> dict[str, float]:

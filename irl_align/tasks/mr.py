@@ -14,18 +14,18 @@ _SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[\s*([^\[\]]*?)\s*\]\s*(?:,|$)")
 def parse(mr: str) -> dict[str, str]:
     """Slots of a meaning representation, in its order.
 
-    Raises UserError when the text is not a list of ``slot[value]``, or a slot comes twice.
+    Raises UserError: the text is not a list of ``slot[value]``, or a slot is repeated.
     """
     slots: dict[str, str] = {}
     position = 0
     while position < len(mr):
-        found = _SLOT.match(mr, position)
-        if found is None or found[1] in slots:
+        match = _SLOT.match(mr, position)
+        if match is None or match[1] in slots:
             raise UserError(
                 f"prompt {mr!r}: found {mr[position:]!r}, expected slot[value], each slot once"
             )
-        slots[found[1]] = found[2]
-        position = found.end()
+        slots[match[1]] = match[2]
+        position = match.end()
     if not slots:
         raise UserError(f"prompt {mr!r}: found no slot, expected slot[value], slot[value], ...")
     return slots
@@ -44,11 +44,11 @@ def edit(
     rng: random.Random,
     weights: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
-    """Slots that ask for something else: one of them changed, added or dropped, as likely each.
+    """Slots with one of them changed, added or dropped, so that they ask for something else.
 
-    changes: slot -> values that differ in meaning from its own. additions: slot that is not there
-    -> values. droppable: slots that may go. The order is kept; what is added comes last. weights:
-    of change, add and drop, where they are not as likely; 1 of what is not named.
+    changes: slot -> values that differ in meaning from the present one. additions: missing slot
+    -> values. droppable: slots that may be dropped. weights: relative frequencies of change, add
+    and drop; the default of each is 1. The order is kept; an added slot comes last.
     """
     changes, additions = (
         {slot: values for slot, values in options.items() if values}

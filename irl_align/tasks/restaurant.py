@@ -1,8 +1,8 @@
 """The built-in demonstration task: restaurants from a grammar, with an exact gold metric.
 
 A prompt asks for 3 to 7 slots, ``name[...]`` first; a completion is one or two sentences that
-state them. Every value has its own phrases, none of which a text of the grammar can contain by
-chance, so that what a text states is found exactly. Needs no download.
+state them. Every value has its own phrases, which a text of the grammar cannot contain by chance,
+so that the gold metric is exact. The task needs no download.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Phrases(NamedTuple):
     """Ways to state one value."""
 
     before: tuple[str, ...] = ()
-    """In front of "restaurant"."""
+    """Before the word "restaurant"."""
     after: tuple[str, ...] = ()
-    """Behind it."""
+    """After the word "restaurant"."""
     clause: tuple[str, ...] = ()
-    """What the restaurant does: a verb phrase."""
+    """A verb phrase, with the restaurant as its subject."""
 
 
 def _food(food: str, dish: str) -> Phrases:
@@ -99,7 +99,7 @@ PHRASES: dict[str, dict[str, Phrases]] = {
     },
     "near": {landmark: _near(landmark) for landmark in _LANDMARKS.split(", ")},
 }
-"""Slot -> value -> its phrases. The name is stated by itself."""
+"""Slot -> value -> its phrases. The name has none: a text states it directly."""
 
 SLOTS = tuple(PHRASES)
 _OPTIONAL = SLOTS[1:]
@@ -108,12 +108,12 @@ _SHARES = {"test": range(10), "validation": range(10, 20), "train": range(20, 10
 
 def _surfaces() -> dict[str, tuple[str, str]]:
     """Phrase -> the slot and the value that it states."""
-    found: dict[str, tuple[str, str]] = {}
+    surfaces: dict[str, tuple[str, str]] = {}
     for slot, values in PHRASES.items():
         for value, phrases in values.items():
             for phrase in (value,) if slot == "name" else sum(phrases, ()):
-                found[phrase] = (slot, value)
-    return found
+                surfaces[phrase] = (slot, value)
+    return surfaces
 
 
 _STATED = _surfaces()
@@ -124,7 +124,7 @@ _PHRASE = re.compile(
 
 @lru_cache(maxsize=65536)
 def _slots(prompt: str) -> Mapping[str, str]:
-    """Slots of a prompt; UserError for one that this task does not have."""
+    """Slots of a prompt. Raises UserError: the task has no such slot or value."""
     slots = meaning.parse(prompt)
     for slot, value in slots.items():
         if value not in PHRASES.get(slot, ()):
@@ -136,7 +136,7 @@ def _slots(prompt: str) -> Mapping[str, str]:
 
 
 def errors(prompt: str, text: str) -> dict[str, SlotError]:
-    """The slots that a text has wrong, and how; exact for every text of the grammar.
+    """The slots that a text has wrong, with the kind of error; exact for texts of the grammar.
 
     missing: asked for and not stated. wrong: stated with another value, or with two.
     hallucinated: stated but not asked for. Phrases outside the grammar state nothing.
@@ -146,15 +146,15 @@ def errors(prompt: str, text: str) -> dict[str, SlotError]:
     for phrase in _PHRASE.findall(" ".join(text.lower().split())):
         slot, value = _STATED[phrase]
         stated.setdefault(slot, set()).add(value)
-    found: dict[str, SlotError] = {}
+    wrong: dict[str, SlotError] = {}
     for slot in SLOTS:
         values = stated.get(slot, set())
         if slot not in asked:
             if values:
-                found[slot] = "hallucinated"
+                wrong[slot] = "hallucinated"
         elif values != {asked[slot]}:
-            found[slot] = "wrong" if values else "missing"
-    return found
+            wrong[slot] = "wrong" if values else "missing"
+    return wrong
 
 
 def _check(prompt: str, completion: str) -> tuple[int, dict[str, SlotError]]:
@@ -166,7 +166,7 @@ gold = SlotErrorRate(_check)
 
 
 def edit(prompt: str, rng: random.Random) -> str:
-    """A neighbouring prompt: one slot changed, added or dropped, within 3 to 7 slots."""
+    """A neighbouring prompt of 3 to 7 slots, with one slot changed, added or dropped."""
     return meaning.render(_in_order(_edit_slots(_slots(prompt), rng, fewest=3)))
 
 
@@ -184,11 +184,11 @@ def _in_order(slots: Mapping[str, str]) -> dict[str, str]:
 
 
 def demonstrations(split: str, size: int, seed: int, noise: float = 0.0) -> list[dict[str, str]]:
-    """``size`` rows with prompt and completion, from a split: train, validation or test.
+    """``size`` rows with prompt and completion, from the split train, validation or test.
 
-    A prompt belongs to one split whatever the seed, so that splits are disjoint. noise: share of
-    the demonstrations in which the expert errs in one slot (leaves it out, states another value,
-    or adds one); neither the prompts nor the other demonstrations depend on it.
+    A prompt belongs to the same split for every seed, so splits are disjoint. noise: share of the
+    demonstrations in which the expert omits, changes or adds one slot; the prompts and the other
+    demonstrations do not depend on it.
     """
     if split not in _SHARES:
         raise UserError(f"restaurant task: split is {split!r}, expected {', '.join(_SHARES)}")
@@ -222,7 +222,7 @@ def _bucket(prompt: str) -> int:
 
 
 def realise(slots: Mapping[str, str], rng: random.Random) -> str:
-    """One or two lower-case sentences that state the slots, in an order and a wording by chance."""
+    """One or two lower-case sentences that state the slots in a random order and wording."""
     parts: dict[str, list[str]] = {place: [] for place in Phrases._fields}
     stated = [slot for slot in slots if slot != "name"]
     for slot in rng.sample(stated, len(stated)):
@@ -237,7 +237,7 @@ def realise(slots: Mapping[str, str], rng: random.Random) -> str:
 def _sentences(
     name: str, noun: str, after: list[str], clauses: list[str], rng: random.Random
 ) -> str:
-    """Put name, noun phrase, what follows the noun, and verb phrases together."""
+    """Join name, noun phrase, the phrases after the noun, and verb phrases."""
     main = [
         " ".join((name, "is", noun, *after)),
         " ".join(("there is", noun, "called", name, *after)),

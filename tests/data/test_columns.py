@@ -5,7 +5,7 @@ from datasets import Dataset
 from irl_align.data.columns import by_prompt_key, column
 
 
-def test_a_column_is_its_values_in_the_rows_order() -> None:
+def test_column_keeps_the_order_of_rows() -> None:
     rows = Dataset.from_dict({"key": ["a", "b", "c"], "ids": [[1, 2], [], [3]]})
     assert column(rows, "key") == ["a", "b", "c"]
     assert column(rows, "ids") == [[1, 2], [], [3]]
@@ -14,6 +14,6 @@ def test_a_column_is_its_values_in_the_rows_order() -> None:
     assert column(rows.select([]), "key") == []
 
 
-def test_a_column_by_prompt() -> None:
+def test_by_prompt_key_maps_keys_to_values() -> None:
     rows = Dataset.from_dict({"prompt_key": ["x", "y", "x"], "prompt": ["ask", "tell", "ask"]})
     assert by_prompt_key(rows, "prompt") == {"x": "ask", "y": "tell"}

@@ -1,4 +1,4 @@
-"""Templates, token ids, length limits and tokenizers."""
+"""Encoding: templates, token ids, length limits."""
 
 import logging
 from pathlib import Path
@@ -76,7 +76,7 @@ def words(*vocabulary: str, bos: bool = False) -> PreTrainedTokenizerFast:
 # ---------------------------------------------------------------- plain templates
 
 
-def test_plain_ids_by_hand() -> None:
+def test_encode_demonstrations_with_a_plain_template_equals_a_hand_count() -> None:
     tokenizer = words("ask:", "say:", "a", "b", "c")  # ids 3 to 7
     rows = [{"prompt": "a b", "completion": "c"}, {"prompt": "b", "completion": "a c"}]
     encoded, dropped = encode_demonstrations(rows, tokenizer, card("ask: {prompt} say:"), OPTIONS)
@@ -87,7 +87,7 @@ def test_plain_ids_by_hand() -> None:
     assert encoded["prompt_key"][:] == [prompt_key("a b"), prompt_key("b")]
 
 
-def test_bos_comes_once_and_only_where_the_tokenizer_adds_it() -> None:
+def test_encode_prompts_adds_bos_once_if_the_tokenizer_does() -> None:
     rows = [{"prompt": "a", "completion": "b"}]
     for bos, template, expected in (
         (True, "{prompt}", [1, 3]),
@@ -102,14 +102,14 @@ def test_bos_comes_once_and_only_where_the_tokenizer_adds_it() -> None:
         assert encoded["completion_ids"][0] == [4, 2]
 
 
-def test_prompt_text_is_not_a_template() -> None:
+def test_encode_prompts_does_not_format_the_prompt() -> None:
     """Braces in a prompt are text, and literal braces of the template are written twice."""
     tokenizer = words("{prompt}", "{x}", "a")
     encoded = encode_prompts(["{prompt}", "{x}"], tokenizer, card("{{x}} {prompt}"))
     assert encoded == [[4, 3], [4, 4]]
 
 
-def test_lowercase_is_of_the_ids_and_the_completion(scratch: PreTrainedTokenizerFast) -> None:
+def test_lowercase_changes_ids_and_completions(scratch: PreTrainedTokenizerFast) -> None:
     encoded = encode_demonstrations(ROWS, scratch, card(lowercase=True), OPTIONS).rows
     assert encoded["prompt"][0] == "name[The Mill]"  # as gold metrics and edits read it
     assert encoded["completion"][0] == "the mill"
@@ -118,7 +118,7 @@ def test_lowercase_is_of_the_ids_and_the_completion(scratch: PreTrainedTokenizer
 
 
 @pytest.mark.parametrize("text", ["a </s> b", "</s>", "a <PAD> b"])
-def test_special_tokens_in_a_completion_are_refused(text: str) -> None:
+def test_encode_demonstrations_refuses_special_tokens_in_a_completion(text: str) -> None:
     tokenizer = words("a", "b")
     tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     rows = [{"prompt": "a", "completion": "a"}, {"prompt": "a", "completion": text}]
@@ -126,7 +126,7 @@ def test_special_tokens_in_a_completion_are_refused(text: str) -> None:
         encode_demonstrations(rows, tokenizer, card(), OPTIONS)
 
 
-def test_preferences_by_hand() -> None:
+def test_encode_preferences_equals_a_hand_count() -> None:
     tokenizer = words("a", "b", "c", bos=True)
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": "c b", "subset": "s", "margin": 2.0},
@@ -159,7 +159,9 @@ LONG = [
         ({}, 4, [0]),
     ],
 )
-def test_limits(limits: dict[str, int], context: int | None, kept: list[int]) -> None:
+def test_encode_demonstrations_drops_rows_over_the_limits(
+    limits: dict[str, int], context: int | None, kept: list[int]
+) -> None:
     tokenizer = words("a", "b")
     drop = DataOptions(card="own", overlong="drop", **limits)
     encoded, dropped = encode_demonstrations(LONG, tokenizer, card(), drop, context)
@@ -174,7 +176,7 @@ def test_limits(limits: dict[str, int], context: int | None, kept: list[int]) ->
         assert len(encode_demonstrations(LONG, tokenizer, card(), stop, context).rows) == 3
 
 
-def test_dropping_every_row_is_an_error() -> None:
+def test_encode_demonstrations_refuses_to_drop_every_row() -> None:
     drop = DataOptions(card="own", overlong="drop", max_completion_tokens=1)
     with pytest.raises(UserError, match=r"row 0: prompt of 1 tokens and completion of 2; expected"):
         encode_demonstrations(LONG, words("a", "b"), card(), drop)
@@ -198,7 +200,7 @@ TALK = [
 ]
 
 
-def test_chat_text_by_hand(chat: PreTrainedTokenizerFast) -> None:
+def test_chat_prompts_equal_the_template_by_hand(chat: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": TALK, "completion": "Goodbye"}]
     encoded = encode_demonstrations(rows, chat, card("chat"), OPTIONS).rows
     texts = [
@@ -214,7 +216,7 @@ def test_chat_text_by_hand(chat: PreTrainedTokenizerFast) -> None:
     assert encoded["prompt"][:] == ["Hi", "user: Hi\nassistant: Hello\nuser: Bye"]
 
 
-def test_chat_ids_are_those_of_the_whole(chat: PreTrainedTokenizerFast) -> None:
+def test_chat_ids_equal_those_of_the_whole_conversation(chat: PreTrainedTokenizerFast) -> None:
     row = {"prompt": TALK, "completion": "The Mill is a pub."}
     encoded = encode_demonstrations([row], chat, card("chat"), OPTIONS).rows[0]
     turns = [*TALK, {"role": "assistant", "content": row["completion"]}]
@@ -223,13 +225,17 @@ def test_chat_ids_are_those_of_the_whole(chat: PreTrainedTokenizerFast) -> None:
     assert encoded["prompt_ids"] + encoded["completion_ids"] + newline == whole
 
 
-def test_chat_template_with_bos_is_not_given_another(chat: PreTrainedTokenizerFast) -> None:
+def test_encode_prompts_adds_no_second_bos_to_a_chat_template(
+    chat: PreTrainedTokenizerFast,
+) -> None:
     chat.chat_template = "{{ bos_token }}" + CHAT
     (ids,) = encode_prompts(["Hi"], chat, card("chat"))
     assert ids[0] == chat.bos_token_id and ids.count(chat.bos_token_id) == 1
 
 
-def test_chat_template_without_eos_gets_one(chat: PreTrainedTokenizerFast) -> None:
+def test_encode_completions_adds_eos_that_a_chat_template_lacks(
+    chat: PreTrainedTokenizerFast,
+) -> None:
     chat.chat_template = CHAT.replace("{{ eos_token }}", "")
     encoded = encode_demonstrations(
         [{"prompt": "Hi", "completion": "Hello"}], chat, card("chat"), OPTIONS
@@ -237,7 +243,9 @@ def test_chat_template_without_eos_gets_one(chat: PreTrainedTokenizerFast) -> No
     assert chat.decode(encoded["completion_ids"][0]) == "Hello\n<|eos|>"
 
 
-def test_token_over_the_seam_is_split(chat: PreTrainedTokenizerFast) -> None:
+def test_encode_completions_splits_a_token_over_the_end_of_the_prompt(
+    chat: PreTrainedTokenizerFast,
+) -> None:
     """The policy is given the prompt's ids, so a token that joins prompt and answer cannot be."""
     tokenizer = words("ask", "ask:b", "ask:", "b")
     tokenizer.chat_template = (
@@ -252,7 +260,9 @@ def test_token_over_the_seam_is_split(chat: PreTrainedTokenizerFast) -> None:
     assert encoded["prompt_ids"][0] == [5] and encoded["completion_ids"][0] == [6, 2]
 
 
-def test_template_that_renders_the_prompt_otherwise(chat: PreTrainedTokenizerFast) -> None:
+def test_encode_completions_refuses_a_template_that_changes_the_prompt(
+    chat: PreTrainedTokenizerFast,
+) -> None:
     chat.chat_template = "{{ messages | length }}" + CHAT
     with pytest.raises(
         UserError, match=r"model\.chat_template: .* renders the prompt of row 0 diff"
@@ -260,7 +270,9 @@ def test_template_that_renders_the_prompt_otherwise(chat: PreTrainedTokenizerFas
         encode_demonstrations(ROWS, chat, card("chat"), OPTIONS)
 
 
-def test_template_that_refuses_a_role(chat: PreTrainedTokenizerFast) -> None:
+def test_encode_prompts_reports_a_template_that_refuses_a_role(
+    chat: PreTrainedTokenizerFast,
+) -> None:
     refusal = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     )
@@ -270,7 +282,7 @@ def test_template_that_refuses_a_role(chat: PreTrainedTokenizerFast) -> None:
         encode_demonstrations(rows, chat, card("chat"), OPTIONS)
 
 
-def test_missing_chat_template_is_named(scratch: PreTrainedTokenizerFast) -> None:
+def test_encode_prompts_names_a_missing_chat_template(scratch: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"model\.chat_template: .*expected a Jinja file"):
         encode_demonstrations(ROWS, scratch, card("chat"), OPTIONS)
     with pytest.raises(UserError, match=r"data\.card own: .*chat"):
@@ -278,7 +290,9 @@ def test_missing_chat_template_is_named(scratch: PreTrainedTokenizerFast) -> Non
 
 
 @pytest.mark.parametrize("template", ["{prompt}\n", "chat"])
-def test_texts_encode_as_demonstrations(chat: PreTrainedTokenizerFast, template: str) -> None:
+def test_encode_completions_equals_encode_demonstrations(
+    chat: PreTrainedTokenizerFast, template: str
+) -> None:
     encoded = encode_demonstrations(ROWS, chat, card(template, lowercase=True), OPTIONS).rows
     prompts, texts = [row["prompt"] for row in ROWS], [row["completion"] for row in ROWS]
     ids = encode_prompts(prompts, chat, card(template, lowercase=True))
@@ -287,10 +301,9 @@ def test_texts_encode_as_demonstrations(chat: PreTrainedTokenizerFast, template:
     assert completions == encoded["completion_ids"][:]
 
 
-# ---------------------------------------------------------------- tokenizers
-
-
-def test_scratch_tokenizer(scratch: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_train_tokenizer_has_distinct_special_tokens(
+    scratch: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     assert (scratch.pad_token_id, scratch.bos_token_id, scratch.eos_token_id) == (0, 1, 2)
     assert 259 <= len(scratch) <= 300
     check_tokenizer(scratch, needs_chat=False)
@@ -305,16 +318,9 @@ def test_scratch_tokenizer(scratch: PreTrainedTokenizerFast, tmp_path: Path) -> 
     assert all(row[-1] == 2 and row.count(2) == 1 for row in encoded["completion_ids"])
 
 
-def test_scratch_tokenizer_is_deterministic() -> None:
-    texts = [f"{word} {other}" for word in ["pub", "café", "cheap"] for other in ["near", "by"]]
-    one, other = train_tokenizer(texts, 290), train_tokenizer(texts[::-1], 290)
-    assert one.get_vocab() == other.get_vocab()
-    assert one("cheap café").input_ids == other("cheap café").input_ids
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
-def test_any_text_survives(text: str) -> None:
+def test_decode_batch_inverts_encoding_of_any_text(text: str) -> None:
     tokenizer = train_tokenizer(TEXTS, 270)
     rows = [{"prompt": "x", "completion": text}]
     try:
@@ -325,13 +331,7 @@ def test_any_text_survives(text: str) -> None:
     assert decode_batch(tokenizer, encoded["completion_ids"]) == [text]
 
 
-def test_too_small_a_vocabulary() -> None:
-    with pytest.raises(UserError, match=r"vocab_size: found 258, expected at least 259"):
-        train_tokenizer(TEXTS, 258)
-    assert len(train_tokenizer(TEXTS, 259)) == 259
-
-
-def test_training_texts() -> None:
+def test_training_texts_are_distinct_and_rendered() -> None:
     assert training_texts(ROWS, card("<{prompt}>", lowercase=True)) == [
         "<name[the mill]>",
         "the mill",
@@ -343,37 +343,7 @@ def test_training_texts() -> None:
         training_texts(ROWS, card("chat"))
 
 
-def test_pad_is_made_distinct_from_eos() -> None:
-    spare = words("a", "<|reserved_special_token_1|>", "<|reserved_special_token_0|>")
-    spare.pad_token = spare.eos_token
-    with pytest.raises(UserError, match=r"has pad token '</s>', expected one that is not EOS"):
-        check_tokenizer(spare, needs_chat=False)
-    size = len(spare)
-    assert prepare_tokenizer(spare) is False and len(spare) == size
-    assert spare.pad_token_id == 4  # the lower id of the two
-    check_tokenizer(spare, needs_chat=False)
-
-    full = words("a")
-    assert full.pad_token_id is None
-    assert prepare_tokenizer(full) is True and len(full) == 5
-    assert full.pad_token_id == 4 and full.pad_token not in (full.eos_token, None)
-    assert prepare_tokenizer(full) is False  # now it has one
-    check_tokenizer(full, needs_chat=False)
-
-
-def test_tokenizer_without_eos() -> None:
-    tokenizer = words("a")
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="has no EOS token"):
-        check_tokenizer(tokenizer, needs_chat=False)
-
-
-def test_decode_leaves_special_tokens_out(scratch: PreTrainedTokenizerFast) -> None:
-    ids = [1, *scratch("Is it , a pub ?", add_special_tokens=False).input_ids, 2, 0, 0]
-    assert decode_batch(scratch, [ids, []]) == ["Is it , a pub ?", ""]
-
-
-def test_nothing_is_logged_of_long_texts(
+def test_encode_prompts_neither_cuts_nor_warns_about_long_texts(
     scratch: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     scratch.model_max_length = 4

@@ -1,4 +1,4 @@
-"""Data cards, loading with plain errors, and the division by prompt."""
+"""Loading of rows: formats, errors with file and line, turns, preferences, tasks."""
 
 import gzip
 import hashlib
@@ -10,133 +10,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import DatasetCard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.own_card import DEMOS, PREFERENCES, write_card
 
-from irl_align.config.data import DataOptions
-from irl_align.config.resources import data_cards_dir
-from irl_align.data.cards import Card, import_object, load_card
+from irl_align.data.cards import load_card
 from irl_align.data.loading import load_demonstrations, load_preferences
-from irl_align.data.rows import prompt_key
-from irl_align.data.splits import choose_prompts, data_checksum, divide
 from irl_align.errors import UserError
 
-SHIPPED = sorted(data_cards_dir().glob("*.md"))
-DEMOS = """
-  kind: demonstrations
-  splits: {train: {files: demos.*}}
-  columns: {prompt: question, completion: answer}
-"""
-PREFERENCES = """
-  kind: preferences
-  splits: {test: {files: pairs.*}}
-"""
 ROWS = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "6"}]
 LOADED = [{"prompt": "2+2?", "completion": "4"}, {"prompt": "3+3?", "completion": "6"}]
-
-
-def write_card(folder: Path, options: str = DEMOS) -> Card:
-    path = folder / "own.md"
-    path.write_text(f"---\nlicense: mit\nirl_align:{options}---\n\n# Own\n", encoding="utf-8")
-    return load_card(path)
 
 
 def lines(rows: list[dict[str, object]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-# ---------------------------------------------------------------- cards
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_card_is_a_hub_card_that_loads(path: Path) -> None:
-    card = load_card(path.stem)
-    hub = DatasetCard.load(path).data
-    assert card.license == hub.license and card.license
-    assert hub.language and hub.pretty_name and hub.size_categories and hub.task_categories
-    for import_path in (card.gold, card.edit):
-        assert import_path is None or callable(import_object(import_path, "card"))
-
-
-def test_shipped_cards_are_those_of_the_recipes() -> None:
-    names = {path.stem for path in SHIPPED}
-    assert {"e2e_nlg", "restaurant", "sfx", "gsm8k", "hh_rlhf", "llmbar"} <= names
-
-
-def test_unknown_card_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"found 'e2e_nlgg'.*did you mean e2e_nlg\?"):
-        load_card("e2e_nlgg")
-    with pytest.raises(UserError, match=r"nowhere\.md, expected an existing data card"):
-        load_card("nowhere.md")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("\n  colour: red" + DEMOS, r"own\.md: irl_align\.colour: no such key"),
-        ("\n  name: x" + DEMOS, r"irl_align\.name: no such key"),
-        (" 3\n", r"irl_align: found 3, expected the loader's options"),
-        ("\n  splits: {train: {files: a}}\n", r"irl_align\.kind: missing"),
-        (DEMOS.replace("demonstrations", "demos"), r"irl_align\.kind: .*found 'demos'"),
-        (DEMOS.replace("question", "3"), r"irl_align\.columns\.prompt: .*string, found 3"),
-        (DEMOS.replace("prompt:", "propmt:"), r"columns: found completion, propmt, expected for"),
-        (DEMOS + "  template: no field\n", r"irl_align\.template: give text with \{prompt\} exac"),
-        (DEMOS + '  template: "{prompt} {answer}"\n', r"exactly once"),
-        (DEMOS + '  template: "{prompt} {"\n', r"write a literal brace twice"),
-        (DEMOS + "  sha256: {train: abc}\n", r"irl_align\.sha256\.train: .*found 'abc'"),
-        (DEMOS + "  rows: {trian: 3}\n", r"rows: trian is not a split of this card"),
-        (DEMOS + "  gold: module.attribute\n", r"irl_align\.gold: .*found 'module\.attribute'"),
-        (DEMOS + "  turn: first\n", r"turn: goes with columns\.messages only"),
-        (DEMOS + "  source: {url: 'x', hub: 'a/b'}\n", r"exactly one of hub, task and url"),
-        (DEMOS + "  source: {hub: a/b}\n", r"splits\.train: the source is on the Hub, so give hub"),
-        (DEMOS + '  source: {task: "a:b"}\n', r"a task gives demonstrations: leave splits"),
-        (
-            DEMOS.replace("files: demos.*", "hub: train"),
-            r"train\.hub: the source is not on the Hub",
-        ),
-        (
-            DEMOS.replace("files: demos.*", "from: train, share: 0.5"),
-            r"train has no files of its own",
-        ),
-        (DEMOS.replace("files: demos.*", "share: 0.5"), r"from and share go together"),
-        (DEMOS.replace("prompt: question, completion: answer", "messages: m"), r"template chat"),
-        ("\n  kind: demonstrations\n", r"splits: give at least one"),
-    ],
-)
-def test_card_mistake_names_file_and_key(tmp_path: Path, options: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as raised:
-        write_card(tmp_path, options)
-    assert str(tmp_path / "own.md") in str(raised.value) and "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("# No front matter\n", r"line 1: expected YAML front matter"),
-        ("---\nirl_align: {\n---\n", r"front matter: .*line 2, column 13"),
-        ("---\n- a list\n---\n", r"found a list, expected keys and values"),
-        ("---\nlicense: mit\n---\n", r"irl_align: found null"),
-    ],
-)
-def test_broken_front_matter(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "own.md").write_text(text)
-    with pytest.raises(UserError, match=message):
-        load_card(tmp_path / "own.md")
-
-
-def test_import_object() -> None:
-    assert import_object("json:dumps", "gold") is json.dumps
-    assert import_object("pathlib:Path.cwd", "gold") == Path.cwd
-    for path in ("nowhere.at.all:x", "json:nothing", "json", ":x"):
-        with pytest.raises(UserError, match=r"^gold: .*"):
-            import_object(path, "gold")
-
-
 # ---------------------------------------------------------------- local files
 
 
-def test_local_formats_give_the_same_rows(tmp_path: Path) -> None:
+def test_load_demonstrations_reads_the_same_rows_from_every_format(tmp_path: Path) -> None:
     card = write_card(tmp_path)
     texts = {
         "jsonl": lines(ROWS).encode(),
@@ -154,7 +45,7 @@ def test_local_formats_give_the_same_rows(tmp_path: Path) -> None:
     assert load_demonstrations(card, "train") == LOADED
 
 
-def test_changed_file_is_read_anew(tmp_path: Path) -> None:
+def test_load_demonstrations_reads_a_changed_file_again(tmp_path: Path) -> None:
     card, file = write_card(tmp_path), tmp_path / "demos.jsonl"
     file.write_text(lines(ROWS))
     assert load_demonstrations(card, "train") == LOADED
@@ -210,7 +101,9 @@ def test_changed_file_is_read_anew(tmp_path: Path) -> None:
         ("demos.txt", b"a", r"found suffix '\.txt', expected \.jsonl"),
     ],
 )
-def test_faulty_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_load_demonstrations_names_file_and_line_of_a_fault(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     card = write_card(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as raised:
@@ -218,7 +111,7 @@ def test_faulty_file_is_named(tmp_path: Path, name: str, content: bytes, message
     assert str(raised.value).startswith(str(tmp_path / name)) and "\n" not in str(raised.value)
 
 
-def test_path_that_does_not_fit_the_card(tmp_path: Path) -> None:
+def test_load_demonstrations_refuses_a_path_that_does_not_fit_the_card(tmp_path: Path) -> None:
     card = write_card(tmp_path)
     with pytest.raises(UserError, match=r"holds own\.md; expected demos\.\* for split train"):
         load_demonstrations(card, "train")
@@ -232,7 +125,7 @@ def test_path_that_does_not_fit_the_card(tmp_path: Path) -> None:
         load_demonstrations(card, "train", task_args={"size": 3})
 
 
-def test_one_file_serves_one_split(tmp_path: Path) -> None:
+def test_load_demonstrations_takes_one_file_for_one_split(tmp_path: Path) -> None:
     """A file given for the training split must not be evaluated on in silence."""
     options = DEMOS.replace(
         "{train: {files: demos.*}}", "{train: {files: a.*}, test: {files: b.*}}"
@@ -244,7 +137,7 @@ def test_one_file_serves_one_split(tmp_path: Path) -> None:
         load_demonstrations(card, "test", str(file))
 
 
-def test_url_source_needs_a_path(tmp_path: Path) -> None:
+def test_load_demonstrations_needs_a_path_for_a_url_source(tmp_path: Path) -> None:
     card = write_card(tmp_path, DEMOS + "  source: {url: 'https://example.org/d'}\n")
     (tmp_path / "demos.jsonl").write_text(lines(ROWS))
     with pytest.raises(UserError, match=r"get the files from https://example\.org/d and give"):
@@ -252,14 +145,14 @@ def test_url_source_needs_a_path(tmp_path: Path) -> None:
     assert load_demonstrations(card, "train", str(tmp_path)) == LOADED
 
 
-def test_hub_without_a_network_is_one_line() -> None:
+def test_load_demonstrations_reports_a_missing_network_in_one_line() -> None:
     with pytest.raises(UserError, match=r"cannot load openai/gsm8k train from the Hub") as raised:
         load_demonstrations(load_card("gsm8k"), "train")
     assert "give its local copy as data.path" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_hub_columns_are_used_for_hub_rows_only(
+def test_hub_columns_are_used_only_for_rows_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -280,7 +173,7 @@ def test_hub_columns_are_used_for_hub_rows_only(
     assert load_demonstrations(card, "train", str(tmp_path)) == LOADED
 
 
-def test_checksum_and_row_count_are_compared(
+def test_load_demonstrations_compares_checksum_and_row_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = hashlib.sha256(lines(ROWS).encode()).hexdigest()
@@ -334,7 +227,9 @@ TALK = [
 @pytest.mark.parametrize(
     ("turn", "length", "answer"), [("last", 4, "Goodbye"), ("first", 2, "Hello")]
 )
-def test_messages(tmp_path: Path, turn: str, length: int, answer: str) -> None:
+def test_messages_are_cut_at_the_chosen_turn(
+    tmp_path: Path, turn: str, length: int, answer: str
+) -> None:
     options = DEMOS.replace("prompt: question, completion: answer", "messages: talk")
     card = write_card(tmp_path, options + f"  template: chat\n  turn: {turn}\n")
     (tmp_path / "demos.jsonl").write_text(lines([{"talk": TALK}]))
@@ -353,7 +248,9 @@ def test_messages(tmp_path: Path, turn: str, length: int, answer: str) -> None:
         ([{"role": "user", "content": None}], "found null, expected text"),
     ],
 )
-def test_faulty_messages(tmp_path: Path, talk: object, message: str) -> None:
+def test_load_demonstrations_refuses_faulty_messages(
+    tmp_path: Path, talk: object, message: str
+) -> None:
     options = DEMOS.replace("prompt: question, completion: answer", "messages: talk")
     card = write_card(tmp_path, options + "  template: chat\n")
     (tmp_path / "demos.jsonl").write_text(lines([{"talk": talk}]))
@@ -361,7 +258,7 @@ def test_faulty_messages(tmp_path: Path, talk: object, message: str) -> None:
         load_demonstrations(card, "train")
 
 
-def test_preference_pairs(tmp_path: Path) -> None:
+def test_load_preferences_reads_pairs(tmp_path: Path) -> None:
     columns = "{prompt: p, chosen: c, rejected: r, margin: m, subset: set+axis}"
     card = write_card(tmp_path, PREFERENCES + f"  columns: {columns}\n")
     row = {"p": "x", "c": "good", "r": "bad", "m": "1.5", "set": "A", "axis": "quality"}
@@ -374,7 +271,7 @@ def test_preference_pairs(tmp_path: Path) -> None:
         load_preferences(card, "test")
 
 
-def test_labelled_outputs_take_the_file_as_subset(tmp_path: Path) -> None:
+def test_load_preferences_takes_the_file_as_subset_of_labelled_texts(tmp_path: Path) -> None:
     columns = "{prompt: i, first: a, second: b, label: best}"
     card = write_card(tmp_path, PREFERENCES + f"  columns: {columns}\n")
     for name, best in (("hard", 2), ("easy", 1)):
@@ -403,7 +300,7 @@ TRANSCRIPTS = (
 )
 
 
-def test_transcripts(tmp_path: Path) -> None:
+def test_load_preferences_reads_transcripts(tmp_path: Path) -> None:
     card = write_card(tmp_path, PREFERENCES + TRANSCRIPTS)
     row = {"chosen": f"{HUMAN} Gladly.\n\nHow?", "rejected": f"{HUMAN} No"}
     (tmp_path / "pairs.jsonl").write_text(lines([row]))
@@ -426,14 +323,16 @@ FAULTY = [
 
 
 @pytest.mark.parametrize(("row", "message"), FAULTY, ids=lambda value: str(value)[:20])
-def test_faulty_transcripts(tmp_path: Path, row: dict[str, object], message: str) -> None:
+def test_load_preferences_refuses_faulty_transcripts(
+    tmp_path: Path, row: dict[str, object], message: str
+) -> None:
     card = write_card(tmp_path, PREFERENCES + TRANSCRIPTS)
     (tmp_path / "pairs.jsonl").write_text(lines([row]))
     with pytest.raises(UserError, match=f"line 1.*{message}"):
         load_preferences(card, "test")
 
 
-def test_known_faults_are_dropped_and_counted(
+def test_faulty_drop_drops_and_counts_faulty_rows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     card = write_card(tmp_path, PREFERENCES + TRANSCRIPTS + "  faulty: drop\n")
@@ -450,7 +349,7 @@ def test_known_faults_are_dropped_and_counted(
 # ---------------------------------------------------------------- tasks
 
 
-def test_builtin_task() -> None:
+def test_load_demonstrations_reads_the_built_in_task() -> None:
     card = load_card("restaurant")
     rows = load_demonstrations(card, "train", task_args={"size": 20}, seed=1)
     assert len(rows) == 20 and all(row["prompt"] and row["completion"] for row in rows)
@@ -460,7 +359,7 @@ def test_builtin_task() -> None:
     assert not {row["prompt"] for row in rows} & {row["prompt"] for row in test}
 
 
-def test_task_arguments_are_checked() -> None:
+def test_load_demonstrations_checks_task_arguments() -> None:
     card = load_card("restaurant")
     with pytest.raises(UserError, match=r"data\.task: found nothing, expected .* at least size"):
         load_demonstrations(card, "train")
@@ -475,125 +374,9 @@ def half_a_task(split: str, seed: int) -> list[dict[str, str]]:
     return {"train": [{"prompt": "a", "completion": "b"}]}[split]
 
 
-def test_a_task_that_fails_is_one_line(tmp_path: Path) -> None:
+def test_load_demonstrations_reports_a_failing_task_in_one_line(tmp_path: Path) -> None:
     source = f"\n  kind: demonstrations\n  source: {{task: '{__name__}:half_a_task'}}\n"
     card = write_card(tmp_path, source)
     assert load_demonstrations(card, "train") == [{"prompt": "a", "completion": "b"}]
     with pytest.raises(UserError, match=r"task gave no rows of split test: KeyError: 'test'"):
         load_demonstrations(card, "test")
-
-
-# ---------------------------------------------------------------- division
-
-
-def demos(numbers: list[int]) -> list[dict[str, str]]:
-    return [{"prompt": f"p{n % 61}", "completion": f"c{n}"} for n in numbers]
-
-
-def options(**values: object) -> DataOptions:
-    return DataOptions(card="own", **{"held_out": 0.3, **values})
-
-
-def prompts_of(rows: list[dict[str, str]]) -> set[str]:
-    return {row["prompt"] for row in rows}
-
-
-NUMBERS = st.permutations(range(183))
-
-
-@settings(max_examples=20, deadline=None)
-@given(NUMBERS, st.integers(0, 99), st.sampled_from(["same", "disjoint"]))
-def test_division_is_disjoint_by_prompt_and_covers(
-    numbers: list[int], seed: int, reward_data: str
-) -> None:
-    rows = demos(numbers)
-    parts = divide(rows, options(reward_data=reward_data), seed)
-    held_out, sft, reward = map(prompts_of, (parts.held_out, parts.sft, parts.reward))
-    assert not held_out & sft and not held_out & reward
-    own = parts.sft + parts.held_out
-    if reward_data == "disjoint":
-        assert not sft & reward
-        own = own + parts.reward
-    else:
-        assert parts.reward == parts.sft
-    assert sorted(row["completion"] for row in own) == sorted(row["completion"] for row in rows)
-    # Each part keeps the order of the rows; which part a row is in does not depend on the order.
-    again = divide(
-        sorted(rows, key=lambda row: row["completion"]), options(reward_data=reward_data), seed
-    )
-    for part in ("sft", "reward", "held_out"):
-        assert sorted(getattr(parts, part), key=str) == sorted(getattr(again, part), key=str)
-    assert parts.sft == [row for row in rows if row["prompt"] in sft]
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.5, 0.99), st.floats(0.5, 0.99))
-def test_smaller_shares_are_nested_part_by_part(seed: int, one: float, other: float) -> None:
-    rows = demos(list(range(183)))
-    settings_ = {"reward_data": "disjoint"}
-    small = divide(rows, options(share=min(one, other), **settings_), seed)
-    large = divide(rows, options(share=max(one, other), **settings_), seed)
-    whole = divide(rows, options(**settings_), seed)
-    for part in ("sft", "reward", "held_out"):
-        names = [prompts_of(getattr(division, part)) for division in (small, large, whole)]
-        assert names[0] <= names[1] <= names[2]
-
-
-def test_part_of_a_prompt_does_not_depend_on_other_prompts() -> None:
-    rows = demos(list(range(183)))
-    values = options(share=0.8, reward_data="disjoint")
-    whole, half = divide(rows, values, 0), divide(rows[:31], values, 0)
-    own = prompts_of(rows[:31])
-    for part in ("sft", "reward", "held_out"):
-        assert prompts_of(getattr(half, part)) == prompts_of(getattr(whole, part)) & own
-
-
-def test_division_sizes_and_seeds() -> None:
-    rows = [{"prompt": f"p{n}", "completion": "c"} for n in range(4000)]
-    parts = divide(
-        rows, options(share=0.5, held_out=0.1, reward_data="disjoint", reward_share=0.25), 0
-    )
-    # 2000, of which 200; of the other 1800 a quarter. Four standard deviations of each count.
-    counts = parts.counts()
-    assert abs(counts["held_out_prompts"] - 200) < 56
-    assert abs(counts["reward_prompts"] - 450) < 80
-    assert abs(counts["sft_prompts"] - 1350) < 120
-    assert counts["sft_rows"] == len(parts.sft)
-    assert prompts_of(parts.sft) != prompts_of(divide(rows, options(share=0.5), 1).sft)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"share": 0.0001}, r"data\.share: of 9 demonstrations none is left for sft"),
-        ({"held_out": 0.0001}, r"data\.held_out: of 9 demonstrations none is left for held_out"),
-        (
-            {"reward_data": "disjoint", "reward_share": 0.0001},
-            r"data\.reward_share: of 9 demonstrations none is left for reward",
-        ),
-    ],
-)
-def test_empty_part_is_an_error(values: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        divide(demos(list(range(9))), options(**values), 0)
-
-
-def test_prompt_key_and_checksum_are_by_content() -> None:
-    talk = [{"role": "user", "content": "Hi"}]
-    assert prompt_key(talk) == prompt_key([{"content": "Hi", "role": "user"}]) != prompt_key("Hi")
-    # The definition, by hashlib itself.
-    assert prompt_key("Hé") == hashlib.sha256("Hé".encode()).hexdigest()[:16]
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-    swapped = [{"completion": "b", "prompt": "a"}, {"completion": "d", "prompt": "c"}]
-    content = b'{"completion":"b","prompt":"a"}\n{"completion":"d","prompt":"c"}\n'
-    assert data_checksum(rows) == data_checksum(swapped) == hashlib.sha256(content).hexdigest()
-    assert data_checksum(rows[::-1]) != data_checksum(rows)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.sets(st.text(max_size=4), min_size=1), st.integers(0, 9), st.integers(1, 20))
-def test_chosen_prompts_are_nested(keys: set[str], seed: int, count: int) -> None:
-    chosen = choose_prompts(sorted(keys), count, seed)
-    assert len(chosen) == min(count, len(keys)) and chosen <= keys
-    assert chosen <= choose_prompts(sorted(keys, reverse=True), count + 1, seed)
-    assert choose_prompts(keys, None, seed) == keys

@@ -27,7 +27,7 @@ def changed(share: float, rows: list[Demonstration] = ROWS, seed: int = 3) -> di
     return found
 
 
-def test_a_share_is_answered_by_another_prompts_demonstration() -> None:
+def test_corrupt_changes_a_share_of_completions() -> None:
     found = changed(0.3)
     assert 0.27 * len(ROWS) < len(found) < 0.33 * len(ROWS)
     texts = {row["completion"] for row in ROWS}
@@ -36,14 +36,14 @@ def test_a_share_is_answered_by_another_prompts_demonstration() -> None:
     assert len(set(found.values())) > 0.8 * len(found)  # not always the same one
 
 
-def test_less_noise_is_part_of_more_whatever_the_order() -> None:
+def test_corrupt_nests_smaller_shares_in_any_order() -> None:
     more, less = changed(0.3), changed(0.1)
     assert 0.08 * len(ROWS) < len(less) and less.items() <= more.items()
     assert changed(0.3, ROWS[::-1]) == more
     assert changed(0.3, seed=4) != more
 
 
-def test_parts_keep_to_themselves() -> None:
+def test_with_noise_mixes_no_parts() -> None:
     options = DataOptions(card="c", held_out=0.3, reward_data="disjoint")
     division = divide(ROWS, options, 0)
     noisy, counts = with_noise(division, 0.5, 0)
@@ -57,12 +57,12 @@ def test_parts_keep_to_themselves() -> None:
     assert with_noise(same, 0.0, 0) == (same, {})
 
 
-def test_of_one_prompt_there_is_no_other() -> None:
+def test_corrupt_refuses_a_single_prompt() -> None:
     with pytest.raises(UserError, match=r"^data\.noise: found one prompt, expected at least two"):
         corrupt(ROWS[:2], 0.5, 0)
 
 
-def test_a_run_records_it(tiny_folder: Path) -> None:
+def test_train_records_the_noise(tiny_folder: Path) -> None:
     overrides = ("loop.iterations=0", "sft.args.num_train_epochs=1", "evaluation.prompts=2")
     records = [
         next(r for r in train(tiny_recipe(tiny_folder, *overrides, *more)).view().metrics

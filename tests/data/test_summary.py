@@ -50,7 +50,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_counts_samples_and_overlaps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_prints_counts_samples_and_overlaps(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ended = irl_align(capsys, "data", folder / "own.md", "--samples", 2, "--check")
     assert ended.status == 0, ended.err
     lines = [line.split() for line in ended.out.splitlines()]
@@ -62,14 +64,18 @@ def test_counts_samples_and_overlaps(folder: Path, capsys: pytest.CaptureFixture
     assert "completion: four it is" in ended.out
 
 
-def test_one_split_without_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_prints_one_split_without_samples(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ended = irl_align(capsys, "data", folder / "own.md", "--split", "test", "--samples", 0)
     assert ended.status == 0 and "train" not in ended.out and "sample" not in ended.out
     line = the_line(irl_align(capsys, "data", folder / "own.md", "--split", "dev"))
     assert "found no split 'dev', expected one of train, test" in line
 
 
-def test_check_names_every_difference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_names_every_difference(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(folder / "demos.jsonl", ROWS[:2])
     checksum = f"\n  sha256: {{test: '{'0' * 64}'}}\n---\n"
     text = CARD.replace("license: mit\n", "").replace("\n---\n", checksum)
@@ -87,14 +93,16 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert ended.status == 0 and f"Example: irl-align {command}" in " ".join(ended.out.split())
 
 
-def test_broken_data_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_reports_broken_data_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "demos.jsonl").write_text('{"q": "2+2?"}\n')
     line = the_line(irl_align(capsys, "data", folder / "own.md", "--check"))
     assert "demos.jsonl, line 1: found columns q, expected a column 'a'" in line
     assert "did you mean" in the_line(irl_align(capsys, "data", "e2e_nlgg"))
 
 
-def test_the_built_in_task(capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_generates_the_built_in_task(capsys: pytest.CaptureFixture[str]) -> None:
     ended = irl_align(capsys, "data", "restaurant", "--task", "size=40", "--check", "--samples", 1)
     assert ended.status == 0 and ended.out.count("sample of") == 3
     assert re.search(r"train +\d+ ", ended.out)
@@ -112,7 +120,7 @@ def own_card(folder: Path, options: str) -> Any:
     return load_card(path)
 
 
-def test_columns_may_be_paths(tmp_path: Path) -> None:
+def test_load_preferences_takes_paths_as_columns(tmp_path: Path) -> None:
     options = (
         "  kind: preferences\n  splits: {test: {files: x.jsonl}}\n  faulty: drop\n"
         "  columns: {prompt: p, chosen: answers.0.text, rejected: answers.2.text}\n"
@@ -132,7 +140,7 @@ def test_columns_may_be_paths(tmp_path: Path) -> None:
         load_preferences(load_card(tmp_path / "own.md"), "test")
 
 
-def test_text_that_starts_with_its_prompt(tmp_path: Path) -> None:
+def test_load_demonstrations_splits_a_text_after_its_prompt(tmp_path: Path) -> None:
     options = (
         "  kind: demonstrations\n  splits: {train: {files: x.jsonl}}\n"
         "  columns: {text: t}\n  prompt_words: 3\n  faulty: FAULTY\n"
@@ -157,13 +165,15 @@ def test_text_that_starts_with_its_prompt(tmp_path: Path) -> None:
         ("columns: {prompt: p, completion: c}\n  labels: [0]", "labels: .*at least 2"),
     ],
 )
-def test_contradictory_columns(tmp_path: Path, options: str, message: str) -> None:
+def test_load_card_refuses_contradictory_columns(
+    tmp_path: Path, options: str, message: str
+) -> None:
     start = "  kind: demonstrations\n  splits: {train: {files: x}}\n  "
     with pytest.raises(UserError, match=message):
         own_card(tmp_path, f"{start}{options}\n")
 
 
-def test_labels_of_ones_own(tmp_path: Path) -> None:
+def test_load_preferences_takes_other_labels(tmp_path: Path) -> None:
     options = (
         "  kind: preferences\n  splits: {test: {files: x.jsonl}}\n  labels: [0, 1]\n"
         "  columns: {prompt: p, first: a, second: b, label: better}\n"

@@ -18,14 +18,14 @@ from .table import write
 
 
 def main() -> int:
-    """Run the cases that the command line asks for; 1 where one of them is lost."""
+    """Run the cases that the command line names; return 1 if one of them is lost."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
     parser.add_argument("--cases", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, default=Path("runs/faults"))
     parser.add_argument("--kinds", nargs="+", choices=list(FAULTS), default=list(FAULTS))
-    parser.add_argument("--chosen", nargs="+", metavar="KIND:LOOP", help="these and no others")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, to look at again")
+    parser.add_argument("--chosen", nargs="+", metavar="KIND:LOOP", help="only these cases")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases to repeat")
     options = parser.parse_args()
     torch.set_num_threads(1)
     import irl_align.training.train  # noqa: F401 - every forked process has it then

@@ -1,7 +1,6 @@
-"""`make fuzz`: hostile recipes, data rows, cards and run folders; none may do more than be refused.
+"""`make fuzz`: hostile recipes, data rows, cards and run folders must be read or refused.
 
-A case that breaks is told with its smallest form by hypothesis, which writes a note of it under the
-folder of the report.
+For a case that breaks, hypothesis reports the smallest input that breaks too.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from irl_align.utils.files import atomic_write, to_json
 from .guard import Watch
 from .targets import TARGETS, clean, whole_run
 
-SHARES = {"recipes": 0.1, "rows": 0.4, "cards": 0.35, "runs": 0.15}  # the quicker, the more
+SHARES = {"recipes": 0.1, "rows": 0.4, "cards": 0.35, "runs": 0.15}  # quick targets have more cases
 
 
 def fuzz(target: str, cases: int, seed: int, folder: Path, watch: Watch) -> int:
-    """Run so many cases of a target; raises what a case raises. Returns how many were run."""
+    """Run cases of a target and return their number; an error of a case is raised."""
     ran = 0
     clean(folder)
     whole_run(folder.parent / "whole-run")
@@ -58,7 +57,7 @@ def fuzz(target: str, cases: int, seed: int, folder: Path, watch: Watch) -> int:
 
 
 def main() -> int:
-    """Fuzz the targets that the command line asks for; 1 where one breaks."""
+    """Fuzz the targets that the command line names; return 1 if one breaks."""
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=20_000, help="of all targets together")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,7 +65,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, default=Path("runs/fuzz"))
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    watch, broken, told = Watch(), 0, {}
+    watch, broken, report = Watch(), 0, {}
     for target in options.targets:
         began, share = time.monotonic(), max(1, round(options.cases * SHARES[target]))
         folder = (options.report / target).absolute()
@@ -84,9 +83,9 @@ def main() -> int:
             import traceback
 
             traceback.print_exception(error, limit=-6)
-        told[target] = {"cases": ran, "verdict": verdict}
+        report[target] = {"cases": ran, "verdict": verdict}
         print(f"{target}: {ran} cases, {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
-        atomic_write(options.report / "fuzz.json", to_json(told, indent=1) + "\n")
+        atomic_write(options.report / "fuzz.json", to_json(report, indent=1) + "\n")
     return 1 if broken else 0
 
 

@@ -1,4 +1,4 @@
-"""What hostile input may do: be refused in one line. Hangs and writes elsewhere are caught here."""
+"""Checks that hostile input is only refused in one line, without hangs or writes elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Hang(BaseException):
 
 
 class Watch:
-    """Sees what this process writes; ``inside`` is the one folder in which it may."""
+    """Records what this process writes outside ``inside``, the only allowed folder."""
 
     def __init__(self) -> None:
         self.inside: Path | None = None
@@ -48,10 +48,10 @@ class Watch:
 
     @contextmanager
     def on(self, folder: Path, lines: int = 1) -> Iterator[None]:
-        """One case in a folder: only a UserError of so many lines may come out of it.
+        """Run one case in a folder; it may raise only a UserError of at most `lines` lines.
 
         Raises:
-            AssertionError: it wrote elsewhere, or told something that is not a line.
+            AssertionError: it wrote elsewhere, or its message is not printable or too long.
             Hang: it did not end.
         """
         self.inside, self.strayed = folder, []
@@ -60,10 +60,10 @@ class Watch:
         try:
             yield
         except UserError as error:
-            told = str(error)
-            assert told and all(c.isprintable() or c == "\n" for c in told), repr(told[:300])
-            assert len(told) < 20_000, f"{len(told)} characters: {told[:300]!r}"
-            assert told.count("\n") < lines, repr(told[:300])
+            text = str(error)
+            assert text and all(c.isprintable() or c == "\n" for c in text), repr(text[:300])
+            assert len(text) < 20_000, f"{len(text)} characters: {text[:300]!r}"
+            assert text.count("\n") < lines, repr(text[:300])
         finally:
             signal.signal(signal.SIGALRM, before)
             signal.setitimer(signal.ITIMER_REAL, left)  # a test's own time limit

@@ -1,4 +1,4 @@
-"""Cases: a loop, a fault at a random point, the same command again, and what must hold after it."""
+"""Cases: run a loop with a fault at a random point, repeat the command, compare the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .server import FakeServer
 
 ATTEMPTS = 3  # commands after the fault, at most
 SERVED = "spin"  # the loop that a server samples for
-# of 50 cases; the rest is killed
+# of all cases; the others are kills
 SHARES = {"disk": 0.16, "damage": 0.24, "nan": 0.16, "server": 0.12}
 
 
@@ -38,12 +38,12 @@ class Outcome:
     overhead: float | None
     """Processor time of all attempts beyond that of the undisturbed loop, as a share of it."""
     wrong: list[str]
-    """What did not hold; empty where the case is won."""
+    """Checks that failed; empty if the case is won."""
 
 
 def references(folder: Path, loops: Sequence[str]) -> dict[str, Reference]:
-    """Run each loop undisturbed below a folder; one that is there already is taken as it is."""
-    found = {}
+    """Run each loop undisturbed below a folder, unless its result is already there."""
+    undisturbed = {}
     for name in loops:
         home = folder / name
         note = home / "reference.json"
@@ -52,8 +52,8 @@ def references(folder: Path, loops: Sequence[str]) -> dict[str, Reference]:
         values = json.loads(note.read_text(encoding="utf-8"))
         if "error" in values:
             raise RuntimeError(f"reference {name}: {values['error']}")
-        found[name] = Reference(LOOPS[name.removesuffix("-served")], **values)
-    return found
+        undisturbed[name] = Reference(LOOPS[name.removesuffix("-served")], **values)
+    return undisturbed
 
 
 def _run_reference(home: Path, name: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _run_reference(home: Path, name: str) -> dict[str, Any]:
 
 
 def plan(cases: int, seed: int, kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """(kind, loop) of each case: the kinds by their shares, the loops in turn."""
+    """(kind, loop) of each case: kinds by their shares, loops in turn."""
     counts = {kind: round(cases * share) for kind, share in SHARES.items() if kind in kinds}
     if "kill" in kinds:
         counts["kill"] = cases - sum(counts.values())
@@ -100,14 +100,14 @@ def plan(cases: int, seed: int, kinds: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def available(kinds: Sequence[str]) -> list[str]:
-    """Of these kinds, those that this system allows."""
+    """The kinds that this system allows."""
     return [kind for kind in kinds if kind != "disk" or FullDisk.available()]
 
 
 def run_case(
     number: int, kind: str, loop: str, seed: int, reference: Path, folder: Path
 ) -> Outcome:
-    """One case in a folder of its own, which is deleted where nothing is wrong."""
+    """Run one case in its own folder, which is deleted if the case is won."""
     note = folder.with_suffix(".json")
     shutil.rmtree(folder, ignore_errors=True)
     in_own_process(lambda: asdict(_case(number, kind, loop, seed, reference, folder)), note)
@@ -141,18 +141,18 @@ def _case(number: int, kind: str, name: str, seed: int, reference: Path, folder:
         wrong.append(f"the same command: {last.status}: {_last(last.said)}")
     else:
         wrong += _compare(reference / home, folder)
-    told = {0: "done", 2: first.told}.get(first.status, f"status {first.status}")
+    ended = {0: "done", 2: first.message}.get(first.status, f"status {first.status}")
     over = used / undisturbed.cpu - 1.0 if kind == "kill" else None
-    return Outcome(number, name, kind, fault.told(), told, attempts, over, wrong)
+    return Outcome(number, name, kind, fault.described(), ended, attempts, over, wrong)
 
 
 def _compare(reference: Path, folder: Path) -> list[str]:
-    """What a finished case has that the undisturbed loop has not, or otherwise."""
+    """Differences of a finished case from the undisturbed loop."""
     wrong = [f"half written: {name}" for name in half_written(folder)]
-    expected, found = results(reference), results(folder)
-    wrong += [f"weights of {name} differ" for name in expected if found[name] != expected[name]]
-    told, telling = metrics(reference), metrics(folder)
-    wrong += [f"metrics differ: {key}" for key in told if telling.get(key) != told[key]]
+    expected, weights = results(reference), results(folder)
+    wrong += [f"weights of {name} differ" for name in expected if weights[name] != expected[name]]
+    logged, own = metrics(reference), metrics(folder)
+    wrong += [f"metrics differ: {key}" for key in logged if own.get(key) != logged[key]]
     return wrong
 
 
@@ -162,7 +162,7 @@ def _last(said: str) -> str:
 
 
 def in_own_process(work: Callable[[], dict[str, Any]], note: Path) -> None:
-    """Do work in a forked process, which may mount and fork; its answer goes to ``note``."""
+    """Do work in a forked process, which may mount and fork; write its result to ``note``."""
     note.parent.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:

@@ -1,7 +1,7 @@
-"""The faults: each is a small class that strikes one attempt at a loop.
+"""The faults: each is a small class that disturbs one attempt at a loop.
 
-``strike`` starts the command, does its harm, and returns how the command ended; the harness then
-gives the same command again. ``prepare`` is called before, in the case's own process.
+``strike`` starts the command, disturbs it, and returns how the command ended; the harness then
+runs the same command again. ``prepare`` is called before, in the process of the case.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ ENDED_WELL = (0, 2, -signal.SIGKILL)  # what a command under a fault may end wit
 
 @dataclass(frozen=True)
 class Reference:
-    """The loop undisturbed: what a fault needs to know to strike at a random point of it."""
+    """Measurements of the undisturbed loop, from which a fault draws a random point."""
 
     loop: Sequence[str]
     cpu: float
     """Seconds of processor time."""
     bytes: int
-    """Of its runs folder at the end."""
+    """Size of the runs folder at the end."""
     linears: int
     """Calls of torch.nn.Linear."""
     generates: int
-    """Requests for samples, where a server answers them."""
+    """Requests for samples, if a server answers them."""
 
 
 class Fault(Protocol):
-    """One kind of fault, at a point that the case's random numbers choose."""
+    """One kind of fault, at a random point."""
 
     def prepare(self, folder: Path) -> Sequence[str]:
-        """Set the stage; returns further overrides of the command."""
+        """Set up the fault; return further overrides of the command."""
 
     def strike(self, folder: Path, loop: Sequence[str]) -> Ended:
         """Run the command with the fault in it."""
 
     def clear(self) -> None:
-        """Undo what would be in the way of the next attempt, as the user would."""
+        """Undo what would stop the next attempt, as a user would."""
 
     def finish(self) -> None:
         """End what ``prepare`` started."""
 
-    def told(self) -> str:
+    def described(self) -> str:
         """The fault in words, for the table."""
 
 
@@ -79,13 +79,13 @@ class Kill(_Plain):
 
     def strike(self, folder: Path, loop: Sequence[str]) -> Ended:
         for number, point in enumerate(self.points):
-            # what was done before the last kill is not done again
+            # finished work is not repeated
             ended = killed_at(start(folder, loop), point / (number + 1), self.rng)
             if ended.status == 0:
                 break
         return ended
 
-    def told(self) -> str:
+    def described(self) -> str:
         return "kill -9 after " + ", ".join(f"{point:.1f} s" for point in self.points)
 
 
@@ -102,7 +102,7 @@ class Damage(_Plain):
 
     def __init__(self, rng: random.Random, reference: Reference) -> None:
         self.rng = rng
-        self.point = rng.uniform(0.3, 1.2) * reference.cpu  # past the end: of a finished run
+        self.point = rng.uniform(0.3, 1.2) * reference.cpu  # may lie after the end of the run
         self.way = rng.choice(("cut off", "one bit flipped", "zeros in a block", "lost"))
         self.file = ""
 
@@ -113,10 +113,11 @@ class Damage(_Plain):
         if files:
             file = self.rng.choice(sorted(files))
             self.file = file.relative_to(store).as_posix()
-            self._harm(file)
+            self.harm(file)
         return ended
 
-    def _harm(self, file: Path) -> None:
+    def harm(self, file: Path) -> None:
+        """Damage one file."""
         content = bytearray(file.read_bytes())
         at = self.rng.randrange(len(content)) if content else 0
         if self.way == "lost":
@@ -130,12 +131,12 @@ class Damage(_Plain):
             content[at] ^= 1 << self.rng.randrange(8)
         file.write_bytes(content)
 
-    def told(self) -> str:
+    def described(self) -> str:
         return f"{self.file or 'nothing there yet'}: {self.way}, after {self.point:.1f} s"
 
 
 class FullDisk(_Plain):
-    """The runs lie on a small file system of their own, which fills up and is then enlarged."""
+    """The runs are on a small file system, which fills up and is then enlarged."""
 
     def __init__(self, rng: random.Random, reference: Reference) -> None:
         self.size = int(reference.bytes * rng.uniform(0.05, 0.95))
@@ -143,7 +144,7 @@ class FullDisk(_Plain):
 
     @staticmethod
     def available() -> bool:
-        """Whether this system lets a user mount in a name space of their own."""
+        """Whether this system lets a user mount in their own name space."""
         command = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
         try:
             return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -164,7 +165,7 @@ class FullDisk(_Plain):
     def clear(self) -> None:
         subprocess.run(["mount", "-o", "remount,size=1g", self.mount], check=True)
 
-    def told(self) -> str:
+    def described(self) -> str:
         return f"disk of {self.size / 2**20:.2f} MiB"
 
 
@@ -203,12 +204,12 @@ class NotANumber(_Plain):
 
         on_linear(harm)
 
-    def told(self) -> str:
+    def described(self) -> str:
         return f"NaN in the output of linear layer call {self.call}"
 
 
 def on_linear(change: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-    """Have every output of torch.nn.Linear in this process pass through ``change``, counted."""
+    """Pass the number and output of each torch.nn.Linear call in this process to ``change``."""
     whole, calls = torch.nn.Linear.forward, iter(range(2**62))
 
     def forward(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -241,7 +242,7 @@ class ServerFault:
         if self.server is not None:
             self.server.stop()
 
-    def told(self) -> str:
+    def described(self) -> str:
         return f"server: {self.trick.kind} at request {self.trick.request}"
 
 

@@ -1,7 +1,7 @@
-"""Small full loops as commands: run in forked processes, which have the imports already.
+"""Small full loops as commands in forked processes, which inherit the imports.
 
-A forked process runs the command line as its entry point does, in a process group of its own; what
-it prints goes to a file.
+A forked process runs the command line as its entry point does, in its own process group, and prints
+to a file.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Attempt:
     """A command under way."""
 
     pids: list[int]
-    """Processes that take part; of one rank each where there are several."""
+    """Process ids; several processes are one rank each."""
     log: Path
     started: float = field(default_factory=time.monotonic)
 
     def cpu_seconds(self) -> float:
-        """Processor time that its first process has used; without end once it has ended."""
+        """Processor time that the first process has used; infinite once it has ended."""
         try:
             process = psutil.Process(self.pids[0])
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -72,7 +72,7 @@ class Attempt:
         os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> Ended:
-        """How it ends; one that hangs is killed and told as such."""
+        """Wait for the end of the command; kill it after TIMEOUT."""
         pid = self.pids[0]
         while True:
             done, status, usage = os.wait4(pid, os.WNOHANG)
@@ -89,7 +89,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, what it said, and what it took."""
+    """How a command ended, its output, and its costs."""
 
     status: int
     said: str
@@ -97,8 +97,8 @@ class Ended:
     seconds: float
 
     @property
-    def told(self) -> str:
-        """The line in which a command gives up; empty when it did not say one."""
+    def message(self) -> str:
+        """The error line of the command, or an empty text."""
         lines = [line for line in self.said.splitlines() if line.startswith("irl-align: ")]
         return lines[-1] if lines else ""
 
@@ -144,7 +144,7 @@ def _be_the_command(arguments: list[str], log: Path, arm: Callable[[], None] | N
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """Weights of the final policy, and of the reward where there is one, of a finished run."""
+    """Weights of the final policy and, if there is one, of the reward of a finished run."""
     summary = json.loads((folder / "runs" / NAME / "summary.json").read_text(encoding="utf-8"))
     return {
         name: (folder / "runs" / summary[name] / "model.safetensors").read_bytes()
@@ -154,7 +154,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def metrics(folder: Path) -> dict[str, Any]:
-    """What a finished run measured, without times, memory and how it came about."""
+    """Metrics of a finished run without times, memory and reuse of stages."""
     clocks = ("seconds", "peak", "resumed", "reused", "environment")
     records = Run.load(folder / "runs" / NAME).metrics
     kept = [{k: v for k, v in r.items() if not k.startswith(clocks)} for r in records]
@@ -169,21 +169,21 @@ def _timeless(value: Any) -> Any:
 
 
 def half_written(folder: Path) -> list[str]:
-    """What in a finished run and its store is not whole: names, with what is wrong."""
+    """Incomplete files and stages of a finished run and its store, with what is wrong."""
     runs = folder / "runs"
-    found = [str(path.relative_to(runs)) for path in files_of(runs) if ".partial" in path.name]
-    found += [str(path.relative_to(runs)) for path in runs.rglob("*.writing*")]
+    faults = [str(path.relative_to(runs)) for path in files_of(runs) if ".partial" in path.name]
+    faults += [str(path.relative_to(runs)) for path in runs.rglob("*.writing*")]
     for stage in sorted((runs / "store").glob("[!.]*")):
         try:
             verify_stage(stage)
         except UserError as error:
-            found.append(str(error))
+            faults.append(str(error))
     work = runs / "store/.work"
     left = [path.name for path in work.iterdir() if path.is_dir()]
-    found += [f"unfinished: {name}" for name in left if not name.endswith(".damaged")]
+    faults += [f"unfinished: {name}" for name in left if not name.endswith(".damaged")]
     try:
         view = Run.load(runs / NAME)
         view.samples()
     except UserError as error:
-        found.append(str(error))
-    return found
+        faults.append(str(error))
+    return faults

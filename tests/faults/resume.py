@@ -1,11 +1,11 @@
-"""What a kill costs beyond the work that it lost: a long SFT stage, killed once, and gone on with.
+"""The cost of a kill beyond the lost work: a long SFT stage is killed once and resumed.
 
     PYTHONPATH=tests python -m faults.resume --epochs 200
 
-The stage is the built-in task's on the tiny model. Processor time of a run whose SFT is killed at
-60% of the stage and of the command after it, less that of an undisturbed run, is parted into the
-work since the last checkpoint, done again, and the rest: start-up after the imports, reading what
-is finished, loading the checkpoint. Imports are measured beside it: a forked command has none.
+The tiny model is trained on the built-in task. The extra processor time of a run whose SFT is
+killed at 60%, and of the command that resumes it, has two parts: the work since the last
+checkpoint, which is repeated, and the rest, which is start-up after the imports, reading finished
+stages and loading the checkpoint. Imports are measured apart, since a forked command has none.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ LOOP = (
 
 
 def killed_sft(folder: Path, attempt: Attempt, steps: int) -> tuple[float, int]:
-    """Kill an attempt once SFT has a checkpoint past 60% of its steps and some steps more.
+    """Kill an attempt some steps after SFT has a checkpoint past 60% of its steps.
 
     Returns the processor time at that checkpoint, and the checkpoint's step.
     """
     scratch = folder / "runs/store/.work"
     while True:
-        found = [p for p in scratch.glob("sft-*/scratch/checkpoint-*") if is_sealed(p)]
-        step = max((int(p.name.split("-")[1]) for p in found), default=0)
+        sealed = [p for p in scratch.glob("sft-*/scratch/checkpoint-*") if is_sealed(p)]
+        step = max((int(p.name.split("-")[1]) for p in sealed), default=0)
         if step >= 0.6 * steps:
             break
         time.sleep(0.01)
@@ -60,12 +60,12 @@ def record_of(folder: Path) -> dict[str, Any]:
     """The record of a finished run's SFT stage."""
     stages = json.loads((folder / "runs" / NAME / "stages.json").read_text(encoding="utf-8"))
     path = folder / "runs" / NAME / stages["sft"]["path"] / "stage.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def main() -> None:
-    """Measure, and print it as JSON."""
+    """Measure the costs and print them as JSON."""
     parser = argparse.ArgumentParser(prog="resume", description=__doc__)
     parser.add_argument("--epochs", type=int, default=200)
     given = parser.parse_args()
@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name, "whole"), Path(name, "killed")
         undisturbed = start(whole, loop).wait()
-        # the same run without training is what surrounds the stage
+        # the same run without training gives the time around the stage
         around = start(Path(name, "around"), (*loop, "sft.args.max_steps=1")).wait()
         steps = record_of(whole)["metrics"]["steps"]
         attempt = start(killed, loop)
@@ -90,7 +90,7 @@ def main() -> None:
     stage = undisturbed.cpu - around.cpu
     lost = first.cpu - at_checkpoint
     rest = first.cpu + second.cpu - undisturbed.cpu - lost
-    told = {
+    measured = {
         "stage_cpu_s": round(stage, 2),
         "killed_after_step": step,
         "of_steps": steps,
@@ -99,7 +99,7 @@ def main() -> None:
         "overhead_of_stage": round(rest / stage, 4),
         "imports_cpu_s": round(float(imports.stdout), 2),
     }
-    print(json.dumps(told, indent=1))
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

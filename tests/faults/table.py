@@ -13,7 +13,7 @@ from .harness import Outcome
 
 
 def write(folder: Path, outcomes: Sequence[Outcome], seed: int) -> None:
-    """Write both files anew."""
+    """Write both files."""
     atomic_write(folder / "faults.json", to_json([asdict(o) for o in outcomes], indent=1) + "\n")
     atomic_write(folder / "faults.md", markdown(outcomes, seed))
 

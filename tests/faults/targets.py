@@ -1,4 +1,4 @@
-"""What is fuzzed: recipes, data rows, cards and run folders, each from valid ones that are bent."""
+"""Fuzz targets: recipes, data rows, cards and run folders, made from valid ones by changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ODD = (
 
 @st.composite
 def bent(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> str:
-    """One of the texts with one to four places of it cut, doubled, replaced or written into."""
+    """One of the texts with one to four places cut, doubled, replaced or inserted."""
     text = draw(texts)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
@@ -92,10 +92,10 @@ def recipe(draw: st.DrawFn) -> Callable[[Path], None]:
     def run(folder: Path) -> None:
         path = folder / "recipe.yaml"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        found = load_recipe(path, overrides)
+        loaded = load_recipe(path, overrides)
         again = folder / "again.yaml"
-        again.write_text(to_yaml(found), encoding="utf-8")
-        assert load_recipe(again) == found
+        again.write_text(to_yaml(loaded), encoding="utf-8")
+        assert load_recipe(again) == loaded
 
     return run
 
@@ -126,12 +126,14 @@ SHAPES = (
 
 
 def rows(draw: st.DrawFn) -> Callable[[Path], None]:
-    """A file of rows, and the card that it is read by."""
+    """A file of rows and its card."""
     kind, columns, good = draw(st.sampled_from(SHAPES))
     changes = st.dictionaries(st.sampled_from([*good, "e", ""]), values, max_size=2)
-    found = [{**good, **change} for change in draw(st.lists(changes, min_size=1, max_size=4))]
+    content_rows = [
+        {**good, **change} for change in draw(st.lists(changes, min_size=1, max_size=4))
+    ]
     suffix = draw(st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz"]))
-    content = _file(found, suffix)
+    content = _file(content_rows, suffix)
     if draw(st.booleans()):
         text = content.decode("latin-1")
         content = draw(bent(st.just(text))).encode("utf-8", "surrogatepass")
@@ -158,29 +160,29 @@ def _load(card: Card, split: str, path: str | None) -> None:
         load_preferences(card, split, path)
 
 
-def _file(found: list[dict[str, Any]], suffix: str) -> bytes:
+def _file(rows: list[dict[str, Any]], suffix: str) -> bytes:
     if suffix == ".csv":
         out = io.StringIO()
-        writer = csv.DictWriter(out, list(found[0]), extrasaction="ignore")
+        writer = csv.DictWriter(out, list(rows[0]), extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(rows)
         return out.getvalue().encode("utf-8", "surrogatepass")
     if suffix == ".parquet":
-        return _parquet(found)
+        return _parquet(rows)
     if suffix == ".json":
-        return json.dumps(found).encode()
-    return "".join(json.dumps(row) + "\n" for row in found).encode()
+        return json.dumps(rows).encode()
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _parquet(found: list[dict[str, Any]]) -> bytes:
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
     try:
-        pq.write_table(pa.Table.from_pylist(found), out)
+        pq.write_table(pa.Table.from_pylist(rows), out)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):  # no such table
-        return b"PAR1" + json.dumps(found).encode()
+        return b"PAR1" + json.dumps(rows).encode()
     return out.getvalue()
 
 
@@ -196,16 +198,16 @@ def _cards() -> list[str]:
 
 
 def card(draw: st.DrawFn) -> Callable[[Path], None]:
-    """A data card, and its first split read from a file beside it."""
+    """A data card whose first split is read from a file next to it."""
     text = draw(bent(st.sampled_from(_cards())))
 
     def run(folder: Path) -> None:
         path = folder / "card.md"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         (folder / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n', encoding="utf-8")
-        found = load_card(path)
-        if not found.is_task:
-            _load(found, found.split_names[0], str(folder))
+        loaded = load_card(path)
+        if not loaded.is_task:
+            _load(loaded, loaded.split_names[0], str(folder))
 
     return run
 
@@ -215,13 +217,13 @@ def card(draw: st.DrawFn) -> Callable[[Path], None]:
 
 @cache
 def whole_run(root: Path) -> Path:
-    """A run written once, to be copied."""
+    """A run that is written once and then copied."""
     samples = {"policy-1": [{"prompt": "x", "completion": "y"}]}
     return synthetic_run(clean(root), "toy", 0, [(0.2, 0.1), (0.1, 0.05)], samples=samples)
 
 
 def run_folder(draw: st.DrawFn) -> Callable[[Path], None]:
-    """A run folder with one of its files bent, or one of its values changed."""
+    """A run folder with changes to the text or to one value of a file."""
     name = draw(
         st.sampled_from(["metrics.jsonl", "summary.json", "stages.json", "recipe.yaml", "samples"])
     )

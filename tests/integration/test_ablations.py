@@ -1,19 +1,20 @@
-"""The ablation recipes: each differs from its neighbour in what it is about, and runs."""
+"""Ablation recipes differ from the recipe they are compared with only in their subject, and run."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.smoked import SMOKED, built_roles, planned_roles
+from support.tiny_runs import session_folder
 
 from irl_align.config.recipe import load_recipe, to_dict
 from irl_align.config.resources import recipes_dir
 from irl_align.errors import UserError
-from irl_align.training.smoke import run_smoke
+from irl_align.training.smoke import smoke_recipe
+from irl_align.training.train import train
 
 pytestmark = pytest.mark.timeout(240)
 IRL, SPIN = "e2e/irl-best-of-n.yaml", "e2e/spin.yaml"
-# Recipe -> (its neighbour, the options that may differ).
+# Recipe -> (the recipe it is compared with, the options that differ).
 DIFFERENCES = {
     "e2e/ablations/linear.yaml": (IRL, {"reward.loss", "reward.bound"}),
     "e2e/ablations/demonstrations-5.yaml": (IRL, {"data.share"}),
@@ -67,25 +68,24 @@ DIFFERENCES = {
 
 
 def options(name: str) -> dict[str, Any]:
-    """Options by group and name, but those that say what a recipe is called."""
-    tree = to_dict(load_recipe(recipes_dir() / name))
-    found: dict[str, Any] = {}
-    for group, inner in tree.items():
-        if isinstance(inner, dict) and group != "policy_update":  # whose kinds have other options
-            found |= {f"{group}.{option}": value for option, value in inner.items()}
+    """Options by group and name, without the name and the description of the recipe."""
+    values: dict[str, Any] = {}
+    for group, inner in to_dict(load_recipe(recipes_dir() / name)).items():
+        if isinstance(inner, dict) and group != "policy_update":  # its kinds have other options
+            values |= {f"{group}.{option}": value for option, value in inner.items()}
         elif group not in ("name", "description"):
-            found[group] = inner
-    return found
+            values[group] = inner
+    return values
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_an_ablation_differs_in_what_it_is_about(name: str) -> None:
-    neighbour, expected = DIFFERENCES[name]
-    own, other = options(name), options(neighbour)
+def test_ablation_differs_only_in_its_subject(name: str) -> None:
+    base, expected = DIFFERENCES[name]
+    own, other = options(name), options(base)
     assert {key for key in own if own[key] != other[key]} == expected
 
 
-def test_every_ablation_is_compared_with_its_neighbour() -> None:
+def test_every_ablation_has_a_recipe_to_compare_with() -> None:
     names = {
         path.relative_to(recipes_dir()).as_posix()
         for folder in ("e2e/ablations", "sfx")
@@ -95,10 +95,11 @@ def test_every_ablation_is_compared_with_its_neighbour() -> None:
 
 
 @pytest.mark.parametrize("name", SMOKED)
-def test_an_ablation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_ablation_runs_to_its_end(name: str) -> None:
     recipe = load_recipe(recipes_dir() / name, ["device=cpu", *SMOKED[name]])
-    result = run_smoke(recipe)
+    # Recipes of one task share the tiny SFT stage, which run_smoke would train for each.
+    folder = session_folder(f"ablation-{recipe.name}") / "runs"
+    result = train(smoke_recipe(recipe, folder))
     summary = result.view().summary
     assert summary is not None
     assert summary["ended"] == f"{recipe.loop.iterations} iterations done"
@@ -106,7 +107,7 @@ def test_an_ablation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert built_roles(result.folder) == planned_roles(small)
 
 
-def test_preferences_alone_take_no_weight() -> None:
+def test_load_recipe_refuses_a_weight_for_preferences_alone() -> None:
     recipe = recipes_dir() / "sfx/preference-rlhf.yaml"
     with pytest.raises(UserError, match="weight is an option of use beside, not of alone"):
         load_recipe(recipe, ["reward.preferences.weight=2"])

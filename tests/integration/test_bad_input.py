@@ -1,14 +1,14 @@
-"""What a user can get wrong: one line that says where, what was found and what to do."""
+"""Mistakes of a user end in one line that says where, what was found and what to do."""
 
 import gzip
 import json
+import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line, tiny_recipe, write_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -20,13 +20,13 @@ Line = Callable[..., str]
 
 @pytest.fixture
 def line(capsys: pytest.CaptureFixture[str]) -> Line:
-    """``line(*arguments)``: the one line that a command refuses them with."""
+    """``line(*arguments)``: the one line in which a command refuses its arguments."""
     return lambda *arguments: the_line(irl_align(capsys, *arguments))
 
 
 @pytest.fixture
 def train_line(line: Line, tmp_path: Path) -> Line:
-    """``train_line(*overrides)``: the same for training the tiny recipe."""
+    """``train_line(*overrides)``: the line in which training the tiny recipe is refused."""
     out = f"output_dir={tmp_path / 'runs'}"
 
     def refused(*overrides: str) -> str:
@@ -38,13 +38,13 @@ def train_line(line: Line, tmp_path: Path) -> Line:
     return refused
 
 
-@pytest.fixture(scope="module")
-def sft(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A finished run of SFT alone."""
-    return train(tiny_recipe(tmp_path_factory.mktemp("sft"), "loop.iterations=0"))
+@pytest.fixture
+def sft() -> Result:
+    """A finished run of SFT without iterations."""
+    return shared_run("sft")
 
 
-def test_misspelt_option_in_the_file(line: Line, tmp_path: Path) -> None:
+def test_train_names_the_line_of_a_misspelt_option(line: Line, tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     path.write_text(path.read_text().replace("max_new_tokens", "max_new_token"))
     number = [n for n, text in enumerate(path.read_text().split("\n"), 1) if "new_token" in text]
@@ -52,19 +52,21 @@ def test_misspelt_option_in_the_file(line: Line, tmp_path: Path) -> None:
     assert line("train", path) == f"{expected}generation.max_new_tokens?"
 
 
-def test_misspelt_and_mistyped_overrides(train_line: Line) -> None:
+def test_train_refuses_misspelt_and_mistyped_overrides(train_line: Line) -> None:
     assert "sft.args.learning_rte" in train_line("sft.args.learning_rte=1.0")
     assert "did you mean learning_rate?" in train_line("sft.args.learning_rte=1.0")
     assert "expected integer at least 0" in train_line("loop.iterations=two")
     assert "'many'" in train_line("sft.args.num_train_epochs=many")
 
 
-def test_unknown_recipe_file(line: Line, tmp_path: Path) -> None:
+def test_train_names_a_recipe_file_that_does_not_exist(line: Line, tmp_path: Path) -> None:
     assert str(tmp_path / "none.yaml") in line("train", tmp_path / "none.yaml")
     assert str(tmp_path) in line("train", tmp_path)
 
 
-def test_cuda_without_a_gpu(train_line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_refuses_cuda_without_a_gpu(
+    train_line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert train_line("device=cuda").startswith("recipe: device: cuda, but torch sees no CUDA")
 
@@ -128,7 +130,9 @@ BROKEN_FILES: dict[str, tuple[str, bytes | list[dict[str, object]], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_FILES)
-def test_broken_data_files(case: str, train_line: Line, tmp_path: Path) -> None:
+def test_train_names_file_and_line_of_broken_data(
+    case: str, train_line: Line, tmp_path: Path
+) -> None:
     name, content, expected = BROKEN_FILES[case]
     (tmp_path / "data").mkdir()
     if case == "special token":
@@ -140,7 +144,7 @@ def test_broken_data_files(case: str, train_line: Line, tmp_path: Path) -> None:
     assert expected in train_line(*overrides)
 
 
-def test_unknown_card(train_line: Line) -> None:
+def test_train_refuses_an_unknown_card_and_task_option(train_line: Line) -> None:
     assert "did you mean restaurant?" in train_line("data.card=restaurnt")
     assert "expected an existing data card" in train_line("data.card=no/such.md")
     assert "sise" in train_line("data.task={sise: 3}")
@@ -162,7 +166,7 @@ def with_model(path: Path) -> tuple[str, str]:
     return f"model={{path: {path}, from_scratch: null}}", "loop.iterations=0"
 
 
-def test_tokenizer_without_eos(
+def test_train_refuses_a_tokenizer_without_eos(
     model_folder: Path, train_line: Line, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tiny_tokenizer.eos_token = None
@@ -170,22 +174,22 @@ def test_tokenizer_without_eos(
     assert "EOS" in train_line(*with_model(model_folder))
 
 
-def test_tokenizer_without_chat_template(
+def test_train_refuses_a_chat_card_without_a_chat_template(
     model_folder: Path, train_line: Line, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
     data = write_data(tmp_path / "data", GOOD, "demos.jsonl")  # type: ignore[arg-type]
     card = tmp_path / "data/card.md"
     card.write_text(CARD.replace("TEMPLATE", "chat"))
-    told = train_line(data, *with_model(model_folder))
-    assert told.startswith("model.chat_template: ") and told.endswith(
+    message = train_line(data, *with_model(model_folder))
+    assert message.startswith("model.chat_template: ") and message.endswith(
         "expected a Jinja file with one"
     )
     missing = f"model.chat_template={tmp_path / 'none.jinja'}"
     assert "none.jinja: cannot be read" in train_line(data, *with_model(model_folder), missing)
 
 
-def test_half_written_models(
+def test_commands_refuse_a_damaged_or_missing_model(
     model_folder: Path, train_line: Line, line: Line, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
@@ -193,11 +197,11 @@ def test_half_written_models(
     file = model_folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    for told in (
+    for message in (
         train_line(*with_model(model_folder)),
         line("generate", model_folder, "--input", prompts),
     ):
-        assert str(model_folder) in told and "all complete" in told
+        assert str(model_folder) in message and "all complete" in message
     file.unlink()
     assert str(model_folder) in train_line(*with_model(model_folder))
     shutil.rmtree(model_folder)
@@ -205,73 +209,81 @@ def test_half_written_models(
     assert str(model_folder) in train_line(*with_model(model_folder))
 
 
-def test_an_infinite_loss_stops_and_what_was_there_stays(train_line: Line, tmp_path: Path) -> None:
-    # Unclipped and at a huge rate the weights overflow in the first step.
+def test_train_keeps_finished_stages_after_an_infinite_loss(
+    train_line: Line, tmp_path: Path
+) -> None:
+    # Without clipping and at a huge learning rate the weights overflow in the first step.
     args = "sft.args={learning_rate: 1.0e+30, max_grad_norm: 0.0, max_steps: 4, optim: sgd}"
-    told = train_line(args, "loop.iterations=0")
-    assert "lower learning_rate" in told and "loss" in told
+    message = train_line(args, "loop.iterations=0")
+    assert "lower learning_rate" in message and "loss" in message
     store = tmp_path / "runs/store"
     kept = {path.name: path.stat().st_mtime_ns for path in store.glob("[a-z]*-*")}
     assert {name.split("-")[0] for name in kept} == {"start", "data"}
-    train(tiny_recipe(tmp_path, "loop.iterations=0"))
+    train(tiny_recipe(tmp_path, "loop.iterations=0", "sft.args.max_steps=2"))
     assert {name: (store / name).stat().st_mtime_ns for name in kept} == kept
 
 
-def test_a_full_disk(train_line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_keeps_finished_stages_on_a_full_disk(
+    line: Line, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
+    # No other tiny run has this temperature, so the pairs are not in the store.
+    options = ("name=full-disk", "loop.iterations=1", "generation.temperature=0.9")
     with monkeypatch.context() as patch:
         patch.setattr("irl_align.training.pair_step.save_pairs", full)
-        told = train_line("loop.iterations=1")
-    assert told.startswith("stage pairs: no space left for ")
-    assert told.endswith("is lost: free space and run the same command again")
-    store = tmp_path / "runs/store"
-    assert list(store.glob("sft-*")) and not list(store.glob("pairs-*"))
-    train(tiny_recipe(tmp_path, "loop.iterations=1"))
+        output = f"output_dir={tiny_folder / 'runs'}"
+        message = line("train", write_recipe(tiny_folder), output, *options)
+    assert message.startswith("stage pairs: no space left for ")
+    assert message.endswith("not lost: free space and run the same command again")
+    stages = json.loads((tiny_folder / "runs/full-disk-seed0/stages.json").read_text())
+    assert "sft" in stages and "pairs/0" not in stages
+    assert "pairs/0" in train(tiny_recipe(tiny_folder, *options)).view().stages
 
 
-def test_a_file_size_limit(tmp_path: Path) -> None:
-    """A limit of the system's own, in blocks of 1 KiB: the tokenizer alone is larger."""
-    command = f"ulimit -f 8; exec {sys.executable} -m irl_align train {write_recipe(tmp_path)}"
-    done = subprocess.run(
-        ["bash", "-c", f"{command} output_dir={tmp_path / 'runs'}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("irl-align: stage start: a file below ") and "ulimit -f" in last
-    assert "Traceback" not in done.stderr
+def test_train_names_the_limit_of_file_sizes(train_line: Line) -> None:
+    """The limit is the system's, 8 KiB: the tokenizer alone is larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, hard))
+    try:
+        message = train_line()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message.startswith("stage start: a file below ") and "ulimit -f" in message
 
 
-def test_unfinished_and_unknown_runs(line: Line, sft: Result, tmp_path: Path) -> None:
+def test_commands_refuse_unfinished_and_unknown_runs(
+    line: Line, sft: Result, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     unfinished = tmp_path / "unfinished"
     shutil.copytree(sft.folder, unfinished)
     (unfinished / "summary.json").unlink()
     for command in ("score", "generate"):
-        told = line(command, unfinished, "--input", rows)
-        assert told == f"{unfinished}: this run is not finished; run its recipe again to resume it"
+        message = line(command, unfinished, "--input", rows)
+        assert (
+            message == f"{unfinished}: this run is not finished; run its recipe again to resume it"
+        )
         assert str(tmp_path / "none") in line(command, tmp_path / "none", "--input", rows)
     assert "expected the folder of a run" in line("show", tmp_path)
     assert "expected the folder of a run" in line("show", tmp_path / "none")
 
 
-def test_a_run_copied_without_its_store(line: Line, sft: Result, tmp_path: Path) -> None:
+def test_generate_names_the_store_that_a_copied_run_lacks(
+    line: Line, sft: Result, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n')
     alone = tmp_path / "alone" / "run"
     shutil.copytree(sft.folder, alone)
-    told = line("generate", alone, "--input", rows)
-    assert told.startswith(f"{alone}: its policy lies in {alone.parent / 'store'}")
-    assert "a run is copied with the folder store beside it" in told
+    message = line("generate", alone, "--input", rows)
+    assert message.startswith(f"{alone}: its policy lies in {alone.parent / 'store'}")
+    assert "a run is copied with the folder store beside it" in message
 
 
-def test_show_tells_that_a_run_is_not_finished(
+def test_show_says_that_a_run_is_not_finished(
     sft: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unfinished = tmp_path / "unfinished"
@@ -293,12 +305,14 @@ def test_show_tells_that_a_run_is_not_finished(
         (b'{"prompt": "' + b"why " * 300 + b'"}\n', "tokens"),
     ],
 )
-def test_bad_prompts(rows: bytes, expected: str, line: Line, sft: Result, tmp_path: Path) -> None:
+def test_generate_refuses_bad_prompts(
+    rows: bytes, expected: str, line: Line, sft: Result, tmp_path: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_bytes(rows)
     assert expected in line("generate", sft.folder, "--input", tmp_path / "rows.jsonl")
 
 
-def test_bad_sampling_options(line: Line, sft: Result, tmp_path: Path) -> None:
+def test_generate_refuses_bad_sampling_options(line: Line, sft: Result, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
     arguments = ("generate", sft.folder, "--input", tmp_path / "rows.jsonl")
     assert "sampling.temperature" in line(*arguments, "--temperature", "-1")
@@ -306,9 +320,9 @@ def test_bad_sampling_options(line: Line, sft: Result, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_a_tracker_that_is_not_installed(
+def test_train_refuses_a_tracker_that_is_not_installed(
     tracker: str, train_line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("irl_align.training.train.find_spec", lambda name: None)
-    told = train_line(f"report_to=[{tracker}]", "loop.iterations=0")
-    assert told.startswith(f"recipe: report_to: {tracker} is not installed; install ")
+    message = train_line(f"report_to=[{tracker}]", "loop.iterations=0")
+    assert message.startswith(f"recipe: report_to: {tracker} is not installed; install ")

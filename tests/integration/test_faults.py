@@ -1,4 +1,4 @@
-"""Four cases of the harness in tests/faults, of which `make faults` runs fifty."""
+"""Four cases of the fault harness in tests/faults; `make faults` runs fifty."""
 
 import os
 import random
@@ -7,21 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.harness import SHARES, Outcome, plan
-from faults.kinds import Damage, FullDisk, Reference
+from faults.harness import SHARES, Outcome, available, plan
+from faults.kinds import Damage, Reference
 from faults.table import markdown
 
 from irl_align.utils.files import content_hash
 
 TESTS = Path(__file__).resolve().parents[1]
-CASES = {"kill": "ppo", "nan": "ppo", "damage": "best-of-n", "disk": "best-of-n"}
+KINDS = ("kill", "nan", "damage", "disk")
+LOOP = "ppo"  # one loop, so that one undisturbed run is enough
 
 
 @pytest.mark.timeout(600)
-def test_four_faults_are_outlived(tmp_path: Path) -> None:
-    """In a process of their own: cases fork, which a process that runs torch should not."""
-    kinds = [kind for kind in CASES if kind != "disk" or FullDisk.available()]
-    chosen = [f"{kind}:{CASES[kind]}" for kind in kinds]
+def test_runs_end_with_the_same_weights_after_four_faults(tmp_path: Path) -> None:
+    """The harness has its own process: cases fork, and a process that runs torch should not."""
+    kinds = available(KINDS)
+    chosen = [f"{kind}:{LOOP}" for kind in kinds]
     done = subprocess.run(
         [sys.executable, "-m", "faults", "--report", str(tmp_path), "--chosen", *chosen],
         env={**os.environ, "PYTHONPATH": str(TESTS)},
@@ -34,7 +35,7 @@ def test_four_faults_are_outlived(tmp_path: Path) -> None:
     assert (tmp_path / "faults.md").read_text().count("same weights") == len(kinds)
 
 
-def test_a_plan_has_every_kind_and_repeats() -> None:
+def test_plan_has_every_kind_and_depends_only_on_the_seed() -> None:
     kinds = ["kill", *SHARES]
     cases = plan(50, 3, kinds)
     assert len(cases) == 50 and {kind for kind, _ in cases} == set(kinds)
@@ -43,17 +44,17 @@ def test_a_plan_has_every_kind_and_repeats() -> None:
     assert {kind for kind, _ in plan(9, 0, ["kill"])} == {"kill"}
 
 
-def test_damage_changes_a_file(tmp_path: Path) -> None:
+def test_damage_harm_changes_a_file(tmp_path: Path) -> None:
     file = tmp_path / "a"
     for seed in range(20):
         file.write_bytes(b"some content" * 20)
         before = content_hash(file)
         fault = Damage(random.Random(seed), Reference((), 1.0, 1, 1, 0))
-        fault._harm(file)
+        fault.harm(file)
         assert not file.exists() or content_hash(file) != before
 
 
-def test_the_table_tells_what_was_lost() -> None:
+def test_markdown_lists_lost_cases() -> None:
     won = Outcome(0, "ppo", "kill", "kill -9 after 1 s", "status -9", 1, 0.1, [])
     lost = Outcome(1, "spin", "nan", "NaN", "a|b", 3, None, ["weights of policy differ"])
     text = markdown([won, lost], 0)

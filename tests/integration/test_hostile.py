@@ -1,4 +1,4 @@
-"""Input made to do harm: it is refused in one line, and does nothing else."""
+"""Harmful input is refused in one line and has no other effect."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from support.synthetic_runs import synthetic_run
 from support.tiny_runs import irl_align, the_line, tiny_recipe, write_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from irl_align.cli.terminal import _Lines, console
+from irl_align.cli.terminal import LineFormatter, console
 from irl_align.config.recipe import load_recipe
 from irl_align.data.cards import load_card
 from irl_align.data.encoding import encode_prompts
@@ -63,15 +63,15 @@ def refusal(call: Callable[[], Any]) -> str:
 # --- code in models -------------------------------------------------------------------------------
 
 
-def test_a_pickled_model_is_refused(model_folder: Path, tmp_path: Path) -> None:
+def test_load_model_refuses_a_pickled_model(model_folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     (model_folder / "model.safetensors").unlink()
     torch.save({"weight": Payload(mark)}, model_folder / "pytorch_model.bin")
-    told = refusal(lambda: load_model(model_folder))
-    assert "safetensors" in told and not mark.exists()
+    message = refusal(lambda: load_model(model_folder))
+    assert "safetensors" in message and not mark.exists()
 
 
-def test_a_pickled_checkpoint_of_our_own_is_not_run(
+def test_load_checkpoint_runs_no_code_of_a_pickle(
     tmp_path: Path, tiny_model: Callable[[str], PreTrainedModel]
 ) -> None:
     """Optimiser and random state are pickles of tensors: what is more than that is not loaded."""
@@ -93,7 +93,7 @@ def test_a_pickled_checkpoint_of_our_own_is_not_run(
     assert not mark.exists()
 
 
-def test_a_checkpoint_that_was_changed_is_deleted(tmp_path: Path) -> None:
+def test_last_checkpoint_deletes_a_changed_checkpoint(tmp_path: Path) -> None:
     for number in (2, 4):
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
@@ -110,7 +110,7 @@ CODE = "import os\nos.mkdir({mark!r})\nclass Own: pass\n"
 
 
 @pytest.mark.parametrize("loader", [load_model, load_tokenizer])
-def test_code_in_a_model_needs_the_flag(
+def test_loaders_run_no_code_of_a_model_without_the_flag(
     loader: Callable[..., Any],
     model_folder: Path,
     tmp_path: Path,
@@ -140,7 +140,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_chat_template_cannot_run_code(
+def test_encode_prompts_runs_no_code_of_a_chat_template(
     name: str,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -150,8 +150,8 @@ def test_a_chat_template_cannot_run_code(
     tiny_tokenizer.chat_template = TEMPLATES[name]
     (tmp_path / "card.md").write_text(CARD.replace("PATTERN", "a"))
     card = load_card(tmp_path / "card.md").model_copy(update={"template": "chat"})
-    told = refusal(lambda: encode_prompts(["hello"], tiny_tokenizer, card))
-    assert told.startswith("model.chat_template: ") and not (tmp_path / "ran").exists()
+    message = refusal(lambda: encode_prompts(["hello"], tiny_tokenizer, card))
+    assert message.startswith("model.chat_template: ") and not (tmp_path / "ran").exists()
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -167,12 +167,12 @@ irl_align:
 
 
 @pytest.mark.parametrize("pattern", ["../secret.jsonl", "/etc/*", "x/../../y", "~/a", ""])
-def test_a_card_reads_inside_its_folder_alone(pattern: str, tmp_path: Path) -> None:
+def test_load_card_refuses_files_outside_the_cards_folder(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "secret.jsonl").write_text('{"a": "x", "b": "y"}\n')
     (tmp_path / "data").mkdir()
     (tmp_path / "data/card.md").write_text(CARD.replace("PATTERN", pattern))
-    told = refusal(lambda: load_card(tmp_path / "data/card.md"))
-    assert "is not a name or glob inside the folder" in told
+    message = refusal(lambda: load_card(tmp_path / "data/card.md"))
+    assert "is not a name or glob inside the folder" in message
 
 
 BOMB = "\n".join(
@@ -184,7 +184,7 @@ BOMB = "\n".join(
 @pytest.mark.parametrize(
     "text", [BOMB, "a: " + "[" * 5000, "a: !!python/object/apply:os.getcwd []"]
 )
-def test_yaml_that_grows_or_makes_objects(text: str, tmp_path: Path) -> None:
+def test_readers_refuse_yaml_that_grows_or_makes_objects(text: str, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     assert str(path) in refusal(lambda: load_recipe(path))
@@ -196,43 +196,45 @@ def test_yaml_that_grows_or_makes_objects(text: str, tmp_path: Path) -> None:
     assert refusal(lambda: Run.load(run)).startswith(f"{run / 'recipe.yaml'}: found ")
 
 
-def test_json_that_nests_or_counts_too_far(tmp_path: Path) -> None:
+def test_readers_refuse_json_that_nests_or_counts_too_far(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for text in ("[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "9" * 5000 + "}"):
         path.write_text(text)
         assert "broken JSON" in refusal(lambda: list(file_rows(path)))
-        assert "expected a record" in refusal(lambda: read_json(path, "a record", "mend it"))
-        assert "expected a JSON object" in refusal(lambda: read_lines(path, "mend it"))
+        assert "expected a record" in refusal(lambda: read_json(path, "a record", "fix it"))
+        assert "expected a JSON object" in refusal(lambda: read_lines(path, "fix it"))
 
 
-def test_a_file_that_grows_when_it_is_decompressed(tmp_path: Path) -> None:
+def test_file_rows_refuses_a_file_that_grows_when_decompressed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (100 << 20), 9))
-    told = refusal(lambda: list(file_rows(path)))
-    assert told.startswith(f"{path}: found more than {MAX_RATIO} times its size")
+    message = refusal(lambda: list(file_rows(path)))
+    assert message.startswith(f"{path}: found more than {MAX_RATIO} times its size")
 
 
-def test_a_huge_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_demonstrations_refuses_a_huge_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("irl_align.data.loading.MAX_TEXT", 100)
     (tmp_path / "card.md").write_text(CARD.replace("PATTERN", "rows.jsonl"))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"a": "x" * 101, "b": "y"}) + "\n")
-    told = refusal(lambda: load_demonstrations(load_card(tmp_path / "card.md"), "train"))
-    assert told.endswith("column 'a': found a text of 101 characters, expected at most 100")
+    message = refusal(lambda: load_demonstrations(load_card(tmp_path / "card.md"), "train"))
+    assert message.endswith("column 'a': found a text of 101 characters, expected at most 100")
 
 
-def test_a_margin_that_is_no_number(tmp_path: Path) -> None:
+def test_load_preferences_refuses_a_margin_that_is_no_number(tmp_path: Path) -> None:
     text = CARD.replace("demonstrations", "preferences").replace("PATTERN", "rows.jsonl")
     columns = "columns: {prompt: a, chosen: b, rejected: c, margin: d}"
     (tmp_path / "card.md").write_text(text.replace("columns: {prompt: a, completion: b}", columns))
     (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y", "c": "z", "d": NaN}\n')
-    told = refusal(lambda: load_preferences(load_card(tmp_path / "card.md"), "train"))
-    assert told.endswith("column 'd': found nan, expected a finite number")
+    message = refusal(lambda: load_preferences(load_card(tmp_path / "card.md"), "train"))
+    assert message.endswith("column 'd': found nan, expected a finite number")
 
 
 # --- run folders ----------------------------------------------------------------------------------
 
 
-def test_links_in_a_run_folder_are_not_written_through(tmp_path: Path) -> None:
+def test_run_open_refuses_links_in_a_run_folder(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     run = tmp_path / "runs/x-seed0"
@@ -248,22 +250,22 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["../../other/store/sft-1", "/etc", "../../../etc"])
-def test_stages_of_a_run_are_beside_it(path: str, tmp_path: Path) -> None:
+def test_run_load_refuses_stages_outside_the_store(path: str, tmp_path: Path) -> None:
     run = synthetic_run(tmp_path, "toy", 0, [(0.1, 0.1)])
     stages = {"sft": {"name": "sft", "key": "1", "path": path}}
     (run / "stages.json").write_text(json.dumps(stages))
     assert refusal(lambda: Run.load(run)).endswith("expected a path beside it")
 
 
-def test_a_run_whose_records_are_not_records(
+def test_commands_refuse_records_that_are_not_a_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = synthetic_run(tmp_path, "toy", 0, [(0.1, 0.1), (0.1, 0.1)])
     text = (run / "metrics.jsonl").read_text().replace('"policy": 1', '"policy": [[]]')
     (run / "metrics.jsonl").write_text(text)
     for command in ("show", "report"):
-        told = the_line(irl_align(capsys, command, run))
-        assert told.startswith(f"{run}: found records that are not a run's (TypeError")
+        message = the_line(irl_align(capsys, command, run))
+        assert message.startswith(f"{run}: found records that are not a run's (TypeError")
 
 
 # --- terminals and logs ---------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def test_a_run_whose_records_are_not_records(
 ESCAPES = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202e [red]x[/red] [/nothing] [link=http://x]y[/link]"
 
 
-def test_tables_show_escapes_and_markup_as_they_are(
+def test_show_prints_escapes_and_markup_as_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = synthetic_run(tmp_path, "toy", 0, [(0.1, 0.1)], extra={"signs/x": {"signs": [ESCAPES]}})
@@ -282,19 +284,19 @@ def test_tables_show_escapes_and_markup_as_they_are(
     assert "\\x1b[2J" in ended.out and "[/nothing]" in ended.out
 
 
-def test_the_console_and_the_log_escape(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_and_log_escape_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     console().print(ESCAPES)
     record = logging.LogRecord("x", logging.WARNING, "", 0, "%s", (ESCAPES,), None)
-    for text in (capsys.readouterr().out, _Lines().format(record)):
+    for text in (capsys.readouterr().out, LineFormatter().format(record)):
         assert "\x1b" not in text and "\\x1b]0;title" in text
     assert printable("a\nb\tc é 漢") == "a\nb\tc é 漢"
 
 
-def test_an_error_does_not_write_to_the_terminal(
+def test_error_line_escapes_control_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = the_line(irl_align(capsys, "show", tmp_path / ESCAPES.replace("/", "")))
-    assert "\x1b" not in told and "\\x1b[2J" in told
+    message = the_line(irl_align(capsys, "show", tmp_path / ESCAPES.replace("/", "")))
+    assert "\x1b" not in message and "\\x1b[2J" in message
 
 
 # --- secrets --------------------------------------------------------------------------------------
@@ -310,13 +312,13 @@ PLACES = (
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_secrets_in_addresses_are_hidden(place: str) -> None:
+def test_redact_hides_secrets_in_addresses(place: str) -> None:
     text = f"cannot load {place.format(SECRET)} from there"
     assert SECRET not in redact(text) and redact(text).startswith("cannot load http")
     assert redact(text).endswith(" from there")
 
 
-def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redact_hides_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", SECRET)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 30)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -328,24 +330,24 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("place", PLACES[:3])
-def test_a_secret_in_a_recipe_is_refused_and_not_told(
+def test_train_refuses_a_secret_in_a_recipe_without_repeating_it(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value = place.format(SECRET)
     path = write_recipe(tmp_path)
     ended = irl_align(capsys, "train", path, f"data.path={value}", f"output_dir={tmp_path / 'r'}")
-    told = the_line(ended)
+    message = the_line(ended)
     assert SECRET not in ended.out + ended.err
-    assert "data.path: found a password, key or token" in told
+    assert "data.path: found a password, key or token" in message
     assert not (tmp_path / "r").exists()
     path.write_text(
         path.read_text().replace("card: restaurant", f"card: restaurant\n  path: {value}")
     )
-    told = the_line(irl_align(capsys, "train", path))
-    assert SECRET not in told and told.startswith(f"{path}:6: data.path: found a password")
+    message = the_line(irl_align(capsys, "train", path))
+    assert SECRET not in message and message.startswith(f"{path}:6: data.path: found a password")
 
 
-def test_no_secret_is_in_a_fault_or_a_traceback(
+def test_unexpected_errors_and_tracebacks_hide_secrets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(folder: Path) -> None:
@@ -359,7 +361,7 @@ def test_no_secret_is_in_a_fault_or_a_traceback(
     assert "Traceback" in ended.err
 
 
-def test_no_secret_is_in_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_writes_no_secret_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("VLLM_API_KEY", SECRET)
     from irl_align.training.train import train
@@ -372,7 +374,7 @@ def test_no_secret_is_in_what_a_run_leaves(tmp_path: Path, monkeypatch: pytest.M
     shutil.rmtree(tmp_path / "runs")
 
 
-def test_what_a_refusal_quotes_is_shown_and_not_obeyed() -> None:
+def test_user_error_escapes_what_it_quotes() -> None:
     """Also from Python, where nothing stands between the message and the terminal."""
-    told = str(UserError("rows.jsonl: found \x1b[2J\u202ea\tb, expected text"))
-    assert told == "rows.jsonl: found \\x1b[2J\\u202ea b, expected text"
+    message = str(UserError("rows.jsonl: found \x1b[2J\u202ea\tb, expected text"))
+    assert message == "rows.jsonl: found \\x1b[2J\\u202ea b, expected text"

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irl_align.errors import UserError
-from irl_align.tasks import e2e
+from irl_align.tasks import e2e, e2e_patterns
+from irl_align.tasks.e2e_statements import normalise, statements
 
 M, W, H = "missing", "wrong", "hallucinated"
 
@@ -318,14 +319,38 @@ def test_rows_must_match():
         e2e.gold(["name[Cotto]", "name[Zizzi]"], ["Cotto"], [])
 
 
-VALUES = {slot: list(values) for slot, values in e2e.patterns.CLOSED.items()}
-VALUES |= {"name": e2e.patterns.NAMES, "near": e2e.patterns.NEIGHBOURS}
+VALUES = {slot: list(values) for slot, values in e2e_patterns.CLOSED.items()}
+VALUES |= {"name": e2e_patterns.NAMES, "near": e2e_patterns.NEIGHBOURS}
+
+
+PRICE_TEXT = {"cheap": "low", "moderate": "moderate", "high": "high"}
+
+
+def template(mr):
+    """A plain text that states every slot of a prompt and nothing else."""
+    slots = e2e.slots_of(mr)
+    near = f" near {slots['near']}" if "near" in slots else ""
+    area = {"city centre": " in the city centre", "riverside": " in the riverside area"}
+    where = area[slots["area"].lower()] if "area" in slots else ""
+    sentences = [f"{slots.get('name', 'It')} is a {slots.get('eatType', 'place')}{where}{near}"]
+    if "food" in slots:
+        sentences.append(f"It serves {slots['food']} food")
+    if "priceRange" in slots:
+        price = slots["priceRange"].lower()
+        sentences.append(f"Its prices are {PRICE_TEXT.get(price, price)}")
+    if "customer rating" in slots:
+        sentences.append(f"Its customer rating is {slots['customer rating']}")
+    if "familyFriendly" in slots:
+        negation = "" if slots["familyFriendly"].lower() == "yes" else "not "
+        sentences.append(f"It is {negation}family friendly")
+    return ". ".join(sentences) + "."
 
 
 @st.composite
 def prompts(draw):
-    slots = draw(st.sets(st.sampled_from(e2e.ORDER[1:]), min_size=2))
-    chosen = {s: draw(st.sampled_from(VALUES[s])) for s in e2e.ORDER if s in slots or s == "name"}
+    slots = draw(st.sets(st.sampled_from(e2e_patterns.ORDER[1:]), min_size=2))
+    written = [slot for slot in e2e_patterns.ORDER if slot in slots or slot == "name"]
+    chosen = {slot: draw(st.sampled_from(VALUES[slot])) for slot in written}
     if chosen.get("near") == chosen["name"]:
         chosen["near"] = "Clare Hall"
     return ", ".join(f"{slot}[{value}]" for slot, value in chosen.items())
@@ -333,7 +358,7 @@ def prompts(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(prompts(), st.integers(0, 2**32), st.booleans())
-def test_edit_asks_for_something_else(prompt, seed, lower):
+def test_edit_changes_the_meaning_of_one_slot(prompt, seed, lower):
     if lower:
         prompt = prompt.lower()
     edited = e2e.edit(prompt, random.Random(seed))
@@ -342,13 +367,13 @@ def test_edit_asks_for_something_else(prompt, seed, lower):
     before, after = e2e.slots_of(prompt), e2e.slots_of(edited)
     changed = {s for s in before.keys() | after.keys() if before.get(s) != after.get(s)}
     assert len(changed) == 1
-    assert list(after) == [slot for slot in e2e.ORDER if slot in after]
-    assert e2e.errors(prompt, e2e.template(prompt)) == {}
-    assert e2e.errors(edited, e2e.template(edited)) == {}
-    assert set(e2e.errors(edited, e2e.template(prompt))) == changed
+    assert list(after) == [slot for slot in e2e_patterns.ORDER if slot in after]
+    assert e2e.errors(prompt, template(prompt)) == {}
+    assert e2e.errors(edited, template(edited)) == {}
+    assert set(e2e.errors(edited, template(prompt))) == changed
 
 
-def test_half_of_the_edits_may_change_a_value():
+def test_edit_values_changes_a_value_in_half_of_the_edits():
     prompt = "name[The Punter], eatType[pub], food[Indian], area[riverside]"
     before, count = e2e.slots_of(prompt), {"change": 0, "add": 0, "drop": 0}
     rng = random.Random(5)
@@ -360,88 +385,27 @@ def test_half_of_the_edits_may_change_a_value():
     assert 100 < count["add"] < 200 and 100 < count["drop"] < 200
 
 
-def test_edit_adds_drops_and_changes():
+def test_edit_adds_drops_and_changes_equally_often():
     prompt, rng = "name[Cotto], food[French], area[riverside]", random.Random(0)
     sizes = [len(e2e.slots_of(e2e.edit(prompt, rng))) for _ in range(300)]
     assert {size: 60 < sizes.count(size) < 140 for size in (2, 3, 4)} == {2: True, 3: True, 4: True}
 
 
-WORDS = [
-    "the",
-    "a",
-    "is",
-    "are",
-    "not",
-    "no",
-    "very",
-    "low",
-    "high",
-    "average",
-    "good",
-    "cheap",
-    "expensive",
-    "inexpensive",
-    "moderately",
-    "quite",
-    "fairly",
-    "reasonably",
-    "price",
-    "prices",
-    "priced",
-    "range",
-    "rating",
-    "rated",
-    "customer",
-    "customers",
-    "star",
-    "stars",
-    "1",
-    "3",
-    "5",
-    "out",
-    "of",
-    "five",
-    "£20",
-    "£30",
-    "25",
-    "less",
-    "more",
-    "than",
-    "under",
-    "over",
-    "and",
-    "or",
-    "family",
-    "kids",
-    "child",
-    "friendly",
-    "adults",
-    "only",
-    "children",
-    "city",
-    "centre",
-    "river",
-    "near",
-    "by",
-    "Cotto",
-    "pub",
-    "coffee",
-    "shop",
-    "costs",
-    "a",
-    "lot",
-    ",",
-    ".",
-    "-",
-    "20-25",
-]
+TEXT = """
+the a is are not no very low high average good cheap expensive inexpensive moderately
+quite fairly reasonably price prices priced range rating rated customer customers star
+stars 1 3 5 out of five £20 £30 25 less more than under over and or family kids child
+friendly adults only children city centre river near by Cotto pub coffee shop costs a
+lot , . - 20-25
+"""
+WORDS = TEXT.split()
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(WORDS), max_size=25), prompts())
-def test_any_text_is_judged(words, prompt):
-    stated = e2e.statements(e2e.normalise(" ".join(words)))
-    meanings = {level for values in e2e.patterns.CLOSED.values() for level in values.values()}
+def test_statements_have_known_meanings_for_any_text(words, prompt):
+    stated = statements(normalise(" ".join(words)))
+    meanings = {level for values in e2e_patterns.CLOSED.values() for level in values.values()}
     for statement in itertools.chain.from_iterable(stated.values()):
         assert statement.levels
         assert statement.levels <= meanings | {"off scale"}
@@ -459,18 +423,18 @@ def _data(split):
 
 
 @pytest.mark.parametrize(("split", "prompts"), [("train", 4862), ("dev", 547), ("test", 630)])
-def test_template_is_right_on_every_prompt(split, prompts):
+def test_errors_is_empty_for_a_full_statement_of_every_prompt(split, prompts):
     mrs = sorted({row["mr"] for row in _data(split)})
     assert len(mrs) == prompts
-    assert [mr for mr in mrs if e2e.errors(mr, e2e.template(mr))] == []
+    assert [mr for mr in mrs if e2e.errors(mr, template(mr))] == []
     lower = [mr.lower() for mr in mrs]
-    assert [mr for mr in lower if e2e.errors(mr, e2e.template(mr).lower())] == []
+    assert [mr for mr in lower if e2e.errors(mr, template(mr).lower())] == []
 
 
 @pytest.mark.parametrize(
     ("split", "rate", "right"), [("dev", 0.0707, 0.7327), ("test", 0.0789, 0.6785)]
 )
-def test_human_references(split, rate, right):
+def test_gold_of_human_references_is_as_documented(split, rate, right):
     """The numbers of the module's documentation."""
     rows = _data(split)
     corpus = e2e.gold([row["mr"] for row in rows], [row["ref"] for row in rows], []).corpus

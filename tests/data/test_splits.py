@@ -1,0 +1,125 @@
+"""The division by prompt: disjoint, nested and independent of the order of rows."""
+
+import hashlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from irl_align.config.data import DataOptions
+from irl_align.data.rows import prompt_key
+from irl_align.data.splits import choose_prompts, data_checksum, divide
+from irl_align.errors import UserError
+
+
+def demos(numbers: list[int]) -> list[dict[str, str]]:
+    return [{"prompt": f"p{n % 61}", "completion": f"c{n}"} for n in numbers]
+
+
+def options(**values: object) -> DataOptions:
+    return DataOptions(card="own", **{"held_out": 0.3, **values})
+
+
+def prompts_of(rows: list[dict[str, str]]) -> set[str]:
+    return {row["prompt"] for row in rows}
+
+
+NUMBERS = st.permutations(range(183))
+
+
+@settings(max_examples=20, deadline=None)
+@given(NUMBERS, st.integers(0, 99), st.sampled_from(["same", "disjoint"]))
+def test_divide_is_disjoint_by_prompt_and_complete(
+    numbers: list[int], seed: int, reward_data: str
+) -> None:
+    rows = demos(numbers)
+    parts = divide(rows, options(reward_data=reward_data), seed)
+    held_out, sft, reward = map(prompts_of, (parts.held_out, parts.sft, parts.reward))
+    assert not held_out & sft and not held_out & reward
+    own = parts.sft + parts.held_out
+    if reward_data == "disjoint":
+        assert not sft & reward
+        own = own + parts.reward
+    else:
+        assert parts.reward == parts.sft
+    assert sorted(row["completion"] for row in own) == sorted(row["completion"] for row in rows)
+    # Each part keeps the order of the rows; which part a row is in does not depend on the order.
+    again = divide(
+        sorted(rows, key=lambda row: row["completion"]), options(reward_data=reward_data), seed
+    )
+    for part in ("sft", "reward", "held_out"):
+        assert sorted(getattr(parts, part), key=str) == sorted(getattr(again, part), key=str)
+    assert parts.sft == [row for row in rows if row["prompt"] in sft]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.5, 0.99), st.floats(0.5, 0.99))
+def test_divide_nests_smaller_shares_part_by_part(seed: int, one: float, other: float) -> None:
+    rows = demos(list(range(183)))
+    settings_ = {"reward_data": "disjoint"}
+    small = divide(rows, options(share=min(one, other), **settings_), seed)
+    large = divide(rows, options(share=max(one, other), **settings_), seed)
+    whole = divide(rows, options(**settings_), seed)
+    for part in ("sft", "reward", "held_out"):
+        names = [prompts_of(getattr(division, part)) for division in (small, large, whole)]
+        assert names[0] <= names[1] <= names[2]
+
+
+def test_divide_does_not_depend_on_other_prompts() -> None:
+    rows = demos(list(range(183)))
+    values = options(share=0.8, reward_data="disjoint")
+    whole, half = divide(rows, values, 0), divide(rows[:31], values, 0)
+    own = prompts_of(rows[:31])
+    for part in ("sft", "reward", "held_out"):
+        assert prompts_of(getattr(half, part)) == prompts_of(getattr(whole, part)) & own
+
+
+def test_divide_has_the_asked_sizes_and_depends_on_the_seed() -> None:
+    rows = [{"prompt": f"p{n}", "completion": "c"} for n in range(4000)]
+    parts = divide(
+        rows, options(share=0.5, held_out=0.1, reward_data="disjoint", reward_share=0.25), 0
+    )
+    # 2000, of which 200; of the other 1800 a quarter. Four standard deviations of each count.
+    counts = parts.counts()
+    assert abs(counts["held_out_prompts"] - 200) < 56
+    assert abs(counts["reward_prompts"] - 450) < 80
+    assert abs(counts["sft_prompts"] - 1350) < 120
+    assert counts["sft_rows"] == len(parts.sft)
+    assert prompts_of(parts.sft) != prompts_of(divide(rows, options(share=0.5), 1).sft)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 0.0001}, r"data\.share: of 9 demonstrations none is left for sft"),
+        ({"held_out": 0.0001}, r"data\.held_out: of 9 demonstrations none is left for held_out"),
+        (
+            {"reward_data": "disjoint", "reward_share": 0.0001},
+            r"data\.reward_share: of 9 demonstrations none is left for reward",
+        ),
+    ],
+)
+def test_divide_refuses_an_empty_part(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        divide(demos(list(range(9))), options(**values), 0)
+
+
+def test_prompt_key_and_data_checksum_depend_on_the_content() -> None:
+    talk = [{"role": "user", "content": "Hi"}]
+    assert prompt_key(talk) == prompt_key([{"content": "Hi", "role": "user"}]) != prompt_key("Hi")
+    # The definition, by hashlib itself.
+    assert prompt_key("Hé") == hashlib.sha256("Hé".encode()).hexdigest()[:16]
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    swapped = [{"completion": "b", "prompt": "a"}, {"completion": "d", "prompt": "c"}]
+    content = b'{"completion":"b","prompt":"a"}\n{"completion":"d","prompt":"c"}\n'
+    assert data_checksum(rows) == data_checksum(swapped) == hashlib.sha256(content).hexdigest()
+    assert data_checksum(rows[::-1]) != data_checksum(rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.text(max_size=4), min_size=1), st.integers(0, 9), st.integers(1, 20))
+def test_choose_prompts_nests_smaller_counts(keys: set[str], seed: int, count: int) -> None:
+    chosen = choose_prompts(sorted(keys), count, seed)
+    assert len(chosen) == min(count, len(keys)) and chosen <= keys
+    assert chosen <= choose_prompts(sorted(keys, reverse=True), count + 1, seed)
+    assert choose_prompts(keys, None, seed) == keys

@@ -1,0 +1,105 @@
+"""Tokenizers: training, pad tokens, checks, decoding."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from irl_align.config.data import DataOptions
+from irl_align.data.cards import Card
+from irl_align.data.tokenizer import (
+    check_tokenizer,
+    decode_batch,
+    prepare_tokenizer,
+    train_tokenizer,
+)
+from irl_align.errors import UserError
+
+TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
+OPTIONS = DataOptions(card="own")
+ROWS = [
+    {"prompt": "name[The Mill]", "completion": "The Mill"},
+    {"prompt": "name[Cocum]", "completion": "Cocum."},
+    {"prompt": "name[The Mill]", "completion": "A Mill."},
+]
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}"
+)
+
+
+def card(template: str = "{prompt}\n", lowercase: bool = False) -> Card:
+    return Card(
+        kind="demonstrations",
+        splits={"train": {"files": "x"}},
+        columns={"prompt": "p", "completion": "c"},
+        template=template,
+        lowercase=lowercase,
+        name="own",
+        folder=Path(),
+        license="",
+    )
+
+
+@pytest.fixture(scope="module")
+def scratch() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, 300)
+
+
+def words(*vocabulary: str, bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per word, an independent stand-in whose ids can be counted by hand."""
+    names = ["<unk>", "<s>", "</s>", *vocabulary]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def test_train_tokenizer_does_not_depend_on_the_order() -> None:
+    texts = [f"{word} {other}" for word in ["pub", "café", "cheap"] for other in ["near", "by"]]
+    one, other = train_tokenizer(texts, 290), train_tokenizer(texts[::-1], 290)
+    assert one.get_vocab() == other.get_vocab()
+    assert one("cheap café").input_ids == other("cheap café").input_ids
+
+
+def test_train_tokenizer_refuses_a_small_vocabulary() -> None:
+    with pytest.raises(UserError, match=r"vocab_size: found 258, expected at least 259"):
+        train_tokenizer(TEXTS, 258)
+    assert len(train_tokenizer(TEXTS, 259)) == 259
+
+
+def test_prepare_tokenizer_makes_pad_distinct_from_eos() -> None:
+    spare = words("a", "<|reserved_special_token_1|>", "<|reserved_special_token_0|>")
+    spare.pad_token = spare.eos_token
+    with pytest.raises(UserError, match=r"has pad token '</s>', expected one that is not EOS"):
+        check_tokenizer(spare, needs_chat=False)
+    size = len(spare)
+    assert prepare_tokenizer(spare) is False and len(spare) == size
+    assert spare.pad_token_id == 4  # the lower id of the two
+    check_tokenizer(spare, needs_chat=False)
+
+    full = words("a")
+    assert full.pad_token_id is None
+    assert prepare_tokenizer(full) is True and len(full) == 5
+    assert full.pad_token_id == 4 and full.pad_token not in (full.eos_token, None)
+    assert prepare_tokenizer(full) is False  # now it has one
+    check_tokenizer(full, needs_chat=False)
+
+
+def test_check_tokenizer_refuses_a_tokenizer_without_eos() -> None:
+    tokenizer = words("a")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="has no EOS token"):
+        check_tokenizer(tokenizer, needs_chat=False)
+
+
+def test_decode_batch_leaves_special_tokens_out(scratch: PreTrainedTokenizerFast) -> None:
+    ids = [1, *scratch("Is it , a pub ?", add_special_tokens=False).input_ids, 2, 0, 0]
+    assert decode_batch(scratch, [ids, []]) == ["Is it , a pub ?", ""]
