@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def data(
     card: Annotated[str, typer.Argument(help="Data card: its name or its file.")],
+    *,
     path: Annotated[
         str | None,
         typer.Option(help="Local files; default: the card's source.", show_default=False),

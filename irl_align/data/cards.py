@@ -331,5 +331,5 @@ def _first_error(error: ValidationError) -> str:
         return f"{key}: missing"
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
-    found = "" if isinstance(given, dict) else f", found {show(given)}"
-    return one_line(f"{key}: {message}{found}")
+    value = "" if isinstance(given, dict) else f", found {show(given)}"
+    return one_line(f"{key}: {message}{value}")

@@ -323,6 +323,6 @@ def test_generate_refuses_bad_sampling_options(line: Line, sft: Result, tmp_path
 def test_train_refuses_a_tracker_that_is_not_installed(
     tracker: str, train_line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("irl_align.training.train.find_spec", lambda name: None)
+    monkeypatch.setattr("irl_align.training.setup.find_spec", lambda name: None)
     message = train_line(f"report_to=[{tracker}]", "loop.iterations=0")
     assert message.startswith(f"recipe: report_to: {tracker} is not installed; install ")
