@@ -104,7 +104,9 @@ def test_every_policy_is_evaluated_at_every_temperature(best: Result) -> None:
 def test_entropy_is_matched_for_gold_alone(folder: Path) -> None:
     no_gold = ("name=no-gold", "data.card=ultrachat_200k", "data.task={}")
     recipe = tiny_recipe(folder, *no_gold, "evaluation.match_entropy=true")
-    with pytest.raises(UserError, match="match_entropy: it compares gold, and card ultrachat_200k"):
+    with pytest.raises(
+        UserError, match="match_entropy: it compares gold metrics, and card ultrachat_200k"
+    ):
         train(recipe)
     assert not (folder / "runs" / "no-gold-seed0").exists()
 

@@ -268,7 +268,7 @@ def test_trackers_get_the_numbers_of_both_policies(
     known = [metrics(run)[f"evaluation/{number}/t1"]["kl"] for number in (0, 1)]
     assert told == {0: pytest.approx(known[0]), 1: pytest.approx(known[1])}
     # One that is not installed is told before the run.
-    monkeypatch.setattr("irl_align.training.train.find_spec", lambda name: None)
+    monkeypatch.setattr("irl_align.training.setup.find_spec", lambda name: None)
     line = the_line(command(capsys, tmp_path, policy, reward, card, "report_to=[wandb]", "seed=9"))
     assert "report_to: wandb is not installed" in line
     assert not (tmp_path / "runs/ppo-seed9").exists()
@@ -316,7 +316,9 @@ def test_rewards_that_cannot_be_critics(
         make_critic(chosen, model, implicit, tiny_tokenizer)
     theirs = other_tokenizer()
     foreign = RewardModel(classifier(theirs), theirs)
-    with pytest.raises(UserError, match=r"reward's tokenizer \(400 tokens\) is not the policy's"):
+    with pytest.raises(
+        UserError, match=r"reward's tokenizer \(400 tokens\) differs from the policy's"
+    ):
         make_critic(chosen, model, foreign, tiny_tokenizer)
     with_lm = RewardModel(classifier(tiny_tokenizer), tiny_tokenizer, RewardSettings(lm_coef=0.5))
     with pytest.raises(UserError, match=r"lm_coef 0\.5, which a critic cannot"):
