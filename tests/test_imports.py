@@ -109,7 +109,7 @@ def test_nothing_imports_the_command_line() -> None:
 
 
 def test_only_train_and_plan_import_the_loop() -> None:
-    users = {"irl_align.training.train", "irl_align.training.plan.dry_run"}
+    users = {"irl_align.training.train", "irl_align.training.plan.walk"}
     assert importers("irl_align.training.loop") == users
 
 
