@@ -38,6 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: RunArgument,
+    *,
     to: Annotated[Path, typer.Option("--to", help="Folder to write; it must not exist.")],
     what: What = "reward",
     iteration: Iteration = None,
@@ -67,6 +68,7 @@ def export(
 
 def push(
     run: RunArgument,
+    *,
     repo: Annotated[str, typer.Option("--repo", help="user/name, organisation/name, or name.")],
     what: What = "reward",
     private: Annotated[

@@ -41,23 +41,24 @@ def prune(
         typer.echo("nothing was deleted; --yes deletes it")
         return
     with holding(runs):
-        found = find_waste(runs)
-        _show(found, runs)
-        delete(found)
-    typer.echo(f"deleted: {_megabytes(found.bytes)}")
+        findings = find_waste(runs)
+        _show(findings, runs)
+        delete(findings)
+    typer.echo(f"deleted: {_megabytes(findings.bytes)}")
 
 
-def _show(found: Findings, runs: Path) -> None:
+def _show(findings: Findings, runs: Path) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name, side in (("MB", "right"), ("what", "left"), ("why", "left")):
-        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
-    for waste in found.waste:
+    table.add_column("MB", justify="right")
+    table.add_column("what", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for waste in findings.waste:
         name = str(waste.path.relative_to(runs))
         table.add_row(f"{waste.bytes / 1e6:,.1f}", Text(name), Text(waste.why))
-    if found.waste:
+    if findings.waste:
         console().print(table)
-    typer.echo(f"runs: {', '.join(found.runs) or 'none'}")
-    typer.echo(f"needed: {_megabytes(found.kept)}; not needed: {_megabytes(found.bytes)}")
+    typer.echo(f"runs: {', '.join(findings.runs) or 'none'}")
+    typer.echo(f"needed: {_megabytes(findings.kept)}; not needed: {_megabytes(findings.bytes)}")
 
 
 def _megabytes(size: int) -> str:

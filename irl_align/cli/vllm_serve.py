@@ -27,6 +27,7 @@ def vllm_serve(
     options: Annotated[
         list[str] | None, typer.Argument(help="Options of vLLM, as name=value.")
     ] = None,
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 8000,
     context_length: Annotated[

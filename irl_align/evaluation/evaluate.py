@@ -142,13 +142,13 @@ def _evaluations(
 def merged(before: Mapping[str, Any] | None, results: Mapping[str, Any]) -> dict[str, Any]:
     """Earlier and new results; a new entry replaces the earlier one with the same identity."""
     before = before or {}
-    whole = {**results, "best_of": results["best_of"] or before.get("best_of")}
+    together = {**results, "best_of": results["best_of"] or before.get("best_of")}
     for section, fields in IDENTITY.items():
         new = [[entry.get(field) for field in fields] for entry in results[section]]
         old = before.get(section, [])
-        kept = [entry for entry in old if [entry.get(field) for field in fields] not in new]
-        whole[section] = [*kept, *results[section]]
-    return whole
+        others = [entry for entry in old if [entry.get(field) for field in fields] not in new]
+        together[section] = [*others, *results[section]]
+    return together
 
 
 def _benchmarks(source: Path, request: EvaluationRequest, device: str) -> list[dict[str, Any]]:

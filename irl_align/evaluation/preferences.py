@@ -212,12 +212,14 @@ def _encode_for_all(
         fits(data, model.path, model.is_reward and reads_prompt_again(model.path))
         for model, data in rows.items()
     ]
-    kept = np.flatnonzero(np.all(fitting, axis=0))
-    if not len(kept):
+    chosen = np.flatnonzero(np.all(fitting, axis=0))
+    if not len(chosen):
         raise UserError(
             f"{pairs.card.name}: all {len(pairs.rows)} pairs are longer than the models' context"
         )
-    return {model: data.select(kept) for model, data in rows.items()}, len(pairs.rows) - len(kept)
+    return {model: data.select(chosen) for model, data in rows.items()}, len(pairs.rows) - len(
+        chosen
+    )
 
 
 def _score(

@@ -205,7 +205,7 @@ def _method(facts: Facts, artefact: Artefact) -> list[tuple[str, str]]:
 
 
 def _demonstrations(facts: Facts) -> str:
-    data = facts.metrics.get("data", {})
+    data = facts.view.by_key.get("data", {})
     name = facts.data_name
     if facts.data_hub_id:
         name = f"[{name}](https://huggingface.co/datasets/{facts.data_hub_id})"
@@ -227,14 +227,14 @@ def _limits(facts: Facts, limits: list[str]) -> list[str]:
 
 def _origin(facts: Facts, role: str, checksum: str | None) -> dict[str, Any]:
     """Stages and checksums as rows of a table, and the versions of all libraries."""
-    rows = [(stage["role"], f"`{stage['name']}-{stage['key']}`") for stage in facts.lineage(role)]
-    sums = facts.metrics.get("data", {}).get("checksums", {})
+    rows = [(name, f"`{stage}`") for name, stage in facts.lineage(role).items()]
+    sums = facts.view.by_key.get("data", {}).get("checksums", {})
     rows += [(f"{part} demonstrations", f"sha256 `{value}`") for part, value in sums.items()]
     if checksum is not None:
         rows.append(("the run's model folder", f"sha256 `{checksum}`"))
     versions = [
         f"{name} {value}"
-        for name, value in facts.metrics.get("environment", {}).items()
+        for name, value in facts.view.by_key.get("environment", {}).items()
         if name not in ("key", "device", "seed")
     ]
     return {"rows": rows, "versions": ", ".join(versions), "exporter": __version__}

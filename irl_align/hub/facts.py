@@ -1,14 +1,14 @@
-"""What a finished run says of itself: its artefacts, its data, its numbers and where they are from.
+"""Facts of a finished run for exports and cards: artefacts, data, lineage and the public recipe.
 
-Reads run folders and data cards, never models.
+This module reads run folders and data cards, never models.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,40 +28,36 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Artefact(NamedTuple):
-    """A model that a run made."""
+    """A model of a run."""
 
     role: str
-    """Its stage's role in the run, as in stages.json."""
+    """Role of its stage, as in stages.json."""
     path: Path
     """Folder of the model."""
     iteration: int
     """k of r_k, or of pi_k; pi_0 is the policy before the loop."""
     weights: int
-    """Iteration whose weights they are: an earlier one where pi_k selects among its samples."""
+    """Iteration of the weights: an earlier one where pi_k selects among the samples of another."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One run, read once."""
+    """A finished run and the data card of its demonstrations."""
 
     view: RunView
     card: Card | None
-    """The demonstrations' data card; None where it is no longer where the recipe says."""
+    """The demonstrations' data card; None if it cannot be read any more."""
     front: dict[str, Any]
-    """Its Hub metadata: pretty_name, language, license and others."""
+    """Hub metadata of the data card: pretty_name, language, license and others."""
     about: str
-    """Its text."""
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Key -> record of metrics.jsonl."""
+    """Text of the data card."""
 
     @classmethod
     def of(cls, run: Path) -> Facts:
-        """Facts of a finished run; UserError where it is not a run, or not finished."""
+        """Facts of a finished run. Raises UserError: no run, or not finished."""
         view = Run.load(run)
         view.require_finished()
-        name = str(view.recipe["data"]["card"])
-        card, front, about = _data_card(name)
-        return cls(view, card, front, about, {record["key"]: record for record in view.metrics})
+        return cls(view, *_data_card(str(view.recipe["data"]["card"])))
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -70,12 +66,12 @@ class Facts:
 
     @property
     def data_name(self) -> str:
-        """The data card's name for people."""
+        """The title of the demonstrations."""
         return str(self.front.get("pretty_name") or card_name(self.view.recipe["data"]["card"]))
 
     @property
     def data_hub_id(self) -> str | None:
-        """The demonstrations on the Hub, if that is where they are."""
+        """The demonstrations' Hub id; None if they are not from the Hub."""
         source = self.card.source if self.card is not None else None
         return source.hub if source is not None else None
 
@@ -89,12 +85,12 @@ class Facts:
 
     @property
     def base_hub_id(self) -> str | None:
-        """The base model on the Hub, if that is where it came from."""
+        """The base model's Hub id; None if it is not from the Hub."""
         path = self.view.recipe["model"]["path"]
         return path if path and HUB_ID.fullmatch(path) and not Path(path).exists() else None
 
     def reward(self, iteration: int | None = None) -> Artefact:
-        """The explicit reward r_k, the last one by default."""
+        """The explicit reward r_k, by default the last. Raises UserError if there is none."""
         rewards = self.view.numbered_stages("reward")
         folders = {k: stage for k, stage in rewards.items() if stage["name"] == "reward"}
         if not folders:
@@ -108,10 +104,13 @@ class Facts:
         return Artefact(str(Role.reward(k)), self._folder(folders[k]) / "model", k, k)
 
     def policy(self, iteration: int | None = None) -> Artefact:
-        """The policy pi_k, the run's final one by default; 0 is the one before the loop."""
+        """The policy pi_k, by default the final one; pi_0 is the policy before the loop.
+
+        Raises UserError: the run has no such policy.
+        """
         last = int(self.summary["policy_number"])
         k = last if iteration is None else iteration
-        # A policy that selects among an earlier one's samples has no weights of its own.
+        # A policy that selects among the samples of an earlier policy has no weights of its own.
         selects = self.summary.get("ranking") is not None and k == last
         for number in range(k, -1 if selects else k - 1, -1):
             roles = [Role.policy(number), Role.reward(number - 1)] if number else [SFT, START]
@@ -123,46 +122,39 @@ class Facts:
         raise self._no_iteration("policy", k, known)
 
     def pairs(self) -> dict[int, Path]:
-        """Iteration -> folder of its pairs."""
-        pairs = self.view.numbered_stages("pairs")
-        found = {k: self._folder(stage) for k, stage in pairs.items()}
-        if not found:
+        """Iteration -> folder of its pairs. Raises UserError if there are none."""
+        stages = self.view.numbered_stages("pairs")
+        if not stages:
             raise UserError(f"{self.view.folder}: this run made no pairs; expected one with a loop")
-        return dict(sorted(found.items()))
+        return {k: self._folder(stage) for k, stage in sorted(stages.items())}
 
     def stage_folder(self, role: str) -> Path:
-        """Folder of the stage with this role; UserError where the run has none."""
+        """Folder of the stage with this role. Raises UserError if the run has no such stage."""
         if role not in self.view.stages:
             raise UserError(f"{self.view.folder}/stages.json: found no stage {role}; {RERUN}")
         return self._folder(self.view.stages[role])
 
     def record(self, role: str) -> dict[str, Any]:
-        """stage.json of a role."""
+        """The record stage.json of the stage with this role."""
         path = self.stage_folder(role) / "stage.json"
         return read_json(path, "the record of a finished stage", RERUN)
 
-    def lineage(self, role: str) -> list[dict[str, Any]]:
-        """Records of a stage and of all that it was made from, itself first, each once.
-
-        Fields: role, name, key, inputs.
-        """
+    def lineage(self, role: str) -> dict[str, str]:
+        """Role -> `name-key` of a stage and of all stages that it was made from, itself first."""
         roles: dict[str, str] = {}
         for name, stage in self.view.stages.items():
             roles.setdefault(stage["key"], name)
-        if role not in self.view.stages:
-            return []
-        queue, seen = [role], dict[str, dict[str, Any]]()
+        queue, lineage = [role], dict[str, str]()
         while queue:
             current = queue.pop(0)
-            if current in seen:
+            if current in lineage:
                 continue
             record = self.record(current)
-            shown = {name: record[name] for name in ("name", "key", "inputs")}
-            seen[current] = {"role": current, **shown}
-            # A selecting policy is named policy+reward+...: its parts are stages.
+            lineage[current] = f"{record['name']}-{record['key']}"
+            # The key of a selecting policy is policy+reward+...: its parts are keys of stages.
             keys = [key for value in record["inputs"].values() for key in str(value).split("+")]
             queue += [roles[key] for key in keys if key in roles]
-        return list(seen.values())
+        return lineage
 
     def recipe_text(self) -> str:
         """The resolved recipe as YAML, without this machine's paths and addresses."""
@@ -174,20 +166,20 @@ class Facts:
     def _folder(self, stage: Mapping[str, str]) -> Path:
         return (self.view.folder / stage["path"]).resolve()
 
-    def _no_iteration(self, what: str, k: int, known: Any) -> UserError:
-        numbers = ", ".join(str(number) for number in sorted(known))
+    def _no_iteration(self, what: str, k: int, known: Iterable[int]) -> UserError:
+        numbers = ", ".join(map(str, sorted(known)))
         return UserError(
             f"--iteration: {self.view.folder} has no {what} {k}; expected one of {numbers}"
         )
 
 
 def card_name(card: str) -> str:
-    """What to call a data card that a recipe gives by name or by path."""
+    """The name of a data card that a recipe gives by name or by path."""
     return Path(card).stem
 
 
 def _public(value: Any) -> Any:
-    """A recipe's value without local folders and servers: of a path to a file its name is left."""
+    """A recipe's value without local folders and servers; the path of a file becomes its name."""
     if isinstance(value, Mapping):
         return {name: _public(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -195,16 +187,13 @@ def _public(value: Any) -> Any:
     if isinstance(value, str) and "/" in value:
         path = Path(value)
         if path.is_absolute() or path.exists():
-            return None if path.is_dir() and not _is_model(path) else path.name
+            is_model = (path / "config.json").is_file()
+            return None if path.is_dir() and not is_model else path.name
     return value
 
 
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
 def _data_card(name: str) -> tuple[Card | None, dict[str, Any], str]:
-    """A data card, its Hub metadata and its text; empty where it cannot be read any more."""
+    """A data card, its Hub metadata and its text; None and empty if it cannot be read any more."""
     try:
         card = load_card(name)
         shipped = data_cards_dir() / f"{name}.md"
@@ -226,7 +215,8 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     """sum(a) / sum(b) over independent groups, with its 95% interval by linearisation.
 
     numerators, denominators: one number per group (G). The variance is that of a ratio of sums,
-    (G / (G - 1)) sum_g (a_g - R b_g)^2 / (sum b)^2: right for rows that depend within a group.
+    (G / (G - 1)) sum_g (a_g - R b_g)^2 / (sum b)^2, which allows for rows that depend on each other
+    within a group. The bounds are NaN for a single group.
     """
     a, b = np.asarray(numerators, float), np.asarray(denominators, float)
     ratio, groups = float(a.sum() / b.sum()), len(a)

@@ -11,16 +11,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from irl_align.errors import UserError
+from irl_align.hub.export import Exported, export
 from irl_align.hub.licences import UNKNOWN
 from irl_align.utils.files import files_of, locked
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-    from irl_align.hub.export import Exported
 
 logger = logging.getLogger(__name__)
 TRIES = 4
@@ -70,8 +77,6 @@ def push(
     iteration-K. Raises UserError: no token or a wrong one, no rights, no licence, a repository with
     another kind of model, or a server or connection that still fails after TRIES tries.
     """
-    from huggingface_hub import HfApi, get_token
-
     check_repo_name(target.repo)
     token = get_token()
     if token is None:
@@ -90,7 +95,6 @@ def temporary_export(
     run: Path, what: str, iteration: int | None, licence: str | None
 ) -> Iterator[Exported]:
     """An export in the run's folder, which is deleted afterwards; one push of a run at a time."""
-    from irl_align.hub.export import export
 
     def refuse(holder: str) -> None:
         raise UserError(f"push: {run} is being pushed by {holder}: wait for it, or stop it")
@@ -117,9 +121,6 @@ def require_licence(exported: Exported) -> None:
 
 def check_repo_name(repo: str) -> None:
     """Raise UserError where `repo` is not the name of a repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     expected = "expected user/name, organisation/name or name"
     kind = repo.partition("/")[0]
     if kind in ("datasets", "models", "spaces", "https:", "http:") and repo.count("/"):
@@ -157,8 +158,6 @@ class _Push:
     def _existing(self) -> Any | None:
         """The Hub's record of the branch, or of the main branch if it is missing; None if the
         repository is missing."""
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
         try:
             with suppress(RevisionNotFoundError):
                 return retried(self.api.repo_info, **self.at, revision=self.target.revision)
@@ -194,8 +193,6 @@ class _Push:
             )
 
     def _architecture(self, commit: str) -> str:
-        from huggingface_hub.errors import EntryNotFoundError
-
         file = {**self.at, "filename": "config.json", "revision": commit}
         try:
             return _architecture(Path(retried(self.api.hf_hub_download, **file)))
@@ -209,8 +206,6 @@ class _Push:
         its own operations: a try whose response was lost has changed the head, and then nothing
         is left to commit.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         folder = self.exported.folder
         files = {file.relative_to(folder).as_posix(): file for file in files_of(folder)}
         existing = self.api.list_repo_files(**self.at, revision=self.target.revision)
@@ -220,18 +215,16 @@ class _Push:
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file))
             for name, file in files.items()
         ]
-        done = self.api.create_commit(
+        info = self.api.create_commit(
             **self.at,
             operations=operations,
             commit_message=f"{self.exported.what} by irl-align",
             revision=self.target.revision,
         )
-        return str(done.oid)
+        return str(info.oid)
 
     def _tag(self, commit: str) -> str | None:
         """Tag the commit iteration-K; the tag moves if this iteration was pushed before."""
-        from huggingface_hub.errors import RevisionNotFoundError
-
         if self.exported.iteration is None:
             return None
         tag = f"iteration-{self.exported.iteration}"
@@ -283,13 +276,11 @@ def retried(
 
 def _is_temporary(error: BaseException) -> bool:
     """Whether the next try may succeed."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError):
             return cause.response.status_code in RETRIED
         if _is_connection_error(cause):
-            return type(cause).__name__ != "OfflineModeIsEnabled"
+            return not isinstance(cause, OfflineModeIsEnabled)
     return False
 
 
@@ -314,13 +305,6 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 
 def _message(repo: str, error: Exception) -> str | None:
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return "push: HF_HUB_OFFLINE is set; unset it to reach the Hub"
@@ -359,8 +343,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _line(error: BaseException) -> str:
-    from huggingface_hub import get_token
-
     text = " ".join(str(error).split())[:300] or type(error).__name__
     token = get_token()
     return text.replace(token, "***") if token else text

@@ -1,4 +1,4 @@
-"""Best-of-n curves: the estimator against enumeration, and the whole on a tiny run."""
+"""Best-of-n curves: the estimator against enumeration, and the command on a tiny run."""
 
 import json
 import math
@@ -23,7 +23,7 @@ ROWS = st.lists(st.tuples(st.integers(-3, 3), st.integers(-5, 5)), min_size=1, m
 
 @settings(max_examples=40, deadline=None)
 @given(ROWS, st.data())
-def test_expectation_is_the_mean_over_all_subsets(
+def test_expected_best_is_the_mean_over_all_subsets(
     rows: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     """Of every subset of n the best by score; among equals each is as likely."""
@@ -38,13 +38,13 @@ def test_expectation_is_the_mean_over_all_subsets(
     assert expected_best(scores, values, n)[0] == pytest.approx(expected, abs=1e-9)
 
 
-def test_samples_that_are_truncated_come_last() -> None:
+def test_expected_best_puts_truncated_samples_last() -> None:
     scores = np.array([[-math.inf, 0.0], [-math.inf, -math.inf]])
     values = np.array([[5.0, 1.0], [2.0, 4.0]])
     assert expected_best(scores, values, 2).tolist() == [1.0, 3.0]
 
 
-def test_overoptimisation_is_flagged_where_gold_falls_while_the_reward_rises() -> None:
+def test_curve_reports_overoptimisation_where_gold_falls_while_the_reward_rises() -> None:
     """The top score of every prompt is a bad text, the next best a good one."""
     scores = np.tile(np.arange(8.0), (30, 1)) + np.linspace(0, 0.01, 30)[:, None]
     errors = np.tile([4.0, 4, 4, 4, 3, 1, 0, 9], (30, 1)) + np.arange(30)[:, None] % 3
@@ -68,14 +68,14 @@ def test_overoptimisation_is_flagged_where_gold_falls_while_the_reward_rises() -
     assert rewards == sorted(rewards)
 
 
-def test_fully_right_is_better_high_whatever_the_headline() -> None:
+def test_curve_takes_a_high_fully_right_as_good() -> None:
     right = np.array([[0.0, 1.0], [0.0, 1.0]])
     report = curve(np.array([[0.0, 1.0]] * 2), {"fully_right": right}, LOWER_IS_BETTER)
     assert report["gold"]["fully_right"]["peak_n"] == 2
     assert report["gold"]["fully_right"]["lower_is_better"] is False
 
 
-def test_a_gold_of_unknown_direction_is_shown_and_not_judged() -> None:
+def test_curve_does_not_judge_a_gold_of_unknown_direction() -> None:
     """Its values fall or rise with n; nothing says which of them is good."""
     scores = np.tile(np.arange(4.0), (20, 1)) + np.linspace(0, 0.01, 20)[:, None]
     golds = {"politeness": -scores, "words": scores}
@@ -103,7 +103,9 @@ def run() -> Result:
     return shared_run("irl")
 
 
-def test_a_runs_curve_is_kept_and_reported(run: Result, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_of_saves_the_curve_and_the_report_shows_it(
+    run: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
     ended = irl_align(capsys, "evaluate", run.folder, "--best-of", 4, "--prompts", 5)
     assert ended.status == 0, ended.err
     assert "best of n by the reward" in ended.out
@@ -135,7 +137,9 @@ def stored_reward(run: Result) -> str:
     return str(json.loads((run.folder / "summary.json").read_text())["reward"])
 
 
-def test_mistakes_are_told(run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_refuses_nothing_and_best_of_without_a_reward(
+    run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     nothing = the_line(irl_align(capsys, "evaluate", run.folder))
     assert (
         nothing == "evaluate: found none of --card, --best-of, --judge and --lm-eval, expected one"

@@ -1,4 +1,4 @@
-"""A chat model as the judge: both orders, ties, retries, silence, nonsense, and going on."""
+"""A chat model as the judge: both orders, ties, retries, errors, bad replies and resuming."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def endpoint(url: str, **options: Any) -> Endpoint:
     return Endpoint(url, "judge-1", pause=0.01, **options)
 
 
-def test_wins_ties_and_losses_by_hand(tmp_path: Path) -> None:
+def test_chat_win_rates_count_wins_ties_and_losses(tmp_path: Path) -> None:
     run = run_of(
         tmp_path,
         own=["long text", "x", "same", "ab"],
@@ -79,7 +79,7 @@ def test_wins_ties_and_losses_by_hand(tmp_path: Path) -> None:
     assert demonstrations["win_rate"]["mean"] == pytest.approx(3.5 / 4)
 
 
-def test_a_judge_that_likes_the_first_answer_only_ties(tmp_path: Path) -> None:
+def test_chat_win_rates_of_a_judge_that_prefers_the_first_answer_are_ties(tmp_path: Path) -> None:
     run = run_of(tmp_path, ["a", "b"], ["c", "d"], ["e", "f"])
     with chat_server(lambda body: "[[A]]") as server:
         row = chat_win_rates(run, endpoint(server.url))["rows"][0]
@@ -87,7 +87,7 @@ def test_a_judge_that_likes_the_first_answer_only_ties(tmp_path: Path) -> None:
     assert row["win_rate"]["mean"] == 0.5
 
 
-def test_a_rerun_asks_for_what_is_missing(tmp_path: Path) -> None:
+def test_chat_win_rates_again_asks_for_missing_verdicts_only(tmp_path: Path) -> None:
     run = run_of(tmp_path, ["long text", "xyz"], ["short", "y"], ["s", "s"])
 
     def silent_of_xyz(body: dict[str, Any]) -> str:
@@ -97,9 +97,9 @@ def test_a_rerun_asks_for_what_is_missing(tmp_path: Path) -> None:
         row = chat_win_rates(run, endpoint(server.url))["rows"][0]
         assert (row["pairs"], row["judged"], row["unreadable"]) == (2, 1, 1)
         assert row["win_rate"] == {"mean": 1.0, "low": None, "high": None, "n": 1}
-        (kept,) = (run / "judgements").glob("judge-1-*.jsonl")
-        whole = kept.read_bytes()
-        kept.write_bytes(whole[:-9])  # killed while it wrote
+        (file,) = (run / "judgements").glob("judge-1-*.jsonl")
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9])  # killed while it wrote
         server.requests.clear()
         server.answer = longer_wins
         rows = chat_win_rates(run, endpoint(server.url))["rows"]
@@ -110,7 +110,7 @@ def test_a_rerun_asks_for_what_is_missing(tmp_path: Path) -> None:
         assert server.requests == []
 
 
-def test_prompts_are_chosen_and_fewer_are_among_more(tmp_path: Path) -> None:
+def test_chat_win_rates_on_few_prompts_reuse_their_verdicts_on_more(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(10)]
     run = run_of(tmp_path, texts, ["x"] * 10, ["y"] * 10)
     with chat_server(longer_wins) as server:
@@ -120,7 +120,7 @@ def test_prompts_are_chosen_and_fewer_are_among_more(tmp_path: Path) -> None:
         assert len(server.requests) == 5 * 2 * 2
 
 
-def test_busy_and_broken_replies_are_asked_again() -> None:
+def test_reply_tries_again_after_a_busy_server() -> None:
     said: list[Any] = [429, 503, (200, "<html>"), "fine [[B]]"]
     with chat_server(lambda body: said.pop(0)) as server:
         asked = endpoint(server.url)
@@ -128,7 +128,7 @@ def test_busy_and_broken_replies_are_asked_again() -> None:
         assert asked.reply([]) == "fine [[B]]" and said == []
 
 
-def test_what_no_try_can_help_is_told_at_once_without_the_key() -> None:
+def test_reply_reports_a_permanent_error_at_once_without_the_key() -> None:
     key = "sk-very-secret"
     refusals: list[Any] = [(401, f"bad key {key}"), (302, "http://elsewhere.invalid/v1"), 404]
     for refusal in refusals:
@@ -140,7 +140,7 @@ def test_what_no_try_can_help_is_told_at_once_without_the_key() -> None:
     assert key not in repr(endpoint("http://h/v1", key=key))
 
 
-def test_time_outs_are_no_reply() -> None:
+def test_reply_raises_no_reply_after_time_outs() -> None:
     def late(body: dict[str, Any]) -> str:
         time.sleep(0.5)
         return "[[A]]"
@@ -150,7 +150,7 @@ def test_time_outs_are_no_reply() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         ("http://", "no valid address"),
         ("http://h:port/v1", "no valid address"),
@@ -158,14 +158,14 @@ def test_time_outs_are_no_reply() -> None:
         ("https://h/v1?key=secret", "a user, password or query in the address of h"),
     ],
 )
-def test_bad_addresses_are_told_without_their_secrets(url: str, told: str) -> None:
+def test_endpoint_refuses_a_bad_address_without_its_secrets(url: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         Endpoint(url, "m")
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert not re.search("word|secret", str(caught.value).replace("password", ""))
 
 
-def test_silence_ends_it_and_keeps_the_verdicts(tmp_path: Path) -> None:
+def test_verdicts_ask_stops_at_a_silent_server_and_saves_its_verdicts(tmp_path: Path) -> None:
     pairs = [Pair(f"k{i}", f"p{i}", "own", "other!") for i in range(40)]
     with chat_server(longer_wins) as server:
         there = endpoint(server.url, retries=0)
@@ -176,7 +176,9 @@ def test_silence_ends_it_and_keeps_the_verdicts(tmp_path: Path) -> None:
         assert len(server.requests) < 6 + 40  # it was not asked for all
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_evaluate_with_a_judge_at_an_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     run = run_of(tmp_path, ["long text", "ab"], ["short", "cd"], ["s", "s"])
     monkeypatch.setenv("JUDGE_API_KEY", "sk-test")
     with chat_server(longer_wins) as server:
@@ -196,7 +198,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "expected both" in the_line(irl_align(capsys, "evaluate", run, "--judge-model", "m"))
 
 
-def test_what_was_evaluated_before_stays(
+def test_evaluate_again_keeps_the_results_of_other_judges(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_of(tmp_path, ["long text", "ab"], ["short", "cd"], ["s", "s"])
@@ -210,7 +212,7 @@ def test_what_was_evaluated_before_stays(
     assert sorted(one["judge"] for one in found["judged_by_chat"]) == ["one", "two"]
 
 
-def test_what_fails_later_loses_nothing(
+def test_evaluate_saves_results_before_a_later_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(tmp_path, ["long text", "ab"], ["short", "cd"], ["s", "s"])
@@ -231,7 +233,9 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 @pytest.mark.vllm
 @pytest.mark.timeout(400)
-def test_a_local_vllm_server(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_chat_win_rates_by_a_local_vllm_server(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     """A tiny model that has learned the verdicts on one run's pairs by heart judges that run as the
     rule that it learned them from; another run's it has never seen."""
     pytest.importorskip("vllm")

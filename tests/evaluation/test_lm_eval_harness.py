@@ -1,6 +1,8 @@
-"""lm-eval on a task of files, through a run's own policy; shots, what is kept, and bad input."""
+"""lm-eval on a task of local files with a run's policy; shots, saved results and bad input."""
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,19 +37,19 @@ ROWS = [
 ]
 
 
-def test_shots_are_the_leaderboards_unless_said() -> None:
+def test_benchmarks_have_the_leaderboards_shots_by_default() -> None:
     asked = benchmarks("open-llm-leaderboard, arc_challenge@0,piqa,arc_challenge")
     names = ["arc_challenge@25", "hellaswag@10", "mmlu@5", "truthfulqa_mc2@0", "winogrande@5"]
     assert [b.name for b in asked] == [*names, "gsm8k@5", "arc_challenge@0", "piqa"]
 
 
 @pytest.mark.parametrize("wrong", ["", "arc@", "arc@many", "a,,b", "open-llm-leaderboard@3"])
-def test_bad_lists_are_refused(wrong: str) -> None:
+def test_benchmarks_refuse_a_bad_list(wrong: str) -> None:
     with pytest.raises(UserError, match=r"^--lm-eval: found .*, expected TASK or TASK@SHOTS"):
         benchmarks(wrong)
 
 
-def test_the_mean_is_told_of_the_whole_leaderboard_only() -> None:
+def test_benchmark_grid_has_the_mean_of_the_whole_leaderboard_only() -> None:
     results = [
         {"task": task, "shots": shots, "limit": None, "lm_eval": "1"}
         | {"metrics": {metric: {"value": 0.1 * i, "stderr": 0.01}, "other,none": {}}}
@@ -61,17 +63,22 @@ def test_the_mean_is_told_of_the_whole_leaderboard_only() -> None:
     assert len(benchmark_table(results).texts()) == 6
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with one task; lm-eval reads its own task files, which takes seconds, once."""
+    tasks_of_lm_eval = pytest.importorskip("lm_eval.tasks")
+    folder = tmp_path_factory.mktemp("tasks")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     (folder / "toy.yaml").write_text(TASK.replace("ROWS", str(rows)), encoding="utf-8")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks_of_lm_eval, "TaskManager", cache(tasks_of_lm_eval.TaskManager))
+        yield folder
 
 
-def test_a_runs_policy_on_a_local_task(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lm_eval_of_a_runs_policy_on_a_local_task(
+    tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     run = shared_run("sft")
     command = ("evaluate", run.folder, "--lm-eval-tasks", tasks, "--lm-eval")
@@ -96,37 +103,39 @@ def test_a_runs_policy_on_a_local_task(tasks: Path, capsys: pytest.CaptureFixtur
     ]
     assert found["metrics"]["acc,none"]["value"] == pytest.approx(sum(right) / len(right))
     # A finished task is not run again; another number of shots is another task.
-    (kept,) = (run.folder / "lm-eval").glob("*.json")
-    said = json.loads(kept.read_text())
-    said["metrics"]["acc,none"]["value"] = 0.123
-    kept.write_text(json.dumps(said), encoding="utf-8")
+    (saved,) = (run.folder / "lm-eval").glob("*.json")
+    result = json.loads(saved.read_text())
+    result["metrics"]["acc,none"]["value"] = 0.123
+    saved.write_text(json.dumps(result), encoding="utf-8")
     assert "12.3" in irl_align(capsys, *command, "toy_choice@0").out
     part = irl_align(capsys, *command, "toy_choice@1", "--lm-eval-limit", "2")
     assert "lm-eval: limited to some rows: toy_choice (2 rows)" in part.out
     assert len(json.loads((run.folder / "evaluation.json").read_text())["benchmarks"]) == 2
 
 
-def test_bad_input_is_one_line(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lm_eval_refuses_unknown_tasks_and_missing_data(
+    tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval")
     run = shared_run("sft")
-    told = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "no_such_task"))
-    assert told.startswith("--lm-eval: found 'no_such_task', which is no task of lm-eval ")
+    line = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "no_such_task"))
+    assert line.startswith("--lm-eval: found 'no_such_task', which is no task of lm-eval ")
     (tasks / "rows.jsonl").unlink()
     options = ("--lm-eval", "toy_choice", "--lm-eval-tasks", tasks)
-    told = the_line(irl_align(capsys, "evaluate", run.folder, *options))
-    assert told.startswith("--lm-eval: toy_choice failed: ") and "resumes" in told
+    line = the_line(irl_align(capsys, "evaluate", run.folder, *options))
+    assert line.startswith("--lm-eval: toy_choice failed: ") and "resumes" in line
 
 
-def test_without_the_harness_the_extra_is_named(
+def test_lm_eval_that_is_not_installed_names_the_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("irl_align.evaluation.lm_eval_harness.find_spec", lambda name: None)
     run = shared_run("sft")
-    told = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "arc_challenge"))
-    assert told == "--lm-eval: lm-eval is not installed; install irl-align[eval]"
+    line = the_line(irl_align(capsys, "evaluate", run.folder, "--lm-eval", "arc_challenge"))
+    assert line == "--lm-eval: lm-eval is not installed; install irl-align[eval]"
 
 
-def test_a_reward_is_no_policy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lm_eval_refuses_a_reward(capsys: pytest.CaptureFixture[str]) -> None:
     reward = shared_run("irl").reward
-    told = the_line(irl_align(capsys, "evaluate", reward, "--lm-eval", "arc_challenge"))
-    assert told.endswith("found a reward, expected a run or a policy")
+    line = the_line(irl_align(capsys, "evaluate", reward, "--lm-eval", "arc_challenge"))
+    assert line.endswith("found a reward, expected a run or a policy")

@@ -1,4 +1,4 @@
-"""Rewards trained on preferences to compare with, and judges that the policy was trained on."""
+"""Rewards trained on preferences for comparison, and judges that the policy was trained on."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ OTHER = CARD.replace("test: {files: pairs.jsonl}, train", "dev: {files: pairs.js
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The card toy of pairs to evaluate, and the card other, of pairs to train on."""
-    folder = tmp_path_factory.mktemp("rival")
+    folder = tmp_path_factory.mktemp("baseline")
     (folder / "toy.md").write_text(CARD)
     write_pairs(folder / "pairs.jsonl", PAIRS)
     (folder / "other.md").write_text(OTHER)
@@ -49,13 +49,13 @@ def unusual() -> Result:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, Any], str]:
-    output = Path(str(arguments[0])).parent / "rival.json"
+    output = Path(str(arguments[0])).parent / "baseline.json"
     ended = irl_align(capsys, "evaluate", *arguments, "--output", output)
     assert ended.status == 0, ended.err
     return json.loads(output.read_text())["sets"][0], ended.out
 
 
-def rivals(run: Result) -> set[Path]:
+def baselines(run: Result) -> set[Path]:
     return set((run.folder.parent / "store").glob("preference-reward-*"))
 
 
@@ -64,8 +64,10 @@ def settings(stage: Path) -> dict[str, Any]:
     return dict(record["settings"])
 
 
-def test_a_rival_of_another_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, before = shared_run("irl"), rivals(shared_run("irl"))
+def test_preference_reward_trained_on_another_card(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, before = shared_run("irl"), baselines(shared_run("irl"))
     arguments = (run.folder, "--card", folder / "toy.md", "--train-set")
     report, out = evaluated(capsys, *arguments, f"{folder / 'other.md'}={folder}")
     assert report["trained_on"] == {
@@ -77,20 +79,20 @@ def test_a_rival_of_another_card(folder: Path, capsys: pytest.CaptureFixture[str
     for found in report["scorers"].values():
         expected = None if best <= 0.5 else (found["overall"]["mean"] - 0.5) / (best - 0.5)
         assert found["excess_share"] == expected
-    (made,) = rivals(run) - before
+    (made,) = baselines(run) - before
     # The same pairs are the same stage, by whichever card and option they come.
     same, _ = evaluated(capsys, *arguments[:3], "--train-split", "train")
-    assert rivals(run) == before | {made}
+    assert baselines(run) == before | {made}
     assert same["scorers"] == report["scorers"]
-    # Another --sft is the baselines' alone: the rival is of the run's own model.
+    # Another --sft is the baselines' alone: the preference reward starts from the run's own model.
     start = stage_folder(run.folder, "start") / "model"
     other, _ = evaluated(capsys, *arguments[:3], "--train-split", "train", "--sft", start)
     name = "trained on preferences"
     assert other["scorers"][name]["overall"] == report["scorers"][name]["overall"]
-    assert rivals(run) == before | {made}
+    assert baselines(run) == before | {made}
 
 
-def test_no_excess_where_the_rival_is_not_above_chance() -> None:
+def test_preference_notes_say_where_the_excess_share_means_little() -> None:
     trained = {"card": "c", "split": "train", "pairs": 3, "dropped": 2, "shared_prompts": 0}
     own = {"mean": 0.5, "low": 0.4}
     scorers = {"trained on preferences": {"overall": own}, "SFT log-prob, mean": {}}
@@ -110,40 +112,42 @@ def test_no_excess_where_the_rival_is_not_above_chance() -> None:
     assert len(preference_notes(report)) == 1
 
 
-def test_bad_combinations_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_set_refuses_bad_combinations(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy, other = folder / "toy.md", folder / "other.md"
 
-    def told(source: Path | None, *arguments: object) -> str:
+    def error_of(source: Path | None, *arguments: object) -> str:
         return the_line(irl_align(capsys, "evaluate", source, "--card", toy, *arguments))
 
     run = shared_run("irl")
-    assert told(run.folder, "--train-set", other, "--train-split", "dev") == (
+    assert error_of(run.folder, "--train-set", other, "--train-split", "dev") == (
         "--train-set: found 'other, dev', which is evaluated on; expected another"
     )
-    assert "found no split 'test', expected one of dev, train" in told(
+    assert "found no split 'test', expected one of dev, train" in error_of(
         run.folder, "--train-set", other, "--train-split", "test"
     )
-    assert "found a card of demonstrations, expected preferences" in told(
+    assert "found a card of demonstrations, expected preferences" in error_of(
         run.folder, "--train-set", "restaurant"
     )
     for source in (run.reward, shared_run("spin").folder, shared_run("sft").folder):
-        assert "found no run with an explicit reward" in told(source, "--train-set", other)
+        assert "found no run with an explicit reward" in error_of(source, "--train-set", other)
     long = folder / "long.md"
     long.write_text(CARD.replace("train.jsonl", "long.jsonl"))
     write_pairs(folder / "long.jsonl", [("p", "word " * 300, "no", "b", 1.0)])
-    assert told(run.folder, "--train-set", long) == (
+    assert error_of(run.folder, "--train-set", long) == (
         "long, train: all 1 pairs to train on are longer than the model's context"
     )
 
 
-def test_a_rival_has_the_rewards_echo_and_adapter_and_starts_where_it_did(
+def test_preference_reward_has_the_echo_adapter_and_start_of_the_runs_reward(
     folder: Path, unusual: Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = rivals(unusual)
+    before = baselines(unusual)
     arguments = (unusual.folder, "--card", folder / "toy.md", "--train-split", "train")
     report, _ = evaluated(capsys, *arguments)
     assert "trained on preferences" in report["scorers"]
-    (made,) = rivals(unusual) - before
+    (made,) = baselines(unusual) - before
     assert settings(made)["reward"]["echo"] is True
     assert settings(made)["reward"]["lora"]["r"] == 2
     assert (made / "model" / "adapter_config.json").is_file()
@@ -153,7 +157,7 @@ def test_a_rival_has_the_rewards_echo_and_adapter_and_starts_where_it_did(
     assert "sft" not in stages and record["inputs"]["sft"] == stages["start"]["key"]
 
 
-def test_pairs_beyond_the_context_with_the_prompt_again_are_left_out(
+def test_echo_leaves_out_pairs_that_are_too_long_with_the_prompt_twice(
     folder: Path, tmp_path: Path, unusual: Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The prompt fits once with its completions, and not twice."""
@@ -171,7 +175,7 @@ def test_pairs_beyond_the_context_with_the_prompt_again_are_left_out(
     assert "4 pairs of long, train, 1 too long and left out" in out
 
 
-def test_a_reward_of_an_earlier_iteration_is_no_judge(capsys: pytest.CaptureFixture[str]) -> None:
+def test_judge_refuses_every_reward_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     run = run_in_the_store(*BEST, "name=twice", "loop.iterations=2")
     for number, which in ((0, "the reward of iteration 1 that"), (1, "the reward that")):
         judge = stage_folder(run.folder, f"reward/{number}") / "model"

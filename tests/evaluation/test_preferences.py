@@ -1,4 +1,4 @@
-"""`irl-align evaluate`: accuracies on preference sets, beside baselines worked out by hand."""
+"""`irl-align evaluate`: accuracies on preference sets, compared with numbers by hand."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[st
     return report
 
 
-def test_a_run_beside_its_baselines(
+def test_evaluate_compares_a_reward_with_baselines(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = evaluated(capsys, run.folder, "--card", folder / "toy.md")
@@ -104,7 +104,7 @@ def by_hand(run: Result) -> tuple[float, float]:
     return float(wins[0] / 4), float(wins[1] / 4)
 
 
-def test_an_implicit_reward_and_another_beside_it(
+def test_evaluate_compares_an_implicit_reward_with_other_rewards(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spin = shared_run("spin")
@@ -123,7 +123,7 @@ def test_an_implicit_reward_and_another_beside_it(
     assert alone["scorers"]["implicit reward"] == report["scorers"]["implicit reward"]
 
 
-def test_a_reward_trained_on_preferences(
+def test_train_split_trains_a_reward_once(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (run.folder, "--card", folder / "toy.md", "--train-split", "train")
@@ -138,7 +138,7 @@ def test_a_reward_trained_on_preferences(
     assert set((run.folder.parent / "store").glob("preference-reward-*")) == stages
 
 
-def test_a_text_of_several_pairs_is_read_once(
+def test_evaluate_scores_a_text_of_several_pairs_once(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -169,32 +169,32 @@ def test_a_text_of_several_pairs_is_read_once(
         assert found["overall"]["mean"] == pytest.approx((2 * won + (1 - won)) / 3), name
 
 
-def test_mistakes_are_told(
+def test_evaluate_refuses_bad_input(
     run: Result, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*arguments: object) -> str:
+    def error_of(*arguments: object) -> str:
         return the_line(irl_align(capsys, "evaluate", *arguments))
 
     toy = folder / "toy.md"
-    assert "found no config.json to read" in told(tmp_path, "--card", toy)
-    assert "needs --sft" in told(run.policy, "--card", toy)
-    assert "found no split 'dev', expected one of test, train" in told(
+    assert "found no config.json to read" in error_of(tmp_path, "--card", toy)
+    assert "needs --sft" in error_of(run.policy, "--card", toy)
+    assert "found no split 'dev', expected one of test, train" in error_of(
         run.folder, "--card", toy, "--split", "dev"
     )
-    assert "which is evaluated on" in told(run.folder, "--card", toy, "--train-split", "test")
-    assert "found no run with an explicit reward" in told(
+    assert "which is evaluated on" in error_of(run.folder, "--card", toy, "--train-split", "test")
+    assert "found no run with an explicit reward" in error_of(
         run.reward, "--card", toy, "--train-split", "train"
     )
-    assert "found a card of demonstrations, expected preferences" in told(
+    assert "found a card of demonstrations, expected preferences" in error_of(
         run.folder, "--card", "restaurant"
     )
     equal = tmp_path / "equal.md"
     equal.write_text(CARD)
     write_pairs(tmp_path / "pairs.jsonl", [("p", "same", "same", "a", 1.0)])
-    assert "chosen and rejected are the same text" in told(run.folder, "--card", equal)
+    assert "chosen and rejected are the same text" in error_of(run.folder, "--card", equal)
 
 
-def test_pairs_beyond_the_context_are_left_out_and_counted(
+def test_evaluate_leaves_out_and_counts_pairs_that_are_too_long(
     run: Result, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = tmp_path / "long.md"
@@ -236,7 +236,7 @@ def joined(tmp_path: Path) -> Path:
     return tmp_path / "joined.md"
 
 
-def test_accuracy_by_each_of_the_columns_that_make_the_subset(
+def test_evaluate_reports_accuracy_by_each_column_of_the_subset(
     run: Result, joined: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report, out = evaluation(capsys, run.folder, "--card", joined)
@@ -257,7 +257,7 @@ def test_accuracy_by_each_of_the_columns_that_make_the_subset(
     assert "joined, by axis: accuracy %" in out and "joined, by domain: accuracy %" in out
 
 
-def test_subsets_restrict_a_set(
+def test_subset_restricts_a_set(
     run: Result, joined: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def pairs(*names: str) -> int:
@@ -279,9 +279,11 @@ def test_subsets_restrict_a_set(
     )
 
 
-def test_a_part_of_a_set_stands_beside_the_whole() -> None:
-    """In a run's evaluation.json, and an older one, without the field, is the whole."""
-    before = {"sets": [{"card": "toy", "split": "test", "pairs": 9}], "best_of": None}
+def test_merged_keeps_a_part_of_a_set_next_to_the_whole() -> None:
+    before = {
+        "sets": [{"card": "toy", "split": "test", "only": None, "pairs": 9}],
+        "best_of": None,
+    }
     part = {"card": "toy", "split": "test", "only": ["b"]}
     whole = {"card": "toy", "split": "test", "only": None, "pairs": 4}
     empty = {section: [] for section in IDENTITY} | {"best_of": None}
@@ -289,7 +291,7 @@ def test_a_part_of_a_set_stands_beside_the_whole() -> None:
     assert merged(before, empty | {"sets": [whole]})["sets"] == [whole]
 
 
-def test_a_set_without_subsets_says_so(
+def test_subset_refuses_a_set_without_subsets(
     run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bare.md").write_text(CARD.replace("subset: axis, ", ""))
@@ -299,7 +301,7 @@ def test_a_set_without_subsets_says_so(
     assert line == "--subset: bare, test: found no subset 'b', and it has no subsets"
 
 
-def test_spin_beside_a_reward_is_scored_by_its_implicit_reward(
+def test_beside_scores_spin_by_its_implicit_reward(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spin, toy = shared_run("spin"), folder / "toy.md"
@@ -307,16 +309,16 @@ def test_spin_beside_a_reward_is_scored_by_its_implicit_reward(
     assert list(report["scorers"])[:3] == ["reward", "spin-seed0", "longer wins"]
     alone = evaluated(capsys, spin.folder, "--card", toy)
     assert report["scorers"]["spin-seed0"] == alone["scorers"]["implicit reward"]
-    for beside, told in (
+    for beside, expected in (
         (shared_run("sft").folder, "this run has no reward"),
         (spin.policy, "found a language model, expected a run or a reward"),
     ):
         ended = irl_align(capsys, "evaluate", run.folder, "--card", toy, "--beside", beside)
         line = the_line(ended)
-        assert line.startswith(f"--beside: {beside}: ") and told in line  # fmt: skip
+        assert line.startswith(f"--beside: {beside}: ") and expected in line  # fmt: skip
 
 
-def test_a_reward_beside_takes_no_other_scorers_name(
+def test_beside_gives_every_reward_a_name_of_its_own(
     run: Result, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run.reward is not None
@@ -327,7 +329,7 @@ def test_a_reward_beside_takes_no_other_scorers_name(
     assert report["scorers"]["longer wins"]["overall"]["mean"] == 0.75
 
 
-def test_a_rewards_folder_without_sft_is_told_what_it_lacks(
+def test_evaluate_of_a_reward_without_sft_says_what_is_missing(
     run: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note = "toy: no log-prob baselines, since a reward's folder names no SFT model: give --sft"
@@ -340,7 +342,7 @@ def test_a_rewards_folder_without_sft_is_told_what_it_lacks(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         (
             ("--judge", "x", "--train-split", "train", "--beside", "y", "--subset", "a"),
@@ -360,10 +362,10 @@ def test_a_rewards_folder_without_sft_is_told_what_it_lacks(
         (("--judge", "x", "--judge-timeout", 3), "--judge-timeout: found no judge's address"),
     ],
 )
-def test_options_that_nothing_reads_are_refused(
-    run: Result, options: tuple[Any, ...], told: str, capsys: pytest.CaptureFixture[str]
+def test_evaluate_refuses_options_that_nothing_reads(
+    run: Result, options: tuple[Any, ...], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in the_line(irl_align(capsys, "evaluate", run.folder, *options))
+    assert expected in the_line(irl_align(capsys, "evaluate", run.folder, *options))
 
 
 def pair_set(subsets: list[str], margins: list[float | None]) -> PairSet:
@@ -371,7 +373,7 @@ def pair_set(subsets: list[str], margins: list[float | None]) -> PairSet:
     return PairSet("toy", "test", prompts, subsets, margins)
 
 
-def test_ties_count_half_and_thirds_split_margins() -> None:
+def test_preference_report_counts_ties_as_half_and_splits_margins_in_thirds() -> None:
     pairs = pair_set(["s"] * 9, [float(i) for i in range(9)])
     scores = {"reward": np.array([1.0, 0, -1] * 3), "longer wins": np.ones(9)}
     report = preference_report(pairs, scores, {"reward": 0.25})
@@ -390,7 +392,7 @@ def test_ties_count_half_and_thirds_split_margins() -> None:
     assert against.texts()[0][:3] == ["reward", "longer wins", "-50.0"]
 
 
-def test_excess_share() -> None:
+def test_excess_share_is_relative_to_the_preference_reward() -> None:
     assert excess_share(0.6, 0.7) == pytest.approx(0.5)
     assert excess_share(0.45, 0.75) == pytest.approx(-0.2)
     assert excess_share(0.9, 0.5) is None

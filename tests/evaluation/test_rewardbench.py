@@ -1,4 +1,4 @@
-"""RewardBench's layout: sections, what they lack, and the whole way on a small made-up copy."""
+"""RewardBench's sections: scores, missing subsets, and the command on a small made-up copy."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def pair_set(subsets: list[str]) -> PairSet:
     return PairSet("toy", "test", prompts, subsets, [None] * len(subsets))
 
 
-def test_rewardbench_weighs_subsets_by_their_pairs() -> None:
+def test_section_scores_weigh_subsets_by_their_pairs() -> None:
     assert section_scores({"other": 1.0, "llmbar-natural": 1.0}) == {}
     chat = dict.fromkeys(SECTIONS["Chat"], 0.0) | {"alpacaeval-easy": 1.0}
     assert section_scores(chat) == {"Chat": pytest.approx(100 / 358)}
@@ -40,7 +40,7 @@ def test_rewardbench_weighs_subsets_by_their_pairs() -> None:
     assert any(grid.title.startswith("RewardBench") for grid in preference_report_tables(report))
 
 
-def test_what_sections_lack_is_named() -> None:
+def test_section_gaps_name_missing_and_unknown_subsets() -> None:
     assert section_gaps(["a", "b"]) == {} == section_gaps(EVERY)
     subsets = [name for name in EVERY if name not in ("hep-go", "hep-js", "llmbar-natural")]
     gaps = section_gaps([*subsets, "zebra", "other"])
@@ -80,7 +80,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_small_copy_is_evaluated_by_sections(
+def test_evaluate_reports_rewardbench_by_sections(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, output = shared_run("irl"), tmp_path / "found.json"

@@ -1,4 +1,4 @@
-"""A policy judged by another reward: wins counted by hand from the judge's own scores."""
+"""A policy judged by another reward: wins computed from the judge's own scores."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def rows(run: Result, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_wins_are_the_judges(
+def test_win_rates_follow_the_judges_scores(
     run: Result, judge: Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = irl_align(capsys, "evaluate", run.folder, "--judge", judge.folder)
@@ -63,7 +63,7 @@ def test_wins_are_the_judges(
     assert any("judged by judge-seed3" in text for text in page.xpath("//summary/text()"))
 
 
-def test_the_policys_own_reward_is_no_judge(
+def test_judge_refuses_the_policys_own_reward(
     run: Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for own in (run.folder, run.reward):
@@ -71,7 +71,7 @@ def test_the_policys_own_reward_is_no_judge(
         assert line.endswith("the reward that the policy was trained on; expected another")
 
 
-def test_sft_alone_is_judged_against_demonstrations(
+def test_win_rates_of_sft_are_against_demonstrations_only(
     tmp_path: Path, judge: Result, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sft, output = shared_run("sft"), tmp_path / "sft.json"
@@ -91,5 +91,7 @@ def test_sft_alone_is_judged_against_demonstrations(
         (["one", ""], 0.0),
     ],
 )
-def test_distinct_bigrams(texts: list[str], expected: float) -> None:
+def test_distinct_bigrams_counts_pairs_of_neighbouring_words(
+    texts: list[str], expected: float
+) -> None:
     assert distinct_bigrams(texts) == pytest.approx(expected)

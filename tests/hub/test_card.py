@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +275,8 @@ def test_combine_without_a_base_gives_the_licence_of_the_data() -> None:
 
 def facts_with(recipe: dict[str, Any], front: dict[str, Any]) -> Facts:
     facts = Facts.of(shared_run("contrast").folder)
-    view = type(facts.view)(**{**vars(facts.view), "recipe": {**facts.view.recipe, **recipe}})
-    return Facts(view, facts.card, front, facts.about, facts.metrics)
+    view = replace(facts.view, recipe={**facts.view.recipe, **recipe})
+    return replace(facts, view=view, front=front)
 
 
 def test_derive_reads_the_card_of_a_local_base_model(tmp_path: Path) -> None:

@@ -52,10 +52,12 @@ def test_vllm_classifies_with_the_runs_scores(tmp_path: Path) -> None:
     export(run.folder, "reward", folder)
 
     card = (folder / "README.md").read_text(encoding="utf-8")
-    told = re.search(r"--runner (\w+) --convert (\w+).*?--pooler-config '(.+?)'", card, re.DOTALL)
-    assert told is not None and "logit_mean" in told[3]
+    options = re.search(
+        r"--runner (\w+) --convert (\w+).*?--pooler-config '(.+?)'", card, re.DOTALL
+    )
+    assert options is not None and "logit_mean" in options[3]
     rows = chat_ids(AutoTokenizer.from_pretrained(folder), PROMPTS, ANSWERS)
-    command = [sys.executable, "-c", SCORES, str(folder), *told.groups(), json.dumps(rows)]
+    command = [sys.executable, "-c", SCORES, str(folder), *options.groups(), json.dumps(rows)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
     assert done.returncode == 0, done.stderr[-3000:]
     scores = torch.tensor(json.loads(done.stdout.splitlines()[-1]))

@@ -14,7 +14,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class Commit:
-    """A commit: path -> content, and whether the content is kept as a large file."""
+    """A commit; files: path -> content."""
 
     oid: str
     files: dict[str, bytes]
