@@ -105,7 +105,8 @@ def fits(rows: Dataset, path: Path, echo: bool = False) -> np.ndarray:
         for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
     again = prompt + 1 if echo else 0
-    return prompt + np.maximum(chosen, rejected) + again <= limit
+    fitting: np.ndarray = prompt + np.maximum(chosen, rejected) + again <= limit
+    return fitting
 
 
 def _config(path: Path) -> dict[str, Any]:

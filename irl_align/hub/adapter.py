@@ -30,8 +30,8 @@ def base_name(facts: Facts, model: Path, given: str | None) -> str:
     if own or facts.base_hub_id is None or facts.record("start")["metrics"].get("resized"):
         what = "a model of this run" if own else "no unchanged model of the Hub"
         raise UserError(
-            f"--adapter: the adapter's base is {what}; give --base, the Hub id or folder where "
-            "others find the base, or leave --adapter out for a merged model"
+            f"--adapter: the adapter's base is {what}; expected --base, the Hub id or folder "
+            "where others find the base, or leave --adapter out for a merged model"
         )
     return facts.base_hub_id
 

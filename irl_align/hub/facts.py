@@ -78,7 +78,7 @@ class Facts:
     @property
     def base_model(self) -> str | None:
         """The recipe's model: a Hub id, or the name of a local folder; None from scratch."""
-        path = self.view.recipe["model"]["path"]
+        path: str | None = self.view.recipe["model"]["path"]
         if path is None or not Path(path).exists():
             return path
         return Path(path).resolve().name

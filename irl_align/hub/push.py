@@ -195,7 +195,8 @@ class _Push:
     def _architecture(self, commit: str) -> str:
         file = {**self.at, "filename": "config.json", "revision": commit}
         try:
-            return _architecture(Path(retried(self.api.hf_hub_download, **file)))
+            path = retried(lambda: self.api.hf_hub_download(**file))
+            return _architecture(Path(path))
         except EntryNotFoundError:
             return "no known model"
 

@@ -3,22 +3,17 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from support.rows import Ids, random_ids, save
 from support.shared_runs import shared_run
-from support.tiny_models import TINY_ARCHITECTURES
 from support.tiny_runs import irl_align, the_line
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
@@ -26,118 +21,12 @@ from irl_align.data.cards import load_card
 from irl_align.data.encoding import encode_completions, encode_prompts
 from irl_align.data.loading import load_preferences
 from irl_align.hub.export import export
-from irl_align.hub.facts import ratio_interval
-from irl_align.hub.weights import chat_ids, chat_template, final_norm, fold_normaliser
+from irl_align.hub.weights import chat_ids
 from irl_align.reward.model import RewardModel
-from irl_align.reward.settings import RewardSettings
 
 pytestmark = pytest.mark.timeout(240)
-MakeModel = Callable[[str], PreTrainedModel]
-PROMPTS, COMPLETIONS = random_ids(6, 1, 9, seed=1), random_ids(6, 1, 12, seed=2)
-LAYER_NORMS = {"gpt2", "gpt_neox"}
 RESTAURANTS = ["name[the red lion], food[thai], area[suburbs]", "name[Blue Heron], price[cheap]"]
 ANSWERS = ["The red lion serves thai food in the suburbs.", "the blue heron is cheap."]
-
-
-@torch.no_grad()
-def one_by_one(model: PreTrainedModel, rows: Ids) -> torch.Tensor:
-    """Logits of rows, each alone and unpadded."""
-    return torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
-
-
-def joined() -> Ids:
-    return [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-
-
-# --- the normaliser -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_fold_normaliser_moves_it_into_the_weights(
-    arch: str, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """LayerNorm takes mean and std; RMSNorm has no bias, so the mean stays in the settings."""
-    policy = save(tiny_model(arch), tiny_tokenizer, tmp_path / "policy")
-    settings = RewardSettings(mean=1.7, std=0.4)
-    reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
-    ours = reward.score_ids(PROMPTS, COMPLETIONS)
-    head = reward.model.score.weight.clone()
-    fold_normaliser(reward)
-    torch.testing.assert_close(reward.model.score.weight, head / 0.4)
-    left = 0.0 if arch in LAYER_NORMS else 1.7 / 0.4
-    assert (reward.settings.mean, reward.settings.std) == (pytest.approx(left), 1.0)
-    reward.save_pretrained(tmp_path / "reward")
-
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
-    logits = one_by_one(plain, joined())
-    torch.testing.assert_close(logits - left, ours, atol=1e-5, rtol=1e-6)
-    again = RewardModel.from_pretrained(tmp_path / "reward").score_ids(PROMPTS, COMPLETIONS)
-    torch.testing.assert_close(again, ours, atol=1e-5, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "options", [{"lm_coef": 0.7}, {"bound": 1.5}, {"lm_coef": 0.7, "bound": 1.5}], ids=str
-)
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_fold_normaliser_keeps_bounded_and_mixed_scores(
-    arch: str,
-    options: dict[str, float],
-    tiny_model: MakeModel,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
-    policy = save(tiny_model(arch), tiny_tokenizer, tmp_path / "policy")
-    settings = RewardSettings(mean=-0.6, std=2.5, **options)
-    reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
-    ours = reward.score_ids(PROMPTS, COMPLETIONS)
-    fold_normaliser(reward)
-    assert reward.settings.mean == pytest.approx(-0.24) and reward.settings.std == 1.0
-    for name, value in options.items():
-        assert getattr(reward.settings, name) == pytest.approx(value / 2.5)
-    folded = reward.score_ids(PROMPTS, COMPLETIONS)
-    torch.testing.assert_close(folded, ours, atol=1e-5, rtol=1e-6)
-
-
-def test_final_norm_is_a_last_norm_with_a_bias(tiny_model: MakeModel) -> None:
-    gpt2, llama = tiny_model("gpt2"), tiny_model("llama")
-    assert final_norm(gpt2) is gpt2.transformer.ln_f
-    assert final_norm(llama) is None
-
-
-# --- chat templates -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("template", "lowercase", "expected"),
-    [
-        ("{prompt}\n", True, "food[Thé]\nServed.".lower() + "<eos>"),
-        ("Q: {prompt}\nA:\n", False, "Q: food[Thé]\nA:\nServed.<eos>"),
-        ('"é😀\\ {{x}} {prompt} {{% raw %}}', False, '"é😀\\ {x} food[Thé] {% raw %}Served.<eos>'),
-    ],
-)
-def test_chat_template_writes_the_same_as_the_cards_template(
-    template: str, lowercase: bool, expected: str, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    settings = RewardSettings(template=template, lowercase=lowercase)
-    tiny_tokenizer.chat_template = chat_template(settings, tiny_tokenizer)
-    chat = [{"role": "user", "content": "food[Thé]"}, {"role": "assistant", "content": "Served."}]
-    assert tiny_tokenizer.apply_chat_template(chat, tokenize=False) == expected
-    begun = tiny_tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-    assert begun == expected.removesuffix("served.<eos>" if lowercase else "Served.<eos>")
-
-
-def test_chat_template_of_a_chat_card_is_none(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert chat_template(RewardSettings(template="chat"), tiny_tokenizer) is None
-
-
-def test_chat_template_refuses_system_messages_and_further_turns(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    tiny_tokenizer.chat_template = chat_template(RewardSettings(), tiny_tokenizer)
-    turn = {"role": "user", "content": "a"}
-    for chat in ([{"role": "system", "content": "b"}, turn], [turn, turn, turn]):
-        with pytest.raises(Exception, match="one user turn"):
-            tiny_tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 # --- a run's reward -------------------------------------------------------------------------------
@@ -343,23 +232,6 @@ def test_exported_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
     )
     assert set(samples["samples"]) == {f"policy-{k}-t{t}" for k in (0, 1) for t in (0, 1)}
     assert {"prompt", "completion", "slot_errors"} <= set(samples.column_names)
-
-
-# --- intervals ------------------------------------------------------------------------------------
-
-
-def test_ratio_interval_equals_the_interval_by_hand() -> None:
-    # Accuracies of three prompts with 2, 1 and 3 pairs: 1 of 2, 1 of 1, 1 of 3; R = 1/2.
-    # Residuals 0, 1/2, -1/2; variance (3/2)(1/2) / 36; standard error 0.144338.
-    found = ratio_interval([1, 1, 1], [2, 1, 3])
-    assert found.value == 0.5
-    assert found.high - found.value == pytest.approx(1.96 * 0.1443376, abs=1e-6)
-    assert found.value - found.low == pytest.approx(found.high - found.value)
-    # Rows of one pair each: the usual interval of a mean, s / sqrt(n) with n - 1.
-    rows = [1.0, 0.0, 0.0, 1.0, 1.0]
-    error = torch.tensor(rows).std() / 5**0.5
-    assert ratio_interval(rows, [1] * 5).high == pytest.approx(0.6 + 1.96 * float(error))
-    assert ratio_interval([1], [1]).low != ratio_interval([1], [1]).low  # one group: not a number
 
 
 # --- bad input ------------------------------------------------------------------------------------
