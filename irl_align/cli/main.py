@@ -62,7 +62,8 @@ def train(
 
     options = load_recipe(recipe, overrides or [])
     if smoke:
-        from irl_align.training.smoke import NOTICE, run_smoke
+        from irl_align.training.smoke import run_smoke
+        from irl_align.training.smoke_data import NOTICE
 
         typer.echo(NOTICE)
         result = run_smoke(options)

@@ -113,7 +113,7 @@ def plan(recipe: Path, role: str) -> float:
     from irl_align.training.plan.plan import Assumptions, make_plan
 
     made = make_plan(load_recipe(recipe), Assumptions(device_named("cpu"), 0.35, 0.5))
-    return next(step.cost.use.peak for step in made.steps if step.role == role)
+    return next(step.cost.use.peak for step in made.steps if str(step.role) == role)
 
 
 def measured(folder: Path, name: str) -> float:

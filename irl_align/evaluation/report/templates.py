@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 def render(template: str, **values: Any) -> str:
     """A template of this folder, filled; what is not marked as markup is escaped."""
-    return _environment().get_template(template).render(**values)
+    return str(_environment().get_template(template).render(**values))
 
 
 @cache
