@@ -54,7 +54,7 @@ quickstart: venv  ## align a tiny model on the built-in task by SPIN and by IRL,
 	.venv/bin/irl-align show runs/restaurant-spin-seed0 runs/restaurant-irl-best-of-n-seed0
 
 test: vllm deepspeed  ## run all tests, two files at a time
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests that also run on other versions than the pinned ones. They use every library.
 SHARE := $(addprefix tests/,cli/test_main.py config/test_trl_args.py data/test_loading.py \
