@@ -292,7 +292,7 @@ def test_show_says_that_a_run_is_not_finished(
     (unfinished / "metrics.jsonl").unlink()
     ended = irl_align(capsys, "show", unfinished)
     assert ended.status == 0
-    assert "not finished: run the recipe again" in ended.out
+    assert "not finished: run the recipe again" in " ".join(ended.out.split())
 
 
 @pytest.mark.parametrize(

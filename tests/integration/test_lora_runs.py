@@ -181,7 +181,7 @@ def test_export_refuses_an_adapter_whose_base_others_cannot_get(
     best: Result, spin: Result, tmp_path: Path
 ) -> None:
     for run, form, line in (
-        (best, Form(True), "--adapter: the adapter's base is a model of this run; give --base"),
+        (best, Form(True), "--adapter: the adapter's base is a model of this run; expected --base"),
         (best, Form(False, "x"), "--base: names the base of an adapter"),
     ):
         with pytest.raises(UserError, match=line):
