@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def curve(
     report: dict[str, Any] = {
         "n": ns,
         "kl": [best_of_n_kl_bound(n) for n in ns],
-        "reward": _over_prompts([expected_best(scores, rewards, n) for n in ns]),
+        "reward": [_over_prompts(expected_best(scores, rewards, n)) for n in ns],
         "gold": {},
     }
     for name, values in golds.items():
@@ -85,7 +85,7 @@ def curve(
         by_n = [expected_best(scores, values, n) for n in ns]
         report["gold"][name] = {
             "lower_is_better": lower_is_better.get(name),
-            "estimates": _over_prompts(by_n),
+            "estimates": list(map(_over_prompts, by_n)),
             **_overoptimisation(by_n, ns, lower_is_better.get(name)),
         }
     return report
@@ -114,25 +114,21 @@ def _overoptimisation(
     }
 
 
-def _over_prompts(by_n: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    return [asdict(estimate(values.tolist())) for values in by_n]
+def _over_prompts(values: np.ndarray) -> dict[str, Any]:
+    return asdict(estimate(values.tolist()))
 
 
-@dataclass(frozen=True)
-class BestOfN:
-    """What is sampled for a curve."""
-
-    count: int
-    """N samples per prompt."""
-    prompts: int | None = None
-    """Number of evaluation prompts; None is all."""
-    backend: str | None = None
-    """What samples; None is the run's backend."""
-
-
-def best_of_curve(source: Path, request: BestOfN, device: str = "auto") -> dict[str, Any]:
+def best_of_curve(
+    source: Path,
+    count: int,
+    prompts: int | None = None,
+    backend: str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
     """The curve of a run's reward on samples of the policy it started from; a stage of its store.
 
+    count: N samples per prompt. prompts: number of evaluation prompts, all by default. backend:
+    what samples, the run's backend by default.
     Raises UserError: no finished run with an explicit reward, or a card without a gold metric.
     """
     view = Run.load(source)
@@ -147,16 +143,16 @@ def best_of_curve(source: Path, request: BestOfN, device: str = "auto") -> dict[
     gold: GoldMetric = import_object(gold_path, "gold")
     where = pick_device(device)
     policy, policy_key = first_policy(view)
-    options = with_backend(recipe.generation, request.backend)
-    backend = resolve_backend(options, where)
+    options = with_backend(recipe.generation, backend)
+    resolved = resolve_backend(options, where)
     seed = derive_seed(recipe.seed, "best-of curve") % 2**63
-    sampling = replace(sampling_of(options, backend, request.count, 1.0), seed=seed)
+    sampling = replace(sampling_of(options, resolved, count, 1.0), seed=seed)
     reward_path = source.parent / str(view.summary["reward"])
 
     def build(work: Path) -> dict[str, Any]:
-        ids, texts = _evaluation_prompts(view, request.prompts)
+        ids, texts = _evaluation_prompts(view, prompts)
         tokenizer = load_tokenizer(policy)
-        with saved_sampler(policy, tokenizer, ids, options, backend, where) as generator:
+        with saved_sampler(policy, tokenizer, ids, options, resolved, where) as generator:
             write_samples(work, generator, ids, sampling)
         samples = StoredSamples(work, ids)
         reward = RewardModel.from_pretrained(reward_path, where)
@@ -167,7 +163,7 @@ def best_of_curve(source: Path, request: BestOfN, device: str = "auto") -> dict[
     settings = {
         "seed": recipe.seed,
         "sampling": vars(sampling),
-        "prompts": request.prompts,
+        "prompts": prompts,
         "lower_is_better": {gold.headline: gold.lower_is_better},
     }
     inputs = {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from irl_align.data.splits import data_checksum
 from irl_align.errors import UserError
-from irl_align.evaluation.best_of_n import BestOfN, best_of_curve
+from irl_align.evaluation.best_of_n import best_of_curve
 from irl_align.evaluation.chat_client import Endpoint
 from irl_align.evaluation.llm_judge import chat_win_rates
-from irl_align.evaluation.lm_eval_harness import run_benchmarks
-from irl_align.evaluation.lm_eval_tasks import benchmarks
+from irl_align.evaluation.lm_eval_harness import benchmarks, run_benchmarks
 from irl_align.evaluation.preference_baseline import require_explicit_reward
 from irl_align.evaluation.preference_data import PreferenceSet, load_set, restricted
 from irl_align.evaluation.preferences import evaluate_preferences, find_scorers, is_classifier
@@ -116,8 +116,9 @@ def _evaluations(
     """
     evaluations: dict[str, Callable[[], Any]] = {}
     if request.best_of is not None:
-        curve = BestOfN(request.best_of, request.prompts, request.backend)
-        evaluations["best_of"] = lambda: best_of_curve(source, curve, device)
+        evaluations["best_of"] = partial(
+            best_of_curve, source, request.best_of, request.prompts, request.backend, device
+        )
     if request.cards:
         scorers = find_scorers(source, request.sft, request.beside)
         if request.train_set is not None or request.train_split is not None:
@@ -135,7 +136,16 @@ def _evaluations(
             chat_win_rates(source, endpoint, request.prompts) for endpoint in request.endpoints
         ]
     if request.benchmarks is not None:
-        evaluations["benchmarks"] = lambda: _benchmarks(source, request, device)
+        folder = source.with_name(f"{source.name}-lm-eval")  # next to a model's folder
+        evaluations["benchmarks"] = partial(
+            run_benchmarks,
+            artefact_folder(source, "policy"),
+            benchmarks(request.benchmarks),
+            source / "lm-eval" if is_run(source) else folder,
+            device,
+            tasks_folder=request.tasks_folder,
+            limit=request.limit,
+        )
     return evaluations
 
 
@@ -149,19 +159,6 @@ def merged(before: Mapping[str, Any] | None, results: Mapping[str, Any]) -> dict
         others = [entry for entry in old if [entry.get(field) for field in fields] not in new]
         together[section] = [*others, *results[section]]
     return together
-
-
-def _benchmarks(source: Path, request: EvaluationRequest, device: str) -> list[dict[str, Any]]:
-    """Results of lm-eval's tasks, which are saved in the run's folder, or next to the model's."""
-    folder = source / "lm-eval" if is_run(source) else source.with_name(f"{source.name}-lm-eval")
-    return run_benchmarks(
-        artefact_folder(source, "policy"),
-        benchmarks(request.benchmarks or ""),
-        folder,
-        device,
-        tasks_folder=request.tasks_folder,
-        limit=request.limit,
-    )
 
 
 def _check(source: Path, request: EvaluationRequest) -> None:

@@ -16,7 +16,7 @@ from irl_align.data.tokenizer import decode_batch
 from irl_align.errors import UserError
 from irl_align.models.generation.backends import resolve_backend
 from irl_align.models.generation.offline import saved_sampler
-from irl_align.models.generation.protocol import Completion, Sampling, generate
+from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
 from irl_align.policy.roles import SFT, START
@@ -178,23 +178,18 @@ def generate_rows(
         groups = generate(generator, prompts, candidates, progress=True)
     if policy.reward is not None:
         reward = RewardModel.from_pretrained(policy.reward, where)
-        groups = _select_best(SampleSet(prompts, groups), reward, policy, sampling.n)
+        samples = SampleSet(prompts, groups)
+        scores = rank_samples(samples, sample_rewards(samples, reward), policy.score)
+        # The best of each of a prompt's n groups of best_of samples.
+        best = scores.reshape(-1, sampling.n, policy.best_of).argmax(2)
+        groups = [
+            [group[number * policy.best_of + int(at)] for number, at in enumerate(row)]
+            for group, row in zip(groups, best, strict=True)
+        ]
     return [
         {**row, "completion": text, "sample": number, "truncated": completion.truncated}
         for row, group in zip(rows, groups, strict=True)
         for number, (completion, text) in enumerate(
             zip(group, decode_batch(tokenizer, [c.token_ids for c in group]), strict=True)
         )
-    ]
-
-
-def _select_best(
-    samples: SampleSet, reward: RewardModel, policy: SavedPolicy, n: int
-) -> list[list[Completion]]:
-    """For each prompt the best of each of its n groups of best_of samples."""
-    scores = rank_samples(samples, sample_rewards(samples, reward), policy.score)
-    best = scores.reshape(-1, n, policy.best_of).argmax(2)
-    return [
-        [group[g * policy.best_of + int(j)] for g, j in enumerate(row)]
-        for group, row in zip(samples.completions, best, strict=True)
     ]

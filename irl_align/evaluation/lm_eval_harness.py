@@ -7,17 +7,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from irl_align.errors import UserError
-from irl_align.evaluation.lm_eval_tasks import Benchmark
+from irl_align.evaluation.tables import LEADERBOARD
 from irl_align.models.loading import load_model, load_tokenizer, pick_device
 from irl_align.models.packing import context_length
 from irl_align.utils.files import atomic_write, file_checksum, read_json, to_json
+
+PRESET = "open-llm-leaderboard"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task of lm-eval with its number of examples; None is the task's own number."""
+
+    task: str
+    shots: int | None
+
+    @property
+    def name(self) -> str:
+        """TASK or TASK@SHOTS."""
+        return self.task if self.shots is None else f"{self.task}@{self.shots}"
+
+
+def benchmarks(text: str) -> list[Benchmark]:
+    """Tasks of a list `TASK[@SHOTS],...`; the preset's name stands for all of its tasks.
+
+    The default shots of a task on the leaderboard are the leaderboard's. Raises UserError: an item
+    of another form.
+    """
+    tasks: list[Benchmark] = []
+    for item in text.split(","):
+        task, at, shots = item.strip().partition("@")
+        if task == PRESET and not at:
+            tasks += [Benchmark(name, number) for name, (number, _) in LEADERBOARD.items()]
+        elif task in ("", PRESET) or (at and not shots.isdecimal()):
+            raise UserError(
+                f"--lm-eval: found {item.strip()!r}, expected TASK or TASK@SHOTS, or {PRESET}"
+            )
+        else:
+            usual = LEADERBOARD[task][0] if task in LEADERBOARD else None
+            tasks.append(Benchmark(task, int(shots) if at else usual))
+    return list(dict.fromkeys(tasks))
 
 
 def run_benchmarks(
@@ -81,7 +118,7 @@ def _harness_model(policy: Path, device: str) -> Any:
 
 
 def _result(benchmark: Benchmark, model: Any, manager: Any, limit: int | None) -> dict[str, Any]:
-    """Metrics of one task, as plain data."""
+    """Metrics of one task, as plain data; the standard error of `acc,none` is `acc_stderr,none`."""
     from lm_eval import simple_evaluate
 
     try:
@@ -107,15 +144,12 @@ def _result(benchmark: Benchmark, model: Any, manager: Any, limit: int | None) -
         "shots": shots,
         "version": output["versions"].get(benchmark.task),
         "metrics": {
-            name: {"value": float(value), "stderr": _stderr(scores, name)}
+            name: {
+                "value": float(value),
+                "stderr": error if isinstance(error, int | float) else None,
+            }
             for name, value in scores.items()
             if "," in name and "_stderr" not in name and isinstance(value, int | float)
+            for error in [scores.get(name.replace(",", "_stderr,", 1))]
         },
     }
-
-
-def _stderr(scores: Mapping[str, Any], name: str) -> float | None:
-    """Standard error of a metric `acc,none`, which lm-eval calls `acc_stderr,none`."""
-    metric, _, kind = name.partition(",")
-    error = scores.get(f"{metric}_stderr,{kind}")
-    return float(error) if isinstance(error, int | float) else None

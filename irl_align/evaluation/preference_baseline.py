@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,19 @@ from irl_align.training.run_folder import RunView
 from irl_align.training.store import Store
 
 
-@dataclass(frozen=True)
-class PreferenceBaseline:
-    """A reward trained on preferences."""
-
-    path: Path
-    trained_on: dict[str, Any]
-    """Card, split, number of pairs, and how many of them were too long for the context."""
-
-
 def preference_reward(
     view: RunView | None, pairs: PreferenceSet, device: torch.device
-) -> PreferenceBaseline:
+) -> tuple[Path, dict[str, Any]]:
     """A reward fitted on preference pairs from a run's first policy, with the settings of the run's
     own reward; a stage of the run's store, so it is trained once.
 
-    Raises UserError: the run has no explicit reward, or no pair fits into the context.
+    Returns the reward's folder, and what it was trained on: card, split, number of pairs, and how
+    many more were too long for the context. Raises UserError: the run has no explicit reward, or
+    no pair fits into the context.
     """
     view, recipe = require_explicit_reward(view)
     options, (policy, policy_key) = recipe.reward, first_policy(view)
-    rows, dropped = _training_rows(pairs, policy, options.echo)
+    rows = _training_rows(pairs, policy, options.echo)
     prompt = asdict(prompt_format(policy))
     args = scheduled(options.args, options.schedule, 0)
     quantization = recipe.model.quantization if options.lora is not None else None
@@ -55,9 +48,7 @@ def preference_reward(
 
     def build(work: Path) -> dict[str, Any]:
         settings = RewardSettings(options.lm_coef, options.bound, options.echo, **prompt)
-        loading: dict[str, Any] = {}
-        if quantization is not None:
-            loading["quantization_config"] = quantization_config(quantization)
+        loading = {"quantization_config": quantization_config(quantization)} if quantization else {}
         tokenizer = load_tokenizer(policy)
         reward = RewardModel.from_policy(
             policy, tokenizer, settings, seed % 2**63, device, options.lora, **loading
@@ -80,9 +71,9 @@ def preference_reward(
         {"sft": policy_key, "pairs": data_checksum(pairs.rows)},
         build,
     )
-    counts = {"pairs": len(rows), "dropped": dropped}
-    trained_on = {"card": pairs.card.name, "split": pairs.split, **counts}
-    return PreferenceBaseline(stage.path / "model", trained_on)
+    dropped = len(pairs.rows) - len(rows)
+    trained_on = {"card": pairs.card.name, "split": pairs.split}
+    return stage.path / "model", {**trained_on, "pairs": len(rows), "dropped": dropped}
 
 
 def require_explicit_reward(view: RunView | None) -> tuple[RunView, Recipe]:
@@ -98,8 +89,8 @@ def require_explicit_reward(view: RunView | None) -> tuple[RunView, Recipe]:
     )
 
 
-def _training_rows(pairs: PreferenceSet, policy: Path, echo: bool) -> tuple[Dataset, int]:
-    """Pairs as token ids for the fit, and how many were too long for the context."""
+def _training_rows(pairs: PreferenceSet, policy: Path, echo: bool) -> Dataset:
+    """The pairs that fit into the context, as token ids for the fit."""
     encoded = encode(pairs, policy, is_reward=False)
     rows = encoded.select(np.flatnonzero(fits(encoded, policy, echo)))
     if not len(rows):
@@ -107,5 +98,4 @@ def _training_rows(pairs: PreferenceSet, policy: Path, echo: bool) -> tuple[Data
             f"{pairs.card.name}, {pairs.split}: all {len(encoded)} pairs to train on are longer "
             "than the model's context"
         )
-    rows = rows.map(lambda row: {"rejected_prompt_ids": row["prompt_ids"]})
-    return rows, len(encoded) - len(rows)
+    return rows.map(lambda row: {"rejected_prompt_ids": row["prompt_ids"]})

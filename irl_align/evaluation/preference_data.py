@@ -78,7 +78,7 @@ def axes_of(card: Card, subsets: Sequence[str]) -> dict[str, list[str]]:
 def encode(pairs: PreferenceSet, path: Path, is_reward: bool) -> Dataset:
     """The pairs as token ids of the model in a folder, by the prompt template that the model was
     trained with; by the card's template if the model's config has none."""
-    own = _config(path).get("irl_reward" if is_reward else "irl_prompt") or {}
+    own = model_config(path).get("irl_reward" if is_reward else "irl_prompt") or {}
     changed = {k: own[k] for k in ("template", "lowercase") if k in own}
     card = pairs.card.model_copy(update=changed)
     limits = DataOptions(
@@ -87,27 +87,24 @@ def encode(pairs: PreferenceSet, path: Path, is_reward: bool) -> Dataset:
     return encode_preferences(pairs.rows, load_tokenizer(path), card, limits).rows
 
 
-def reads_prompt_again(path: Path) -> bool:
-    """Whether the reward in a folder reads x again after y (reward.echo)."""
-    return bool((_config(path).get("irl_reward") or {}).get("echo"))
-
-
 def fits(rows: Dataset, path: Path, echo: bool = False) -> np.ndarray:
     """Which pairs fit with both completions into the context of the model in a folder: (B,) bool.
 
-    echo: the model reads the prompt and an EOS again after each completion.
+    A reward with the setting echo, or `echo` here, reads the prompt and an EOS again after each
+    completion.
     """
-    config = _config(path)
+    config = model_config(path)
     text: Mapping[str, Any] = config.get("text_config") or config  # of a multimodal model
     limit = text.get("max_position_embeddings") or text.get("n_positions") or UNLIMITED
     prompt, chosen, rejected = (
         np.array([len(ids) for ids in column(rows, name)])
         for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
-    again = prompt + 1 if echo else 0
+    again = prompt + 1 if echo or (config.get("irl_reward") or {}).get("echo") else 0
     fitting: np.ndarray = prompt + np.maximum(chosen, rejected) + again <= limit
     return fitting
 
 
-def _config(path: Path) -> dict[str, Any]:
-    return read_json(path / "config.json", "a model's config", "write the model again")
+def model_config(path: Path) -> dict[str, Any]:
+    """config.json of the model in a folder."""
+    return read_json(path / "config.json", "a model's config", "give a run or a model's folder")

@@ -5,8 +5,7 @@ Preferences are for reporting only: no run selects anything by these numbers.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from irl_align.evaluation.preference_data import (
     axes_of,
     encode,
     fits,
-    reads_prompt_again,
+    model_config,
 )
 from irl_align.evaluation.preference_tables import (
     BASELINES,
@@ -58,22 +57,16 @@ class Implicit:
 class Scorers:
     """The models that score a preference set."""
 
-    rewards: Mapping[str, Path]
-    """Name -> folder of an explicit reward."""
-    implicit: Mapping[str, Implicit]
-    """Name -> an implicit reward (SPIN, DPO)."""
+    rewards: Mapping[str, Path | Implicit]
+    """Name -> folder of an explicit reward, or an implicit reward (SPIN, DPO)."""
     sft: Path | None = None
     """Language model of the log-prob baselines."""
     view: RunView | None = None
     """The run, where it is one."""
 
 
-@dataclass(frozen=True)
-class ModelInput:
-    """A model's folder, and whether it is read as a reward or as a language model."""
-
-    path: Path
-    is_reward: bool
+ModelInput = tuple[Path, bool]
+"""A model's folder, and whether it is read as a reward or as a language model."""
 
 
 def find_scorers(path: Path, sft: Path | None = None, beside: Sequence[Path] = ()) -> Scorers:
@@ -83,15 +76,13 @@ def find_scorers(path: Path, sft: Path | None = None, beside: Sequence[Path] = (
     reward. Raises UserError: an unfinished run, or nothing to evaluate.
     """
     own = _of_run(path) if is_run(path) else _of_model(path, sft)
-    rewards, implicit = dict(own.rewards), dict(own.implicit)
+    rewards = dict(own.rewards)
     for other in beside:
-        reward = _reward_beside(other)
-        name = _unused(other.name, {*RESERVED, *rewards, *implicit})
-        if isinstance(reward, Implicit):
-            implicit[name] = reward
-        else:
-            rewards[name] = reward
-    return replace(own, rewards=rewards, implicit=implicit, sft=sft or own.sft)
+        taken = {*RESERVED, *rewards}
+        numbered = [other.name, *(f"{other.name} {i}" for i in range(2, len(taken) + 3))]
+        name = next(name for name in numbered if name not in taken)
+        rewards[name] = _reward_beside(other)
+    return replace(own, rewards=rewards, sft=sft or own.sft)
 
 
 def _of_run(path: Path) -> Scorers:
@@ -100,23 +91,23 @@ def _of_run(path: Path) -> Scorers:
     view = Run.load(path)
     summary = view.require_finished()
     first, _ = first_policy(view)
-    rewards, implicit = dict[str, Path](), dict[str, Implicit]()
+    rewards: dict[str, Path | Implicit] = {}
     if summary["reward"] is not None:
         rewards[OWN_REWARD] = path.parent / str(summary["reward"])
     elif view.recipe["loop"]["iterations"] and view.recipe["reward"]["kind"] == "implicit":
-        implicit[IMPLICIT_REWARD] = Implicit(path.parent / str(summary["policy"]), first)
-    return Scorers(rewards, implicit, first, view)
+        rewards[IMPLICIT_REWARD] = Implicit(path.parent / str(summary["policy"]), first)
+    return Scorers(rewards, first, view)
 
 
 def _of_model(path: Path, sft: Path | None) -> Scorers:
     if is_classifier(path):
-        return Scorers({OWN_REWARD: path}, {})
+        return Scorers({OWN_REWARD: path})
     if sft is None:
         raise UserError(
             f"{path}: found a language model, whose implicit reward needs --sft, the model "
             "that it started from; expected --sft as well, or a reward, or a run"
         )
-    return Scorers({}, {IMPLICIT_REWARD: Implicit(path, sft)})
+    return Scorers({IMPLICIT_REWARD: Implicit(path, sft)})
 
 
 def _reward_beside(path: Path) -> Path | Implicit:
@@ -125,36 +116,23 @@ def _reward_beside(path: Path) -> Path | Implicit:
         if not is_classifier(path):
             raise UserError(f"--beside: {path}: found a language model, expected a run or a reward")
         return path
-    scorers = _of_run(path)
-    rewards: list[Path | Implicit] = [*scorers.rewards.values(), *scorers.implicit.values()]
-    if not rewards:
-        raise UserError(f"--beside: {path}: this run has no reward; expected a run with one")
-    return rewards[0]
+    for reward in _of_run(path).rewards.values():
+        return reward
+    raise UserError(f"--beside: {path}: this run has no reward; expected a run with one")
 
 
 def is_classifier(path: Path) -> bool:
     """Whether a model's folder holds a sequence classifier, by its config.json."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: found no config.json to read, expected the folder of a run or a model"
-        ) from error
-    names = (config.get("architectures") or []) if isinstance(config, dict) else []
+    names = model_config(path).get("architectures") or []
     return any("ForSequenceClassification" in str(name) for name in names)
 
 
 def reward_of(path: Path) -> Path:
     """Folder of the explicit reward of a run, or of the reward in a folder."""
-    rewards = _of_run(path).rewards if is_run(path) else {OWN_REWARD: path}
-    if OWN_REWARD not in rewards:
+    reward = _of_run(path).rewards.get(OWN_REWARD) if is_run(path) else path
+    if not isinstance(reward, Path):
         raise UserError(f"{path}: this run has no explicit reward; expected a run with one")
-    return rewards[OWN_REWARD]
-
-
-def _unused(name: str, taken: Collection[str]) -> str:
-    numbered = [name, *(f"{name} {i}" for i in range(2, len(taken) + 3))]
-    return next(n for n in numbered if n not in taken)
+    return reward
 
 
 def evaluate_preferences(
@@ -169,10 +147,11 @@ def evaluate_preferences(
     run's own settings; the excess of the others over chance is given as a share of its excess.
     """
     where = pick_device(device)
-    baseline = None if train is None else preference_reward(scorers.view, train, where)
-    if baseline is not None:
-        scorers = replace(scorers, rewards={**scorers.rewards, PREFERENCE_REWARD: baseline.path})
-    encoded, dropped = _encode_for_all(scorers, pairs)
+    trained_on = None
+    if train is not None:
+        path, trained_on = preference_reward(scorers.view, train, where)
+        scorers = replace(scorers, rewards={**scorers.rewards, PREFERENCE_REWARD: path})
+    encoded = _encode_for_all(scorers, pairs)
     margins, calibration = _score(scorers, encoded, where)
     rows = next(iter(encoded.values()))
     subsets = column(rows, "subset")
@@ -182,44 +161,38 @@ def evaluate_preferences(
         column(rows, "prompt_key"),
         subsets,
         column(rows, "margin"),
-        dropped,
+        len(pairs.rows) - len(rows),
         pairs.only,
         axes_of(pairs.card, subsets),
     )
     report = preference_report(described, margins, calibration)
-    if baseline is not None and train is not None:
+    if train is not None and trained_on is not None:
         trained_prompts = {prompt_key(row["prompt"]) for row in train.rows}
         shared = sum(key in trained_prompts for key in described.prompts)
-        report["trained_on"] = {**baseline.trained_on, "shared_prompts": shared}
+        report["trained_on"] = {**trained_on, "shared_prompts": shared}
         best = report["scorers"][PREFERENCE_REWARD]["overall"]["mean"]
         for scorer in report["scorers"].values():
             scorer["excess_share"] = excess_share(scorer["overall"]["mean"], best)
     return report
 
 
-def _encode_for_all(
-    scorers: Scorers, pairs: PreferenceSet
-) -> tuple[dict[ModelInput, Dataset], int]:
-    """The pairs that fit into the context of every model, as each model's token ids, and the
-    number of pairs that do not fit."""
-    models = [ModelInput(path, True) for path in scorers.rewards.values()]
-    for one in scorers.implicit.values():
-        models += [ModelInput(one.policy, False), ModelInput(one.reference, False)]
+def _encode_for_all(scorers: Scorers, pairs: PreferenceSet) -> dict[ModelInput, Dataset]:
+    """The pairs that fit into the context of every model, as each model's token ids."""
+    models: list[ModelInput] = []
+    for reward in scorers.rewards.values():
+        if isinstance(reward, Path):
+            models.append((reward, True))
+        else:
+            models += [(reward.policy, False), (reward.reference, False)]
     if scorers.sft is not None:
-        models.append(ModelInput(scorers.sft, False))
-    rows = {model: encode(pairs, model.path, model.is_reward) for model in models}
-    fitting = [
-        fits(data, model.path, model.is_reward and reads_prompt_again(model.path))
-        for model, data in rows.items()
-    ]
-    chosen = np.flatnonzero(np.all(fitting, axis=0))
-    if not len(chosen):
+        models.append((scorers.sft, False))
+    rows = {(path, is_reward): encode(pairs, path, is_reward) for path, is_reward in models}
+    fitting = np.all([fits(data, path) for (path, _), data in rows.items()], axis=0)
+    if not fitting.any():
         raise UserError(
             f"{pairs.card.name}: all {len(pairs.rows)} pairs are longer than the models' context"
         )
-    return {model: data.select(chosen) for model, data in rows.items()}, len(pairs.rows) - len(
-        chosen
-    )
+    return {model: data.select(np.flatnonzero(fitting)) for model, data in rows.items()}
 
 
 def _score(
@@ -228,23 +201,25 @@ def _score(
     """Scorer -> margins (B,), one model at a time, and scorer -> calibration error of logits."""
     margins: dict[str, np.ndarray] = {}
     calibration: dict[str, float] = {}
-    for name, path in scorers.rewards.items():
-        reward = RewardModel.from_pretrained(path, device)
-        prompts, completions, at = _distinct(encoded[ModelInput(path, True)])
+    logprobs = {
+        path: _logprobs(path, rows, device)
+        for (path, is_reward), rows in encoded.items()
+        if not is_reward
+    }
+    explicit_first = sorted(scorers.rewards.items(), key=lambda item: isinstance(item[1], Implicit))
+    for name, scorer in explicit_first:
+        if isinstance(scorer, Implicit):
+            # Within one prompt log Z(x) cancels: the margin is the difference of log pi/pi_0.
+            ratios = _sums(logprobs[scorer.policy]) - _sums(logprobs[scorer.reference])
+            margins[name] = ratios[0] - ratios[1]
+            continue
+        reward = RewardModel.from_pretrained(scorer, device)
+        prompts, completions, at = _distinct(encoded[scorer, True])
         chosen, rejected = reward.score_ids(prompts, completions)[at]
         margin = (chosen - rejected).double()
         margins[name] = margin.numpy()
         # The normaliser divided by std: Bradley-Terry was fitted with the logits before that.
         calibration[name] = calibration_error(margin * reward.settings.std)
-    logprobs = {
-        model.path: _logprobs(model.path, rows, device)
-        for model, rows in encoded.items()
-        if not model.is_reward
-    }
-    for name, one in scorers.implicit.items():
-        # Within one prompt log Z(x) cancels: the margin is the difference of log pi/pi_0.
-        chosen_ratio, rejected_ratio = _sums(logprobs[one.policy]) - _sums(logprobs[one.reference])
-        margins[name] = chosen_ratio - rejected_ratio
     rows = next(iter(encoded.values()))
     chosen_lengths, rejected_lengths = (
         np.array([len(ids) for ids in column(rows, f"{side}_ids")], dtype=np.float64)

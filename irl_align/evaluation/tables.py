@@ -1,18 +1,34 @@
-"""Tables and notes of what `irl-align evaluate` measured, from its JSON file."""
+"""Tables, notes and measures of what `irl-align evaluate` measured, from its JSON file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from irl_align.evaluation.lm_eval_tasks import LEADERBOARD
-from irl_align.evaluation.preference_tables import preference_notes, preference_report_tables
+from irl_align.evaluation.preference_tables import (
+    BASELINES,
+    PREFERENCE_REWARD,
+    preference_notes,
+    preference_report_tables,
+    split_name,
+)
 from irl_align.training.run_folder import RunView
 from irl_align.utils.files import read_json
 from irl_align.utils.statistics import Estimate
 from irl_align.utils.text_table import Cell, Column, Table, estimate_cell, metric_name, percent
 
 FILE = "evaluation.json"
+OWN_REWARDS = ("reward", "implicit reward")
+LEADERBOARD: dict[str, tuple[int, str]] = {
+    "arc_challenge": (25, "acc_norm,none"),
+    "hellaswag": (10, "acc_norm,none"),
+    "mmlu": (5, "acc,none"),
+    "truthfulqa_mc2": (0, "acc,none"),
+    "winogrande": (5, "acc,none"),
+    "gsm8k": (5, "exact_match,strict-match"),
+}
+"""Task -> its shots and metric on the Open LLM Leaderboard (the first one, 2023-24)."""
 
 
 def read_evaluation(view: RunView) -> dict[str, Any] | None:
@@ -172,3 +188,69 @@ def curve_notes(report: Mapping[str, Any]) -> list[str]:
             f"or low is good: {', '.join(unknown)}"
         )
     return notes
+
+
+def evaluated_runs(views: Sequence[RunView]) -> dict[Path, dict[str, float]]:
+    """Folder -> measures of the runs whose present policy and reward were evaluated."""
+    return {
+        view.folder: evaluation_measures(evaluation, view.recipe["seed"])
+        for view in views
+        if (evaluation := read_evaluation(view)) is not None
+    }
+
+
+def evaluation_measures(evaluation: Mapping[str, Any], seed: int) -> dict[str, float]:
+    """Shares by measure: accuracy on preference sets, win rates and benchmarks.
+
+    `preference/CARD/SPLIT/SCORER`, `wins/JUDGE/against OTHER@TEMPERATURE` and
+    `lm_eval/TASK/METRIC/SHOTS`. The seed is removed from the name of a judge that is a run of this
+    seed, so that each seed may have its own judge. Rewards of `--beside` are left out, since they
+    belong to no single run.
+    """
+    measures = [
+        *_preference_measures(evaluation),
+        *_win_measures(evaluation, f"-seed{seed}"),
+        *_benchmark_measures(evaluation),
+    ]
+    return {name: float(value) for name, value in measures if value is not None}
+
+
+def _preference_measures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Accuracies of the run's own reward, the baselines and the reward on preferences, and the
+    excess share."""
+    for report in evaluation["sets"]:
+        if report["only"]:
+            continue  # the whole set may be there as well
+        scorers, where = report["scorers"], f"preference/{report['card']}/{split_name(report)}"
+        own = next((name for name in OWN_REWARDS if name in scorers), None)
+        for name in (own, *BASELINES, PREFERENCE_REWARD):
+            if name in scorers:
+                yield f"{where}/{name}", scorers[name]["overall"]["mean"]
+        if own is not None:
+            yield f"{where}/excess share", scorers[own].get("excess_share")
+
+
+def _win_measures(evaluation: Mapping[str, Any], seed: str) -> Iterator[tuple[str, float | None]]:
+    """Win rates by rewards and by chat models, at every temperature."""
+    for report in evaluation["judged"]:
+        judge = report["judge"].removesuffix(seed)
+        for row in report["rows"]:
+            for name in ("start", "demonstrations"):
+                share = row.get(f"wins_against_{name}")
+                measure = f"wins/{judge}/against {name}@{row['temperature']:g}"
+                yield measure, None if share is None else share["mean"]
+    for report in evaluation["judged_by_chat"]:
+        for row in report["rows"]:
+            measure = f"wins/{report['judge']}/against {row['against']}@{row['temperature']:g}"
+            yield measure, None if row["win_rate"] is None else row["win_rate"]["mean"]
+
+
+def _benchmark_measures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """The metrics of lm-eval's tasks that its table shows."""
+    for result in evaluation["benchmarks"]:
+        shots = "its own" if result["shots"] is None else result["shots"]
+        rows = f" of {result['limit']} rows" if result["limit"] else ""
+        for name in benchmark_metrics(result):
+            metric = f"{name.removesuffix(',none')}{rows}"
+            value = result["metrics"][name]["value"]
+            yield f"lm_eval/{result['task']}/{metric}/{shots} shots", value

@@ -6,7 +6,6 @@ The texts are the templates reward.md.j2, policy.md.j2 and pairs.md.j2.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,8 @@ def pairs_card(facts: Facts, counts: Mapping[str, int], licence: Licence) -> str
         "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
         | {"subset": "source"},
         "where": {"source": "demonstration/policy"},
-        "template": card.template if card is not None else "{prompt}",
-        "lowercase": card.lowercase if card is not None else False,
+        "template": "{prompt}" if card is None else card.template,
+        "lowercase": card is not None and card.lowercase,
         "faulty": "drop",
     }
     metadata = DatasetCardData(
@@ -142,12 +141,6 @@ def pairs_card(facts: Facts, counts: Mapping[str, int], licence: Licence) -> str
 
 
 def _render(template: str, metadata: CardData, **values: Any) -> str:
-    text = _environment().get_template(template).render(**values)
-    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
-
-
-@cache
-def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -155,7 +148,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"share": share, "card_name": card_name}
-    return environment
+    text = environment.get_template(template).render(**values)
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
 
 
 def _configs(samples: bool) -> list[dict[str, Any]]:
@@ -190,11 +184,10 @@ def _method(facts: Facts, artefact: Artefact) -> list[tuple[str, str]]:
     recipe = facts.view.recipe
     reward, update, pairs = recipe["reward"], recipe["policy_update"], recipe["pairs"]
     scratch = recipe["model"]["from_scratch"]
-    base = facts.base_model or f"from scratch ({scratch['architecture']})"
     starts = {"cold": "from SFT", "warm": "from the previous reward"}[reward["init"]]
     return [
         ("demonstrations", _demonstrations(facts)),
-        ("base model", base),
+        ("base model", facts.base_model or f"from scratch ({scratch['architecture']})"),
         ("negatives", ", ".join(pairs["sources"]) + f"; window {pairs['window']}"),
         ("reward level", LEVELS.get(reward["kind"]) or LOSSES[reward["loss"]]),
         *([("reward starts", starts)] if reward["kind"] == "explicit" else []),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from irl_align.data.columns import column
 from irl_align.data.pairs import load_pairs
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import prompt_format
-from irl_align.hub.adapter import base_name, rename_base, require_whole
 from irl_align.hub.card import policy_card, reward_card
 from irl_align.hub.facts import KINDS, Artefact, Facts, Interval, ratio_interval
 from irl_align.hub.licences import UNKNOWN, Licence, derive
@@ -23,7 +25,7 @@ from irl_align.hub.pairs import write_pairs
 from irl_align.hub.results import Measured
 from irl_align.hub.weights import chat_ids, chat_template, fold_normaliser, plain_scores
 from irl_align.models.loading import load_model, load_tokenizer, pick_device
-from irl_align.models.lora import base_of, is_adapter
+from irl_align.models.lora import ADAPTER_CONFIG, base_of, has_adapter, is_adapter
 from irl_align.reward.model import RewardModel
 from irl_align.utils.files import (
     atomic_folder,
@@ -31,10 +33,11 @@ from irl_align.utils.files import (
     explains_full_disk,
     file_checksum,
     files_of,
+    to_json,
 )
 
 logger = logging.getLogger(__name__)
-CHECKED = 256  # held-out demonstrations on which an exported reward is compared with ours
+CHECKED = 256  # at most as many held-out demonstrations are scored by the export and by the run
 TOLERANCE = 1e-5
 TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
 
@@ -107,32 +110,27 @@ def export(
 def _write_reward(
     folder: Path, facts: Facts, artefact: Artefact, licence: Licence, form: Form
 ) -> None:
-    rows = _held_out(facts)
-    base = base_name(facts, artefact.path, form.base) if form.adapter else None
+    path = facts.stage_folder("data") / "held_out.parquet"
+    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    rows = rows.select(range(0, len(rows), -(-len(rows) // CHECKED)))
+    base = _base_name(facts, artefact.path, form.base) if form.adapter else None
     ours = _save_folded(artefact.path, folder, rows, form.adapter)
     local: dict[str, Any] = {}
     if base is not None:
-        rename_base(folder, base, _revision(facts, form))
+        _rename_base(folder, facts, form, base)
         local = {"merge": False, "base": base_of(artefact.path)}  # the base's folder in this store
     reward = RewardModel.from_pretrained(folder, pick_device("auto"), **local)
     measured = _measure(facts, artefact, reward, rows, ours)
-    text = reward_card(
-        facts, artefact, reward.settings, measured, licence, adapter=base is not None
-    )
+    settings = reward.settings
+    text = reward_card(facts, artefact, settings, measured, licence, adapter=base is not None)
     atomic_write(folder / "README.md", text)
-
-
-def _revision(facts: Facts, form: Form) -> str | None:
-    """Revision of the base model on the Hub; None for a base that the user names."""
-    revision: str | None = facts.view.recipe["model"]["revision"]
-    return revision if form.base is None else None
 
 
 def _save_folded(source: Path, folder: Path, rows: Dataset, adapter: bool) -> torch.Tensor:
     """Write a reward with its normaliser folded in. Returns the scores (B,) before folding."""
     reward = RewardModel.from_pretrained(source, pick_device("auto"), merge=not adapter)
     if not adapter:
-        require_whole(reward.model, source)
+        _require_whole(reward.model, source)
     ours = reward.score_ids(column(rows, "prompt_ids"), column(rows, "completion_ids"), None)
     fold_normaliser(reward)
     template = chat_template(reward.settings, reward.tokenizer, reward.settings.echo)
@@ -142,13 +140,6 @@ def _save_folded(source: Path, folder: Path, rows: Dataset, adapter: bool) -> to
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
     reward.save_pretrained(folder)
     return ours
-
-
-def _held_out(facts: Facts) -> Dataset:
-    """At most CHECKED held-out demonstrations, evenly spaced."""
-    path = facts.stage_folder("data") / "held_out.parquet"
-    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
-    return rows.select(range(0, len(rows), -(-len(rows) // CHECKED)))
 
 
 def _measure(
@@ -191,10 +182,11 @@ def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Interval]:
         column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids"), None
     )
     right = ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).tolist()
-    groups: dict[str, dict[str, list[float]]] = {}
-    sources, keys = column(pairs, "source"), column(pairs, "prompt_key")
-    for source, key, value in zip(sources, keys, right, strict=True):
-        groups.setdefault(source, {}).setdefault(key, []).append(value)
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for source, key, value in zip(
+        column(pairs, "source"), column(pairs, "prompt_key"), right, strict=True
+    ):
+        groups[source][key].append(value)
     return {
         source: ratio_interval([sum(v) for v in by.values()], [len(v) for v in by.values()])
         for source, by in sorted(groups.items())
@@ -205,17 +197,17 @@ def _write_policy(
     folder: Path, facts: Facts, artefact: Artefact, licence: Licence, form: Form
 ) -> None:
     """Write the policy's weights unchanged, with a chat template where its own is plain."""
-    base = base_name(facts, artefact.path, form.base) if form.adapter else None
+    base = _base_name(facts, artefact.path, form.base) if form.adapter else None
     if is_adapter(artefact.path) and base is None:
         model = load_model(artefact.path)
-        require_whole(model, artefact.path)
+        _require_whole(model, artefact.path)
         model.save_pretrained(folder)
     else:
         for file in artefact.path.iterdir():
             if not file.name.startswith(TOKENIZER):
                 shutil.copyfile(file, folder / file.name)
     if base is not None:
-        rename_base(folder, base, _revision(facts, form))
+        _rename_base(folder, facts, form, base)
     tokenizer = load_tokenizer(artefact.path)
     template = chat_template(prompt_format(artefact.path), tokenizer)
     if template is not None:
@@ -224,6 +216,47 @@ def _write_policy(
     checksum = file_checksum(artefact.path)
     text = policy_card(facts, artefact, checksum, licence, adapter=base is not None)
     atomic_write(folder / "README.md", text)
+
+
+def _base_name(facts: Facts, model: Path, given: str | None) -> str:
+    """The base that an exported adapter names: the user's, or the recipe's model on the Hub.
+
+    Raises UserError: the model is no adapter, or others cannot load its base.
+    """
+    if not is_adapter(model):
+        raise UserError(
+            f"--adapter: {facts.view.folder}: found a model whose weights are all trained, "
+            "expected an adapter; leave --adapter out"
+        )
+    if given is not None:
+        return given
+    start = facts.stage_folder("start") / "model"
+    own = Path(base_of(model)).resolve() != start.resolve()
+    if own or facts.base_hub_id is None or facts.record("start")["metrics"].get("resized"):
+        what = "a model of this run" if own else "no unchanged model of the Hub"
+        raise UserError(
+            f"--adapter: the adapter's base is {what}; expected --base, the Hub id or folder "
+            "where others find the base, or leave --adapter out for a merged model"
+        )
+    return facts.base_hub_id
+
+
+def _require_whole(model: PreTrainedModel, source: Path) -> None:
+    """Raise UserError where an adapter could not be merged, because its base has 4 bits."""
+    if has_adapter(model):
+        raise UserError(
+            f"{source}: found an adapter on a base of 4 bits; merged, it would be another model; "
+            "expected --adapter"
+        )
+
+
+def _rename_base(folder: Path, facts: Facts, form: Form, base: str) -> None:
+    """Write the base's name into an adapter's settings, and its revision if it is the recipe's."""
+    revision = facts.view.recipe["model"]["revision"] if form.base is None else None
+    file = folder / ADAPTER_CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values |= {"base_model_name_or_path": base, "revision": revision}
+    atomic_write(file, to_json(values, indent=2) + "\n")
 
 
 def sizes(folder: Path) -> list[tuple[str, int]]:

@@ -72,8 +72,7 @@ class Facts:
     @property
     def data_hub_id(self) -> str | None:
         """The demonstrations' Hub id; None if they are not from the Hub."""
-        source = self.card.source if self.card is not None else None
-        return source.hub if source is not None else None
+        return self.card.source.hub if self.card and self.card.source else None
 
     @property
     def base_model(self) -> str | None:

@@ -76,22 +76,15 @@ def combine(data: str, base: str, has_base: bool, sources: str) -> Licence:
 
 def _base_licence(facts: Facts) -> str:
     """The licence in the base model's card; empty if it cannot be read."""
-    path = facts.view.recipe["model"]["path"]
-    if path is None:
-        return ""
-    readme = Path(path) / "README.md"
-    if facts.base_hub_id is not None:
-        try:
-            readme = Path(
-                hf_hub_download(path, "README.md", revision=facts.view.recipe["model"]["revision"])
-            )
-        except Exception:  # offline, no card, or gated
-            return ""
-    if not readme.is_file():
+    model = facts.view.recipe["model"]
+    if model["path"] is None:
         return ""
     try:
+        readme = Path(model["path"]) / "README.md"
+        if facts.base_hub_id is not None:
+            readme = Path(hf_hub_download(model["path"], "README.md", revision=model["revision"]))
         return _joined((metadata_load(readme) or {}).get("license"))
-    except ValueError:
+    except Exception:  # no card or no metadata, offline, or gated
         return ""
 
 

@@ -37,6 +37,7 @@ WAIT = 2.0
 RETRIED = (408, 429, 500, 502, 503, 504)
 # Files of an earlier push that this push may not have: other shards, other iterations.
 STALE = re.compile(r"(model.*\.safetensors(\.index\.json)?|(pairs|samples)/[^/]+\.parquet)")
+NO_RIGHT = "push: the token may not write to {repo}; use one with the right to write there"
 RESUMES = "the same command resumes"
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
@@ -64,7 +65,6 @@ class Pushed:
     commit: str
     changed: bool
     """Whether the push made a new commit."""
-    tag: str | None
 
 
 def push(
@@ -153,7 +153,9 @@ class _Push:
             retried(self.api.create_branch, **self.at, branch=branch, exist_ok=True)
         before = retried(self.api.repo_info, **self.at, revision=branch).sha
         commit = retried(self._commit)
-        return Pushed(str(url), commit, commit != before, self._tag(commit))
+        if self.exported.iteration is not None:
+            self._tag(commit, f"iteration-{self.exported.iteration}")
+        return Pushed(str(url), commit, commit != before)
 
     def _existing(self) -> Any | None:
         """The Hub's record of the branch, or of the main branch if it is missing; None if the
@@ -172,33 +174,28 @@ class _Push:
                 f"--private: {self.repo} exists and is public; make it private in its settings, or "
                 "choose another name"
             )
-        if self.target.force:
-            return
         names = {file.rfilename for file in info.siblings or []} - {".gitattributes", "README.md"}
-        if not names:
+        if self.target.force or not names:
             return
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        contents = f"{self.repo} holds {', '.join(sorted(names)[:3])}{more}"
+        advice = "choose another name, or overwrite it with --force"
         if self.kind == "dataset":
             if "irl-align" not in (info.tags or []):
                 raise UserError(
-                    f"--repo: the dataset {self.repo} holds {_some(names)} and was not made by "
-                    "irl-align; choose another name, or overwrite it with --force"
+                    f"--repo: the dataset {contents} and was not made by irl-align; {advice}"
                 )
             return
         theirs = self._architecture(info.sha)
         ours = _architecture(self.exported.folder / "config.json")
         if theirs != ours:
-            raise UserError(
-                f"--repo: {self.repo} holds {_some(names)} of {theirs}, and this is {ours}; choose "
-                "another name, or overwrite it with --force"
-            )
+            raise UserError(f"--repo: {contents} of {theirs}, and this is {ours}; {advice}")
 
     def _architecture(self, commit: str) -> str:
         file = {**self.at, "filename": "config.json", "revision": commit}
-        try:
-            path = retried(lambda: self.api.hf_hub_download(**file))
-            return _architecture(Path(path))
-        except EntryNotFoundError:
-            return "no known model"
+        with suppress(EntryNotFoundError):
+            return _architecture(Path(retried(lambda: self.api.hf_hub_download(**file))))
+        return "no known model"
 
     def _commit(self) -> str:
         """Commit all files, unless the repository has them already. Returns the commit's hash.
@@ -224,21 +221,17 @@ class _Push:
         )
         return str(info.oid)
 
-    def _tag(self, commit: str) -> str | None:
-        """Tag the commit iteration-K; the tag moves if this iteration was pushed before."""
-        if self.exported.iteration is None:
-            return None
-        tag = f"iteration-{self.exported.iteration}"
+    def _tag(self, commit: str, tag: str) -> None:
+        """Tag the commit; the tag moves if this iteration was pushed before."""
         refs = retried(self.api.list_repo_refs, **self.at)
         old = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
         if old == commit:
-            return tag
+            return
         if old is not None:
             logger.warning("%s: tag %s moves from %s to %s", self.repo, tag, old[:8], commit[:8])
             with suppress(RevisionNotFoundError):  # the response to an earlier try was lost
                 retried(self.api.delete_tag, **self.at, tag=tag)
         retried(self.api.create_tag, **self.at, tag=tag, revision=commit, exist_ok=True)
-        return tag
 
 
 def _architecture(config: Path) -> str:
@@ -251,11 +244,6 @@ def _architecture(config: Path) -> str:
     return ", ".join(map(str, names)) if any(names) else "no known model"
 
 
-def _some(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-
-
 def retried(
     step: Callable[Parameters, Value], *args: Parameters.args, **options: Parameters.kwargs
 ) -> Value:
@@ -263,13 +251,13 @@ def retried(
 
     A repeated step must have the same effect as a single one.
     """
-    for number in range(1, TRIES):
+    for number in range(TRIES - 1):
         try:
             return step(*args, **options)
         except Exception as error:
             if not _is_temporary(error):
                 raise
-            wait = WAIT * 2 ** (number - 1)
+            wait = WAIT * 2**number
             logger.warning("push: %s; trying again in %g s", _line(error), wait)
             time.sleep(wait)
     return step(*args, **options)
@@ -296,10 +284,8 @@ def hub_errors(repo: str) -> Iterator[None]:
     """Turn errors of huggingface_hub into a UserError that says what to do, without the token."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        message = _message(repo, error)
+        message = None if isinstance(error, UserError) else _message(repo, error)
         if message is None:
             raise
         raise UserError(message) from error
@@ -316,7 +302,7 @@ def _message(repo: str, error: Exception) -> str | None:
         if isinstance(cause, HfHubHTTPError):
             return _status_message(repo, cause)
         if type(cause).__name__ == "XetAuthenticationError":  # hf_xet sends large files
-            return f"push: the token may not write to {repo}; use one with the right to write there"
+            return NO_RIGHT.format(repo=repo)
         if _is_connection_error(cause):
             return f"push: the connection to the Hub failed ({_line(cause)}); {RESUMES}"
     return None
@@ -327,7 +313,7 @@ def _status_message(repo: str, error: Any) -> str:
     if status == 401:
         return "push: the Hub does not accept the token; renew it with `hf auth login --force`"
     if status == 403:
-        return f"push: the token may not write to {repo}; use one with the right to write there"
+        return NO_RIGHT.format(repo=repo)
     if status == 429:
         wait = error.response.headers.get("Retry-After")
         when = f"in {wait} s" if wait else "later"

@@ -124,19 +124,13 @@ def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
             results.append(eval_result(facts, "text-generation", headline, name, gold.value))
         label = "pi_0 (SFT)" if number == 0 else f"pi_{number}"
         label = f"{label}, selected" if selects and number == k else label
-        rows.append([label, temperature, "" if gold is None else percent(gold)])
         values = [record.get("metrics", {}).get(name) for name in texts]
-        rows[-1] += ["" if value is None else f"{value:.1f}" for value in values]
-        rows[-1] += [_kl(record), f"{record['length']:.1f}"]
+        cells = [label, temperature, "" if gold is None else percent(gold)]
+        cells += ["" if value is None else f"{value:.1f}" for value in values]
+        rows.append([*cells, _kl(record), f"{record['length']:.1f}"])
     title = metric_name(headline)
-    columns = [
-        "policy",
-        "temperature",
-        title or "gold",
-        *map(metric_name, texts),
-        "KL to pi_0",
-        "tokens",
-    ]
+    columns = ["policy", "temperature", title or "gold", *map(metric_name, texts)]
+    columns += ["KL to pi_0", "tokens"]
     better = "lower" if demonstrations.get("lower_is_better") else "higher"
     split = str(facts.view.recipe["evaluation"]["split"])
     return GoldTable(split, title, better, columns, rows, results)
@@ -156,14 +150,12 @@ def _interval(
     if value is None:
         return None
     top, bottom = RATIOS.get(metric, (metric, ""))
-    names = [name for name in (top, bottom) if name]
-    if not rows or any(row.get(name) is None for row in rows for name in names):
-        return Interval(value, math.nan, math.nan)
-    interval = ratio_interval(
-        [row[top] for row in rows], [row[bottom] if bottom else 1.0 for row in rows]
-    )
-    same = math.isclose(interval.value, value, rel_tol=1e-6, abs_tol=1e-9)
-    return interval if same else Interval(value, math.nan, math.nan)
+    numbers = [(row.get(top), row.get(bottom) if bottom else 1.0) for row in rows]
+    if numbers and not any(None in pair for pair in numbers):
+        interval = ratio_interval(*zip(*numbers, strict=True))
+        if math.isclose(interval.value, value, rel_tol=1e-6, abs_tol=1e-9):
+            return interval
+    return Interval(value, math.nan, math.nan)
 
 
 def share(value: float | None) -> str:

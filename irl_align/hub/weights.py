@@ -7,7 +7,6 @@ Legend of shapes: B rows, L tokens, H width.
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -103,10 +102,7 @@ def chat_template(
     """
     if card.template == "chat":
         return None
-    parts = list(string.Formatter().parse(card.template))
-    place = next(i for i, part in enumerate(parts) if part[1] is not None)
-    before = "".join(part[0] for part in parts[: place + 1])
-    after = "".join(part[0] for part in parts[place + 1 :])
+    before, _, after = card.template.format(prompt="\0").partition("\0")
     first = encode_prompts(["a"], tokenizer, card)[0][0]
     adds_bos = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
     bos = "{{- bos_token -}}" if adds_bos else ""
@@ -138,6 +134,5 @@ def chat_ids(
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     render: Callable[..., Any] = tokenizer.apply_chat_template
-    texts = render(chats, tokenize=False)
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = render(chats, return_dict=False)
     return ids

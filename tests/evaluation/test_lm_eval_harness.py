@@ -10,8 +10,8 @@ from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.errors import UserError
-from irl_align.evaluation.lm_eval_tasks import LEADERBOARD, benchmarks
-from irl_align.evaluation.tables import benchmark_table
+from irl_align.evaluation.lm_eval_harness import benchmarks
+from irl_align.evaluation.tables import LEADERBOARD, benchmark_table
 from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_model, load_tokenizer
 

@@ -176,7 +176,7 @@ def test_evaluate_refuses_bad_input(
         return the_line(irl_align(capsys, "evaluate", *arguments))
 
     toy = folder / "toy.md"
-    assert "found no config.json to read" in error_of(tmp_path, "--card", toy)
+    assert "config.json: found no such file" in error_of(tmp_path, "--card", toy)
     assert "needs --sft" in error_of(run.policy, "--card", toy)
     assert "found no split 'dev', expected one of test, train" in error_of(
         run.folder, "--card", toy, "--split", "dev"

@@ -51,7 +51,7 @@ DRIFT = [
     for name in ("correlation with length", "agreement with older", "score mean", "score std")
 ]
 EVALUATED = ("preference/", "wins/", "lm_eval/")
-"""How the measures of `irl-align evaluate` begin; see irl_align.evaluation.measures."""
+"""How the measures of `irl-align evaluate` begin; see irl_align.evaluation.tables."""
 METRICS = ("fully_right", "bleu")
 """Gold metrics that are shown after the headline."""
 ENTROPIES = (AT_ENTROPY, BEYOND_ENTROPY)

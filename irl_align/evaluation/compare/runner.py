@@ -32,7 +32,7 @@ from irl_align.evaluation.compare.aggregate import (
 from irl_align.evaluation.compare.memory_guard import GIB, MemoryGuard, gpu_in_use
 from irl_align.evaluation.compare.sweep import Sweep, named, parse_sweeps, settings
 from irl_align.evaluation.compare.tables import to_csv, to_markdown
-from irl_align.evaluation.measures import evaluated_runs
+from irl_align.evaluation.tables import evaluated_runs
 from irl_align.training.run_folder import Run, RunView
 from irl_align.utils.files import atomic_write, to_json
 

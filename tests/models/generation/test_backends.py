@@ -13,7 +13,7 @@ from support.vllm_models import build, needs_vllm
 
 from irl_align.config.schema import Recipe
 from irl_align.errors import UserError
-from irl_align.evaluation.best_of_n import BestOfN, best_of_curve
+from irl_align.evaluation.best_of_n import best_of_curve
 from irl_align.models.generation.backends import (
     bits,
     resolve_backend,
@@ -150,7 +150,7 @@ def test_a_run_by_vllm(tmp_path: Path) -> None:
     train(by_vllm)
     assert {stage: (stage / "samples.parquet").read_bytes() for stage in bits} == bits
 
-    curve = best_of_curve(result.folder, BestOfN(2, prompts=4))
+    curve = best_of_curve(result.folder, 2, prompts=4)
     assert curve["n"] == [1, 2] and curve["reward"][0]["n"] == 4
     (stage,) = store.glob("best-of-curve-*")
     assert '"backend": "vllm"' in (stage / "stage.json").read_text()

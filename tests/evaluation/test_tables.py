@@ -11,7 +11,7 @@ from support.synthetic_runs import synthetic_run
 
 from irl_align.evaluation.compare.aggregate import AnalysisOptions, analyse, compare_runs
 from irl_align.evaluation.compare.tables import comparison_tables, notes, to_csv
-from irl_align.evaluation.measures import evaluated_runs, evaluation_measures
+from irl_align.evaluation.tables import evaluated_runs, evaluation_measures
 from irl_align.training.run_folder import Run, RunView
 
 
