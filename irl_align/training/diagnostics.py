@@ -132,19 +132,21 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
     rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
     sampling = context.sampler.sampling(context.recipe.generation.samples_per_prompt, 1.0)
     drawn = context.sampler.sample_rows(policy, rows, sampling, "held_out")
+    # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
+    explicit = reward if reward is not None and reward.kind == "explicit" else None
+    if explicit is not None:  # asked for here, so that a run links them also where it reuses this
+        drawn_first = context.sampler.sample_rows(initial, rows, sampling, "held_out")
 
     def build(work: Path) -> dict[str, Any]:
         report = vital_signs(context, policy, initial, rows, drawn.by_key)
         logps = models.logprobs(policy, column(rows, "prompt_ids"), column(rows, "completion_ids"))
         if policy.ranking is None:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
-        # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
-        if reward is not None and reward.kind == "explicit":
-            report |= _fresh_report(context, reward, rows, drawn.by_key)
+        if explicit is not None:
+            report |= _fresh_report(context, explicit, rows, drawn.by_key)
             # The proxy's gain over pi_0 on the same prompts. Its unit is the standard deviation of
             # the demonstrations' rewards.
-            first = context.sampler.sample_rows(initial, rows, sampling, "held_out")
-            start = _mean_score(context, reward, rows, first.by_key)
+            start = _mean_score(context, explicit, rows, drawn_first.by_key)
             report["reward_gain"] = report["reward_score"] - start
         return report
 
