@@ -307,7 +307,7 @@ def evaluate(
 
     request = EvaluationRequest(
         cards=card or [],
-        subsets=subset or [],
+        subset=subset or [],
         split=split,
         train_set=train_set,
         train_split=train_split,
@@ -319,8 +319,8 @@ def evaluate(
         judges=[Path(one) for one in judge or [] if not _is_address(one)],
         endpoints=_endpoints(judge or [], judge_model, judge_timeout),
         benchmarks=lm_eval,
-        tasks_folder=lm_eval_tasks,
-        limit=lm_eval_limit,
+        lm_eval_tasks=lm_eval_tasks,
+        lm_eval_limit=lm_eval_limit,
     )
     show_evaluation(evaluate_source(source, request, device, output), console())
 

@@ -14,9 +14,13 @@ from irl_align.evaluation.best_of_n import best_of_curve
 from irl_align.evaluation.chat_client import Endpoint
 from irl_align.evaluation.llm_judge import chat_win_rates
 from irl_align.evaluation.lm_eval_harness import benchmarks, run_benchmarks
-from irl_align.evaluation.preference_baseline import require_explicit_reward
 from irl_align.evaluation.preference_data import PreferenceSet, load_set, restricted
-from irl_align.evaluation.preferences import evaluate_preferences, find_scorers, is_classifier
+from irl_align.evaluation.preferences import (
+    evaluate_preferences,
+    find_scorers,
+    is_classifier,
+    require_explicit_reward,
+)
 from irl_align.evaluation.tables import FILE, read_evaluation, subject_of
 from irl_align.evaluation.win_rates import win_rates
 from irl_align.training.run_folder import Run, artefact_folder, is_run
@@ -30,44 +34,28 @@ IDENTITY = {
 }
 """Section of an evaluation -> the fields that identify an entry."""
 READ_WITH = {
-    "--card": {
-        "subsets": "--subset",
-        "split": "--split",
-        "train_set": "--train-set",
-        "train_split": "--train-split",
-        "beside": "--beside",
-        "sft": "--sft",
-    },
-    "--best-of": {"backend": "--backend"},
-    "--best-of or a judge's address": {"prompts": "--prompts"},
-    "--lm-eval": {"tasks_folder": "--lm-eval-tasks", "limit": "--lm-eval-limit"},
+    "--card": ("subset", "split", "train_set", "train_split", "beside", "sft"),
+    "--best-of": ("backend",),
+    "--best-of or a judge's address": ("prompts",),
+    "--lm-eval": ("lm_eval_tasks", "lm_eval_limit"),
 }
-"""Option -> the options that are read together with it only: field of an EvaluationRequest ->
-option."""
+"""Option -> the fields of an EvaluationRequest whose options are read together with it only."""
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate of a run or a model's folder."""
+    """What to evaluate of a run or a model's folder: the options of `irl-align evaluate`."""
 
     cards: Sequence[str] = ()
     """Preference sets, `CARD` or `CARD=PATH`."""
-    subsets: Sequence[str] = ()
-    """The subsets to evaluate; empty for all."""
+    subset: Sequence[str] = ()
     split: str | None = None
-    """Split of the preference sets; default test."""
     train_set: str | None = None
-    """Preference set on which a reward is trained for comparison; default: the evaluated set."""
     train_split: str | None = None
-    """Its split; default train, where there is a train_set."""
     beside: Sequence[Path] = ()
-    """Other runs or rewards that score the same pairs."""
     sft: Path | None = None
-    """Model of the log-prob baselines."""
     best_of: int | None = None
-    """N of the best-of-n curve."""
     backend: str | None = None
-    """What samples for the curve; default: the run's backend."""
     prompts: int | None = None
     """Number of prompts of the curve and of the endpoints; None is all."""
     judges: Sequence[Path] = ()
@@ -76,10 +64,8 @@ class EvaluationRequest:
     """Chat models that judge the run's samples."""
     benchmarks: str | None = None
     """Tasks of lm-eval, `TASK[@SHOTS],...`."""
-    tasks_folder: Path | None = None
-    """Folder of further lm-eval task files."""
-    limit: int | None = None
-    """Rows per task of lm-eval."""
+    lm_eval_tasks: Path | None = None
+    lm_eval_limit: int | None = None
 
 
 def evaluate_source(
@@ -143,8 +129,8 @@ def _evaluations(
             benchmarks(request.benchmarks),
             source / "lm-eval" if is_run(source) else folder,
             device,
-            tasks_folder=request.tasks_folder,
-            limit=request.limit,
+            tasks_folder=request.lm_eval_tasks,
+            limit=request.lm_eval_limit,
         )
     return evaluations
 
@@ -176,7 +162,7 @@ def _check(source: Path, request: EvaluationRequest) -> None:
         )
     unread = []
     for reader, options in READ_WITH.items():
-        unused = [option for field, option in options.items() if getattr(request, field)]
+        unused = [f"--{name.replace('_', '-')}" for name in options if getattr(request, name)]
         if unused and not given[reader]:
             unread.append(f"{', '.join(unused)} without {reader}")
     if unread:
@@ -197,19 +183,18 @@ def _load_sets(request: EvaluationRequest) -> list[tuple[PreferenceSet, Preferen
         train = load_set(request.train_set, request.train_split or "train")
     sets = []
     for spec in request.cards:
-        pairs = restricted(load_set(spec, request.split), request.subsets)
+        pairs = restricted(load_set(spec, request.split), request.subset)
         own = train
         if train is None and request.train_split is not None:
             own = load_set(spec, request.train_split)
-        if own is not None:
-            _refuse_same(pairs, own, "--train-split" if train is None else "--train-set")
+        if own is not None and _checksums(pairs) <= _checksums(own):
+            option, named = "--train-set", f"{own.card.name}, {own.split}"
+            if train is None:
+                option, named = "--train-split", own.split
+            raise UserError(f"{option}: found {named!r}, which is evaluated on; expected another")
         sets.append((pairs, own))
     return sets
 
 
-def _refuse_same(pairs: PreferenceSet, train: PreferenceSet, option: str) -> None:
-    """Raise UserError where all pairs to evaluate are trained on too."""
-    trained = {data_checksum([row]) for row in train.rows}
-    if {data_checksum([row]) for row in pairs.rows} <= trained:
-        named = train.split if option == "--train-split" else f"{train.card.name}, {train.split}"
-        raise UserError(f"{option}: found {named!r}, which is evaluated on; expected another")
+def _checksums(pairs: PreferenceSet) -> set[str]:
+    return {data_checksum([row]) for row in pairs.rows}

@@ -11,8 +11,9 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,12 @@ class Verdicts:
         name = re.sub(r"[^\w.-]+", "-", endpoint.model)[:60]
         digest = hashlib.sha256(f"{endpoint.url} {endpoint.model}".encode()).hexdigest()[:8]
         self.path = folder / f"{name}-{digest}.jsonl"
-        self.known = dict(_read(self.path))
+        self.known: dict[str, str] = {}
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a kill may cut a line off
+                    record = json.loads(line)
+                    self.known[str(record["key"])] = str(record["verdict"])
         self.unreadable: dict[str, str] = {}
         """Question -> a reply without a verdict."""
         self.unanswered: dict[str, str] = {}
@@ -187,18 +193,6 @@ class Verdicts:
             f"--judge: {self.endpoint.url} does not answer: {cause}; {len(self.known)} verdicts "
             "are saved, and the same command resumes"
         )
-
-
-def _read(path: Path) -> Iterator[tuple[str, str]]:
-    """Keys and verdicts in a file whose last line may be cut off."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            yield str(record["key"]), str(record["verdict"])
-        except (ValueError, KeyError, TypeError):
-            continue
 
 
 def _outcome(pairs: Sequence[Pair], verdicts: Verdicts) -> dict[str, Any]:

@@ -48,17 +48,24 @@ def preference_report(
     scores count half. calibration: scorer -> expected calibration error, for scorers whose margins
     are logits.
     """
+
+    def share(outcome: np.ndarray, rows: Sequence[int]) -> dict[str, Any]:
+        prompts = [pairs.prompts[row] for row in rows]
+        return asdict(clustered_share(outcome[list(rows)].tolist(), prompts))
+
+    def shares(outcome: np.ndarray, groups: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        return {group: share(outcome, rows) for group, rows in groups.items()}
+
     wins = {name: 0.5 * (1.0 + np.sign(margin)) for name, margin in margins.items()}
-    everything = range(len(pairs.prompts))
     subsets, by_margin = _groups(pairs.subsets), _margin_groups(pairs.margins)
     axes = {name: groups for name, own in pairs.axes.items() if (groups := _groups(own))}
     scorers = {}
     for name, outcome in wins.items():
         report: dict[str, Any] = {
-            "overall": _share(outcome, pairs, everything),
-            "subsets": _shares(outcome, pairs, subsets),
-            "margins": _shares(outcome, pairs, by_margin),
-            "axes": {axis: _shares(outcome, pairs, groups) for axis, groups in axes.items()},
+            "overall": share(outcome, range(len(outcome))),
+            "subsets": shares(outcome, subsets),
+            "margins": shares(outcome, by_margin),
+            "axes": {axis: shares(outcome, groups) for axis, groups in axes.items()},
         }
         sections = section_scores({k: v["mean"] for k, v in report["subsets"].items()})
         if sections:
@@ -95,17 +102,6 @@ def excess_share(accuracy: float, trained_on_preferences: float) -> float | None
     return (accuracy - 0.5) / (trained_on_preferences - 0.5)
 
 
-def _shares(
-    outcome: np.ndarray, pairs: PairSet, groups: Mapping[str, Sequence[int]]
-) -> dict[str, Any]:
-    return {group: _share(outcome, pairs, rows) for group, rows in groups.items()}
-
-
-def _share(outcome: np.ndarray, pairs: PairSet, rows: Sequence[int]) -> dict[str, Any]:
-    own = [float(outcome[row]) for row in rows]
-    return asdict(clustered_share(own, [pairs.prompts[row] for row in rows]))
-
-
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:
     """Name -> rows, sorted by name; empty if all rows have the same name."""
     rows: dict[str, list[int]] = {}
@@ -119,15 +115,15 @@ def _margin_groups(margins: Sequence[float | None]) -> dict[str, list[int]]:
     known = sorted((margin, row) for row, margin in enumerate(margins) if margin is not None)
     values = [margin for margin, _ in known]
     few = len(set(values)) <= FEW_VALUES
-    low, high = (0.0, 0.0) if few else map(float, np.quantile(values, [1 / 3, 2 / 3]))
+    low, high = map(float, np.quantile(values or [0.0], [1 / 3, 2 / 3]))
     groups: dict[str, list[int]] = {}
     for margin, row in known:
         if few:
             name = f"margin {margin:g}"
-        elif margin <= low:
-            name = f"margin up to {low:g}"
+        elif margin <= high:
+            name = f"margin up to {low if margin <= low else high:g}"
         else:
-            name = f"margin up to {high:g}" if margin <= high else f"margin above {high:g}"
+            name = f"margin above {high:g}"
         groups.setdefault(name, []).append(row)
     return groups if len(groups) > 1 else {}
 

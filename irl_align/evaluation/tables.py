@@ -19,6 +19,7 @@ from irl_align.utils.statistics import Estimate
 from irl_align.utils.text_table import Cell, Column, Table, estimate_cell, metric_name, percent
 
 FILE = "evaluation.json"
+OPPONENTS = ("start", "demonstrations")
 OWN_REWARDS = ("reward", "implicit reward")
 LEADERBOARD: dict[str, tuple[int, str]] = {
     "arc_challenge": (25, "acc_norm,none"),
@@ -51,8 +52,8 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     tables = [table for report in evaluation["sets"] for table in preference_report_tables(report)]
     if evaluation["best_of"]:
         tables.append(curve_table(evaluation["best_of"]))
-    tables += map(judge_table, evaluation["judged"])
-    tables += map(chat_judge_table, evaluation["judged_by_chat"])
+    tables += map(_judge_table, evaluation["judged"])
+    tables += map(_chat_judge_table, evaluation["judged_by_chat"])
     if evaluation["benchmarks"]:
         tables.append(benchmark_table(evaluation["benchmarks"]))
     return tables
@@ -65,30 +66,22 @@ def evaluation_notes(evaluation: Mapping[str, Any]) -> list[str]:
     return [*lines, *_judge_notes(evaluation), *_benchmark_notes(evaluation["benchmarks"])]
 
 
-def judge_table(report: Mapping[str, Any]) -> Table:
+def _judge_table(report: Mapping[str, Any]) -> Table:
     """Win rates by a reward, one row per temperature."""
-    sides = [
-        name
-        for name in ("start", "demonstrations")
-        if any(f"wins_against_{name}" in row for row in report["rows"])
-    ]
+    rows = report["rows"]
+    sides = [side for side in OPPONENTS if any(f"wins_against_{side}" in row for row in rows)]
     columns = [Column("policy"), Column("samples", 0)]
-    columns += [percent(f"against {name}") for name in sides]
-    rows: list[list[Cell]] = [
-        [
-            _temperature(row),
-            row["samples"],
-            *(estimate_cell(row.get(f"wins_against_{name}")) for name in sides),
-            row["judge_score"],
-            row["distinct_bigrams"],
-        ]
-        for row in report["rows"]
-    ]
-    title = f"{report['policy']}, judged by {report['judge']}: wins %"
-    return Table(title, [*columns, Column("judge's score", 3), Column("distinct bigrams", 3)], rows)
+    columns += [percent(f"against {side}") for side in sides]
+    columns += [Column("judge's score", 3), Column("distinct bigrams", 3)]
+    cells: list[list[Cell]] = []
+    for row in rows:
+        wins = (estimate_cell(row.get(f"wins_against_{side}")) for side in sides)
+        scores = (row["judge_score"], row["distinct_bigrams"])
+        cells.append([_temperature(row), row["samples"], *wins, *scores])
+    return Table(f"{report['policy']}, judged by {report['judge']}: wins %", columns, cells)
 
 
-def chat_judge_table(report: Mapping[str, Any]) -> Table:
+def _chat_judge_table(report: Mapping[str, Any]) -> Table:
     """Win rates by a chat model that was asked in both orders."""
     columns = [Column("policy"), Column("against"), Column("pairs", 0), Column("judged", 0)]
     columns += [percent("wins %"), *(Column(name, 0) for name in ("won", "tied", "lost"))]
@@ -130,11 +123,9 @@ def benchmark_table(results: Sequence[Mapping[str, Any]]) -> Table:
             value = result["metrics"][name]["value"]
             # 1.96 standard errors, since the harness gives no interval.
             error = result["metrics"][name]["stderr"]
-            spread = None if error is None else 1.96 * error
-            low, high = (None, None) if spread is None else (value - spread, value + spread)
-            shots, limit = result["shots"], result["limit"] or "all"
-            cells = [result["task"], name.replace(",none", ""), shots]
-            rows.append([*cells, Estimate(value, low, high, 0), limit])
+            low, high = (None if error is None else value + z * error for z in (-1.96, 1.96))
+            cells = [result["task"], name.replace(",none", ""), result["shots"]]
+            rows.append([*cells, Estimate(value, low, high, 0), result["limit"] or "all"])
         usual = LEADERBOARD.get(result["task"])
         if usual and result["shots"] == usual[0] and usual[1] in result["metrics"]:
             leaderboard.append(result["metrics"][usual[1]]["value"])
@@ -235,7 +226,7 @@ def _win_measures(evaluation: Mapping[str, Any], seed: str) -> Iterator[tuple[st
     for report in evaluation["judged"]:
         judge = report["judge"].removesuffix(seed)
         for row in report["rows"]:
-            for name in ("start", "demonstrations"):
+            for name in OPPONENTS:
                 share = row.get(f"wins_against_{name}")
                 measure = f"wins/{judge}/against {name}@{row['temperature']:g}"
                 yield measure, None if share is None else share["mean"]

@@ -12,8 +12,7 @@ from typing import Any
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from irl_align.hub.facts import Artefact, Facts, card_name
-from irl_align.hub.licences import Licence
+from irl_align.hub.facts import Artefact, Facts, Licence, card_name
 from irl_align.hub.results import Measured, accuracy_table, eval_result, gold_table, share
 from irl_align.policy.roles import Role
 from irl_align.reward.settings import RewardSettings
@@ -59,8 +58,8 @@ def reward_card(
 ) -> str:
     """README.md of an exported reward model, or of its adapter on a base."""
     results = [
-        eval_result(facts, "text-classification", "accuracy", f"{source}, held out", interval.value)
-        for source, interval in measured.held_out.items()
+        eval_result(facts, "text-classification", "accuracy", f"{source}, held out", accuracy.mean)
+        for source, accuracy in measured.held_out.items()
     ]
     metadata = _model_data(facts, licence, "text-classification", results, adapter)
     metadata.tags = ["reward-model", *REPOSITORY_TAGS]

@@ -19,8 +19,7 @@ from irl_align.data.pairs import load_pairs
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import prompt_format
 from irl_align.hub.card import policy_card, reward_card
-from irl_align.hub.facts import KINDS, Artefact, Facts, Interval, ratio_interval
-from irl_align.hub.licences import UNKNOWN, Licence, derive
+from irl_align.hub.facts import KINDS, UNKNOWN, Artefact, Facts, Licence, derive, ratio_interval
 from irl_align.hub.pairs import write_pairs
 from irl_align.hub.results import Measured
 from irl_align.hub.weights import chat_ids, chat_template, fold_normaliser, plain_scores
@@ -35,6 +34,7 @@ from irl_align.utils.files import (
     files_of,
     to_json,
 )
+from irl_align.utils.statistics import Estimate
 
 logger = logging.getLogger(__name__)
 CHECKED = 256  # at most as many held-out demonstrations are scored by the export and by the run
@@ -175,7 +175,7 @@ def _measure(
     )
 
 
-def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Interval]:
+def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Estimate]:
     """Pair source -> accuracy with its interval, with the pairs of one prompt as one group."""
     chosen = reward.score_ids(column(pairs, "prompt_ids"), column(pairs, "chosen_ids"), None)
     rejected = reward.score_ids(

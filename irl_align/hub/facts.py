@@ -1,6 +1,6 @@
-"""Facts of a finished run for exports and cards: artefacts, data, lineage and the public recipe.
+"""Facts of a finished run for exports: artefacts, data, lineage, licence and the public recipe.
 
-This module reads run folders and data cards, never models.
+This module reads run folders and cards, never models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, hf_hub_download, metadata_load
 
 from irl_align.config.resources import data_cards_dir
 from irl_align.data.cards import Card, load_card
@@ -22,8 +22,32 @@ from irl_align.errors import UserError
 from irl_align.policy.roles import SFT, START, Role
 from irl_align.training.run_folder import RERUN, Run, RunView
 from irl_align.utils.files import read_json
+from irl_align.utils.statistics import Estimate
 
 KINDS = ("reward", "policy", "pairs")
+# Licences under which a derived work may have another licence if it keeps the notice.
+PERMISSIVE = frozenset(
+    {
+        "afl-3.0",
+        "apache-2.0",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc-by-2.0",
+        "cc-by-3.0",
+        "cc-by-4.0",
+        "cc0-1.0",
+        "cdla-permissive-1.0",
+        "cdla-permissive-2.0",
+        "isc",
+        "mit",
+        "odc-by",
+        "pddl",
+        "unlicense",
+        "zlib",
+    }
+)
+UNKNOWN = "unknown"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -202,25 +226,77 @@ def _data_card(name: str) -> tuple[Card | None, dict[str, Any], str]:
     return card, hub.data.to_dict(), hub.text
 
 
-class Interval(NamedTuple):
-    """An estimate and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """sum(a) / sum(b) over independent groups, with its 95% interval by linearisation.
 
     numerators, denominators: one number per group (G). The variance is that of a ratio of sums,
     (G / (G - 1)) sum_g (a_g - R b_g)^2 / (sum b)^2, which allows for rows that depend on each other
-    within a group. The bounds are NaN for a single group.
+    within a group. A single group has no bounds.
     """
     a, b = np.asarray(numerators, float), np.asarray(denominators, float)
     ratio, groups = float(a.sum() / b.sum()), len(a)
     if groups < 2:
-        return Interval(ratio, math.nan, math.nan)
+        return Estimate(ratio, None, None, groups)
     spread = float(((a - ratio * b) ** 2).sum()) * groups / (groups - 1)
     half = 1.96 * math.sqrt(spread) / float(b.sum())
-    return Interval(ratio, ratio - half, ratio + half)
+    return Estimate(ratio, ratio - half, ratio + half, groups)
+
+
+class Licence(NamedTuple):
+    """A licence by the Hub's name, and how it was derived."""
+
+    name: str
+    why: str
+    other: str | None = None
+    """With name `other`: what to call it."""
+
+
+def derive(facts: Facts, given: str | None = None) -> Licence:
+    """Licence of a run's models and pairs; `unknown` where that of the data or base is unknown.
+
+    given: the publisher's choice, which takes precedence.
+    """
+    data = _joined(facts.front.get("license"))
+    base = _base_licence(facts)
+    sources = f"the demonstrations: {data or UNKNOWN}; the base model: {base or UNKNOWN}"
+    if facts.base_model is None:
+        sources = f"the demonstrations: {data or UNKNOWN}; no base model (trained from scratch)"
+    if given is not None:
+        return Licence(given, f"chosen by the publisher. {sources[0].upper()}{sources[1:]}")
+    return combine(data, base, facts.base_model is not None, sources)
+
+
+def combine(data: str, base: str, has_base: bool, sources: str) -> Licence:
+    """The restrictive licence of the two if one is restrictive, else the base's, else the data's.
+
+    Two different restrictive licences give `other`, which names both. One unknown licence makes the
+    result unknown. sources: the two licences in words.
+    """
+    if not data or (has_base and not base):
+        return Licence(UNKNOWN, f"unknown: {sources}")
+    parts = [part for part in dict.fromkeys((base, data)) if part]
+    restrictive = [part for part in parts if part not in PERMISSIVE]
+    if len(restrictive) > 1:
+        return Licence("other", f"both apply. From {sources}", " + ".join(restrictive))
+    name = (restrictive or parts)[0]
+    return Licence(name, f"from {sources}", "that-of-the-sources" if name == "other" else None)
+
+
+def _base_licence(facts: Facts) -> str:
+    """The licence in the base model's card; empty if it cannot be read."""
+    model = facts.view.recipe["model"]
+    if model["path"] is None:
+        return ""
+    try:
+        readme = Path(model["path"]) / "README.md"
+        if facts.base_hub_id is not None:
+            readme = Path(hf_hub_download(model["path"], "README.md", revision=model["revision"]))
+        return _joined((metadata_load(readme) or {}).get("license"))
+    except Exception:  # no card or no metadata, offline, or gated
+        return ""
+
+
+def _joined(value: Any) -> str:
+    """A card's field license as one text; empty where it has none or says `unknown`."""
+    names = value if isinstance(value, list) else [value or UNKNOWN]
+    return "" if UNKNOWN in names else " and ".join(map(str, names))

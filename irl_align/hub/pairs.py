@@ -16,8 +16,7 @@ from irl_align.data.columns import column
 from irl_align.data.pairs import load_pairs
 from irl_align.data.tokenizer import decode_batch
 from irl_align.hub.card import pairs_card
-from irl_align.hub.facts import Facts
-from irl_align.hub.licences import Licence
+from irl_align.hub.facts import Facts, Licence
 from irl_align.models.loading import load_tokenizer
 from irl_align.utils.files import atomic_write
 

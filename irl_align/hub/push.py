@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from irl_align.errors import UserError
 from irl_align.hub.export import Exported, export
-from irl_align.hub.licences import UNKNOWN
+from irl_align.hub.facts import UNKNOWN
 from irl_align.utils.files import files_of, locked
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from irl_align.hub.facts import Artefact, Facts, Interval, card_name, ratio_interval
+from irl_align.hub.facts import Artefact, Facts, card_name, ratio_interval
 from irl_align.policy.roles import DEMONSTRATIONS, Role
+from irl_align.utils.statistics import Estimate
 from irl_align.utils.text_table import metric_name
 
 AUDIT = {
@@ -35,7 +36,7 @@ class Measured:
     """Largest difference of the two; None where transformers alone cannot give the score."""
     same_ids: int | None
     """Rows that the chat template encodes as in training; None if it is the tokenizer's own."""
-    held_out: dict[str, Interval]
+    held_out: dict[str, Estimate]
     """Source of held-out pairs -> accuracy."""
     pairs: int
     """Number of held-out pairs."""
@@ -121,7 +122,7 @@ def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
         gold = _interval(headline, samples, record)
         if gold is not None and number == artefact.weights:
             name = f"{headline}, T={temperature}"
-            results.append(eval_result(facts, "text-generation", headline, name, gold.value))
+            results.append(eval_result(facts, "text-generation", headline, name, gold.mean))
         label = "pi_0 (SFT)" if number == 0 else f"pi_{number}"
         label = f"{label}, selected" if selects and number == k else label
         values = [record.get("metrics", {}).get(name) for name in texts]
@@ -144,8 +145,8 @@ def _kl(record: Mapping[str, Any]) -> str:
 
 def _interval(
     metric: str, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]
-) -> Interval | None:
-    """A corpus metric with its interval from its rows; NaN bounds where the rows do not give it."""
+) -> Estimate | None:
+    """A corpus metric with its interval from its rows; no bounds where the rows do not give it."""
     value = record.get("metrics", {}).get(metric)
     if value is None:
         return None
@@ -153,9 +154,9 @@ def _interval(
     numbers = [(row.get(top), row.get(bottom) if bottom else 1.0) for row in rows]
     if numbers and not any(None in pair for pair in numbers):
         interval = ratio_interval(*zip(*numbers, strict=True))
-        if math.isclose(interval.value, value, rel_tol=1e-6, abs_tol=1e-9):
+        if math.isclose(interval.mean, value, rel_tol=1e-6, abs_tol=1e-9):
             return interval
-    return Interval(value, math.nan, math.nan)
+    return Estimate(value, None, None, len(rows))
 
 
 def share(value: float | None) -> str:
@@ -163,8 +164,8 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def percent(interval: Interval) -> str:
+def percent(estimate: Estimate) -> str:
     """A share in percent, with its interval if there is one."""
-    if math.isnan(interval.low):
-        return f"{interval.value:.1%}"
-    return f"{interval.value:.1%} ({max(0.0, interval.low):.1%} to {interval.high:.1%})"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.mean:.1%}"
+    return f"{estimate.mean:.1%} ({max(0.0, estimate.low):.1%} to {estimate.high:.1%})"

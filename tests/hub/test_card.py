@@ -19,8 +19,7 @@ from irl_align import RewardModel
 from irl_align.config.recipe import load_recipe
 from irl_align.hub.card import reward_card
 from irl_align.hub.export import export
-from irl_align.hub.facts import Facts
-from irl_align.hub.licences import derive
+from irl_align.hub.facts import Facts, derive
 from irl_align.hub.results import Measured, gold_table
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.train import train
