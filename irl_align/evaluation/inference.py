@@ -90,12 +90,9 @@ def resolve_policy(path: Path) -> SavedPolicy:
     ranking = (Run.load(path).summary or {}).get("ranking") if is_run(path) else None
     if ranking is None:
         return SavedPolicy(model)
+    reward = artefact_folder(path, "reward")
     return SavedPolicy(
-        model,
-        artefact_folder(path, "reward"),
-        int(ranking["n"]),
-        str(ranking["score"]),
-        float(ranking["temperature"]),
+        model, reward, int(ranking["n"]), str(ranking["score"]), float(ranking["temperature"])
     )
 
 
@@ -109,7 +106,7 @@ def saved_reward(path: Path, device: str) -> RewardModel | ImplicitReward:
     view = Run.load(path) if is_run(path) else None
     options = view.recipe["reward"] if view is not None else {}
     iterations = view.recipe["loop"]["iterations"] if view is not None else 0
-    if view is None or options["kind"] != "implicit" or not iterations:
+    if not view or options["kind"] != "implicit" or not iterations:
         return RewardModel.from_pretrained(artefact_folder(path, "reward"), where)
     policy, (first, _) = artefact_folder(path, "policy"), first_policy(view)
     args = scheduled(options["args"], options["schedule"], iterations - 1)

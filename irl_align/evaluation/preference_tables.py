@@ -12,7 +12,7 @@ import numpy as np
 
 from irl_align.evaluation.rewardbench import section_gaps, section_scores
 from irl_align.utils.statistics import Estimate, clustered_difference, clustered_share
-from irl_align.utils.text_table import Cell, Column, Table, estimate_cell, p_value, percent
+from irl_align.utils.text_table import Cell, Column, Table, p_value, percent
 
 FEW_VALUES = 6  # more values of the data's margin are grouped by thirds
 PREFERENCE_REWARD = "trained on preferences"
@@ -134,13 +134,9 @@ def preference_report_tables(report: Mapping[str, Any]) -> list[Table]:
     tables = [_overall_table(report)]
     for title, by_scorer in _grouped(scorers):
         tables.append(_group_table(f"{card}, {title}: accuracy %", by_scorer))
-    if any("sections" in scorer for scorer in scorers.values()):
-        names = list(next(iter(scorers.values()))["sections"])
-        rows = [
-            [name, *(scorer["sections"][section] for section in names)]
-            for name, scorer in scorers.items()
-        ]
-        columns = [Column("scorer"), *map(percent, names)]
+    if sections := next(iter(scorers.values())).get("sections"):
+        rows = [[name, *scorer["sections"].values()] for name, scorer in scorers.items()]
+        columns = [Column("scorer"), *map(percent, sections)]
         tables.append(Table("RewardBench's sections: score %", columns, rows))
     against = _baselines_table(card, scorers)
     return [*tables, against] if against.rows else tables
@@ -164,10 +160,9 @@ def _baselines_table(card: str, scorers: Mapping[str, Any]) -> Table:
     rows: list[list[Cell]] = []
     for name, scorer in scorers.items():
         for baseline, difference in scorer.get("against", {}).items():
-            estimate = estimate_cell(difference)
-            assert estimate is not None
-            p = p_value(difference["p_t"])
-            rows.append([name, baseline, estimate.mean, columns[3].bounds(estimate), p])
+            estimate = Estimate(*(difference[key] for key in ("mean", "low", "high", "n")))
+            interval, p = columns[3].bounds(estimate), p_value(difference["p_t"])
+            rows.append([name, baseline, estimate.mean, interval, p])
     return Table(f"{card}: beyond the baselines", columns, rows)
 
 

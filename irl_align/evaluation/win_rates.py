@@ -79,14 +79,14 @@ def win_rates(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]
 
 def _own_reward(view: RunView, reward: Path) -> str:
     """Which of a run's rewards is in this folder, in words; empty if none is."""
-    folder = reward.resolve()
-    own = (view.summary or {}).get("reward")
-    if own is not None and folder == (view.folder.parent / str(own)).resolve():
-        return "the reward"
-    for k, stage in view.numbered_stages("reward").items():
-        if folder == (view.folder / stage["path"] / "model").resolve():
-            return f"the reward of iteration {k + 1}"
-    return ""
+    own = {
+        view.folder / stage["path"] / "model": f"the reward of iteration {k + 1}"
+        for k, stage in view.numbered_stages("reward").items()
+    }
+    if last := (view.summary or {}).get("reward"):
+        own = {view.folder.parent / str(last): "the reward", **own}
+    names = (name for path, name in own.items() if path.resolve() == reward.resolve())
+    return next(names, "")
 
 
 def _wins(reward: RewardModel, samples: LastSamples) -> dict[str, Any]:

@@ -102,9 +102,7 @@ class Facts:
     def base_model(self) -> str | None:
         """The recipe's model: a Hub id, or the name of a local folder; None from scratch."""
         path: str | None = self.view.recipe["model"]["path"]
-        if path is None or not Path(path).exists():
-            return path
-        return Path(path).resolve().name
+        return Path(path).resolve().name if path and Path(path).exists() else path
 
     @property
     def base_hub_id(self) -> str | None:
@@ -168,8 +166,7 @@ class Facts:
         for name, stage in self.view.stages.items():
             roles.setdefault(stage["key"], name)
         queue, lineage = [role], dict[str, str]()
-        while queue:
-            current = queue.pop(0)
+        for current in queue:  # which grows
             if current in lineage:
                 continue
             record = self.record(current)
@@ -183,8 +180,7 @@ class Facts:
         """The resolved recipe as YAML, without this machine's paths and addresses."""
         recipe = _public(self.view.recipe)
         recipe.pop("output_dir", None)
-        text: str = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-        return text
+        return str(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
     def _folder(self, stage: Mapping[str, str]) -> Path:
         return (self.view.folder / stage["path"]).resolve()
@@ -256,13 +252,13 @@ def derive(facts: Facts, given: str | None = None) -> Licence:
 
     given: the publisher's choice, which takes precedence.
     """
-    data = _joined(facts.front.get("license"))
-    base = _base_licence(facts)
-    sources = f"the demonstrations: {data or UNKNOWN}; the base model: {base or UNKNOWN}"
+    data, base = _joined(facts.front.get("license")), _base_licence(facts)
+    model = f"the base model: {base or UNKNOWN}"
     if facts.base_model is None:
-        sources = f"the demonstrations: {data or UNKNOWN}; no base model (trained from scratch)"
+        model = "no base model (trained from scratch)"
+    sources = f"the demonstrations: {data or UNKNOWN}; {model}"
     if given is not None:
-        return Licence(given, f"chosen by the publisher. {sources[0].upper()}{sources[1:]}")
+        return Licence(given, f"chosen by the publisher. T{sources[1:]}")
     return combine(data, base, facts.base_model is not None, sources)
 
 

@@ -50,19 +50,25 @@ def _columns(
 ) -> dict[str, Any]:
     def prompt_texts(name: str) -> list[str]:
         ids = [tuple(row) for row in column(rows, name)]
-        missing = list(dict.fromkeys(row for row in ids if row not in prompts))
         # A prompt that was edited for contrast is not in the data: decode its ids.
-        own = dict(zip(missing, decode_batch(tokenizer, missing), strict=True)) if missing else {}
-        return [prompts.get(row) or own[row] for row in ids]
+        edited = [row for row in ids if row not in prompts]
+        decoded = dict(zip(edited, decode_batch(tokenizer, edited), strict=True)) if edited else {}
+        return [prompts.get(row) or decoded[row] for row in ids]
 
-    kept = ("source", "iteration", "sample_index", "rejected_truncated", "temperature")
+    kept = (
+        "source",
+        "iteration",
+        "sample_index",
+        "rejected_truncated",
+        "temperature",
+        "prompt_key",
+    )
     return {
         "prompt": prompt_texts("prompt_ids"),
         "chosen": decode_batch(tokenizer, column(rows, "chosen_ids")),
         "rejected": decode_batch(tokenizer, column(rows, "rejected_ids")),
         "rejected_prompt": prompt_texts("rejected_prompt_ids"),
-        **{name: column(rows, name) for name in kept},
-        "prompt_key": column(rows, "prompt_key"),
+        **{name: column(rows, name) for name in (*kept, "prompt_key")},
     }
 
 

@@ -37,6 +37,7 @@ WAIT = 2.0
 RETRIED = (408, 429, 500, 502, 503, 504)
 # Files of an earlier push that this push may not have: other shards, other iterations.
 STALE = re.compile(r"(model.*\.safetensors(\.index\.json)?|(pairs|samples)/[^/]+\.parquet)")
+NO_MODEL = "no known model"
 NO_RIGHT = "push: the token may not write to {repo}; use one with the right to write there"
 RESUMES = "the same command resumes"
 Parameters = ParamSpec("Parameters")
@@ -144,9 +145,7 @@ class _Push:
 
     def run(self) -> Pushed:
         """Check an existing repository, create what is missing, commit, tag."""
-        info = self._existing()
-        if info is not None:
-            self._check_existing(info)
+        self._check_existing()
         url = retried(self.api.create_repo, **self.at, private=self.target.private, exist_ok=True)
         branch = self.target.revision
         if branch is not None:
@@ -157,18 +156,14 @@ class _Push:
             self._tag(commit, f"iteration-{self.exported.iteration}")
         return Pushed(str(url), commit, commit != before)
 
-    def _existing(self) -> Any | None:
-        """The Hub's record of the branch, or of the main branch if it is missing; None if the
-        repository is missing."""
-        try:
-            with suppress(RevisionNotFoundError):
-                return retried(self.api.repo_info, **self.at, revision=self.target.revision)
-            return retried(self.api.repo_info, **self.at)
-        except RepositoryNotFoundError:
-            return None
-
-    def _check_existing(self, info: Any) -> None:
+    def _check_existing(self) -> None:
         """Refuse a public repository for private data, and one that holds something else."""
+        try:
+            info = retried(self.api.repo_info, **self.at, revision=self.target.revision)
+        except RevisionNotFoundError:  # a new branch starts from the main one
+            info = retried(self.api.repo_info, **self.at)
+        except RepositoryNotFoundError:
+            return
         if self.target.private and not info.private:
             raise UserError(
                 f"--private: {self.repo} exists and is public; make it private in its settings, or "
@@ -181,21 +176,17 @@ class _Push:
         contents = f"{self.repo} holds {', '.join(sorted(names)[:3])}{more}"
         advice = "choose another name, or overwrite it with --force"
         if self.kind == "dataset":
-            if "irl-align" not in (info.tags or []):
-                raise UserError(
-                    f"--repo: the dataset {contents} and was not made by irl-align; {advice}"
-                )
-            return
-        theirs = self._architecture(info.sha)
-        ours = _architecture(self.exported.folder / "config.json")
+            if "irl-align" in (info.tags or []):
+                return
+            raise UserError(
+                f"--repo: the dataset {contents} and was not made by irl-align; {advice}"
+            )
+        file = {**self.at, "filename": "config.json", "revision": info.sha}
+        theirs, ours = NO_MODEL, _architecture(self.exported.folder / "config.json")
+        with suppress(EntryNotFoundError):
+            theirs = _architecture(Path(retried(lambda: self.api.hf_hub_download(**file))))
         if theirs != ours:
             raise UserError(f"--repo: {contents} of {theirs}, and this is {ours}; {advice}")
-
-    def _architecture(self, commit: str) -> str:
-        file = {**self.at, "filename": "config.json", "revision": commit}
-        with suppress(EntryNotFoundError):
-            return _architecture(Path(retried(lambda: self.api.hf_hub_download(**file))))
-        return "no known model"
 
     def _commit(self) -> str:
         """Commit all files, unless the repository has them already. Returns the commit's hash.
@@ -239,9 +230,9 @@ def _architecture(config: Path) -> str:
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:
-        return "no known model"
+        return NO_MODEL
     names = values.get("architectures") or [values.get("model_type")]
-    return ", ".join(map(str, names)) if any(names) else "no known model"
+    return ", ".join(map(str, names)) if any(names) else NO_MODEL
 
 
 def retried(

@@ -45,17 +45,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Accuracy of a reward on held-out pairs, next to the shortcuts of its audit."""
-
-    rows: list[list[str]]
-    held_out: dict[str, float] | None
-    """Pair loss and calibration error; None where the run did not measure them."""
-    fresh: float | None
-    """Accuracy against samples of the policy that was improved on the reward."""
-
-
-@dataclass(frozen=True)
 class GoldTable:
     """Policies and demonstrations by the task's gold metric."""
 
@@ -83,8 +72,13 @@ def eval_result(facts: Facts, task: str, metric: str, name: str, value: float) -
     )
 
 
-def accuracy_table(facts: Facts, artefact: Artefact, measured: Measured) -> Accuracy:
-    """Accuracy of a reward on held-out pairs, by source, by shortcut and by iteration."""
+def accuracy_table(facts: Facts, artefact: Artefact, measured: Measured) -> dict[str, Any]:
+    """Accuracy of a reward on held-out pairs.
+
+    rows: a table by source, by shortcut of its audit and by iteration. held_out: pair loss and
+    calibration error, None where the run did not measure them. fresh: accuracy against samples of
+    the policy that was improved on the reward.
+    """
     k = artefact.iteration
     report = facts.view.record(Role.reward(k))
     audit, held_out = report.get("audit", {}), report.get("held_out", {})
@@ -97,7 +91,8 @@ def accuracy_table(facts: Facts, artefact: Artefact, measured: Measured) -> Accu
         for number, older in report.get("older", {}).items()
     ]
     fresh = facts.view.record(Role.vitals(k + 1)).get("fresh_accuracy")
-    return Accuracy(rows, held_out if held_out.get("loss") is not None else None, fresh)
+    measured_loss = held_out if held_out.get("loss") is not None else None
+    return {"rows": rows, "held_out": measured_loss, "fresh": fresh}
 
 
 def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
