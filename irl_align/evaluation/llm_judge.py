@@ -119,10 +119,6 @@ class Verdicts:
         self._lock = threading.Lock()
         self._failures = 0
 
-    def get(self, question: tuple[str, str, str]) -> str | None:
-        """A, B or C; None where there is no verdict."""
-        return self.known.get(self.key(question))
-
     def key(self, question: tuple[str, str, str]) -> str:
         """A hash of everything that the judge reads."""
         content = json.dumps([SYSTEM, QUESTION, self.endpoint.model, *question])
@@ -204,13 +200,13 @@ def _outcome(pairs: Sequence[Pair], verdicts: Verdicts) -> dict[str, Any]:
     counts = Counter(dict.fromkeys(names, 0))
     outcomes, keys = [], []
     for pair in pairs:
-        first, second = pair.questions()
-        both = verdicts.get(first), verdicts.get(second)
+        questions = [verdicts.key(question) for question in pair.questions()]
+        both = verdicts.known.get(questions[0]), verdicts.known.get(questions[1])
         if pair.own == pair.other:
             both = "C", "C"
             counts["equal_texts"] += 1
         elif None in both:
-            unreadable = any(verdicts.key(q) in verdicts.unreadable for q in (first, second))
+            unreadable = not verdicts.unreadable.keys().isdisjoint(questions)
             counts["unreadable" if unreadable else "unanswered"] += 1
             continue
         result, outcome = DECIDED.get(both, ("ties", 0.5))

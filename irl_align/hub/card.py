@@ -212,8 +212,8 @@ def _demonstrations(facts: Facts) -> str:
 def _limits(facts: Facts, limits: list[str]) -> list[str]:
     """Known limits of the method, of the data, and of this run."""
     warnings = [f"Warning in training: {sign}." for sign in facts.view.signs()]
-    problems = facts.about.partition("**Known problems.**")[2].split("\n\n")[0]
-    data = [f"The demonstrations: {' '.join(problems.split())}"] if problems.strip() else []
+    problems = facts.about.partition("**Known problems.**")[2].split("\n\n")[0].split()
+    data = [f"The demonstrations: {' '.join(problems)}"] if problems else []
     return [*limits, *data, *(warnings or ["No warning sign was raised in training."])]
 
 
@@ -224,9 +224,7 @@ def _origin(facts: Facts, role: str, checksum: str | None) -> dict[str, Any]:
     rows += [(f"{part} demonstrations", f"sha256 `{value}`") for part, value in sums.items()]
     if checksum is not None:
         rows.append(("the run's model folder", f"sha256 `{checksum}`"))
-    versions = [
-        f"{name} {value}"
-        for name, value in facts.view.by_key.get("environment", {}).items()
-        if name not in ("key", "device", "seed")
-    ]
-    return {"rows": rows, "versions": ", ".join(versions), "exporter": __version__}
+    environment = facts.view.by_key.get("environment", {})
+    libraries = (name for name in environment if name not in ("key", "device", "seed"))
+    versions = ", ".join(f"{name} {environment[name]}" for name in libraries)
+    return {"rows": rows, "versions": versions, "exporter": __version__}

@@ -9,12 +9,14 @@ from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.evaluation.preference_tables import (
+    SECTIONS,
     PairSet,
     preference_notes,
     preference_report,
     preference_report_tables,
+    section_gaps,
+    section_scores,
 )
-from irl_align.evaluation.rewardbench import SECTIONS, section_gaps, section_scores
 
 pytestmark = pytest.mark.timeout(240)
 EVERY = [subset for section in SECTIONS.values() for subset in section]
