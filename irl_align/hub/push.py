@@ -158,6 +158,7 @@ class _Push:
 
     def _check_existing(self) -> None:
         """Refuse a public repository for private data, and one that holds something else."""
+        info: Any  # the union of the client's records lacks fields that models and datasets have
         try:
             info = retried(self.api.repo_info, **self.at, revision=self.target.revision)
         except RevisionNotFoundError:  # a new branch starts from the main one
