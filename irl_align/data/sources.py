@@ -175,7 +175,7 @@ def _parse(file: Path, content: bytes, group: str) -> Iterator[Raw]:
     elif suffix == ".csv":
         rows, unit = _csv(file, content), "line"
     elif suffix == ".json" and content.lstrip().startswith(b"["):
-        rows, unit = _json_array(file, content), "item"
+        rows, unit = enumerate(_json(str(file), content), 1), "item"
     elif suffix in (".json", ".jsonl"):
         rows, unit = _json_lines(file, content), "line"
     else:
@@ -203,10 +203,6 @@ def _json_lines(file: Path, content: bytes) -> Numbered:
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield number, _json(f"{file}, line {number}", line)
-
-
-def _json_array(file: Path, content: bytes) -> Numbered:
-    yield from enumerate(_json(str(file), content), 1)
 
 
 def _json(place: str, content: bytes) -> Any:

@@ -214,21 +214,13 @@ gold = SlotErrorRate(_check)
 """Gold metric; :class:`irl_align.tasks.gold.GoldMetric`."""
 
 
-def edit(prompt: str, rng: random.Random) -> str:
+def edit(prompt: str, rng: random.Random, weights: Mapping[str, int] | None = None) -> str:
     """A neighbouring prompt with one slot added, dropped or changed in meaning.
 
     The name is never dropped. A prompt in lower case gives one in lower case. "restaurant" is
-    neither added nor dropped, since a text may call any venue a restaurant.
+    neither added nor dropped, since a text may call any venue a restaurant. weights: relative
+    frequencies of change, add and drop; the default of each is 1.
     """
-    return _edited(prompt, rng)
-
-
-def edit_values(prompt: str, rng: random.Random) -> str:
-    """Like edit, but half of the edits change a value and a quarter each add or drop a slot."""
-    return _edited(prompt, rng, {"change": 2})
-
-
-def _edited(prompt: str, rng: random.Random, weights: Mapping[str, int] | None = None) -> str:
     slots = slots_of(prompt)
     used = {_key(slots[slot]) for slot in ("name", "near") if slot in slots}
     venues = {
@@ -247,6 +239,11 @@ def _edited(prompt: str, rng: random.Random, weights: Mapping[str, int] | None =
     edited = meaning.edit(slots, changes, additions, droppable, rng, weights)
     text = meaning.render({slot: edited[slot] for slot in ORDER if slot in edited})
     return text.lower() if prompt == prompt.lower() else text
+
+
+def edit_values(prompt: str, rng: random.Random) -> str:
+    """Like edit, but half of the edits change a value and a quarter each add or drop a slot."""
+    return edit(prompt, rng, {"change": 2})
 
 
 def _other_values(slot: str, value: str) -> list[str]:

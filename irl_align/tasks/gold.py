@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from irl_align.errors import UserError
 from irl_align.tasks.bleu import corpus_bleu
@@ -79,7 +79,7 @@ class SlotErrorRate:
         total = {name: sum(row[name] for row in rows) for name in rows[0]}
         corpus = {"slot_error_rate": total["slot_errors"] / total["slots"]}
         corpus["fully_right"] = total["fully_right"] / len(rows)
-        for kind in ("missing", "wrong", "hallucinated"):
+        for kind in get_args(SlotError):
             corpus[f"{kind}_rate"] = total[kind] / total["slots"]
         if any(references):
             corpus["bleu"] = corpus_bleu(completions, references)
@@ -88,11 +88,6 @@ class SlotErrorRate:
     def _row(self, prompt: str, completion: str) -> dict[str, float]:
         slots, errors = self.check(prompt, completion)
         kinds = list(errors.values())
-        return {
-            "slot_errors": float(len(kinds)),
-            "slots": float(slots),
-            "missing": float(kinds.count("missing")),
-            "wrong": float(kinds.count("wrong")),
-            "hallucinated": float(kinds.count("hallucinated")),
-            "fully_right": float(not kinds),
-        }
+        row = {"slot_errors": float(len(kinds)), "slots": float(slots)}
+        row |= {kind: float(kinds.count(kind)) for kind in get_args(SlotError)}
+        return row | {"fully_right": float(not kinds)}

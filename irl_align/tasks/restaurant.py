@@ -106,17 +106,13 @@ _OPTIONAL = SLOTS[1:]
 _SHARES = {"test": range(10), "validation": range(10, 20), "train": range(20, 100)}
 
 
-def _surfaces() -> dict[str, tuple[str, str]]:
-    """Phrase -> the slot and the value that it states."""
-    surfaces: dict[str, tuple[str, str]] = {}
-    for slot, values in PHRASES.items():
-        for value, phrases in values.items():
-            for phrase in (value,) if slot == "name" else sum(phrases, ()):
-                surfaces[phrase] = (slot, value)
-    return surfaces
-
-
-_STATED = _surfaces()
+# Phrase -> the slot and the value that it states.
+_STATED = {
+    phrase: (slot, value)
+    for slot, values in PHRASES.items()
+    for value, phrases in values.items()
+    for phrase in ((value,) if slot == "name" else sum(phrases, ()))
+}
 _PHRASE = re.compile(
     r"\b(?:" + "|".join(map(re.escape, sorted(_STATED, key=len, reverse=True))) + r")\b"
 )
