@@ -1,14 +1,14 @@
-"""What a user can mend, and what may mend itself."""
+"""Errors that a user can fix, and faults that may not happen again."""
 
 from irl_align.utils.sanitize import printable
 
 
 class UserError(Exception):
-    """A mistake or fault that the user can mend, told in one line.
+    """An error that the user can fix, reported in one line.
 
-    The message names the file and field, what was found and what is expected. The command line
-    prints it without a traceback (unless ``--debug``) and exits with status 2. It often quotes what
-    was found, or another library's words of it: control characters in it become escapes.
+    The message names the file and field, what was found, what is expected and what to do. The
+    command line prints it without a traceback (unless ``--debug``) and exits with status 2. The
+    message may quote user data or another library's error, so control characters are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,8 +16,8 @@ class UserError(Exception):
 
 
 class TryAgain(Exception):
-    """A fault that may have been the machine's own, as a NaN out of nowhere.
+    """A fault that the machine may have caused, such as an unexplained NaN.
 
-    The stage that raises it is built once more, from its last checkpoint. Who raises it sees to it
-    that a fault that comes again at the same place is not raised so again.
+    The stage that raises it is built once more from its last checkpoint. The code that raises it
+    must raise UserError instead when the same fault happens again at the same place.
     """

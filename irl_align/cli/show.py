@@ -15,7 +15,7 @@ from irl_align.evaluation.compare.run_tables import (
 )
 from irl_align.evaluation.compare.tables import comparison_tables, notes
 from irl_align.evaluation.tables import evaluation_notes, evaluation_tables
-from irl_align.training.run_folder import RunView, records_told
+from irl_align.training.run_folder import RunView, records_checked
 from irl_align.utils.text_table import Table, terminal_tables
 
 
@@ -29,7 +29,7 @@ def show_runs(views: Sequence[RunView], console: Console) -> None:
 
     Raises UserError: a run holds records that no run writes.
     """
-    with records_told(", ".join(str(view.folder) for view in views)):
+    with records_checked(", ".join(str(view.folder) for view in views)):
         show_policies(views, console)
         for view in views:
             _print_tables(run_tables(view), console)

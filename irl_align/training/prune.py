@@ -1,7 +1,7 @@
-"""What of a store of stages can be deleted, and its deletion.
+"""Find and delete the parts of a store that no run needs.
 
-Kept are the stages that a run beside the store links, with all that went into them, and what an
-unfinished run would go on from. Nothing here imports torch.
+A stage stays if a run next to the store links it, if such a stage was made from it, or if an
+unfinished run would resume from it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from irl_align.training.run_folder import Run, RunView, is_run
 from irl_align.training.store import DAMAGED, RECORD, SCRATCH, WORK
 from irl_align.utils.files import files_of, is_sealed, locked, read_json
 
-MEND = "run prune again when the file has been mended or deleted"
+REPAIR = "repair or delete the file, then run prune again"
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,31 @@ class Findings:
     kept: int
     """Bytes of the store that are needed."""
     runs: list[str]
-    """Names of the runs that were looked at; an unfinished one is marked so."""
+    """Names of the runs; unfinished ones are marked."""
 
     @property
     def bytes(self) -> int:
-        """Of all that can be deleted."""
+        """Bytes that can be deleted."""
         return sum(waste.bytes for waste in self.waste)
 
 
 def runs_folder(path: Path) -> Path:
-    """The folder of runs that is meant: it, or its store. UserError where there is no store."""
+    """The folder of runs, given itself or its store. Raises UserError: there is no store."""
     folder = path.parent if path.name == "store" else path
     if not (folder / "store").is_dir():
-        raise UserError(f"{path}: found no store of stages, expected the folder of runs beside one")
+        raise UserError(
+            f"{path}: found no store of stages, expected the folder of runs that has one"
+        )
     return folder
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Keep every run of the folder from starting; UserError where one is under way."""
+    """Lock every run of the folder for the block. Raises UserError: a run is in progress."""
 
     def refuse(name: str) -> Callable[[str], None]:
         def busy(holder: str) -> None:
-            raise UserError(f"run {name} is in use by {holder}: prune when it is done")
+            raise UserError(f"run {name} is in use by {holder}; run prune when it has ended")
 
         return busy
 
@@ -72,15 +74,17 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def find_waste(folder: Path) -> Findings:
-    """What in the store of a folder of runs no run needs. UserError: a run or a record is damaged,
-    so that it cannot be told what is needed."""
+    """The parts of a store that no run of the folder needs.
+
+    Raises UserError: a run or a record is damaged, so that its needs are unknown.
+    """
     views = [Run.load(path) for path in sorted(folder.iterdir()) if is_run(path)]
     store = folder / "store"
     committed = {path.name: path for path in sorted(store.glob("[!.]*")) if path.is_dir()}
     needed = _with_inputs({name for view in views for name in _linked(view)}, committed)
     unfinished = [view for view in views if view.summary is None]
     waste = [
-        Waste(path, _size(path), "no run beside the store links it")
+        Waste(path, _size(path), "no run links it")
         for name, path in committed.items()
         if name not in needed
     ]
@@ -92,9 +96,9 @@ def find_waste(folder: Path) -> Findings:
     return Findings(waste, total - sum(one.bytes for one in waste), names)
 
 
-def delete(found: Findings) -> None:
-    """Delete what was found. Hold the runs meanwhile; a stage that is being built is left alone."""
-    for waste in found.waste:
+def delete(findings: Findings) -> None:
+    """Delete the waste, except of a stage that is being built. Call it inside ``holding``."""
+    for waste in findings.waste:
         lock = waste.path.parent / f"{waste.path.name}.lock"
         if waste.path.parent.name == WORK and lock.exists():
             with _unless_held(lock) as free:
@@ -110,30 +114,30 @@ def _linked(view: RunView) -> Iterator[str]:
 
 
 def _with_inputs(names: set[str], committed: dict[str, Path]) -> set[str]:
-    """Names of stages and, by the keys in their records, of all that they were made from."""
+    """Names of stages and of all stages that they were made from, by the keys in their records."""
     by_key = {name.rpartition("-")[2]: name for name in committed}
-    found, left = set[str](), [name for name in names if name in committed]
+    needed, left = set[str](), [name for name in names if name in committed]
     while left:
         name = left.pop()
-        if name in found:
+        if name in needed:
             continue
-        found.add(name)
-        record: Any = read_json(committed[name] / RECORD, "the record of a finished stage", MEND)
+        needed.add(name)
+        record: Any = read_json(committed[name] / RECORD, "the record of a finished stage", REPAIR)
         inputs = record.get("inputs", {})
         for value in inputs.values() if isinstance(inputs, dict) else ():
             parts = str(value).replace("+", " ").replace("/", " ").replace("@", " ").split()
             left += [by_key[part] for part in parts if part in by_key]
-    return found
+    return needed
 
 
 def _unfinished(path: Path, committed: dict[str, Path], wanted: bool) -> Iterator[Waste]:
-    """Waste of a folder of work; `wanted`: a run beside it is to go on."""
+    """Waste in the folder of a stage that is not committed; wanted: a run may resume it."""
     if path.name.endswith(DAMAGED):
-        yield Waste(path, _size(path), "damaged, and built anew")
+        yield Waste(path, _size(path), "damaged, and built again")
     elif path.name in committed:
-        yield Waste(path, _size(path), "left over: the stage is finished")
+        yield Waste(path, _size(path), "left over from a finished stage")
     elif not wanted:
-        yield Waste(path, _size(path), "unfinished, and no run beside it is")
+        yield Waste(path, _size(path), "unfinished, and every run is finished")
     else:
         sealed = [c for c in (path / SCRATCH).glob("checkpoint-*") if is_sealed(c)]
         newest = max(sealed, key=lambda c: int(c.name.split("-")[1]), default=None)
@@ -144,7 +148,7 @@ def _unfinished(path: Path, committed: dict[str, Path], wanted: bool) -> Iterato
 
 @contextmanager
 def _unless_held(lock: Path) -> Iterator[bool]:
-    """Hold a lock that is free; False where another process has it."""
+    """Take a lock if it is free; False if another process has it."""
 
     class Held(Exception):
         pass

@@ -1,4 +1,4 @@
-"""The run folder: what a run was told, what it measured, and links to its stages.
+"""The run folder: the recipe of a run, what the run measured, and links to its stages.
 
 Nothing here imports torch.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from irl_align.training.store import Stage
 
 REBUILD = "delete this stage's folder and run the recipe again"
-RERUN = "delete this file and run the recipe again, which writes it anew from finished stages"
+RERUN = "delete this file and run the recipe again, which writes it from finished stages"
 
 
 class Run:
@@ -54,10 +54,10 @@ class Run:
     def open(
         cls, folder: Path, recipe_resolved: Mapping[str, Any], recipe_text: str
     ) -> Iterator[Run]:
-        """Hold ``folder`` for this process and record the recipe there.
+        """Lock ``folder`` for this process and write the recipe there.
 
-        If the folder has another recipe, that one is kept as ``recipe.previous.yaml`` and its
-        results are dropped; its stages stay in the store, where this recipe finds what it shares.
+        If the folder has another recipe, that recipe is moved to ``recipe.previous.yaml`` and its
+        results are deleted. Its stages stay in the store and can be reused.
 
         Raises:
             UserError: another process has the run, its files are damaged, or the disk is full.
@@ -70,7 +70,9 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
                 if path.is_symlink():
-                    raise UserError(f"{path}: found a link, expected what a run writes; delete it")
+                    raise UserError(
+                        f"{path}: found a link, expected a file that a run writes; delete it"
+                    )
             with locked(folder / ".lock", refuse):
                 recipe = yaml.safe_dump(dict(recipe_resolved), sort_keys=False, allow_unicode=True)
                 _replace_recipe(folder, recipe)
@@ -116,7 +118,7 @@ class Run:
         NaN and infinity become null.
         """
         if "key" in record:
-            raise ValueError("'key' names the line itself: use another field")
+            raise ValueError("the field 'key' is reserved for the key of the record")
         self._metrics[str(key)] = {"key": str(key), **record}
         self._write("metrics.jsonl", to_lines(self._metrics.values()))
 
@@ -131,7 +133,7 @@ class Run:
         self._write(f"samples/{name}.jsonl", to_lines(rows))
 
     def link(self, role: Role, stage: Stage) -> None:
-        """Note in ``stages.json`` which stage has this role in the run."""
+        """Write to ``stages.json`` which stage has this role in the run."""
         path = Path(os.path.relpath(stage.path, self.folder)).as_posix()
         self._stages[str(role)] = {"name": stage.name, "key": stage.key, "path": path}
         self._write("stages.json", to_json(self._stages, indent=2) + "\n")
@@ -162,7 +164,7 @@ def is_run(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunView:
-    """What a run folder says; ``summary`` is None until the run has finished."""
+    """The contents of a run folder; ``summary`` is None until the run has finished."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -226,8 +228,10 @@ class RunView:
         return self.summary
 
     def ppo_records(self, file: str = "metrics.jsonl") -> dict[str, list[dict[str, Any]]]:
-        """Lines that each PPO training wrote into a file of its stage, by role: of metrics.jsonl
-        one per update, of samples.jsonl one per sample kept."""
+        """Role -> the lines that a PPO training wrote to a file of its stage.
+
+        metrics.jsonl has a line per update, samples.jsonl a line per stored sample.
+        """
         paths = {
             role: self.folder / stage["path"] / file
             for role, stage in self.stages.items()
@@ -237,22 +241,25 @@ class RunView:
 
 
 @contextmanager
-def records_told(what: str) -> Iterator[None]:
-    """Turn what a reader makes of records that no run wrote, by hand or worse, into a UserError."""
+def records_checked(what: str) -> Iterator[None]:
+    """Raise UserError if the block fails on records that no run wrote, such as edited ones."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"{what}: found records that are not a run's ({cause}); run its recipe again, which "
-            "writes them anew"
+            f"{what}: found records that no run wrote ({cause}); run its recipe again, which "
+            "writes them"
         ) from error
 
 
 def _replace_recipe(folder: Path, recipe: str) -> None:
     path = folder / "recipe.yaml"
     if path.exists() and path.read_bytes() != recipe.encode():
-        print(f"run {folder}: the recipe has changed; kept recipe.previous.yaml", file=sys.stderr)
+        print(
+            f"run {folder}: the recipe has changed; the old one is now recipe.previous.yaml",
+            file=sys.stderr,
+        )
         atomic_write(folder / "recipe.previous.yaml", path.read_bytes())
         for stale in ("metrics.jsonl", "stages.json", "summary.json"):
             (folder / stale).unlink(missing_ok=True)
@@ -261,14 +268,14 @@ def _replace_recipe(folder: Path, recipe: str) -> None:
 
 
 class _Resolved(dict[str, Any]):
-    """A run's recipe: a group that is missing is a damaged file, told where it is asked for."""
+    """A run's recipe. Reading a missing group raises UserError: the file is damaged."""
 
     def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
         super().__init__(recipe)
         self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.path}: found no {key}, expected a run's whole recipe; {RERUN}")
+        raise UserError(f"{self.path}: found no {key}, expected the whole recipe of a run; {RERUN}")
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -287,10 +294,12 @@ def _read_stages(folder: Path) -> dict[str, dict[str, str]]:
         fields = isinstance(stage, dict) and {"name", "key", "path"} <= stage.keys()
         if not fields or not all(isinstance(value, str) for value in stage.values()):
             raise UserError(f"{path}: {role!r}: found no stage's name, key and path; {RERUN}")
-        # Beside the run by its name: the store itself may be a link to a larger disk.
+        # The check is on names, since the store itself may be a link to a larger disk.
         place = os.path.normpath(Path("run") / stage["path"])  # an absolute path stays one
         if Path(place).parts[0] in ("..", "/"):
-            raise UserError(f"{path}: {role!r}: found {stage['path']!r}, expected a path beside it")
+            raise UserError(
+                f"{path}: {role!r}: found {stage['path']!r}, expected a path next to it"
+            )
     return stages
 
 
@@ -306,7 +315,7 @@ def artefact_folder(path: Path, what: str) -> Path:
     folder = path.parent / str(summary[what])
     if not folder.is_dir():
         raise UserError(
-            f"{path}: its {what} lies in {folder}, which is not there; a run is copied with the "
-            "folder store beside it, or run its recipe again"
+            f"{path}: its {what} should be in {folder}, which is missing; copy the folder store "
+            "together with the run, or run its recipe again"
         )
     return folder

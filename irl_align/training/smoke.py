@@ -1,8 +1,8 @@
-"""`train RECIPE --smoke`: a recipe's own code path in seconds, with a tiny model and tiny data.
+"""`train RECIPE --smoke`: run the code of a recipe in seconds, with a tiny model and tiny data.
 
-Losses, credit, pair sources, windows, schedules and the policy update are the recipe's. Its sizes
-are not, nor its model (the same architecture, tiny) and its data: made up, in the columns and with
-the template of its own card. So the numbers mean nothing.
+Losses, credit, pair sources, windows, schedules and the policy update are those of the recipe. The
+model has the same architecture with tiny sizes. The data are made up, in the columns and with the
+template of the recipe's card. So the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from irl_align.utils import distributed
 from irl_align.utils.files import atomic_write
 
 _MARK = "SMOKE"  # a file in folders that a smoke run may clear
-# A tiny vocabulary makes more tokens of a text.
+# A text has more tokens in a tiny vocabulary.
 _LIMITS: dict[str, Any] = {"max_prompt_tokens": 256, "max_completion_tokens": 192}
 _SIZES = {
     "hidden_size": 64,
@@ -45,9 +45,9 @@ _SIZES = {
 }
 _KEY_VALUE_HEADS = 1  # grouped-query attention where the architecture has it
 _VOCABULARY = 512
-_LARGEST = 5_000_000  # parameters: of an architecture that names its sizes otherwise, and is not it
+_LARGEST = 5_000_000  # parameters; an architecture with other names for its sizes is larger
 _LEARN: dict[str, Any] = {"max_steps": 40, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
-"""Steps after which samples of a tiny model end: without EOS they would make no pairs."""
+"""Training after which the samples of a tiny model end; without EOS they would make no pairs."""
 _STEPS = 2  # of every training of the recipe
 
 _NAMES = {
@@ -68,9 +68,9 @@ _NAMES = {
     "phi": "phi3",
     "opt-": "opt",
 }
-"""Part of a Hub id -> architecture, for models that cannot be reached; the first that fits."""
+"""Part of a Hub id -> architecture, for models that cannot be reached; the first match counts."""
 
-# What the tokenizers of chat models write; Hub ids that cannot be reached have none to copy.
+# The template for chat cards when the tokenizer on the Hub cannot be reached.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
     "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -85,12 +85,16 @@ def smoke_folder(recipe: Recipe) -> Path:
 def run_smoke(recipe: Recipe) -> Result:
     """Run the tiny copy of a recipe from its start, in a folder of its own.
 
-    Nothing of an earlier smoke run is reused: the code may have changed since. Raises UserError
-    for an architecture of which there is no tiny model, and for all that a run raises it for.
+    No earlier smoke run is reused, since the code may have changed. Raises UserError: there is no
+    tiny model of the architecture, or the run itself fails with one.
     """
     folder = smoke_folder(recipe)
     if folder.exists() and not (folder / _MARK).exists():
-        raise UserError(f"output_dir: {folder} is not a smoke run's folder: move it, or change it")
+        raise UserError(
+            raise UserError(
+                f"output_dir: {folder} is not the folder of a smoke run; move it, or choose another"
+            )
+        )
 
     def prepare() -> Recipe:
         shutil.rmtree(folder, ignore_errors=True)
@@ -103,7 +107,7 @@ def run_smoke(recipe: Recipe) -> Result:
 
 
 def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The tiny copy of a recipe; its data and its model are written to folder/inputs."""
+    """The tiny copy of a recipe; its data and model are written to folder/inputs."""
     inputs = folder / "inputs"
     values = to_dict(recipe)
     values["output_dir"], values["report_to"] = str(folder), []
@@ -121,7 +125,7 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if preferences is not None:
         path = write_preferences(load_card(preferences.card), preferences.split, inputs)
         values["reward"]["preferences"] |= {"card": str(path), "path": None}
-    if recipe.pairs.contrast == "edit" and card.edit is None:  # it is of the card's own prompts
+    if recipe.pairs.contrast == "edit" and card.edit is None:  # the edit needs the card's prompts
         plain = {"contrast": "neighbour", "contrast_edits": 1, "contrast_crossed": False}
         values["pairs"] |= plain
     if card.gold is None:
@@ -149,7 +153,7 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _shrink(values: dict[str, Any]) -> None:
-    """Few prompts, steps and samples in a recipe's plain values; signs off, since they judge."""
+    """Reduce prompts, steps and samples in a recipe's plain values, and switch its signs off."""
     _at_most(values["generation"], max_new_tokens=48, samples_per_prompt=2)
     values["generation"] |= {"backend": "transformers", "engine": {}, "server": {}}
     _small_args(values["sft"]["args"])
@@ -182,7 +186,7 @@ def _at_most(options: dict[str, Any], **limits: int) -> None:
 
 
 def _small_args(args: dict[str, Any], schedule: dict[str, Any] | None = None) -> None:
-    """Two small steps of a TRL trainer; a field that the schedule gives is left to it."""
+    """Two small steps of a TRL trainer; fields that the schedule sets are left alone."""
     few = {
         "max_steps": _STEPS,
         "per_device_train_batch_size": min(args.get("per_device_train_batch_size", 4), 4),
@@ -196,10 +200,10 @@ def _small_args(args: dict[str, Any], schedule: dict[str, Any] | None = None) ->
 
 
 def write_model(options: ModelOptions, card: Card, folder: Path) -> None:
-    """A tiny model of the architecture of options.path, and its tokenizer, in a folder.
+    """Write a tiny model of the architecture of options.path, and its tokenizer, to a folder.
 
-    Its weights are random, but for a few steps on the tiny data, after which its samples end.
-    Raises UserError where the architecture is not known, or has no tiny model.
+    Random weights are trained for a few steps on the tiny data, so that samples end.
+    Raises UserError: the architecture is not known, or has no tiny model.
     """
     rows = load_demonstrations(card, "train")
     architecture = _architecture(options)
@@ -213,7 +217,7 @@ def write_model(options: ModelOptions, card: Card, folder: Path) -> None:
 
 
 def _architecture(options: ModelOptions) -> str:
-    """The model type of a folder's or a Hub model's config, or by name where none is in reach."""
+    """The model type in the config, or by the model's name if the Hub cannot be reached."""
     path = str(options.path)
     try:
         config = AutoConfig.from_pretrained(path, revision=options.revision)
@@ -223,21 +227,21 @@ def _architecture(options: ModelOptions) -> str:
             cause = " ".join(str(error).split())[:200]
             raise UserError(f"model.path: {path}: no config of a known model: {cause}") from error
         name = path.lower()
-        found = next((kind for part, kind in _NAMES.items() if part in name), None)
-        if found is None:
-            raise UserError(
-                f"model.path: {path}: neither a folder nor in reach on the Hub, and its name is of "
-                f"no known architecture for --smoke; expected one of {', '.join(_NAMES)} in it"
-            ) from error
-        return found
+        for part, architecture in _NAMES.items():
+            if part in name:
+                return architecture
+        raise UserError(
+            f"model.path: {path}: found no such folder, the Hub cannot be reached, and the name "
+            f"shows no architecture for --smoke; expected one of {', '.join(_NAMES)} in it"
+        ) from error
 
 
 def _tokenizer(
     options: ModelOptions, card: Card, rows: Sequence[Demonstration]
 ) -> PreTrainedTokenizerBase:
-    """A tiny vocabulary; the kind, special tokens and chat template of the model's own tokenizer.
+    """A tokenizer of the model's kind, special tokens and template, with a tiny vocabulary.
 
-    A plain one where the model is on the Hub and out of reach.
+    If the model is on the Hub and cannot be reached, a plain tokenizer.
     """
     path = str(options.path)
     texts = [text for row in rows for text in (prompt_text(row["prompt"]), row["completion"])]
@@ -292,7 +296,7 @@ def _tiny_model(
 
 
 def _learn(model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]]) -> None:
-    """A few steps of cross-entropy on completions, as _LEARN says."""
+    """Train for a few steps on the cross-entropy of completions."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=_LEARN["learning_rate"])
     model.train()
     with seeded(1):

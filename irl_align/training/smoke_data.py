@@ -23,9 +23,9 @@ _FEWER = 16  # of any other split
 
 
 def write_demonstrations(recipe: Recipe, folder: Path) -> Path:
-    """A copy of the recipe's card beside tiny files of its splits; returns the copy's path.
+    """Write a copy of the recipe's card and tiny files of its splits; return the copy's path.
 
-    The built-in task's texts in the card's columns; of a card that is a task, its own texts.
+    The texts are those of the built-in task, or the card's own if the card is a task.
     """
     card = load_card(recipe.data.card)
     splits = [name for name in card.split_names if card.is_task or name not in _carved(card)]
@@ -46,7 +46,7 @@ def write_demonstrations(recipe: Recipe, folder: Path) -> Path:
 
 
 def write_preferences(card: Card, split: str, folder: Path) -> Path:
-    """A copy of a preference card beside a tiny file of one split; returns the copy's path."""
+    """Write a copy of a preference card and a tiny file of one split; return the copy's path."""
     base = card.splits[split].carved_from or split
     texts = list(restaurant.demonstrations(split="train", seed=7, size=_ROWS["train"] + 1))
     columns = _columns(card)
@@ -63,15 +63,15 @@ def _carved(card: Card) -> set[str]:
 
 
 def _columns(card: Card) -> dict[str, str]:
-    """Field -> column as on the Hub, where most recipes load from, else as in local files."""
+    """Field -> column: those on the Hub if the card has a Hub source, else those of local files."""
     return dict((card.source.columns if card.source is not None else None) or card.columns)
 
 
 def _write_card(card: Card, columns: dict[str, str], splits: Sequence[str], folder: Path) -> Path:
-    """The card with its meaning of a row, and the tiny files in place of its source."""
+    """Write the card with the tiny files in place of its source."""
     own = {"name", "folder", "license", "source", "splits", "columns", "rows", "sha256"}
     if not card.is_task:
-        own |= {"gold", "edit"}  # both read the prompts of the card's own data
+        own |= {"gold", "edit"}  # both need prompts of the card's own data
     options = card.model_dump(exclude=own, exclude_defaults=True)
     files: dict[str, Any] = {name: {"files": f"{card.name}-{name}.jsonl"} for name in splits}
     for base in splits:
@@ -97,7 +97,7 @@ def _demonstration(
     form = PLAIN if card.is_task else card.format(columns)
     if form == MESSAGES:
         turns = [("user", prompt), ("assistant", completion)]
-        if card.turn == "first":  # what follows is left out
+        if card.turn == "first":  # later turns are left out
             turns += [("user", "Thanks."), ("assistant", "You are welcome.")]
         fields: dict[str, Any] = {"messages": _messages(turns)}
     elif form == TEXT:

@@ -1,7 +1,7 @@
-"""The store of stages: found by content, committed whole or not at all, and resumed.
+"""The store of stages: looked up by content, committed whole or not at all, and resumed.
 
 A stage is a function of its settings and its inputs. Its key is a hash of both, its folder in the
-store is ``<name>-<key>``, and runs with the same recipe so far share it. Nothing here imports
+store is ``<name>-<key>``, and runs whose recipes agree up to it share it. Nothing here imports
 torch.
 """
 
@@ -58,7 +58,7 @@ class Stage:
 
 
 class Store:
-    """The stages under one folder, shared by all runs beside it."""
+    """The stages under one folder, which all runs next to it share."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -74,11 +74,12 @@ class Store:
 
         ``settings`` is plain JSON data, without NaN; ``inputs`` maps a role to the key of another
         stage or to a checksum. ``build(work)`` writes the artefacts into ``work`` and returns
-        metrics. After a kill it is called again with what it had left there, so it can go on from
-        checkpoints; it should keep those in ``work/scratch``, which is deleted at the commit.
+        metrics. After a kill it is called again with the files that it left there, so that it can
+        resume from checkpoints. Checkpoints belong in ``work/scratch``, which is deleted at the
+        commit.
 
-        A second process that wants the same stage waits for the first, then reuses the result. A
-        committed stage that is no longer what was committed is put aside and built anew.
+        A second process that asks for the same stage waits for the first, then reuses the result.
+        A committed stage whose files have changed is set aside and built again.
 
         Raises:
             UserError: the disk is full.
@@ -105,12 +106,12 @@ class Store:
 
 
 class Damaged(UserError):
-    """A stage's folder is not what was committed."""
+    """The files of a committed stage have changed."""
 
 
 def _put_aside(final: Path, aside: Path, fault: Damaged) -> None:
-    """Make room for a damaged stage to be built anew; the last damaged one is kept for a look."""
-    logger.warning("%s; the stage is built anew, and this one kept as %s", fault, aside)
+    """Move a damaged stage out of the way; only the last damaged copy of a stage is kept."""
+    logger.warning("%s; the stage is built again, and the damaged one is moved to %s", fault, aside)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(final, aside)
 
@@ -136,21 +137,21 @@ def _build(
 ) -> None:
     """Run ``build`` in ``work`` and write the stage's record, the last file to appear there."""
     work.mkdir(exist_ok=True)
-    # What a kill left of the record, whole or half written, is no artefact.
+    # A record that an earlier try wrote, whole or in part, is no artefact.
     for name in (RECORD, partial_name(RECORD)):
         (work / name).unlink(missing_ok=True)
     resumed = any(work.iterdir())
     reset_peak_memory()
     start = time.monotonic()
     metrics = _built(work, record["name"], build)
-    fsync_tree(work)  # before the record, which vouches for it
+    fsync_tree(work)  # before the record, which says that the files are complete
     artefacts = [path for path in files_of(work) if path.relative_to(work).parts[0] != SCRATCH]
     record = {
         "format": FORMAT,
         **record,
         "metrics": metrics,
         "resumed": resumed,
-        "seconds": round(time.monotonic() - start, 3),  # of this try, where it was resumed
+        "seconds": round(time.monotonic() - start, 3),  # of the last try, if it was resumed
         **peak_memory(),
         "environment": environment(),
         "files": {path.relative_to(work).as_posix(): path.stat().st_size for path in artefacts},
@@ -160,7 +161,7 @@ def _build(
 
 
 def _check_of(record: Mapping[str, Any]) -> str:
-    """Hash of a record's content, to tell when it has changed."""
+    """Hash of a record's content, which shows a later change."""
     content = {name: value for name, value in record.items() if name != "check"}
     return text_hash(to_json(content))
 
@@ -168,23 +169,23 @@ def _check_of(record: Mapping[str, Any]) -> str:
 def _built(
     work: Path, name: str, build: Callable[[Path], Mapping[str, Any] | None]
 ) -> Mapping[str, Any]:
-    """Metrics of a build, which is called again after a fault that may not come again."""
+    """Metrics of a build; the build is called again after a fault that may not happen again."""
     while True:
         try:
             return build(work) or {}
         except TryAgain as fault:
-            logger.warning("stage %s: %s; tried again from its last checkpoint", name, fault)
+            logger.warning("stage %s: %s; trying again from its last checkpoint", name, fault)
 
 
 def _commit(work: Path, final: Path) -> None:
-    # From the record on, the stage is whole: a kill in here costs nothing (see _is_whole).
+    # Once the record is there, the stage is whole: a kill here loses nothing (see _is_whole).
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
     os.rename(work, final)
     fsync(final.parent)
 
 
 def _is_whole(work: Path, key: str) -> bool:
-    """Whether ``work`` was killed between its record and its renaming."""
+    """Whether the build in ``work`` was killed after it wrote the record."""
     if not (work / RECORD).is_file():
         return False
     try:
@@ -195,15 +196,15 @@ def _is_whole(work: Path, key: str) -> bool:
 
 
 def verify_stage(folder: Path) -> Stage:
-    """The committed stage in a folder of a store; Damaged where it is not what was committed."""
+    """The committed stage in a folder of a store. Raises Damaged: its files have changed."""
     return _read_stage(folder, folder.name.rpartition("-")[2], reused=True)
 
 
 def _read_stage(folder: Path, key: str, reused: bool) -> Stage:
-    """The stage in a folder, if it is what was committed: one to reuse is compared byte for byte.
+    """The stage in a folder. If it is to be reused, every file's bytes are checked.
 
     Raises:
-        Damaged: it is not.
+        Damaged: the files are not those that were committed.
     """
     path = folder / RECORD
     try:
@@ -211,13 +212,13 @@ def _read_stage(folder: Path, key: str, reused: bool) -> Stage:
     except UserError as error:
         raise Damaged(str(error)) from error
     if record.get("check") != _check_of(record) or record.get("key") != key:
-        raise Damaged(f"{path}: found another record than that of stage {key}")
+        raise Damaged(f"{path}: found a record that is not that of stage {key}")
     for name, size in record["files"].items():
         artefact = folder / name
         here = artefact.is_file() and not artefact.is_symlink()
-        found = f"{artefact.stat().st_size} bytes" if here else "no such file"
-        if found != f"{size} bytes":
-            raise Damaged(f"{artefact}: found {found}, expected {size} bytes")
+        actual = f"{artefact.stat().st_size} bytes" if here else "no such file"
+        if actual != f"{size} bytes":
+            raise Damaged(f"{artefact}: found {actual}, expected {size} bytes")
         if reused and content_hash(artefact) != record["xxh3"][name]:
-            raise Damaged(f"{artefact}: found other bytes than were written")
+            raise Damaged(f"{artefact}: found other bytes than the stage wrote")
     return Stage(record["name"], key, folder, record["metrics"], record, reused)

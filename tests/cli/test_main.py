@@ -281,7 +281,9 @@ def test_a_run_whose_recipe_lost_a_group_is_told(
     (run / "recipe.yaml").write_text(recipe.replace("\nreward:", "\nreword:"))
     path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
     line = the_line(irl_align(capsys, "score", run, "--input", path))
-    assert line.startswith(f"{run}/recipe.yaml: found no reward, expected a run's whole recipe; ")
+    assert line.startswith(
+        f"{run}/recipe.yaml: found no reward, expected the whole recipe of a run; "
+    )
 
 
 def test_what_the_hub_tells_is_told_once() -> None:

@@ -254,7 +254,7 @@ def test_run_load_refuses_stages_outside_the_store(path: str, tmp_path: Path) ->
     run = synthetic_run(tmp_path, "toy", 0, [(0.1, 0.1)])
     stages = {"sft": {"name": "sft", "key": "1", "path": path}}
     (run / "stages.json").write_text(json.dumps(stages))
-    assert refusal(lambda: Run.load(run)).endswith("expected a path beside it")
+    assert refusal(lambda: Run.load(run)).endswith("expected a path next to it")
 
 
 def test_commands_refuse_records_that_are_not_a_runs(
@@ -265,7 +265,7 @@ def test_commands_refuse_records_that_are_not_a_runs(
     (run / "metrics.jsonl").write_text(text)
     for command in ("show", "report"):
         message = the_line(irl_align(capsys, command, run))
-        assert message.startswith(f"{run}: found records that are not a run's (TypeError")
+        assert message.startswith(f"{run}: found records that no run wrote (TypeError")
 
 
 # --- terminals and logs ---------------------------------------------------------------------------

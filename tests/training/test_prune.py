@@ -74,14 +74,14 @@ def test_unfinished_work_is_kept_while_a_run_wants_it(runs: Path) -> None:
     found = find_waste(runs)
     why = {waste.path: waste.why for waste in found.waste if "reward" not in waste.path.name}
     superseded = "superseded by checkpoint-4"
-    assert why == {old: superseded, half: superseded, damaged: "damaged, and built anew"}
+    assert why == {old: superseded, half: superseded, damaged: "damaged, and built again"}
     assert found.runs == ["a-seed0", "b-seed0 (unfinished)"]
     delete(found)
     assert newest.exists() and not old.exists() and not half.exists() and not damaged.exists()
 
     (runs / "b-seed0/summary.json").write_text("{}")
     (waste,) = find_waste(runs).waste
-    assert (waste.path, waste.why) == (work, "unfinished, and no run beside it is")
+    assert (waste.path, waste.why) == (work, "unfinished, and every run is finished")
 
 
 HOLD = """
@@ -127,7 +127,7 @@ def test_what_is_in_use_is_left_alone(runs: Path) -> None:
 def test_the_command_asks_before_it_deletes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options in ([], ["--dry-run"]):
         ended = irl_align(capsys, "prune", runs, *options)
-        assert ended.status == 0 and "no run beside the store links it" in ended.out
+        assert ended.status == 0 and "no run links it" in ended.out
         assert ended.out.endswith("nothing was deleted; --yes deletes it\n")
     assert "reward" in names(runs)
     assert "expected one of them" in the_line(

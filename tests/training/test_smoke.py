@@ -225,7 +225,9 @@ def refused(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 
 def test_unknown_architecture_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, "model.path=someone/hyena-7b")
-    assert told.startswith("model.path: someone/hyena-7b: neither a folder nor in reach on the Hub")
+    assert told.startswith(
+        "model.path: someone/hyena-7b: found no such folder, the Hub cannot be reached"
+    )
     assert "expected one of mistral, zephyr, pythia" in told
 
 
@@ -248,6 +250,6 @@ def test_a_folder_that_is_not_a_smoke_runs_is_left_alone() -> None:
     kept = smoke_folder(recipe) / "work.txt"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match="is not a smoke run's folder"):
+    with pytest.raises(UserError, match="is not the folder of a smoke run"):
         run_smoke(recipe)
     assert kept.read_text(encoding="utf-8") == "mine"

@@ -153,12 +153,12 @@ def change_a_number(stage: Stage) -> None:
     [
         (truncate, "out/text.txt", "found 2 bytes, expected 5 bytes"),
         (lose_file, "out/text.txt", "found no such file, expected 5 bytes"),
-        (flip_a_bit, "out/text.txt", "found other bytes than were written"),
+        (flip_a_bit, "out/text.txt", "found other bytes than the stage wrote"),
         (link_out, "out/text.txt", "found no such file, expected 5 bytes"),
         (lose_record, "stage.json", "found no such file, expected the record"),
         (cut_record, "stage.json", "found no JSON"),
-        (swap_record, "stage.json", "found another record than that of stage "),
-        (change_a_number, "stage.json", "found another record than that of stage "),
+        (swap_record, "stage.json", "found a record that is not that of stage "),
+        (change_a_number, "stage.json", "found a record that is not that of stage "),
     ],
 )
 def test_a_damaged_stage_is_told_put_aside_and_built_anew(
@@ -177,7 +177,7 @@ def test_a_damaged_stage_is_told_put_aside_and_built_anew(
     (record,) = caplog.records
     told = record.getMessage()
     assert told.startswith(f"{stage.path / file}: {found}") and "\n" not in told
-    assert told.endswith(f"; the stage is built anew, and this one kept as {aside}")
+    assert told.endswith(f"; the stage is built again, and the damaged one is moved to {aside}")
     assert (again.reused, again.path) == (False, stage.path)
     assert (again.path / "out/text.txt").read_text() == "hello"
     assert (aside / "out/text.txt").exists() == left
@@ -194,7 +194,7 @@ def test_a_fault_that_may_not_come_again_is_tried_again(
         return {"found": (work / "checkpoint").read_text()}
 
     assert Store(tmp_path).stage("ppo", {}, {}, build).metrics == {"found": "kept"}
-    expected = "stage ppo: update 3: loss is nan; tried again from its last checkpoint"
+    expected = "stage ppo: update 3: loss is nan; trying again from its last checkpoint"
     assert [record.getMessage() for record in caplog.records] == [expected]
 
 
@@ -553,7 +553,7 @@ def test_a_changed_recipe_starts_the_results_afresh(
     assert capsys.readouterr().err == ""
     with open_run(tmp_path, seed=1):
         pass
-    note = f"run {tmp_path}: the recipe has changed; kept recipe.previous.yaml\n"
+    note = f"run {tmp_path}: the recipe has changed; the old one is now recipe.previous.yaml\n"
     assert capsys.readouterr().err == note
     assert yaml.safe_load((tmp_path / "recipe.previous.yaml").read_text())["seed"] == 0
     view = Run.load(tmp_path)

@@ -32,7 +32,7 @@ from irl_align.evaluation.report.gains import gain_figures
 from irl_align.evaluation.report.images import png, svg
 from irl_align.evaluation.report.templates import render
 from irl_align.evaluation.tables import evaluation_notes, evaluation_tables, read_evaluation
-from irl_align.training.run_folder import Run, RunView, is_run, records_told
+from irl_align.training.run_folder import Run, RunView, is_run, records_checked
 from irl_align.utils.files import atomic_write
 from irl_align.utils.text_table import Column, Table
 from irl_align.utils.version import __version__
@@ -59,7 +59,7 @@ def write_report(source: Path, output: Path | None = None, figures: Path | None 
     output: the HTML file; default report.html in the folder. figures: folder for each figure as an
     SVG and as a PNG file. Raises UserError: no run or comparison there, or an unfinished run.
     """
-    with records_told(str(source)):
+    with records_checked(str(source)):
         return _write(source, output, figures)
 
 
