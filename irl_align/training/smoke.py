@@ -91,9 +91,7 @@ def run_smoke(recipe: Recipe) -> Result:
     folder = smoke_folder(recipe)
     if folder.exists() and not (folder / _MARK).exists():
         raise UserError(
-            raise UserError(
-                f"output_dir: {folder} is not the folder of a smoke run; move it, or choose another"
-            )
+            f"output_dir: {folder} is not the folder of a smoke run; move it, or choose another"
         )
 
     def prepare() -> Recipe:
