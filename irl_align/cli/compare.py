@@ -5,104 +5,105 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from irl_align.cli.terminal import Debug, console, set_up
 from irl_align.errors import UserError
-from irl_align.evaluation.chat_client import Endpoint
+
+if TYPE_CHECKING:
+    from irl_align.evaluation.chat_client import Endpoint
 
 Arguments = Annotated[
     list[str],
     typer.Argument(
         metavar="RECIPE... [KEY=VALUE...]",
-        help="Recipes, options to change in all of them (key=value) or in one "
-        "(NAME:key=value); or folders of runs, compared as they are.",
+        help="Recipes, and options to change in all (key=value) or one of them "
+        "(NAME:key=value); or folders of runs, which are compared as they are.",
     ),
 ]
-Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 1 on.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds; the seeds are 1, 2, ....")]
 SeedList = Annotated[
     list[int] | None,
-    typer.Option(min=0, help="A seed, instead; give it several times.", show_default=False),
+    typer.Option(min=0, help="A seed, in place of --seeds; can be repeated.", show_default=False),
 ]
 ComparisonFolder = Annotated[
     Path | None,
-    typer.Option(help="Folder of the tables; default: comparison, beside the runs."),
+    typer.Option(help="Folder of the tables; default: comparison, next to the runs."),
 ]
 Jobs = Annotated[
     int,
-    typer.Option(min=1, help="Runs at a time, while memory lasts; each has its threads."),
+    typer.Option(min=1, help="Runs at a time, as far as memory allows."),
 ]
 SweepOption = Annotated[
     list[str] | None,
     typer.Option(
         "--sweep",
-        help="[NAME:]KEY=VALUE,VALUE,...: a run for every value, which is a policy of its own in "
-        "the tables and a point of a frontier of gold and reward against KL. Several times: all "
-        "combinations, and a frontier over the last one for each of the others.",
+        help="[NAME:]KEY=VALUE,VALUE,...: one run per value. Each is a policy in the tables and a "
+        "point on a frontier of gold and reward against KL. Can be repeated: all combinations are "
+        "run, with a frontier over the last option for each combination of the others.",
         show_default=False,
     ),
 ]
 GoldLevel = Annotated[
     list[float] | None,
     typer.Option(
-        help="How soon PPO's rollouts reach this gold, in the headline's units (0.2 is 20%): "
-        "updates and samples. Several times.",
+        help="Report after how many updates and samples PPO's rollouts reach this gold, in the "
+        "units of the headline metric (0.2 is 20%). Can be repeated.",
         show_default=False,
     ),
 ]
 AtKl = Annotated[
     list[float] | None,
     typer.Option(
-        help="Gold and reward of PPO's rollouts at this KL to the reference, which trainings "
-        "reach at different times. Several times.",
+        help="Report gold and reward of PPO's rollouts at this KL to the reference. Can be "
+        "repeated.",
         show_default=False,
     ),
 ]
 OnlyFinished = Annotated[
-    bool, typer.Option("--only-finished", help="Run nothing; compare what is there.")
+    bool, typer.Option("--only-finished", help="Run nothing; compare the finished runs.")
 ]
 Iterations = Annotated[
-    bool, typer.Option("--iterations", help="Show every iteration's policy, not the last only.")
+    bool,
+    typer.Option("--iterations", help="Show the policy of every iteration, not only the last."),
 ]
 Baseline = Annotated[
-    str | None, typer.Option(help="Policy to compare with; default: the first, SFT.")
+    str | None, typer.Option(help="Policy to compare with; default: the first one, SFT.")
 ]
 By = Annotated[
     str | None,
-    typer.Option(help="Metric to rank by, as bleu@0.7; default: the headline at T=1."),
+    typer.Option(help="Metric to rank by, such as bleu@0.7; default: the headline at T=1."),
 ]
 Interval = Annotated[
-    Literal["t", "bootstrap"], typer.Option(help="95% intervals of the means over seeds.")
+    Literal["t", "bootstrap"], typer.Option(help="Kind of the 95% intervals over seeds.")
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Compare even where data or evaluation differ.")
+    bool, typer.Option("--force", help="Compare runs whose data or evaluation differ.")
 ]
 RunOrComparison = Annotated[
-    Path, typer.Argument(help="Folder of a run, or of a comparison that compare wrote.")
+    Path, typer.Argument(help="Folder of a run, or of a comparison made by compare.")
 ]
 HtmlFile = Annotated[
     Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")
 ]
-Figures = Annotated[
-    Path | None, typer.Option(help="Folder for each figure as an SVG and as a PNG file.")
-]
+Figures = Annotated[Path | None, typer.Option(help="Folder for every figure as SVG and PNG.")]
 RunOrModel = Annotated[
-    Path, typer.Argument(help="Folder of a run, of a reward, or of a policy (with --sft).")
+    Path, typer.Argument(help="Folder of a run, a reward, or a policy (with --sft).")
 ]
 Card = Annotated[
     list[str] | None,
     typer.Option(
-        help="Card of a preference set, or CARD=PATH of its files; several times.",
+        help="Card of a preference set, or CARD=PATH of its files; can be repeated.",
         show_default=False,
     ),
 ]
 Subset = Annotated[
     list[str] | None,
     typer.Option(
-        help="Subset of the cards' pairs to restrict them to; several times. Where columns make "
-        "the subset together (SFRES/quality), one column's value will do (quality).",
+        help="Use only this subset of the cards' pairs; can be repeated. If several columns name "
+        "the subset (SFRES/quality), the value of one column is enough (quality).",
         show_default=False,
     ),
 ]
@@ -112,38 +113,42 @@ Split = Annotated[
 TrainSet = Annotated[
     str | None,
     typer.Option(
-        help="Card of preferences, or CARD=PATH, to train a reward on, from the run's SFT model by "
-        "the run's settings: what others gain over chance is told as a share of what it gains.",
+        help="Card of preferences, or CARD=PATH. A reward is trained on them from the run's SFT "
+        "model with the run's settings. The gains of other rewards over chance are reported as "
+        "shares of its gain.",
         show_default=False,
     ),
 ]
 TrainSplit = Annotated[
     str | None,
     typer.Option(
-        help="Its split, default: train. Without --train-set, a split of the card itself.",
+        help="Split of --train-set, default: train. Without --train-set, a split of the card.",
         show_default=False,
     ),
 ]
 Beside = Annotated[
     list[Path] | None,
-    typer.Option(help="Another run (IRL, SPIN, DPO) or reward to score the same pairs."),
+    typer.Option(
+        help="Another run (IRL, SPIN, DPO) or reward that scores the same pairs; can be repeated."
+    ),
 ]
 Sft = Annotated[
-    Path | None, typer.Option(help="Model of the log-prob baselines; of a run its SFT model.")
+    Path | None,
+    typer.Option(help="Model of the log-prob baselines; default: the SFT model of the run."),
 ]
 BestOf = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Draw so many samples per evaluation prompt, and tell what best-of-n by the run's "
-        "reward gains in gold, n = 1, 2, 4, ....",
+        help="Draw this number of samples per evaluation prompt, and report the gold of the best "
+        "of n by the run's reward, for n = 1, 2, 4, ....",
         show_default=False,
     ),
 ]
 Backend = Annotated[
     Literal["transformers", "vllm", "vllm-server", "auto"] | None,
     typer.Option(
-        help="With --best-of: what samples; default: the run's generation.backend.",
+        help="With --best-of: what draws the samples; default: the run's generation.backend.",
         show_default=False,
     ),
 ]
@@ -151,7 +156,7 @@ Prompts = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="With --best-of or a judge's address: number of prompts; default: all.",
+        help="With --best-of or the address of a judge: number of prompts; default: all.",
         show_default=False,
     ),
 ]
@@ -159,19 +164,19 @@ Judge = Annotated[
     list[str] | None,
     typer.Option(
         help="Another run's reward, a reward's folder, or the address of an OpenAI-compatible "
-        "endpoint (https://HOST/v1, with --judge-model): how often the run's samples beat those "
-        "it started from and the demonstrations. The endpoint's key is read from JUDGE_API_KEY.",
+        "endpoint (https://HOST/v1, with --judge-model). It reports how often the run's samples "
+        "beat those of its first policy and the demonstrations. JUDGE_API_KEY holds the key.",
         show_default=False,
     ),
 ]
 JudgeModel = Annotated[
-    str | None, typer.Option(help="Chat model behind the judge's address.", show_default=False)
+    str | None, typer.Option(help="Chat model at the judge's address.", show_default=False)
 ]
 JudgeTimeout = Annotated[
     float | None,
     typer.Option(
         min=0.1,
-        help="Seconds for one reply of the judge at an address; default: 120.",
+        help="Seconds to wait for a reply of the judge at an address; default: 120.",
         show_default=False,
     ),
 ]
@@ -185,17 +190,17 @@ LmEval = Annotated[
 ]
 LmEvalTasks = Annotated[
     Path | None,
-    typer.Option(help="Folder of lm-eval task files of your own.", show_default=False),
+    typer.Option(help="Folder with your own lm-eval task files.", show_default=False),
 ]
 LmEvalLimit = Annotated[
     int | None,
-    typer.Option(min=1, help="With --lm-eval: rows per task, to try it out.", show_default=False),
+    typer.Option(min=1, help="With --lm-eval: rows per task, for a trial.", show_default=False),
 ]
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        help="JSON file of all numbers; of a run by default evaluation.json in its folder, "
-        "where report finds it.",
+        help="JSON file of all numbers; default for a run: evaluation.json in its folder, which "
+        "report reads.",
         show_default=False,
     ),
 ]
@@ -234,7 +239,7 @@ def compare(
 ) -> None:
     """Run recipes with several seeds and compare them, with intervals and tests.
 
-    Stages that are the same are shared; the same command goes on after a stop.
+    Runs share equal stages. After a stop, the same command resumes.
     """
     set_up(debug)
     from irl_align.cli.show import show_comparison
@@ -271,7 +276,7 @@ def report(
     figures: Figures = None,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML file of a run or a comparison, which opens anywhere without a network."""
+    """Write a run or a comparison as one HTML file, which needs no network."""
     set_up(debug)
     from irl_align.evaluation.report.write import write_report
 
@@ -300,7 +305,7 @@ def evaluate(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Measure rewards on preference sets and in best-of-n; policies by judges and benchmarks."""
+    """Evaluate rewards on preference sets and best-of-n, and policies by judges and benchmarks."""
     set_up(debug)
     from irl_align.cli.show import show_evaluation
     from irl_align.evaluation.evaluate import EvaluationRequest, evaluate_source
@@ -330,14 +335,16 @@ def _is_address(judge: str) -> bool:
 
 
 def _endpoints(judges: list[str], model: str | None, timeout: float | None) -> list[Endpoint]:
-    """The judges that are endpoints; the key comes from the environment alone."""
+    """The judges that are endpoints; the key comes only from the environment."""
+    from irl_align.evaluation.chat_client import Endpoint
+
     addresses = [judge for judge in judges if _is_address(judge)]
     if bool(addresses) != (model is not None):
         what = "an address without --judge-model" if addresses else "--judge-model alone"
         raise UserError(f"--judge: found {what}, expected both (--judge https://HOST/v1)")
     if timeout is not None and not addresses:
         raise UserError(
-            "--judge-timeout: found no judge's address, which alone reads it; expected both"
+            "--judge-timeout: found no address of a judge; expected --judge https://HOST/v1 with it"
         )
     key = os.environ.get("JUDGE_API_KEY", "")
     made = [Endpoint(url, model or "", key) for url in addresses]

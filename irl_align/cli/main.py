@@ -1,4 +1,4 @@
-"""The command line. Errors that a user can mend are one line; tracebacks are for --debug."""
+"""The command line. An error that the user can fix is one line; --debug prints tracebacks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ModelArgument = Annotated[
-    Path, typer.Argument(help="Folder of a model, or of a run (its last one is taken).")
+    Path, typer.Argument(help="Folder of a model, or of a run, whose last model is used.")
 ]
 
 
@@ -47,15 +47,15 @@ def train(
     smoke: Annotated[
         bool,
         typer.Option(
-            "--smoke", help="Try the recipe out in seconds: a tiny model on made-up data."
+            "--smoke", help="Try the recipe in seconds, with a tiny model and made-up data."
         ),
     ] = False,
     any_disk: Annotated[
-        bool, typer.Option("--any-disk", help="Run although the disk looks too small for it.")
+        bool, typer.Option("--any-disk", help="Run even if the disk seems too small.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe. After a stop or a kill the same command goes on from where it was."""
+    """Run a recipe. After a stop or a kill, the same command resumes."""
     _set_up(debug)
     from irl_align.cli.show import show_policies, show_runs
     from irl_align.config.recipe import load_recipe
@@ -96,17 +96,20 @@ def ppo(
         list[str] | None,
         typer.Option(
             "--set",
-            help="key=value: an option of PPO (kl_coef=0.1), or any of a recipe (data.path=...).",
+            help="key=value: an option of PPO (kl_coef=0.1) or of the recipe (data.path=...).",
         ),
     ] = None,
     output: Annotated[str, typer.Option(help="Folder of the run.")] = "runs",
     reward_template: Annotated[
         str | None,
-        typer.Option(help="The reward's prompts: text with {prompt}, or chat.", show_default=False),
+        typer.Option(
+            help="Template of the reward's prompts: text with {prompt}, or chat.",
+            show_default=False,
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Improve a policy on a reward model by PPO. The same command goes on after a kill."""
+    """Improve a policy on a reward model by PPO. After a kill, the same command resumes."""
     _set_up(debug)
     from irl_align.cli.show import show_runs
     from irl_align.training.ppo_only import ppo_recipe, run_ppo, summary_line
@@ -164,14 +167,15 @@ def score(
         Path, typer.Option("--input", help="JSON lines: prompt and completion, or chosen/rejected.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="JSON lines; standard output if left out.")
+        Path | None, typer.Option("--output", help="JSON lines; default: standard output.")
     ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Score texts with a reward model, or a run's reward (SPIN's is its policy's log-ratio to SFT).
+    """Score texts with a reward model or with the reward of a run.
 
-    Of rows with chosen and rejected, accuracy is told too.
+    SPIN's reward is the log-ratio of its policy to SFT. For rows with chosen and rejected, the
+    accuracy is printed as well.
     """
     _set_up(debug)
     from irl_align.evaluation.inference import read_rows, score_rows
@@ -191,13 +195,14 @@ def generate(
     model: ModelArgument,
     input: Annotated[Path, typer.Option("--input", help="JSON lines with a field prompt.")],
     output: Annotated[
-        Path | None, typer.Option("--output", help="JSON lines; standard output if left out.")
+        Path | None, typer.Option("--output", help="JSON lines; default: standard output.")
     ] = None,
     n: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="0 is greedy. Left out: 1, or that of a selecting run.", show_default=False
+            help="0 is greedy. Default: 1, or the run's own if its policy selects.",
+            show_default=False,
         ),
     ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
@@ -205,16 +210,18 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     backend: Annotated[
         Literal["transformers", "vllm", "vllm-server", "auto"],
-        typer.Option(help="What samples; vllm-server without --server starts one."),
+        typer.Option(help="What draws the samples; vllm-server without --server starts a server."),
     ] = "transformers",
     server: Annotated[
         list[str] | None,
-        typer.Option(help="Address of a vLLM server; several times. Key: VLLM_API_KEY."),
+        typer.Option(
+            help="Address of a vLLM server; can be repeated. The key is read from VLLM_API_KEY."
+        ),
     ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Sample a policy. A run whose policy is best-of-N by selection is sampled so."""
+    """Sample a policy. If a run's policy selects the best of N samples, so does this command."""
     _set_up(debug)
     from irl_align.evaluation.inference import (
         generate_rows,
@@ -255,9 +262,10 @@ def _version(
 
 
 def main() -> None:
-    """Entry point: runs a command and turns what went wrong into one line and an exit status.
+    """Entry point: run a command and turn an error into one line and an exit status.
 
-    0 done, 1 a fault of ours or of the machine, 2 something that the user can mend, 130 Ctrl-C.
+    0: success. 1: a fault of the program or the machine. 2: an error that the user can fix.
+    130: Ctrl-C.
     """
     try:
         app()
@@ -269,15 +277,15 @@ def main() -> None:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         _fail(f"unexpected fault: {cause} (run with --debug for the traceback)", 1)
     except SystemExit as stop:
-        if stop.code == 130:  # typer's, for Ctrl-C
-            _fail("stopped; the same command goes on from the last checkpoint", 130)
+        if stop.code == 130:  # typer's status for Ctrl-C
+            _fail("stopped; the same command resumes from the last checkpoint", 130)
         raise
 
 
 def _fail(message: str, status: int) -> None:
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
-            bar.close()  # so that the message has a line of its own
+            bar.close()  # so that the message has its own line
     if distributed.reports_errors():
         typer.echo(f"irl-align: {fit_to_show(message)}", err=True)
     raise SystemExit(status)
@@ -303,7 +311,7 @@ def _check_output(output: Path | None) -> None:
 def _write(rows: list[dict[str, Any]], output: Path | None) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is None:
-        # JSON escapes the older control characters itself.
+        # JSON itself escapes the control characters below 32.
         sys.stdout.write(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
     else:
         from irl_align.utils.files import atomic_write

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,7 +11,9 @@ from rich.text import Text
 
 from irl_align.cli.terminal import Debug, console, set_up
 from irl_align.errors import UserError
-from irl_align.training.prune import Findings, delete, find_waste, holding, runs_folder
+
+if TYPE_CHECKING:
+    from irl_align.training.prune import Findings
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +35,8 @@ def prune(
     resume from it. To give up a run, delete its folder first.
     """
     set_up(debug)
+    from irl_align.training.prune import delete, find_waste, holding, runs_folder
+
     if yes and dry_run:
         raise UserError("prune: found --yes and --dry-run, expected one of them")
     runs = runs_folder(folder)

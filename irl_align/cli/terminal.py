@@ -1,4 +1,4 @@
-"""What all commands share: the log on the terminal, quiet libraries, the width of tables."""
+"""Terminal output of all commands: the log, quiet libraries, and the console for tables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.segment import Segment
 from irl_align.utils import distributed
 from irl_align.utils.sanitize import fit_to_show, printable
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of libraries.")]
 
 
 class LineFormatter(logging.Formatter):
-    """One line per record: the time, the level where it is more than information, the message."""
+    """One line per record: the time, the level if above information, and the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
@@ -32,7 +32,7 @@ class LineFormatter(logging.Formatter):
 def set_up(debug: bool) -> None:
     """Log stages and warnings as plain lines on standard error; quiet libraries unless --debug.
 
-    Of several processes of one run all but the first are silent.
+    In a run of several processes, all but the first are silent.
     """
     if distributed.launched()[0] > 0:
         _silence()
@@ -47,21 +47,21 @@ def set_up(debug: bool) -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
-    # tqdm's defaults: no bar for what is done at once, and few lines in a log file.
+    # Defaults of tqdm: no bar for work of under a second, and few lines in a log file.
     os.environ.setdefault("TQDM_DELAY", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     for variable in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # It has a handler of its own: what it tells would be told twice.
+    # This library has its own handler, so that each message would appear twice.
     logging.getLogger("huggingface_hub").propagate = False
     for library in ("transformers", "trl", "datasets", "accelerate", "torch", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _silence() -> None:
-    """No log, no bars and no tables; an error is told still."""
+    """Switch off log, bars and tables; errors are still reported."""
     import warnings
 
     warnings.filterwarnings("ignore")
@@ -74,7 +74,7 @@ def _silence() -> None:
 
 
 class _Console(Console):
-    """Prints control characters of a text as escapes: they would be the terminal's."""
+    """Prints control characters as escapes, so that a text cannot control the terminal."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -83,6 +83,8 @@ class _Console(Console):
 
 
 def console() -> Console:
-    """As wide as the terminal; 100 columns when the output is a file. Text is never markup, unless
-    print is told so."""
+    """A console as wide as the terminal, or 100 columns wide if the output is a file.
+
+    Text is not read as markup, unless ``print`` is called with ``markup=True``.
+    """
     return _Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)

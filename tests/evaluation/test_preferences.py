@@ -359,7 +359,7 @@ def test_evaluate_of_a_reward_without_sft_says_what_is_missing(
             ("--card", "toy", "--lm-eval-tasks", "x", "--lm-eval-limit", 3, "--prompts", 2),
             "a judge's address; --lm-eval-tasks, --lm-eval-limit without --lm-eval, which",
         ),
-        (("--judge", "x", "--judge-timeout", 3), "--judge-timeout: found no judge's address"),
+        (("--judge", "x", "--judge-timeout", 3), "--judge-timeout: found no address of a judge"),
     ],
 )
 def test_evaluate_refuses_options_that_nothing_reads(

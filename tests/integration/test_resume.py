@@ -139,7 +139,7 @@ def test_train_refuses_a_second_process_and_ends_with_one_line_on_ctrl_c(tmp_pat
     status, printed = first.ended()
     assert status == 130 and "Traceback" not in printed
     messages = [line for line in printed.splitlines() if "irl-align:" in line]
-    assert messages == ["irl-align: stopped; the same command goes on from the last checkpoint"]
+    assert messages == ["irl-align: stopped; the same command resumes from the last checkpoint"]
     assert printed.splitlines()[-1] == messages[0]
 
 
