@@ -1,4 +1,4 @@
-"""Samples for the report's browser, and PPO samples whose tokens carry credit."""
+"""The samples that a report shows: of every policy, and of PPO with the credit of tokens."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from irl_align.evaluation.compare.policies import by_method, final_policy, polic
 from irl_align.evaluation.report.templates import render, script_json
 from irl_align.training.run_folder import RunView
 
-BUDGET = 2_500_000  # bytes of samples, as they are written, in a page that stays below 5 MB
-CREDITED = 8  # samples of the first update that kept some, and as many of the last
-CREDIT_BUDGET = 1_000_000  # bytes of all methods' samples with credit
+BUDGET = 2_500_000  # bytes of samples in a page
+CREDITED = 8  # samples of the first and of the last update that stored samples
+CREDIT_BUDGET = 1_000_000  # bytes of samples with credit, of all methods
 FIELDS = ("prompt", "completion", "demonstrations")
 PER_TOKEN = ("credit", "advantage", "kl")
 Item = TypeVar("Item")
 
 
 def sample_browser(views: Sequence[RunView], budget: int = BUDGET) -> dict[str, Any] | None:
-    """Prompts with their demonstrations and what each method says at each temperature.
+    """Prompts with their demonstrations and the sample of each method at each temperature.
 
-    Of one seed only, the first that most methods have, and evenly chosen prompts where all would
-    take more than `budget` bytes. None where there are no samples. `rows[i]["s"][t][m]` is
-    [text, scores...] of method m at temperature t, or null; `without` are the methods without a run
-    of the seed.
+    The samples are of one seed, the first that most methods have. If all prompts take more than
+    `budget` bytes, evenly spaced ones are chosen. None if there are no samples.
+    `rows[i]["s"][t][m]` is [text, scores...] of method m at temperature t, or null. `without` names
+    the methods that have no run with the seed.
     """
     if not views:
         return None
-    # Runs come by seed, and of equally common ones the first counts.
+    # Runs are sorted by seed; the first of equally common seeds counts.
     seed = Counter(view.recipe["seed"] for view in views).most_common(1)[0][0]
     own = [view for view in views if view.recipe["seed"] == seed]
     columns = _columns(own)
@@ -68,7 +68,7 @@ def sample_browser(views: Sequence[RunView], budget: int = BUDGET) -> dict[str, 
 
 
 def _columns(views: Sequence[RunView]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Label -> temperature -> rows: the policy that the runs start from, then their last ones."""
+    """Label -> temperature -> rows, for the first policy of the runs and their last ones."""
     columns: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for number in (0, None):
         for view in views:
@@ -76,9 +76,9 @@ def _columns(views: Sequence[RunView]) -> dict[str, dict[str, list[dict[str, Any
             label = policy_label(view, shown)
             if label in columns:
                 continue
-            found = {f"{t:g}": rows for t, rows in view.answers(shown).items()}
-            if found:
-                columns[label] = found
+            answers = {f"{t:g}": rows for t, rows in view.answers(shown).items()}
+            if answers:
+                columns[label] = answers
     return columns
 
 
@@ -94,7 +94,7 @@ def _cell(row: Mapping[str, Any] | None, scores: Sequence[str]) -> list[Any] | N
 
 
 def _within(items: list[Item], budget: int, written: Callable[[Item], str] = str) -> list[Item]:
-    """Items that take at most `budget` bytes as they are written: all, or every so many."""
+    """The items, or evenly spaced ones that take at most `budget` bytes when written."""
     sizes = [len(written(item).encode()) for item in items]
     keep = len(items)
     while keep:
@@ -107,10 +107,10 @@ def _within(items: list[Item], budget: int, written: Callable[[Item], str] = str
 
 
 def credited_samples(views: Sequence[RunView], budget: int = CREDIT_BUDGET) -> list[dict[str, Any]]:
-    """Samples of PPO stages with their tokens' credit, advantage and KL: of the first and the last
-    update that kept some, of each method's first seed, as HTML.
+    """Samples of PPO with the credit, advantage and KL of their tokens, as HTML.
 
-    Each training may take the same part of `budget` bytes, and of what shorter ones leave.
+    They come from each method's first seed, and from the first and the last update that stored
+    samples. Trainings share the `budget` of bytes equally, and the rest that shorter ones leave.
     """
     groups: list[dict[str, Any]] = []
     for name, own in by_method(views).items():
@@ -154,7 +154,7 @@ def _credited(row: Mapping[str, Any]) -> dict[str, Any]:
         {
             "text": text,
             "values": [{"name": n, "value": row[n][i]} for n in names],
-            # Share of the sample's largest value, for the shade of the token.
+            # The shade of a token is its share of the largest value in the sample.
             "shades": {n: round((row[n][i] or 0.0) / largest[n], 3) for n in names},
         }
         for i, text in enumerate(token_texts(row["tokens"]))
@@ -165,13 +165,13 @@ def _credited(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def token_texts(tokens: Iterable[str]) -> list[str]:
-    """Tokens of a vocabulary as people read them: byte-level and SentencePiece marks undone."""
+    """Tokens of a vocabulary as readable text, without byte-level and SentencePiece marks."""
     from tokenizers import decoders
 
     listed = [str(token) for token in tokens]
     if any("▁" in token for token in listed):  # SentencePiece's space
         return [token.replace("▁", " ") for token in listed]
-    if any("Ġ" in token or "Ċ" in token for token in listed):  # a byte-level space, a line's end
+    if any("Ġ" in token or "Ċ" in token for token in listed):  # a byte-level space or line end
         byte_level = decoders.ByteLevel()
         return [byte_level.decode([token]) for token in listed]
     return listed

@@ -44,7 +44,7 @@ UPDATES = {
 
 
 def standings(analysis: Mapping[str, Any]) -> list[Dots]:
-    """Each metric of the results for every row, a mark with its interval for each temperature."""
+    """One figure per metric: a row per policy, with a mark and its interval per temperature."""
     rows, by_metric = analysis["rows"], defaultdict(list)
     for measure in headline_measures(analysis):
         by_metric[measure.partition("@")[0]].append(measure)
@@ -55,17 +55,17 @@ def standings(analysis: Mapping[str, Any]) -> list[Dots]:
         series = []
         for measure in measures:
             name = measure_column(measure).name.removeprefix(measure_column(metric).name).strip()
-            found = [(at, row["estimates"].get(measure)) for at, row in enumerate(shown)]
-            series.append(Series(name, [_scaled(at, e, scale) for at, e in found if e]))
+            estimates = [(at, row["estimates"].get(measure)) for at, row in enumerate(shown)]
+            series.append(Series(name, [_scaled(at, e, scale) for at, e in estimates if e]))
         if len(shown) > 1:
             label, names = measure_column(metric).name, [row["label"] for row in shown]
             figures.append(Dots(f"standing-{metric}", label, label, names, series))
     return figures
 
 
-def _scaled(x: float, found: Mapping[str, Any], scale: float) -> Point:
-    low, high = (None if found[end] is None else scale * found[end] for end in ("low", "high"))
-    return Point(x, scale * found["mean"], low, high)
+def _scaled(x: float, value: Mapping[str, Any], scale: float) -> Point:
+    low, high = (None if value[end] is None else scale * value[end] for end in ("low", "high"))
+    return Point(x, scale * value["mean"], low, high)
 
 
 def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot]:
@@ -82,8 +82,10 @@ def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> li
     for measure in [*headline_measures(analysis), *SIGNS]:
         scale = measure_column(measure).scale
         series = [
-            Series(name, _over_seeds((k, scale * m[measure]) for k, m in found if measure in m), at)
-            for at, (name, found) in enumerate(measured.items())
+            Series(
+                name, _over_seeds((k, scale * m[measure]) for k, m in policies if measure in m), at
+            )
+            for at, (name, policies) in enumerate(measured.items())
         ]
         series = [one for one in series if one.points]
         if series and max(p.x for one in series for p in one.points) > 0:
@@ -94,8 +96,10 @@ def learning_curves(views: Sequence[RunView], analysis: Mapping[str, Any]) -> li
 
 
 def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot]:
-    """The headline at temperature 1 against KL to SFT: one point per policy and seed; the values of
-    a swept option are points of one series."""
+    """The headline at temperature 1 against KL to SFT, one point per policy and seed.
+
+    The values of a swept option are points of one series.
+    """
     measure = f"{analysis['headline']}@1"
     swept = analysis["sweeps"]
     families: dict[str, list[RunView]] = {}
@@ -106,15 +110,15 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
         points = []
         for view in own:
             for number in evaluated_policies(view):
-                found = policy_measures(view, number)
-                kl = found.get("kl", found.get("kl_bound"))
-                if kl is not None and measure in found:
-                    bound = "" if "kl" in found else ", KL is an upper bound"
+                measures = policy_measures(view, number)
+                kl = measures.get("kl", measures.get("kl_bound"))
+                if kl is not None and measure in measures:
+                    bound = "" if "kl" in measures else ", KL is an upper bound"
                     value = swept.get(view.recipe["name"], {}).get("value")
                     note = f"seed {view.recipe['seed']}, iteration {number}{bound}"
                     note = note if value is None else f"{value}, {note}"
                     points.append(
-                        Point(kl, measure_column(measure).scale * found[measure], note=note)
+                        Point(kl, measure_column(measure).scale * measures[measure], note=note)
                     )
         series.append(Series(name, points, at))
     series = [one for one in series if one.points]
@@ -125,14 +129,14 @@ def frontier(views: Sequence[RunView], analysis: Mapping[str, Any]) -> list[Plot
 
 
 def reward_health(views: Sequence[RunView]) -> list[Plot]:
-    """Per method: accuracy of each iteration's reward, beside what shortcuts reach."""
+    """One figure per method: the accuracy of each iteration's reward and of shortcuts."""
     figures = []
     for name, own in by_method(views).items():
         reports = [report for view in own for report in reward_reports(view)]
         series = []
         for at, (what, value) in enumerate(HEALTH.items()):
-            found = [(k, value(report)) for k, report in reports]
-            points = _over_seeds((k, 100.0 * v) for k, v in found if v is not None)
+            values = [(k, value(report)) for k, report in reports]
+            points = _over_seeds((k, 100.0 * v) for k, v in values if v is not None)
             series.append(Series(what, points, at))
         series = [one for one in series if one.points]
         if series:
@@ -143,7 +147,7 @@ def reward_health(views: Sequence[RunView]) -> list[Plot]:
 
 
 def cost_bars(views: Sequence[RunView]) -> list[Bars]:
-    """Seconds by part, as if a run had shared no stage, mean over its seeds."""
+    """Seconds by part, mean over seeds; shared stages count in every run."""
     bars = [
         (cost.method, {part: total["seconds"] for part, total in cost.by_part.items()})
         for cost in method_costs(views)
@@ -153,11 +157,11 @@ def cost_bars(views: Sequence[RunView]) -> list[Bars]:
 
 
 def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
-    """Reward and every gold field of best-of-n over its KL, of runs that were evaluated so."""
+    """Reward and gold of best-of-n over its KL, for runs with this evaluation."""
     curves = [
-        (view.folder.name, found["best_of"])
+        (view.folder.name, evaluation["best_of"])
         for view in views
-        if (found := read_evaluation(view)) and found["best_of"]
+        if (evaluation := read_evaluation(view)) and evaluation["best_of"]
     ]
     names = list(dict.fromkeys(name for _, curve in curves for name in curve["gold"]))
     figures = []
@@ -178,8 +182,10 @@ def best_of_curves(views: Sequence[RunView]) -> list[Plot]:
 
 
 def ppo_curves(views: Sequence[RunView], headline: str | None) -> list[Plot]:
-    """Reward, KL, length and, where there is a gold headline, gold of the rollouts over PPO's
-    updates, mean over the seeds of a method's iteration."""
+    """Reward, KL, length and the gold headline, if any, of PPO's rollouts over its updates.
+
+    Values are means over the seeds of an iteration of a method.
+    """
     trainings: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
     for view in views:
         for role, records in view.ppo_records().items():
@@ -210,7 +216,7 @@ def _over_seeds(pairs: Iterator[tuple[int, float]] | Any) -> list[Point]:
         values.setdefault(k, []).append(value)
     points = []
     for k in sorted(values):
-        found = estimate(values[k])
-        note = f"mean of {found.n} seeds" if found.n > 1 else "one seed"
-        points.append(Point(float(k), found.mean, found.low, found.high, note))
+        mean = estimate(values[k])
+        note = f"mean of {mean.n} seeds" if mean.n > 1 else "one seed"
+        points.append(Point(float(k), mean.mean, mean.low, mean.high, note))
     return points

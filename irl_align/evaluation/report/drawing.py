@@ -1,6 +1,6 @@
-"""Figures drawn by matplotlib, each mark with the text that a reader sees on moving over it.
+"""Figures drawn by matplotlib, with a tooltip for each mark.
 
-Matplotlib's objects are used, never pyplot, which holds every figure and looks for a display.
+The code uses matplotlib's objects and not pyplot, which keeps every figure and needs a display.
 """
 
 from __future__ import annotations
@@ -21,35 +21,39 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
-# Sizes in points, which are the units of the SVG too.
+# Sizes in points, which are also the units of the SVG.
 INCH = 72.0
 WIDTH = 440.0
 PLOT_HEIGHT = 296.0  # with title, ticks and label, without the legend
-BAR, DOTS, AROUND_BARS = 40.0, 44.0, 76.0  # a row of bars, of dots, and what is around all
-LINE = 17.0  # of a legend, or a further one of a title
-TITLE_WIDTH, LEGEND_WIDTH, NAME_WIDTH = 48, 60, 44  # characters of a line, of a bar's name
-MOST_INTERVALS = 12  # of a line; more are drawn as an area, and nothing is moved aside
-MOST_MARKS = 60  # points of a line; of more the line alone is drawn
+BAR, DOTS, AROUND_BARS = (
+    40.0,
+    44.0,
+    76.0,
+)  # a row of bars, a row of dots, and the space around all rows
+LINE = 17.0  # a line of a legend, or a further line of a title
+TITLE_WIDTH, LEGEND_WIDTH, NAME_WIDTH = 48, 60, 44  # characters per line, and of the name of a bar
+MOST_INTERVALS = 12  # of a line; more are drawn as an area, without a shift
+MOST_MARKS = 60  # points of a line; with more, only the line is drawn
 BELOW_NAME = 0.16  # share of a row by which dots lie below its middle
 DODGE = 0.013  # share of the x axis between series at the same iteration
 
 TEXT, QUIET, RULE, PAGE = "#1c1c1c", "#5c5c5c", "#dedede", "#ffffff"
 EDGE: dict[str, Any] = {"markeredgecolor": PAGE, "markeredgewidth": 0.6}
-"""Tells marks apart that lie on each other."""
-# Okabe and Ito's colours, which the colour-blind can tell apart too (black and yellow, which are
-# lost on a dark or a light page, replaced). Marks and dashes differ as well.
+"""A light edge, which separates overlapping marks."""
+# The colours of Okabe and Ito, which colour-blind readers can distinguish. Black and yellow are
+# replaced, since they are invisible on a dark or a light page. Marks and dashes differ as well.
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
     *("#e69f00", "#56b4e9", "#8a7f00", "#7f7f7f"),
 )
 MARKS = "osD^vp<>"
-DASHES = ("-", "--", ":", "-.")  # one more each time that the colours are through
+DASHES = ("-", "--", ":", "-.")  # the next one after each round of the colours
 STYLE = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: the same everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so it is the same everywhere
     "font.size": 11.0,
     "text.color": TEXT,
-    "text.parse_math": False,  # a name with dollar signs is a name
+    "text.parse_math": False,  # dollar signs in a name are no formula
     "axes.edgecolor": QUIET,
     "axes.facecolor": PAGE,
     "axes.grid": True,
@@ -81,17 +85,17 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with what is told of its marks: by the id of a group, one text per mark in it."""
+    """A figure and its tooltips: id of a group -> one text per mark of the group."""
 
     figure: Figure
-    told: dict[str, list[str]] = field(default_factory=dict)
+    tooltips: dict[str, list[str]] = field(default_factory=dict)
 
 
 @contextmanager
 def style(key: str) -> Iterator[None]:
-    """matplotlib as the reports want it, whatever its user's settings are, and back again.
+    """Use matplotlib with the style of reports for the block, whatever the user's settings are.
 
-    key: makes the ids that matplotlib invents the same each time, and others in other figures.
+    key: makes matplotlib's ids the same each time, and different from those of other figures.
     Raises UserError: matplotlib is not installed.
     """
     try:
@@ -103,7 +107,7 @@ def style(key: str) -> Iterator[None]:
 
 
 def draw(figure: Drawable) -> Drawing:
-    """The figure, drawn; within `style`."""
+    """Draw the figure. Call it inside `style`."""
     if isinstance(figure, Plot):
         return _plot(figure)
     return _dots(figure) if isinstance(figure, Dots) else _bars(figure)
@@ -121,7 +125,7 @@ def _plot(plot: Plot) -> Drawing:
     axes.yaxis.set_major_locator(_round_numbers())
     width = max(xs) - min(xs) + 2 * (margin or 0.0)
     for at, one in enumerate(series):
-        # Intervals at the same iteration would hide each other.
+        # Otherwise intervals at the same iteration would hide each other.
         aside = DODGE * width * (at - (len(series) - 1) / 2) if plot.whole_x and plot.joined else 0
         joined = plot.joined if one.joined is None else one.joined
         _draw_series(drawing, axes, one, at, aside, joined)
@@ -136,7 +140,7 @@ def _plot(plot: Plot) -> Drawing:
 def _draw_series(
     drawing: Drawing, axes: Axes, one: Series, at: int, aside: float, joined: bool
 ) -> None:
-    """One series, moved aside on the x axis; exactly one of the axes' lines, for the legend."""
+    """Draw one series, shifted along x by `aside`, as one line of the axes, for the legend."""
     number = at if one.colour is None else one.colour
     colour = COLOURS[number % len(COLOURS)]
     points = sorted(one.points, key=lambda p: p.x)
@@ -160,14 +164,14 @@ def _draw_series(
         if _is_band(one, joined):
             axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0.0, zorder=1)
         else:
-            beside = [x + aside for x in xs]
-            axes.vlines(beside, lows, highs, color=colour, linewidth=1.3, zorder=2)
+            shifted = [x + aside for x in xs]
+            axes.vlines(shifted, lows, highs, color=colour, linewidth=1.3, zorder=2)
     if marked:
-        drawing.told[gid] = [_told(one.name, p, f" at {p.x:.4g}") for p in points]
+        drawing.tooltips[gid] = [_tooltip(one.name, p, f" at {p.x:.4g}") for p in points]
 
 
 def _is_band(one: Series, joined: bool) -> bool:
-    """Whether a line's intervals are so many that they are drawn as one area."""
+    """Whether a line has so many intervals that they are drawn as one area."""
     return joined and len(one.points) > MOST_INTERVALS
 
 
@@ -177,7 +181,7 @@ def _dots(dots: Dots) -> Drawing:
     drawing, axes = _empty(dots.title, AROUND_BARS + DOTS * max(1, len(dots.names)), names)
     for at, one in enumerate(series):
         colour, gid = COLOURS[at % len(COLOURS)], f"series-{at}"
-        aside = 0.13 * (at - (len(series) - 1) / 2)  # or intervals would hide each other
+        aside = 0.13 * (at - (len(series) - 1) / 2)  # so that intervals do not hide each other
         places = [replace(p, x=p.x + BELOW_NAME + aside) for p in one.points]
         axes.plot(
             [p.y for p in places],
@@ -191,8 +195,8 @@ def _dots(dots: Dots) -> Drawing:
         )
         for row, low, high in _bounds(places):
             axes.hlines(row, low, high, color=colour, linewidth=1.3, zorder=2)
-        drawing.told[gid] = [
-            _told(f"{dots.names[int(p.x)]}, {one.name}", p, at="") for p in one.points
+        drawing.tooltips[gid] = [
+            _tooltip(f"{dots.names[int(p.x)]}, {one.name}", p, at="") for p in one.points
         ]
     for row, name in enumerate(dots.names):
         axes.axhline(row + 0.5, color=RULE, linewidth=0.8, zorder=0)
@@ -209,7 +213,7 @@ def _dots(dots: Dots) -> Drawing:
 
 
 def _name_row(axes: Axes, row: float, name: str, more: str = "") -> None:
-    """The name of a row of bars or dots, and more of it, above it from the left edge on."""
+    """Write the name of a row of bars or dots, and more text, above the row at the left edge."""
     text = clean((name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…") + more)
     left = axes.get_yaxis_transform()
     axes.text(0.0, row, text, transform=left, verticalalignment="bottom", in_layout=False)
@@ -228,7 +232,7 @@ def _bars(bars: Bars) -> Drawing:
             gid = f"bar-{row}-{parts.index(part)}"
             colour = COLOURS[parts.index(part) % len(COLOURS)]
             axes.barh(row, value, height=0.4, left=began, color=colour, gid=gid)
-            drawing.told[gid] = [f"{name}, {part}: {value:,.4g} {bars.unit}"]
+            drawing.tooltips[gid] = [f"{name}, {part}: {value:,.4g} {bars.unit}"]
             began += value
         _name_row(axes, row - 0.28, name, f": {began:,.0f} {bars.unit}")
     axes.set_ylim(len(bars.bars) - 0.6, -0.8)  # the first bar on top, room for its name
@@ -244,7 +248,7 @@ def _bars(bars: Bars) -> Drawing:
 
 
 def _empty(title: str, height: float, legend: Sequence[str]) -> tuple[Drawing, Axes]:
-    """Axes with a title, as high as asked for, and room for a legend below."""
+    """Axes of the given height with a title, and room for a legend below."""
     from matplotlib.figure import Figure
 
     title = _lines(title, TITLE_WIDTH)
@@ -264,7 +268,7 @@ def _round_numbers(whole: bool = False) -> Locator:
 
 
 def _finite(series: Series) -> Series:
-    """The series without points that are no numbers; an interval without end is none."""
+    """The series without points that are not finite; infinite intervals are dropped."""
     kept = []
     for point in series.points:
         if math.isfinite(point.x) and math.isfinite(point.y):
@@ -278,7 +282,7 @@ def _bounds(points: Sequence[Point]) -> list[tuple[float, float, float]]:
     return [(p.x, p.low, p.high) for p in points if p.low is not None and p.high is not None]
 
 
-def _told(name: str, point: Point, at: str) -> str:
+def _tooltip(name: str, point: Point, at: str) -> str:
     text = f"{name}: {point.y:.4g}{at}"
     if point.low is not None and point.high is not None:
         text += f" ({point.low:.4g} to {point.high:.4g})"
@@ -286,10 +290,10 @@ def _told(name: str, point: Point, at: str) -> str:
 
 
 def _lines(text: str, width: int) -> str:
-    """Text on lines that fit."""
+    """Text wrapped to a width."""
     return "\n".join(textwrap.wrap(clean(text), width))
 
 
 def clean(text: str) -> str:
-    """Text without characters that XML cannot hold."""
+    """Text with the characters that XML forbids replaced."""
     return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)

@@ -1,4 +1,4 @@
-"""What a figure of a report shows: lines with intervals, points, or stacked bars."""
+"""The figures of a report as data: plots with intervals, rows of marks, or stacked bars."""
 
 from __future__ import annotations
 
@@ -8,46 +8,48 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Point:
-    """A value at x, with the bounds of its interval where there is one."""
+    """A value at x, with the bounds of its interval if there is one."""
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
     note: str = ""
-    """What is told of the point besides its numbers."""
+    """Text shown with the numbers of the point."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name; its colour and mark are its place in the figure unless given."""
+    """Points with one name. Their colour and mark follow the order of series unless given."""
 
     name: str
     points: Sequence[Point]
     colour: int | None = None
     joined: bool | None = None
-    """By a line, or not; None is as the plot says."""
+    """Whether a line joins the points; None uses the setting of the plot."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Series in one pair of axes; joined by lines, or points alone."""
+    """Series in one pair of axes, joined by lines or as points only."""
 
     key: str
-    """Name of the figure's files; no other figure of a page has it."""
+    """Name of the figure's files, unique on a page."""
     title: str
     x_label: str
     y_label: str
     series: Sequence[Series]
     joined: bool = True
     whole_x: bool = False
-    """Whether x counts something, so that ticks are whole numbers."""
+    """Whether x is a count, so that ticks are whole numbers."""
 
 
 @dataclass(frozen=True)
 class Dots:
-    """A row of marks for each name: in every series a point's x is its name's place, its y the
-    value, which is drawn from left to right."""
+    """A row of marks for each name.
+
+    The x of a point is the number of its row, and its y is the value, drawn from left to right.
+    """
 
     key: str
     title: str

@@ -12,15 +12,19 @@ from xml.etree import ElementTree
 from irl_align.evaluation.report.drawing import PAGE, QUIET, RULE, TEXT, Drawing, clean, draw, style
 from irl_align.evaluation.report.figures import Drawable
 
-# In a page a figure takes the page's colours, light or dark; page.css sets them.
+# A figure in a page takes the colours of the page, light or dark, which page.css sets.
 VARIABLES = {TEXT: "text", QUIET: "quiet", RULE: "rule", PAGE: "page"}
-DROPPED = {"metadata", "style", "clipPath"}  # nothing is drawn outside the axes
+DROPPED = {
+    "metadata",
+    "style",
+    "clipPath",
+}  # nothing is drawn outside the axes, so no clipping is needed
 NAMESPACE = "http://www.w3.org/2000/svg"
 PNG_DPI = 200
 
 
 def svg(figure: Drawable, alone: bool = False) -> str:
-    """The figure as an SVG element of a page, whose colours it follows; `alone` as a file."""
+    """The figure as an SVG element in the colours of its page; alone: as an SVG file."""
     with _drawn(figure) as drawing:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -29,9 +33,9 @@ def svg(figure: Drawable, alone: bool = False) -> str:
         FigureCanvasSVG(drawing.figure).print_svg(file, metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())
     _without_namespaces(root)
-    _tell(root, drawing.told)
+    _add_tooltips(root, drawing.tooltips)
     _tidy(root)
-    # What the style element, which would reach the whole page, says.
+    # These replace the style element, which would apply to the whole page.
     root.attrib |= {"role": "img", "class": "figure", "stroke-linejoin": "round"}
     if alone:
         root.attrib |= {"xmlns": NAMESPACE, "font-family": "'DejaVu Sans', sans-serif"}
@@ -45,7 +49,7 @@ def svg(figure: Drawable, alone: bool = False) -> str:
 
 
 def png(figure: Drawable) -> bytes:
-    """The figure as a PNG file, light."""
+    """The figure as a PNG file on a light background."""
     with _drawn(figure) as drawing:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -58,13 +62,13 @@ def png(figure: Drawable) -> bytes:
 @contextmanager
 def _drawn(figure: Drawable) -> Iterator[Drawing]:
     with style(figure.key), warnings.catch_warnings():
-        # Its font has no Chinese, say; a reader of the SVG has a font that does.
+        # The font lacks some scripts, such as Chinese; the viewer of an SVG has its own fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield draw(figure)
 
 
 def _without_namespaces(root: ElementTree.Element) -> None:
-    """Names as HTML has them: `svg`, not `{http://...}svg`, and `href`, not `xlink:href`."""
+    """Use the names of HTML: `svg`, not `{http://...}svg`, and `href`, not `xlink:href`."""
     for element in root.iter():
         element.tag = _local(element.tag)
         element.attrib = {_local(name): value for name, value in element.attrib.items()}
@@ -74,10 +78,10 @@ def _local(name: str) -> str:
     return name.rpartition("}")[2]
 
 
-def _tell(root: ElementTree.Element, told: dict[str, list[str]]) -> None:
-    """Give each mark the text that a browser shows on moving over it."""
+def _add_tooltips(root: ElementTree.Element, tooltips: dict[str, list[str]]) -> None:
+    """Give each mark the text that a browser shows as a tooltip."""
     groups = {element.get("id"): element for element in root.iter("g")}
-    for gid, texts in told.items():
+    for gid, texts in tooltips.items():
         group = groups.get(gid)
         if group is None:  # a series without points
             continue
@@ -87,7 +91,7 @@ def _tell(root: ElementTree.Element, told: dict[str, list[str]]) -> None:
 
 
 def _tidy(root: ElementTree.Element) -> None:
-    """Drop what says nothing: empty groups, ids that nothing refers to, blanks, clipping."""
+    """Remove empty groups, unused ids, blanks and clipping."""
     used = {element.get("href", "").removeprefix("#") for element in root.iter("use")}
     for element in root.iter():
         for child in list(element):
@@ -99,14 +103,14 @@ def _tidy(root: ElementTree.Element) -> None:
         if element.get("id") not in used:
             element.attrib.pop("id", None)
         element.attrib.pop("clip-path", None)
-        if "style" in element.attrib:  # the font is said once
+        if "style" in element.attrib:  # the font is set once
             element.set("style", re.sub(r"font-family:[^;]*; ", "", element.attrib["style"]))
 
 
 def _follow_page(root: ElementTree.Element) -> None:
     for element in root.iter():
-        said = element.get("style")
-        if said:
+        style = element.get("style")
+        if style:
             for colour, name in VARIABLES.items():
-                said = said.replace(colour, f"var(--{name}, {colour})")
-            element.set("style", said)
+                style = style.replace(colour, f"var(--{name}, {colour})")
+            element.set("style", style)

@@ -1,4 +1,4 @@
-"""The templates of the report, with every text escaped."""
+"""The templates of the report. Every text is escaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this folder, filled; what is not marked as markup is escaped."""
+    """Fill a template of this folder; values are escaped unless they are marked as markup."""
     return str(_environment().get_template(template).render(**values))
 
 
@@ -31,6 +31,6 @@ def _environment() -> Any:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: no text can end it."""
+    """JSON for a script element: no text in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

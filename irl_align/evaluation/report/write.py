@@ -1,4 +1,4 @@
-"""One HTML file of a run or a comparison, and its figures as files."""
+"""Write a run or a comparison as one HTML file, and its figures as files."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from irl_align.utils.files import atomic_write
 from irl_align.utils.text_table import Column, Table
 from irl_align.utils.version import __version__
 
-LONG = 12  # rows; longer tables are closed at first
-MOST = 4_900_000  # bytes of a page, which is to stay below 5 MB
+LONG = 12  # rows; longer tables start closed
+MOST = 4_900_000  # bytes of a page
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its figures, then its tables, long ones closed, then notes on them."""
+    """A part of the page: figures, then tables (long ones are closed), then notes."""
 
     name: str
     figures: Sequence[Drawable]
@@ -54,10 +54,10 @@ class Section:
 
 
 def write_report(source: Path, output: Path | None = None, figures: Path | None = None) -> Path:
-    """Write the report of a run's folder or of a comparison's; return its path.
+    """Write the report of the folder of a run or a comparison; return its path.
 
-    output: the HTML file; default report.html in the folder. figures: folder for each figure as an
-    SVG and as a PNG file. Raises UserError: no run or comparison there, or an unfinished run.
+    output: the HTML file; default: report.html in the folder. figures: folder for every figure as
+    SVG and PNG. Raises UserError: the folder has no run or comparison, or the run is unfinished.
     """
     with records_checked(str(source)):
         return _write(source, output, figures)
@@ -84,7 +84,7 @@ def _write(source: Path, output: Path | None, figures: Path | None) -> Path:
 
 
 def _page(values: dict[str, Any], views: Sequence[RunView]) -> str:
-    """The page, with as many samples as it has room for beside tables and figures."""
+    """The page, with as many samples as fit next to its tables and figures."""
     bare = render("page.html.j2", **values, browser=None, credited=[])
     room = max(0, MOST - len(bare.encode()))
     credited = credited_samples(views, min(CREDIT_BUDGET, room // 3))
@@ -94,7 +94,7 @@ def _page(values: dict[str, Any], views: Sequence[RunView]) -> str:
 
 
 def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
-    """The runs of a folder, what is said of them side by side, and the page's title."""
+    """The runs of a folder, their comparison, and the title of the page."""
     if not (source / FILE).is_file():
         if not is_run(source):
             raise UserError(
@@ -109,13 +109,13 @@ def _read(source: Path) -> tuple[list[RunView], dict[str, Any], str]:
         tables_by_section(analysis)
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{source / FILE}: found no {error} in it; run irl-align compare again"
+            f"{source / FILE}: found no {error}; run irl-align compare again"
         ) from error
     gone = [path for path in paths if not is_run(path)]
     in_tables = "it is in the tables, but not in the figures"
     analysis["missing"] += [f"{path}: deleted; {in_tables}" for path in gone]
     views = [Run.load(path) for path in paths if path not in gone]
-    left = f"not finished any more; {in_tables}"
+    left = f"no longer finished; {in_tables}"
     analysis["missing"] += [f"{v.folder}: {left}" for v in views if v.summary is None]
     return [v for v in views if v.summary is not None], analysis, "comparison"
 
@@ -147,7 +147,7 @@ def _sections(views: Sequence[RunView], analysis: dict[str, Any]) -> list[Sectio
 
 
 def _health(views: Sequence[RunView]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(title, (run, text) of each line) of how the runs ended and of their warning signs."""
+    """(title, (run, text) of each line): how the runs ended, and their warning signs."""
     endings = [(view.folder.name, run_ending(view)) for view in views]
     signs = [(view.folder.name, sign) for view in views for sign in view.signs()]
     lists = (("How the runs ended", endings), ("Warning signs", signs))

@@ -184,7 +184,7 @@ def test_a_run_that_lost_its_summary_is_told(
     assert irl_align(capsys, "compare", *runs).status == 0
     (tmp_path / "b-seed1/summary.json").unlink()
     text = page_of(tmp_path / "comparison").text_content()
-    assert "b-seed1: not finished any more; it is in the tables, but not in the figures" in text
+    assert "b-seed1: no longer finished; it is in the tables, but not in the figures" in text
 
 
 def test_token_credit_is_drawn_on_the_text(tmp_path: Path) -> None:
