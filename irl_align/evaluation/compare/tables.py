@@ -98,11 +98,11 @@ def against_baseline(analysis: Analysis) -> Table:
     rows: list[list[Cell]] = []
     for row in analysis["rows"]:
         for measure in [*measures, f"{headline}@{BEYOND_ENTROPY}"]:
-            if (found := row["against_baseline"].get(measure)) is not None:
-                better = _probability(found.get("probability_of_improvement"))
-                tests = (p_value(found["p_t"]), p_value(found["p_sign_flip"]), better)
+            if (difference := row["against_baseline"].get(measure)) is not None:
+                better = _probability(difference.get("probability_of_improvement"))
+                tests = (p_value(difference["p_t"]), p_value(difference["p_sign_flip"]), better)
                 name = _column(analysis, measure).name
-                rows.append([row["label"], name, estimate_cell(found), *tests])
+                rows.append([row["label"], name, estimate_cell(difference), *tests])
     columns = [
         Column("policy"),
         Column("metric"),

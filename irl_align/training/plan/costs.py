@@ -109,15 +109,15 @@ class Costs:
         tokens = rows * (self.prompt.mean + self.answer.mean)
         return Cost(rows=rows, tokens=tokens, disk=tokens * PER_TOKEN)
 
-    def sample(self, prompts: int, n: int, beside: Mapping[str, float] | None = None) -> Cost:
-        """n samples of each prompt. beside: models in memory, in bytes; by default the policy."""
+    def sample(self, prompts: int, n: int, resident: Mapping[str, float] | None = None) -> Cost:
+        """n samples of each prompt. resident: models in memory, in bytes; by default the policy."""
         length, new = self.prompt.mean, self.sample_mean
         rows = self._batch_rows()
         steps = prompts * n * new / rows  # each reads all weights, and the batch's cache
         cached = key_values(self.shape, int(rows * (length + new / 2)), self.stored.weights)
         flops = self._forward(prompts, length, 0) + self._forward(prompts * n, new)
         moved = steps * (self.model_bytes() + cached)
-        parts = {**(beside or {"weights": self.model_bytes()}), **self._sampling_parts(rows)}
+        parts = {**(resident or {"weights": self.model_bytes()}), **self._sampling_parts(rows)}
         return Cost(
             rows=prompts * n,
             tokens=prompts * length,
@@ -245,18 +245,18 @@ class Costs:
         reference = FLOAT * shape.parameters
         if self.recipe.model.quantization is not None:
             reference = self.model_bytes()
-        beside = {"reference": float(reference), "reward": float(self.reward_bytes())}
+        resident = {"reference": float(reference), "reward": float(self.reward_bytes())}
         if self.adapter:
             shared = options.backbone == "shared"
             trained = self.adapter * (1 + critic)
             weights = self.model_bytes() * (1 if shared else 1 + critic) + FLOAT * trained
             adapter = float(FLOAT * self.adapter)
-            beside = {"reference": adapter, "reward": adapter} if shared else beside
+            resident = {"reference": adapter, "reward": adapter} if shared else resident
         state = float(optimiser_state(trained, "adamw"))
         use = self._ppo_update(
-            options, critic=critic, trained=trained, weights=weights, state=state, beside=beside
+            options, critic=critic, trained=trained, weights=weights, state=state, resident=resident
         )
-        held = {"weights": float(weights), "optimiser": state, **beside}
+        held = {"weights": float(weights), "optimiser": state, **resident}
         rollout = self.sample(1, 1, held).use
         length = self.prompt.mean + self.sample_mean
         episodes = float(options.updates * options.batch_size)
@@ -288,7 +288,7 @@ class Costs:
         trained: int,
         weights: int,
         state: float,
-        beside: dict[str, float],
+        resident: dict[str, float],
     ) -> Use:
         shape, precision = self.shape, self._products(options)
         columns = self.prompt.longest + self.sample_longest
@@ -315,7 +315,7 @@ class Costs:
             loss=logits_of(shape, piece),
             copies=weight_copies(shape, precision) * trunks,
             later=min(rows, minibatch - rows) / rows,
-            beside=beside,
+            resident=resident,
         )
 
 

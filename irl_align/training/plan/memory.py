@@ -190,19 +190,19 @@ def training(
     loss: float,
     copies: float = 0.0,
     later: float = 0.0,
-    beside: dict[str, float] | None = None,
+    resident: dict[str, float] | None = None,
 ) -> Use:
     """Memory of a training step. trained: number of parameters; all else is in bytes.
 
     Gradients (float32) appear as the first pass's activations are freed. Later passes (gradient
     accumulation) hold gradients and activations; the largest of them needs the share `later` (0 to
-    1) of the first: peak = weights + state + beside + max(forward, gradients + later * forward),
-    where forward = kept + copies + loss. beside: models that are only read.
+    1) of the first: peak = weights + state + resident + max(forward, gradients + later * forward),
+    where forward = kept + copies + loss. resident: models that are only read.
     """
     gradients = float(FLOAT * trained)
     forward = kept + copies + loss
     moving = max(forward, gradients + later * forward)
-    others = beside or {}
+    others = resident or {}
     parts = {
         "weights": float(weights),
         "gradients": gradients,

@@ -124,7 +124,7 @@ def test_cache_state_logits_and_copies_by_hand() -> None:
 
 
 def test_gradients_come_as_activations_go() -> None:
-    use = memory.training(trained=10, weights=40, state=80, kept=25, loss=5, beside={"reward": 7})
+    use = memory.training(trained=10, weights=40, state=80, kept=25, loss=5, resident={"reward": 7})
     assert use.peak == 40 + 80 + 7 + max(40, 30)
     assert use.parts["gradients"] == 40 and use.parts["reward"] == 7
     many = memory.training(10, 40, 80, kept=25, loss=5, later=1.0)
