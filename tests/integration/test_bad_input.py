@@ -279,7 +279,7 @@ def test_generate_names_the_store_that_a_copied_run_lacks(
     alone = tmp_path / "alone" / "run"
     shutil.copytree(sft.folder, alone)
     message = line("generate", alone, "--input", rows)
-    assert message.startswith(f"{alone}: its policy lies in {alone.parent / 'store'}")
+    assert message.startswith(f"{alone}: its policy should be in {alone.parent / 'store'}")
     assert "a run is copied with the folder store beside it" in message
 
 

@@ -129,7 +129,7 @@ def test_train_killed_in_a_stage_resumes_from_its_checkpoint(
 
 def test_train_refuses_a_second_process_and_ends_with_one_line_on_ctrl_c(tmp_path: Path) -> None:
     first = start(tmp_path, *RECIPE, "sft.args.num_train_epochs=2000")
-    assert first.wait_for(lambda: is_training(tmp_path))
+    assert first.wait_for(lambda: bool(checkpoints(tmp_path, "sft")))
     status, printed = start(tmp_path, *RECIPE, "sft.args.num_train_epochs=2000").ended()
     assert status == 2
     line = printed.splitlines()[-1]
@@ -141,8 +141,3 @@ def test_train_refuses_a_second_process_and_ends_with_one_line_on_ctrl_c(tmp_pat
     messages = [line for line in printed.splitlines() if "irl-align:" in line]
     assert messages == ["irl-align: stopped; the same command resumes from the last checkpoint"]
     assert printed.splitlines()[-1] == messages[0]
-
-
-def is_training(folder: Path) -> bool:
-    """Whether SFT has begun to write in its work folder."""
-    return bool(list((folder / "runs/store/.work").glob("sft-*/scratch")))
