@@ -280,7 +280,7 @@ def test_generate_names_the_store_that_a_copied_run_lacks(
     shutil.copytree(sft.folder, alone)
     message = line("generate", alone, "--input", rows)
     assert message.startswith(f"{alone}: its policy should be in {alone.parent / 'store'}")
-    assert "a run is copied with the folder store beside it" in message
+    assert "copy the folder store together with the run" in message
 
 
 def test_show_says_that_a_run_is_not_finished(

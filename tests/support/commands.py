@@ -11,7 +11,7 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["irl_align.training.train", "irl_align.cli.main"])
-LONGEST = 300.0  # seconds; a command that takes longer hangs
+LONGEST = 120.0  # seconds; a command that takes longer hangs
 
 
 class Command:
@@ -46,7 +46,9 @@ class Command:
     def ended(self) -> tuple[int, str]:
         """(exit status, all that it printed), when it has ended; -9 after a kill."""
         self._process.join(LONGEST)
-        assert self._process.exitcode is not None, f"the command hangs: {self.log}"
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise AssertionError(f"the command hangs: {self.log}")
         return self._process.exitcode, self.log.read_text(encoding="utf-8")
 
 
