@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -33,6 +33,7 @@ from irl_align.utils.files import (
 if TYPE_CHECKING:
     from irl_align.training.store import Stage
 
+T = TypeVar("T")
 REBUILD = "delete this stage's folder and run the recipe again"
 RERUN = "delete this file and run the recipe again, which writes it from finished stages"
 
@@ -195,21 +196,11 @@ class RunView:
 
     def records(self, kind: str) -> dict[int, dict[str, Any]]:
         """Number -> record, for all roles of one kind."""
-        roles = {Role.parse(key): record for key, record in self.by_key.items()}
-        return {
-            role.number: record
-            for role, record in roles.items()
-            if role.kind == kind and role.number is not None
-        }
+        return _numbered(self.by_key, kind)
 
     def numbered_stages(self, kind: str) -> dict[int, dict[str, str]]:
         """Number -> stage, for all roles of one kind."""
-        roles = {Role.parse(role): stage for role, stage in self.stages.items()}
-        return {
-            role.number: stage
-            for role, stage in roles.items()
-            if role.kind == kind and role.number is not None
-        }
+        return _numbered(self.stages, kind)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Records of the evaluations of policies, of every temperature."""
@@ -238,6 +229,11 @@ class RunView:
             if stage["name"] == "ppo"
         }
         return {role: read_lines(path, REBUILD) for role, path in paths.items() if path.is_file()}
+
+
+def _numbered(by_role: Mapping[str, T], kind: str) -> dict[int, T]:
+    roles = {Role.parse(role): value for role, value in by_role.items()}
+    return {r.number: v for r, v in roles.items() if r.kind == kind and r.number is not None}
 
 
 @contextmanager
