@@ -231,8 +231,8 @@ def test_an_unexpected_fault_is_one_line(
     monkeypatch.setattr("irl_align.training.run_folder.Run.load", fault)
     ended = irl_align(capsys, "show", tmp_path)
     assert ended.status == 1
-    told = "unexpected fault: RuntimeError: two lines (run with --debug for the traceback)"
-    assert ended.err == f"irl-align: {told}\n"
+    message = "unexpected fault: RuntimeError: two lines (run with --debug for the traceback)"
+    assert ended.err == f"irl-align: {message}\n"
 
 
 def test_a_run_without_a_reward_scores_nothing(
@@ -272,7 +272,7 @@ def test_score_by_the_implicit_reward_of_spin(
             assert abs(row[f"{side}_score"]) > 1e-4
 
 
-def test_a_run_whose_recipe_lost_a_group_is_told(
+def test_show_refuses_a_run_whose_recipe_lost_a_group(
     select: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -286,18 +286,18 @@ def test_a_run_whose_recipe_lost_a_group_is_told(
     )
 
 
-def test_what_the_hub_tells_is_told_once() -> None:
-    told = (
+def test_hub_warnings_are_printed_once() -> None:
+    code = (
         "import logging; from irl_align.cli.terminal import set_up; set_up(False); "
         "import huggingface_hub.file_download; "
         "logging.getLogger('huggingface_hub.file_download').warning('retrying')"
     )
-    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.count("retrying") == 1
 
 
 @pytest.mark.parametrize("command", ["score", "generate"])
-def test_output_that_cannot_be_written_is_told_before_the_work(
+def test_score_refuses_an_output_that_cannot_be_written_before_the_work(
     command: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

@@ -29,34 +29,34 @@ def jaccard(one: list[int], other: list[int]) -> float:
     st.integers(1, 5),
 )
 def test_nearest_prompts_equals_an_enumeration(prompts: list[list[int]], count: int) -> None:
-    for i, found in enumerate(nearest_prompts(prompts, count)):
+    for i, actual in enumerate(nearest_prompts(prompts, count)):
         others = [j for j in range(len(prompts)) if j != i]
         others.sort(key=lambda j: (-jaccard(prompts[i], prompts[j]), j))
-        assert found == others[:count]
+        assert actual == others[:count]
 
 
 def test_nearest_prompts_works_over_several_blocks() -> None:
     rng = random.Random(0)
     prompts = [rng.sample(range(30), 5) for _ in range(600)]
-    found = nearest_prompts(prompts, 3)
+    actual = nearest_prompts(prompts, 3)
     for i in (0, 255, 256, 511, 512, 599):
         others = sorted(
             (j for j in range(600) if j != i),
             key=lambda j: (-jaccard(prompts[i], prompts[j]), j),
         )
-        assert found[i] == others[:3]
+        assert actual[i] == others[:3]
 
 
 def test_contrast_pairs_skips_neighbours_with_the_same_answer() -> None:
     # abcd and abce share 3 of 5 letters, and are far from the rest; "y" answers both.
     demos = [demo("abcd", 1), demo("abce", 1), demo("abce", 2), demo("uvwx", 3)]
     pairs, dropped = contrast_pairs(demos, "neighbour", per_demonstration=2, iteration=4)
-    found = sorted(
+    actual = sorted(
         ("".join(map(chr, row["prompt_ids"])), row["chosen_ids"][0],
          "".join(map(chr, row["rejected_prompt_ids"])))
         for row in pairs
     )  # fmt: skip
-    assert found == [
+    assert actual == [
         ("abcd", 1, "uvwx"),
         ("abce", 1, "uvwx"),
         ("abce", 2, "abcd"),
@@ -114,10 +114,10 @@ def test_contrast_pairs_edits_the_prompt() -> None:
     pairs, dropped = contrast_pairs(
         demos, "edit", per_demonstration=2, edit=edit, encode=letters, seed=5
     )
-    found = sorted((row["prompt_ids"][0], row["rejected_prompt_ids"][0]) for row in pairs)
+    actual = sorted((row["prompt_ids"][0], row["rejected_prompt_ids"][0]) for row in pairs)
     # a and b have the same answer, so neither contrasts with the other.
-    assert {chr(x) + chr(y) for x, y in found} <= {"ac", "ad", "bc", "bd", "ca", "cb", "cd"}
-    assert len(set(found)) == len(found) == 6 and dropped == {"no_contrast": 0}
+    assert {chr(x) + chr(y) for x, y in actual} <= {"ac", "ad", "bc", "bd", "ca", "cb", "cd"}
+    assert len(set(actual)) == len(actual) == 6 and dropped == {"no_contrast": 0}
     again = contrast_pairs(demos, "edit", per_demonstration=2, edit=edit, encode=letters, seed=5)
     assert again.rows.to_dict() == pairs.to_dict()
 
@@ -159,9 +159,9 @@ def test_contrast_pairs_edits_in_a_row_lead_away_from_the_prompt() -> None:
     both, short = contrast_pairs(
         [row, other], "edit", edits=2, edit=lambda text, rng: steps.get(text, text), encode=words
     )
-    found = [(r["prompt_ids"], r["rejected_prompt_ids"]) for r in both]
-    assert words(["p q t t"])[0] not in [rejected for _, rejected in found]
-    assert len(found) == 2 and short == {"no_contrast": 2}
+    actual = [(r["prompt_ids"], r["rejected_prompt_ids"]) for r in both]
+    assert words(["p q t t"])[0] not in [rejected for _, rejected in actual]
+    assert len(actual) == 2 and short == {"no_contrast": 2}
     first = contrast_pairs([row], "edit", per_demonstration=2, edit=edit, encode=words).rows
     assert len(first) == 2  # one edit: no chain
 

@@ -176,15 +176,15 @@ def test_hub_columns_are_used_only_for_rows_of_the_hub(
 def test_load_demonstrations_compares_checksum_and_row_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = hashlib.sha256(lines(ROWS).encode()).hexdigest()
+    actual = hashlib.sha256(lines(ROWS).encode()).hexdigest()
     (tmp_path / "demos.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
-    good = write_card(tmp_path, DEMOS + f"  sha256: {{train: {found}}}\n  rows: {{train: 2}}\n")
+    good = write_card(tmp_path, DEMOS + f"  sha256: {{train: {actual}}}\n  rows: {{train: 2}}\n")
     load_demonstrations(good, "train")
     assert not caplog.records
     other = write_card(tmp_path, DEMOS + f"  sha256: {{train: {'f' * 64}}}\n  rows: {{train: 9}}\n")
     with caplog.at_level(logging.WARNING):
         assert load_demonstrations(other, "train") == LOADED
-    assert found in caplog.text and "found 2 rows, the card says 9" in caplog.text
+    assert actual in caplog.text and "found 2 rows, the card says 9" in caplog.text
 
 
 def test_where_keeps_matching_rows(tmp_path: Path) -> None:

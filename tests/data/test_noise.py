@@ -22,18 +22,18 @@ def changed(share: float, rows: list[Demonstration] = ROWS, seed: int = 3) -> di
     out, count = corrupt(rows, share, seed)
     assert [row["prompt"] for row in out] == [row["prompt"] for row in rows]
     pairs = zip(rows, out, strict=True)
-    found = {a["completion"]: b["completion"] for a, b in pairs if a != b}
-    assert len(found) == count
-    return found
+    actual = {a["completion"]: b["completion"] for a, b in pairs if a != b}
+    assert len(actual) == count
+    return actual
 
 
 def test_corrupt_changes_a_share_of_completions() -> None:
-    found = changed(0.3)
-    assert 0.27 * len(ROWS) < len(found) < 0.33 * len(ROWS)
+    actual = changed(0.3)
+    assert 0.27 * len(ROWS) < len(actual) < 0.33 * len(ROWS)
     texts = {row["completion"] for row in ROWS}
-    for own, other in found.items():
+    for own, other in actual.items():
         assert other in texts and other.split(".")[0] != own.split(".")[0]
-    assert len(set(found.values())) > 0.8 * len(found)  # not always the same one
+    assert len(set(actual.values())) > 0.8 * len(actual)  # not always the same one
 
 
 def test_corrupt_nests_smaller_shares_in_any_order() -> None:

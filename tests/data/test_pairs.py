@@ -233,9 +233,9 @@ def test_window_returns_the_named_iterations(done: int, last: int) -> None:
     pairs = [iteration_of(k) for k in range(done)]
     assert sorted(set(window(pairs, "all")["iteration"])) == list(range(done))
     assert set(window(pairs, "latest")["iteration"]) == {done - 1}
-    found = window(pairs, f"last-{last}")["iteration"]
-    assert sorted(set(found)) == list(range(max(0, done - last), done))
-    assert len(found) == 2 * min(last, done)
+    actual = window(pairs, f"last-{last}")["iteration"]
+    assert sorted(set(actual)) == list(range(max(0, done - last), done))
+    assert len(actual) == 2 * min(last, done)
 
 
 def test_stats_counts_pairs_and_drops() -> None:

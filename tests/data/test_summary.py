@@ -133,8 +133,8 @@ def test_load_preferences_takes_paths_as_columns(tmp_path: Path) -> None:
         {"p": "z", "answers": [ranked[1], *ranked[1:]], "a.b": 5},  # its first is not the best
     ]
     write(tmp_path / "x.jsonl", rows)
-    found = load_preferences(own_card(tmp_path, options), "test")
-    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in found] == [("x", "best", "bad")]
+    actual = load_preferences(own_card(tmp_path, options), "test")
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in actual] == [("x", "best", "bad")]
     (tmp_path / "x.jsonl").write_text('{"p": "x", "a.b": 5}\n')
     with pytest.raises(UserError, match=r"line 1: found columns p, a\.b, expected a column 'ans"):
         load_preferences(load_card(tmp_path / "own.md"), "test")
@@ -147,8 +147,8 @@ def test_load_demonstrations_splits_a_text_after_its_prompt(tmp_path: Path) -> N
     )
     texts = [" A  good\nfilm  indeed, very.", "Just three words ", "One two three four"]
     write(tmp_path / "x.jsonl", [{"t": text} for text in texts])
-    found = load_demonstrations(own_card(tmp_path, options.replace("FAULTY", "drop")), "train")
-    assert [(row["prompt"], row["completion"]) for row in found] == [
+    actual = load_demonstrations(own_card(tmp_path, options.replace("FAULTY", "drop")), "train")
+    assert [(row["prompt"], row["completion"]) for row in actual] == [
         (" A  good\nfilm", "  indeed, very."),
         ("One two three", " four"),
     ]
@@ -180,8 +180,8 @@ def test_load_preferences_takes_other_labels(tmp_path: Path) -> None:
     )
     row = {"p": "x", "a": "A", "b": "B"}
     write(tmp_path / "x.jsonl", [{**row, "better": 0}, {**row, "better": "1"}])
-    found = load_preferences(own_card(tmp_path, options), "test")
-    assert [r["chosen"] for r in found] == ["A", "B"]
+    actual = load_preferences(own_card(tmp_path, options), "test")
+    assert [r["chosen"] for r in actual] == ["A", "B"]
     write(tmp_path / "x.jsonl", [{**row, "better": 2}])
     with pytest.raises(UserError, match="found 2, expected 0 or 1, which names the better text"):
         load_preferences(load_card(tmp_path / "own.md"), "test")
@@ -300,29 +300,29 @@ def test_cards_of_the_hub_load_with_the_real_client(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    actual = json.loads(done.stdout)
 
-    assert "cannot load me/gone train from the Hub" in found.pop("gone")
+    assert "cannot load me/gone train from the Hub" in actual.pop("gone")
     demo = {"prompt": "POST: long\n\nTL;DR:", "completion": " short"}
-    assert found["tldr"] == {split: [demo] for split in ("train", "validation", "test")}
-    assert set(found["tldr_comparisons"]) == {"train", "test"}
-    assert found["tldr_comparisons"]["test"][0]["chosen"] == " good"
-    first = found["ultrachat_200k"]["test"][0]
+    assert actual["tldr"] == {split: [demo] for split in ("train", "validation", "test")}
+    assert set(actual["tldr_comparisons"]) == {"train", "test"}
+    assert actual["tldr_comparisons"]["test"][0]["chosen"] == " good"
+    first = actual["ultrachat_200k"]["test"][0]
     assert first == {"prompt": turns("hi 0"), "completion": "hello"}
-    sizes = {split: len(rows) for split, rows in found["ultrachat_200k"].items()}
+    sizes = {split: len(rows) for split, rows in actual["ultrachat_200k"].items()}
     assert sizes["train"] + sizes["validation"] == sizes["test"] == 200 and sizes["validation"]
-    assert sum(map(len, found["alpaca"].values())) == 200  # the row with an input is left out
-    better = found["ultrafeedback"]["test"][0]
+    assert sum(map(len, actual["alpaca"].values())) == 200  # the row with an input is left out
+    better = actual["ultrafeedback"]["test"][0]
     assert (better["chosen"], better["rejected"]) == ("good", "bad")
-    assert found["reward_bench"]["test"][0]["subset"] == "xstest"
-    assert len(found["imdb"]["test"]) == 99
-    assert found["imdb"]["test"][0] == {
+    assert actual["reward_bench"]["test"][0]["subset"] == "xstest"
+    assert len(actual["imdb"]["test"]) == 99
+    assert actual["imdb"]["test"][0] == {
         "prompt": "One 0 two three four five six seven",
         "completion": " eight",
     }
-    assert sum(map(len, found["nectar"].values())) == 200
-    worst = found["nectar"]["test"][0]
+    assert sum(map(len, actual["nectar"].values())) == 200
+    worst = actual["nectar"]["test"][0]
     assert (worst["chosen"], worst["rejected"]) == ("answer 1", "answer 7")
-    assert found["pku_saferlhf"]["train"][0]["chosen"] == "b"
-    assert found["hh_rlhf"]["train"][0]["prompt"] == turns("hi")
-    assert found["e2e_nlg"]["train"] == [{"prompt": "name[x]", "completion": "x."}]
+    assert actual["pku_saferlhf"]["train"][0]["chosen"] == "b"
+    assert actual["hh_rlhf"]["train"][0]["prompt"] == turns("hi")
+    assert actual["e2e_nlg"]["train"] == [{"prompt": "name[x]", "completion": "x."}]

@@ -111,7 +111,7 @@ def test_best_of_saves_the_curve_and_the_report_shows_it(
     assert "best of n by the reward" in ended.out
     stored = json.loads((run.folder / "evaluation.json").read_text())["best_of"]
     assert stored["n"] == [1, 2, 4] and stored["reward"][0]["n"] == 5
-    rewards = [found["mean"] for found in stored["reward"]]
+    rewards = [actual["mean"] for actual in stored["reward"]]
     assert rewards == sorted(rewards)
     store = run.folder.parent / "store"
     (stage,) = store.glob("best-of-curve-*")

@@ -29,9 +29,9 @@ ASKED = re.compile(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\n\[Which", re.DO
 
 def answers(body: dict[str, Any]) -> tuple[str, str]:
     """Texts A and B of a question."""
-    found = ASKED.search(body["messages"][1]["content"])
-    assert found is not None
-    return found[1], found[2]
+    actual = ASKED.search(body["messages"][1]["content"])
+    assert actual is not None
+    return actual[1], actual[2]
 
 
 def longer_wins(body: dict[str, Any]) -> str:
@@ -208,8 +208,8 @@ def test_evaluate_again_keeps_the_results_of_other_judges(
                 capsys, "evaluate", run, "--judge", server.url, "--judge-model", model
             )
             assert ended.status == 0 and ended.out.count("judged by") == 1
-    found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    assert sorted(one["judge"] for one in found["judged_by_chat"]) == ["one", "two"]
+    actual = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert sorted(one["judge"] for one in actual["judged_by_chat"]) == ["one", "two"]
 
 
 def test_evaluate_saves_results_before_a_later_failure(
@@ -224,8 +224,8 @@ def test_evaluate_saves_results_before_a_later_failure(
         judge = ("--judge", server.url, "--judge-model", "m")
         line = the_line(irl_align(capsys, "evaluate", run, *judge, "--lm-eval", "piqa"))
     assert line.startswith("--lm-eval: lm-eval is not installed")
-    found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    assert found["judged_by_chat"][0]["rows"][0]["judged"] == 2
+    actual = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert actual["judged_by_chat"][0]["rows"][0]["judged"] == 2
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"

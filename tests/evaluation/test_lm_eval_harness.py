@@ -85,8 +85,8 @@ def test_lm_eval_of_a_runs_policy_on_a_local_task(
     ended = irl_align(capsys, *command, "toy_choice@0")
     assert ended.status == 0, ended.err
     assert "toy_choice" in ended.out and f"lm-eval {lm_eval.__version__}" in ended.out
-    (found,) = json.loads((run.folder / "evaluation.json").read_text())["benchmarks"]
-    assert (found["shots"], found["version"], found["limit"]) == (0, 2.0, None)
+    (actual,) = json.loads((run.folder / "evaluation.json").read_text())["benchmarks"]
+    assert (actual["shots"], actual["version"], actual["limit"]) == (0, 2.0, None)
     # The choice with the higher log-prob, by our own log-probs.
     model, tokenizer = load_model(run.policy), load_tokenizer(run.policy)
 
@@ -101,7 +101,7 @@ def test_lm_eval_of_a_runs_policy_on_a_local_task(
         (logp(row, "second") > logp(row, "first")) == bool(row["answer"])  # type: ignore[arg-type]
         for row in ROWS
     ]
-    assert found["metrics"]["acc,none"]["value"] == pytest.approx(sum(right) / len(right))
+    assert actual["metrics"]["acc,none"]["value"] == pytest.approx(sum(right) / len(right))
     # A finished task is not run again; another number of shots is another task.
     (saved,) = (run.folder / "lm-eval").glob("*.json")
     result = json.loads(saved.read_text())

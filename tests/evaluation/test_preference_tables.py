@@ -91,15 +91,15 @@ def test_evaluate_reports_rewardbench_by_sections(
     assert ended.status == 0, ended.err
     (report,) = json.loads(output.read_text())["sets"]
     assert report["pairs"] == 2 * len(EVERY) and report["section_gaps"] == {}
-    for found in report["scorers"].values():
-        assert list(found["sections"]) == [*SECTIONS, "RewardBench"]
+    for actual in report["scorers"].values():
+        assert list(actual["sections"]) == [*SECTIONS, "RewardBench"]
         # By hand: each section's subsets by their own pairs, and the mean of the sections.
         scores = []
         for section, weights in SECTIONS.items():
-            right = sum(n * found["subsets"][name]["mean"] for name, n in weights.items())
+            right = sum(n * actual["subsets"][name]["mean"] for name, n in weights.items())
             scores.append(right / sum(weights.values()))
-            assert found["sections"][section] == pytest.approx(scores[-1])
-        assert found["sections"]["RewardBench"] == pytest.approx(sum(scores) / 4)
+            assert actual["sections"][section] == pytest.approx(scores[-1])
+        assert actual["sections"]["RewardBench"] == pytest.approx(sum(scores) / 4)
     assert "RewardBench's sections: score %" in ended.out and "no score of" not in ended.out
 
     chat = [word for name in SECTIONS["Chat"] for word in ("--subset", name)]

@@ -130,9 +130,9 @@ def test_train_split_trains_a_reward_once(
     report = evaluated(capsys, *arguments)
     trained = report["scorers"]["trained on preferences"]
     best = trained["overall"]["mean"]
-    for found in report["scorers"].values():
-        expected = None if best <= 0.5 else (found["overall"]["mean"] - 0.5) / (best - 0.5)
-        assert found["excess_share"] == expected
+    for actual in report["scorers"].values():
+        expected = None if best <= 0.5 else (actual["overall"]["mean"] - 0.5) / (best - 0.5)
+        assert actual["excess_share"] == expected
     stages = set((run.folder.parent / "store").glob("preference-reward-*"))
     assert evaluated(capsys, *arguments) == report
     assert set((run.folder.parent / "store").glob("preference-reward-*")) == stages
@@ -164,9 +164,9 @@ def test_evaluate_scores_a_text_of_several_pairs_once(
     write_pairs(again / "pairs.jsonl", [*PAIRS, *other, *reversed(PAIRS)])
     more = evaluated(capsys, run.folder, "--card", f"{folder / 'toy.md'}={again}")
     assert read == [len(texts)] * 4
-    for name, found in more["scorers"].items():
+    for name, actual in more["scorers"].items():
         won = once["scorers"][name]["overall"]["mean"]
-        assert found["overall"]["mean"] == pytest.approx((2 * won + (1 - won)) / 3), name
+        assert actual["overall"]["mean"] == pytest.approx((2 * won + (1 - won)) / 3), name
 
 
 def test_evaluate_refuses_bad_input(
@@ -240,9 +240,9 @@ def test_evaluate_reports_accuracy_by_each_column_of_the_subset(
     run: Result, joined: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report, out = evaluation(capsys, run.folder, "--card", joined)
-    for found in report["scorers"].values():
-        assert list(found["axes"]) == ["domain", "axis"]
-        assert list(found["subsets"]) == [
+    for actual in report["scorers"].values():
+        assert list(actual["axes"]) == ["domain", "axis"]
+        assert list(actual["subsets"]) == [
             "food/naturalness", "food/quality", "rooms/naturalness", "rooms/quality"
         ]  # fmt: skip
     longer = report["scorers"]["longer wins"]["axes"]

@@ -76,9 +76,9 @@ def test_preference_reward_trained_on_another_card(
     assert "toy: the reward on preferences was trained on 4 pairs of other, train" in out
     assert "toy: the reward on preferences was trained on the prompts of 2 of the 4 pairs" in out
     best = report["scorers"]["trained on preferences"]["overall"]["mean"]
-    for found in report["scorers"].values():
-        expected = None if best <= 0.5 else (found["overall"]["mean"] - 0.5) / (best - 0.5)
-        assert found["excess_share"] == expected
+    for actual in report["scorers"].values():
+        expected = None if best <= 0.5 else (actual["overall"]["mean"] - 0.5) / (best - 0.5)
+        assert actual["excess_share"] == expected
     (made,) = baselines(run) - before
     # The same pairs are the same stage, by whichever card and option they come.
     same, _ = evaluated(capsys, *arguments[:3], "--train-split", "train")

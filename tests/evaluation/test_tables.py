@@ -47,10 +47,10 @@ def evaluation(accuracy: float, wins: float, **of: Any) -> dict[str, Any]:
     }
 
 
-def run_of(root: Path, name: str, seed: int, found: dict[str, Any] | None) -> RunView:
+def run_of(root: Path, name: str, seed: int, actual: dict[str, Any] | None) -> RunView:
     folder = synthetic_run(root, name, seed, [(0.3, 0.2), (0.2, 0.1)])
-    if found is not None:
-        (folder / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
+    if actual is not None:
+        (folder / "evaluation.json").write_text(json.dumps(actual), encoding="utf-8")
     return Run.load(folder)
 
 
@@ -84,8 +84,8 @@ def test_evaluations_over_seeds(tmp_path: Path) -> None:
     assert lines["b", "wins, chat, against start % greedy"][0] == "60.0±0.0"
     # Judged by a run of seed 1 in every seed: another judge than seed 1's own, so not in all.
     assert not any("judge" in metric for _, metric in lines)
-    told = "b: not evaluated in all of its runs: wins/judge-seed1/against start@1, "
-    assert any(told in line for line in notes(analysis))
+    message = "b: not evaluated in all of its runs: wins/judge-seed1/against start@1, "
+    assert any(message in line for line in notes(analysis))
     rows = list(csv.DictReader(io.StringIO(to_csv(analysis))))
     (line,) = [
         r for r in rows if (r["policy"], r["measure"]) == ("b", "preference/pairs/test/reward")
@@ -99,9 +99,9 @@ def test_what_some_runs_lack_or_was_of_another_policy_is_no_mean(tmp_path: Path)
         run_of(tmp_path, "a", 2, evaluation(0.9, 0.6, policy="store/gone")),
         run_of(tmp_path, "b", 1, None),
     ]
-    found = evaluated_runs(views)
-    assert list(found) == [views[0].folder]
-    analysis = analyse(compare_runs(views, evaluated=found))
+    actual = evaluated_runs(views)
+    assert list(actual) == [views[0].folder]
+    analysis = analyse(compare_runs(views, evaluated=actual))
     assert not [g for g in comparison_tables(analysis) if g.title.startswith("evaluations")]
     (line,) = [line for line in notes(analysis) if "not evaluated in all" in line]
     assert line.startswith("not compared: a: ") and "preference/pairs/test/reward" in line

@@ -41,7 +41,7 @@ def test_win_rates_follow_the_judges_scores(
     assert [row["temperature"] for row in report["rows"]] == [1.0, 0.0]
     assert judge.reward is not None
     reward = RewardModel.from_pretrained(judge.reward)
-    for found, temperature in zip(report["rows"], ("1", "0"), strict=True):
+    for actual, temperature in zip(report["rows"], ("1", "0"), strict=True):
         own, start = (rows(run, f"policy-{k}-t{temperature}") for k in (1, 0))
         prompts = [row["prompt"] for row in own]
         assert prompts == [row["prompt"] for row in start]
@@ -56,8 +56,8 @@ def test_win_rates_follow_the_judges_scores(
                 0.5 if equal else float(a > b)
                 for a, b, equal in zip(mine.tolist(), theirs.tolist(), same, strict=True)
             )
-            assert found[f"wins_against_{name}"]["mean"] == pytest.approx(wins / len(own))
-        assert found["samples"] == len(own) == 12
+            assert actual[f"wins_against_{name}"]["mean"] == pytest.approx(wins / len(own))
+        assert actual["samples"] == len(own) == 12
     irl_align(capsys, "report", run.folder)
     page = html.document_fromstring((run.folder / "report.html").read_text(encoding="utf-8"))
     assert any("judged by judge-seed3" in text for text in page.xpath("//summary/text()"))

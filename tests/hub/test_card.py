@@ -63,10 +63,10 @@ def test_reward_card_has_the_metadata_of_a_model(folder: Callable[[str], Path]) 
     assert {"reward-model", "irl-align"} <= set(data.tags)
     assert data.base_model is None and data.datasets is None  # from scratch, on a made-up task
     held = metrics(shared_run("contrast").folder)["reward/0"]["by_source"]
-    found = {result.metric_name: result for result in data.eval_results}
-    assert all(isinstance(result, EvalResult) for result in found.values())
+    actual = {result.metric_name: result for result in data.eval_results}
+    assert all(isinstance(result, EvalResult) for result in actual.values())
     for source, report in held.items():
-        value = found[f"{source}, held out"].metric_value
+        value = actual[f"{source}, held out"].metric_value
         assert value == pytest.approx(report["accuracy"], abs=1e-4)
     # What is written is what the Hub's classes write: nothing was lost in reading.
     front = (folder("reward") / "README.md").read_text().split("---\n")[1]
@@ -183,8 +183,8 @@ def test_policy_card_describes_selecting_and_spin_policies(folder: Callable[[str
     assert "**The run's policy is best-of-3 selection**" in one_line(text)
     # The weights are SFT's, and so are the results in the metadata; the table has both.
     recorded = metrics(shared_run("select").folder)["evaluation/0/t1"]["metrics"]["slot_error_rate"]
-    found = ModelCard.load(folder("selecting") / "README.md").data.eval_results
-    values = {result.metric_name: result.metric_value for result in found}
+    actual = ModelCard.load(folder("selecting") / "README.md").data.eval_results
+    values = {result.metric_name: result.metric_value for result in actual}
     assert values["slot_error_rate, T=1"] == pytest.approx(recorded, abs=1e-4)
     assert "| pi_0 (SFT) | 1 |" in text and "| pi_1, selected | 1 |" in text
     assert f"| sft | `sft-{stage_records(shared_run('select').folder)['sft']['key']}` |" in text

@@ -133,8 +133,8 @@ def test_exported_reward_is_a_reward_function_of_trl(
         train_dataset=datasets.Dataset.from_list(prompts),
     )
     answers = [chat[1:] for chat in chats()]
-    found = trainer._calculate_rewards(prompts, [row["prompt"] for row in prompts], answers, None)
-    torch.testing.assert_close(found[:, 0] - offset(reward), expected, atol=1e-5, rtol=0)
+    actual = trainer._calculate_rewards(prompts, [row["prompt"] for row in prompts], answers, None)
+    torch.testing.assert_close(actual[:, 0] - offset(reward), expected, atol=1e-5, rtol=0)
 
 
 def test_exported_reward_can_be_trained_further_by_trl(reward: Path, tmp_path: Path) -> None:
@@ -212,13 +212,13 @@ def test_export_of_every_iteration(tmp_path: Path) -> None:
 def test_exported_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
     export(shared_run("contrast").folder, "pairs", tmp_path / "pairs")
     cache = str(tmp_path / "cache")
-    found = datasets.load_dataset(str(tmp_path / "pairs"), "pairs", cache_dir=cache)
+    actual = datasets.load_dataset(str(tmp_path / "pairs"), "pairs", cache_dir=cache)
     record = shared_run("contrast").view().metrics
     made = next(r for r in record if r["key"] == "pairs/0")
-    assert len(found["train"]) == made["train"]["pairs"]
-    assert len(found["validation"]) == made["held_out"]["pairs"]
-    assert set(found["train"]["source"]) == {"demonstration/policy", "demonstration/contrast"}
-    for row in found["train"].select(range(20)):
+    assert len(actual["train"]) == made["train"]["pairs"]
+    assert len(actual["validation"]) == made["held_out"]["pairs"]
+    assert set(actual["train"]["source"]) == {"demonstration/policy", "demonstration/contrast"}
+    for row in actual["train"].select(range(20)):
         contrast = row["source"] == "demonstration/contrast"
         assert (row["chosen"] == row["rejected"]) == contrast
         assert (row["prompt"] != row["rejected_prompt"]) == contrast

@@ -56,10 +56,10 @@ def test_facts_of_a_run_whose_data_card_is_gone(tmp_path: Path) -> None:
 def test_ratio_interval_equals_the_interval_by_hand() -> None:
     # Accuracies of three prompts with 2, 1 and 3 pairs: 1 of 2, 1 of 1, 1 of 3; R = 1/2.
     # Residuals 0, 1/2, -1/2; variance (3/2)(1/2) / 36; standard error 0.144338.
-    found = ratio_interval([1, 1, 1], [2, 1, 3])
-    assert found.mean == 0.5 and found.high is not None and found.low is not None
-    assert found.high - found.mean == pytest.approx(1.96 * 0.1443376, abs=1e-6)
-    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+    actual = ratio_interval([1, 1, 1], [2, 1, 3])
+    assert actual.mean == 0.5 and actual.high is not None and actual.low is not None
+    assert actual.high - actual.mean == pytest.approx(1.96 * 0.1443376, abs=1e-6)
+    assert actual.mean - actual.low == pytest.approx(actual.high - actual.mean)
     # Rows of one pair each: the usual interval of a mean, s / sqrt(n) with n - 1.
     rows = [1.0, 0.0, 0.0, 1.0, 1.0]
     error = torch.tensor(rows).std() / 5**0.5
@@ -80,9 +80,9 @@ def test_ratio_interval_equals_the_interval_by_hand() -> None:
     ],
 )
 def test_combine_prefers_the_restrictive_licence(data: str, base: str, expected: str) -> None:
-    found = combine(data, base, True, "facts")
-    assert found.name == expected
-    assert found.other == ("llama3.1 + cc-by-nc-4.0" if expected == "other" else None)
+    actual = combine(data, base, True, "facts")
+    assert actual.name == expected
+    assert actual.other == ("llama3.1 + cc-by-nc-4.0" if expected == "other" else None)
 
 
 def test_combine_without_a_base_gives_the_licence_of_the_data() -> None:

@@ -48,19 +48,19 @@ def test_pushed_reward_and_pairs_load_in_another_process(
         check=False,
     )
     assert loaded.returncode == 0, loaded.stderr
-    found = json.loads(loaded.stdout)
+    actual = json.loads(loaded.stdout)
     assert shared_run("contrast").reward is not None
     expected = float(
         RewardModel.from_pretrained(shared_run("contrast").reward).score([PROMPT], [ANSWER])
     )
-    assert found["transformers"] == pytest.approx(expected, abs=1e-5)
-    assert found["irl_align"] == pytest.approx(expected, abs=1e-5)
+    assert actual["transformers"] == pytest.approx(expected, abs=1e-5)
+    assert actual["irl_align"] == pytest.approx(expected, abs=1e-5)
     made = next(r for r in shared_run("contrast").view().metrics if r["key"] == "pairs/0")
-    assert found["pairs"] == {
+    assert actual["pairs"] == {
         "train": made["train"]["pairs"],
         "validation": made["held_out"]["pairs"],
     }
-    assert found["tagged"] == 1
+    assert actual["tagged"] == 1
 
 
 LOAD = """
@@ -127,10 +127,10 @@ def test_push_of_two_iterations_makes_a_commit_and_a_tag_each(
     for iteration in (0, 1):
         arguments = ("--what", "policy", "--repo", "lab/policy", "--iteration", iteration)
         assert push(capsys, *arguments).status == 0
-    found = repo(hub, "lab/policy")
-    assert found.tags["iteration-1"] == found.branches["main"] != found.tags["iteration-0"]
+    actual = repo(hub, "lab/policy")
+    assert actual.tags["iteration-1"] == actual.branches["main"] != actual.tags["iteration-0"]
     weights = [
-        found.at(f"iteration-{k}").files["model.safetensors"]  # type: ignore[union-attr]
+        actual.at(f"iteration-{k}").files["model.safetensors"]  # type: ignore[union-attr]
         for k in (0, 1)
     ]
     assert weights[0] != weights[1]

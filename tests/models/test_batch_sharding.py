@@ -86,8 +86,8 @@ def loaders(split: BatchSplit, processes: int, rows: int, drop_last: bool = Fals
         def __getitems__(self, numbers: list[int]) -> list[dict[str, int]]:
             return [{"row": number} for number in numbers]
 
-    def collate(found: list[dict[str, int]]) -> dict[str, Any]:
-        numbers = torch.tensor([row["row"] for row in found])
+    def collate(actual: list[dict[str, int]]) -> dict[str, Any]:
+        numbers = torch.tensor([row["row"] for row in actual])
         return {"rows": numbers, "labels": numbers.clone()}
 
     def order() -> LengthGroups:

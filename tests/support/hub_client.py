@@ -53,6 +53,6 @@ def repo(hub: Hub, name: str = "me/model", kind: str = "model") -> Repo:
 
 
 def main(hub: Hub, name: str = "me/model", kind: str = "model") -> dict[str, bytes]:
-    found = repo(hub, name, kind).at("main")
-    assert found is not None
-    return found.files
+    actual = repo(hub, name, kind).at("main")
+    assert actual is not None
+    return actual.files

@@ -152,10 +152,10 @@ class Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split("|"):
                 groups = [None if group is None else unquote(group) for group in match.groups()]
-                found = handler(*groups, query=query, body=body)
+                actual = handler(*groups, query=query, body=body)
                 if fault is not None:  # carried out, and the answer is lost
                     return self._faulty(fault)
-                value, status, headers = found if isinstance(found, tuple) else (found, 200, {})
+                value, status, headers = actual if isinstance(actual, tuple) else (actual, 200, {})
                 return self.answer(value, status, headers)
         raise Refused(404, "", f"no endpoint {self.command} {path}")
 
@@ -322,16 +322,16 @@ class Handler(BaseHTTPRequestHandler):
         inside = {path: c for path, c in files.items() if path.startswith(start)}
         if folder and not inside:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
-        found: dict[str, Any] = {}
+        actual: dict[str, Any] = {}
         for path, content in sorted(inside.items()):
             rest = path.removeprefix(start).split("/")
             for depth in range(1, len(rest)):
                 parent = start + "/".join(rest[:depth])
                 if depth == 1 or query.get("recursive", "").lower() in ("true", "1"):
-                    found[parent] = directory(parent)
+                    actual[parent] = directory(parent)
             if len(rest) == 1 or query.get("recursive", "").lower() in ("true", "1"):
-                found[path] = described(path, content)
-        return list(found.values())
+                actual[path] = described(path, content)
+        return list(actual.values())
 
     def paths_info(self, kind: str, name: str, revision: str, body: bytes, **_: Any) -> Any:
         files = self._commit(self._repo(kind[:-1], name), revision).files

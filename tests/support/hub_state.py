@@ -114,10 +114,10 @@ def oid_of(content: bytes, large: bool) -> str:
 
 def described(path: str, content: bytes) -> dict[str, Any]:
     """A file as the tree endpoint shows it."""
-    found = {"type": "file", "path": path, "oid": oid_of(content, False), "size": len(content)}
+    actual = {"type": "file", "path": path, "oid": oid_of(content, False), "size": len(content)}
     if path.endswith(LFS_SUFFIXES):
-        found["lfs"] = {"oid": oid_of(content, True), "size": len(content), "pointerSize": 130}
-    return found
+        actual["lfs"] = {"oid": oid_of(content, True), "size": len(content), "pointerSize": 130}
+    return actual
 
 
 def directory(path: str) -> dict[str, Any]:
@@ -128,5 +128,5 @@ def directory(path: str) -> dict[str, Any]:
 def metadata(readme: bytes) -> dict[str, Any]:
     """YAML front matter of a README."""
     parts = readme.decode().split("---\n")
-    found = yaml.safe_load(parts[1]) if len(parts) > 2 else None
-    return found if isinstance(found, dict) else {}
+    actual = yaml.safe_load(parts[1]) if len(parts) > 2 else None
+    return actual if isinstance(actual, dict) else {}

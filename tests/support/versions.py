@@ -51,19 +51,19 @@ def lowest() -> Iterator[str]:
 
 def closure(wanted: Iterable[Requirement]) -> set[str]:
     """Names of the requirements and of all that they require here, as far as it is installed."""
-    found: dict[str, set[str]] = {}
+    actual: dict[str, set[str]] = {}
     left = [(canonicalize_name(r.name), set(r.extras)) for r in wanted]
     while left:
         name, extras = left.pop()
-        if name in found and extras <= found[name]:
+        if name in actual and extras <= actual[name]:
             continue
-        found[name] = found.get(name, set()) | extras
+        actual[name] = actual.get(name, set()) | extras
         for text in metadata.distribution(name).requires or []:
             needed = Requirement(text)
-            marks = ({"extra": extra} for extra in {"", *found[name]})
+            marks = ({"extra": extra} for extra in {"", *actual[name]})
             if needed.marker is None or any(needed.marker.evaluate(mark) for mark in marks):
                 left.append((canonicalize_name(needed.name), set(needed.extras)))
-    return set(found)
+    return set(actual)
 
 
 UNDECLARED = {"setuptools": "MIT"}

@@ -50,15 +50,15 @@ def test_corpus_chrf_equals_a_hand_count():
 
 
 @pytest.mark.parametrize(
-    ("texts", "references", "found"),
+    ("texts", "references", "actual"),
     [
         (["a"], [], "0 rows"),
         (["a", "b"], [["a"], []], r"references\[1\] is empty"),
         ([], [], "completions is empty"),
     ],
 )
-def test_mistakes_are_named(texts, references, found):
-    with pytest.raises(UserError, match=found):
+def test_mistakes_are_named(texts, references, actual):
+    with pytest.raises(UserError, match=actual):
         corpus_bleu(texts, references)
-    with pytest.raises(UserError, match=f"chrF.*{found}"):
+    with pytest.raises(UserError, match=f"chrF.*{actual}"):
         corpus_chrf(texts, references)

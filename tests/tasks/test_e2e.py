@@ -298,7 +298,7 @@ def test_gold_has_bleu_where_there_are_references():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"),
+    ("prompt", "actual"),
     [
         ("name[Cotto], colour[red]", "colour"),
         ("name[Cotto], food[Thai]", "Thai"),
@@ -307,8 +307,8 @@ def test_gold_has_bleu_where_there_are_references():
         ("", "no slot"),
     ],
 )
-def test_prompt_of_another_task_is_refused(prompt, found):
-    with pytest.raises(UserError, match=found) as error:
+def test_prompt_of_another_task_is_refused(prompt, actual):
+    with pytest.raises(UserError, match=actual) as error:
         e2e.errors(prompt, "text")
     assert "expected" in str(error.value)
     assert "\n" not in str(error.value)

@@ -70,12 +70,12 @@ def test_phrases_cannot_be_confused():
         said: dict[str, set[str]] = {}
         for slot, value in (stated[first], stated[second]):
             said.setdefault(slot, set()).add(value)
-        found = restaurant.errors("name[the green door]", f"{first} {second}")
+        actual = restaurant.errors("name[the green door]", f"{first} {second}")
         names = said.pop("name", set())
         expected = dict.fromkeys(said, "hallucinated")
         if names != {"the green door"}:
             expected["name"] = "wrong" if names else "missing"
-        assert found == expected, (first, second)
+        assert actual == expected, (first, second)
 
 
 @settings(max_examples=200, deadline=None)
@@ -177,15 +177,15 @@ def test_there_are_hundreds_of_wordings():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "found"),
+    ("arguments", "actual"),
     [
         ({"split": "dev"}, "'dev'"),
         ({"size": 0}, "size is 0"),
         ({"noise": 1.5}, "noise is 1.5"),
     ],
 )
-def test_mistakes_are_named(arguments, found):
-    with pytest.raises(UserError, match=found):
+def test_mistakes_are_named(arguments, actual):
+    with pytest.raises(UserError, match=actual):
         restaurant.demonstrations(**{"split": "train", "size": 1, "seed": 0, **arguments})
 
 

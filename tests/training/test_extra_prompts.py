@@ -44,12 +44,12 @@ def folder(tiny_folder: Path) -> Path:
 def test_edited_prompts_are_the_cards_edits_in_a_row() -> None:
     card = load_card("restaurant")
     options = BestOfNOptions(kind="best_of_n", edited_prompts=2)
-    found = extra_prompts(options, card, [*PROMPTS, PROMPTS[0]], seed=3)
+    actual = extra_prompts(options, card, [*PROMPTS, PROMPTS[0]], seed=3)
     expected = []
     for prompt in PROMPTS:
         rng = random.Random(f"3/edited-prompt/{prompt_key(prompt)}")
         expected.append(restaurant.edit(restaurant.edit(prompt, rng), rng))
-    assert found == expected
+    assert actual == expected
     assert extra_prompts(BestOfNOptions(kind="best_of_n"), card, PROMPTS, 3) == []
     assert extra_prompts(IdentityOptions(kind="identity"), card, PROMPTS, 3) == []
 
@@ -79,12 +79,12 @@ def test_an_edit_of_ones_own_makes_pairs_and_prompts(folder: Path) -> None:
         same = [a == b for a, b in zip(rejected, pair["prompt_ids"], strict=False)]
         assert len(rejected) < len(pair["prompt_ids"]) and all(same[:-2])
     # One policy samples: its prompts differ by the edited ones alone.
-    sampled = [found["samples/candidates/policy-0/t1"]["inputs"] for found in keys]
+    sampled = [actual["samples/candidates/policy-0/t1"]["inputs"] for actual in keys]
     assert sampled[0]["policy"] == sampled[1]["policy"]
     assert sampled[0]["prompts"] != sampled[1]["prompts"]
 
 
-def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:
+def test_extra_prompts_refuse_an_edit_that_does_not_exist(folder: Path) -> None:
     options = ("name=no-edit", "pairs={contrast: edit, sources: [demonstration/contrast]}")
     with pytest.raises(UserError, match=r"data\.edit: cannot import support\.rows:nothing: "):
         train(tiny_recipe(folder, *options, "data.edit=support.rows:nothing"))
@@ -96,8 +96,8 @@ def test_an_edit_that_is_not_there_is_told(folder: Path) -> None:
 def test_e2e_edits_stay_prompts_of_e2e() -> None:
     prompt = "name[The Punter], eatType[pub], food[Indian], near[Café Sicilia]"
     options = PPOOptions(kind="ppo", edited_prompts=3)
-    (found,) = extra_prompts(options, load_card("e2e_nlg"), [prompt], seed=0)
-    assert e2e.slots_of(str(found)) != e2e.slots_of(prompt)
+    (actual,) = extra_prompts(options, load_card("e2e_nlg"), [prompt], seed=0)
+    assert e2e.slots_of(str(actual)) != e2e.slots_of(prompt)
 
 
 def test_a_file_of_prompts(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_policy_is_the_same_whichever_split_is_evaluated(folder: Path, tmp_p
     assert records[0]["evaluation/1/t1"]["key"] != records[1]["evaluation/1/t1"]["key"]
 
 
-def test_a_split_that_is_not_there_is_told_and_passed_over(
+def test_extra_prompts_log_and_skip_a_missing_split(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def load(split: str) -> list[Demonstration]:

@@ -313,8 +313,8 @@ def test_the_log_prob_control_learns_no_reward(run: Callable[..., Result]) -> No
         for row in rows
     ]
     expected = (np.array(mean_logps) - np.mean(mean_logps)) / np.std(mean_logps)
-    found = reward.score_ids([r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows])
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    actual = reward.score_ids([r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows])
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-4)
     assert metrics(result.folder)["reward/0"]["held_out"]["pairs"] > 0
     assert len(stage_records(result.folder)["policy-1"]["metrics"]["history"]) == 2
 
@@ -455,7 +455,7 @@ def test_a_sign_with_action_stop_keeps_the_policy_before(
     assert "evaluation/1/t1" in metrics(result.folder)
 
 
-def test_fresh_samples_that_cannot_be_told_end_the_loop(
+def test_loop_ends_when_the_reward_cannot_separate_fresh_samples(
     best: Result, run: Callable[..., Result]
 ) -> None:
     calm = "entropy_low: 0.0, entropy_high: 99.0, kl: 99.0, length_change: 99.0, missing_eos: 1.0"
@@ -468,7 +468,7 @@ def test_fresh_samples_that_cannot_be_told_end_the_loop(
 
 
 @pytest.mark.parametrize("group", ["sft", "reward", "policy_update"])
-def test_options_of_trl_that_contradict_each_other_are_told_first(
+def test_train_refuses_contradicting_trl_options_before_any_work(
     group: str, tmp_path: Path
 ) -> None:
     both = (f"{group}.args.bf16=true", f"{group}.args.fp16=true")
@@ -603,12 +603,12 @@ def test_tensorboard_gets_the_losses_and_the_numbers_of_the_loop(tmp_path: Path)
     recipe = tiny_recipe(tmp_path, "report_to=[tensorboard]", "loop.iterations=1")
     for _ in range(2):  # a rerun sends all of it again, in place of what was sent
         result = train(recipe)
-    found = events.EventAccumulator(str(result.folder / "tensorboard/irl-align"))
-    found.Reload()
+    actual = events.EventAccumulator(str(result.folder / "tensorboard/irl-align"))
+    actual.Reload()
     by_step = {}
     for name in ("vitals/kl", "vitals/fresh_accuracy", "reward/held_out/accuracy"):
-        by_step[name] = {event.step: event.value for event in found.Scalars(name)}
-        assert len(by_step[name]) == len(found.Scalars(name))
+        by_step[name] = {event.step: event.value for event in actual.Scalars(name)}
+        assert len(by_step[name]) == len(actual.Scalars(name))
     records = metrics(result.folder)
     kl = {step: pytest.approx(records[f"vitals/{step}"]["kl"]) for step in (0, 1)}
     assert by_step["vitals/kl"] == kl
@@ -629,9 +629,10 @@ def test_other_trackers_get_a_run_of_the_loops_own(
     In a process without a trainer: a run that goes on may find all its stages there.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
-    told: list[Any] = []
+    calls: list[Any] = []
     own = SimpleNamespace(
-        log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finish")
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda: calls.append("finish"),
     )
     opened: list[dict[str, Any]] = []
     module = SimpleNamespace(init=lambda **options: opened.append(options) or own)
@@ -655,4 +656,4 @@ def test_other_trackers_get_a_run_of_the_loops_own(
     assert (options["project"], options["name"]) == ("irl-align", f"{recipe.name}-seed0")
     assert options.get("reinit") == ("create_new" if name == "wandb" else None)
     first = {"pairs/train/pairs": 7, "vitals/kl": 0.25, "evaluation/t0.7/metrics/bleu": 60.5}
-    assert told == [(0, {"vitals/kl": 0.0}), (1, first), "finish"]
+    assert calls == [(0, {"vitals/kl": 0.0}), (1, first), "finish"]

@@ -124,8 +124,8 @@ def test_any_sequence_classifier_is_a_reward(
     reward = save(classifier(tiny_tokenizer), tiny_tokenizer, tmp_path / "reward")
     ended = command(capsys, tmp_path, policy, reward, card, "credit=red", "seed=3")
     assert ended.status == 0, ended.err
-    *tables, told, where = ended.out.splitlines()
-    assert told.startswith("2 updates done; reward ") and where.startswith("policy: ")
+    *tables, message, where = ended.out.splitlines()
+    assert message.startswith("2 updates done; reward ") and where.startswith("policy: ")
     model = Path(where.removeprefix("policy: "))
     assert load_model(model).config.vocab_size == 320
 
@@ -158,7 +158,7 @@ def test_any_sequence_classifier_is_a_reward(
     assert abs(before) < 1e-4 < abs(after)
     assert sum(line.startswith(" ppo 1 ") for line in tables) == 2  # results, vital signs
     again = command(capsys, tmp_path, policy, reward, card, "credit=red", "seed=3")
-    assert again.status == 0 and again.out.splitlines()[-2:] == [told, where]
+    assert again.status == 0 and again.out.splitlines()[-2:] == [message, where]
     assert metrics(run)["stage/policy-1"]["reused"]
     assert irl_align(capsys, "report", run).status == 0
     assert "ppo 1" in (run / "report.html").read_text(encoding="utf-8")
@@ -262,11 +262,11 @@ def test_trackers_get_the_numbers_of_both_policies(
     ended = command(capsys, tmp_path, policy, reward, card, "report_to=[tensorboard]")
     assert ended.status == 0, ended.err
     run = tmp_path / "runs/ppo-seed0"
-    found = events.EventAccumulator(str(run / "tensorboard/irl-align"))
-    found.Reload()
-    told = {event.step: event.value for event in found.Scalars("evaluation/t1/kl")}
+    actual = events.EventAccumulator(str(run / "tensorboard/irl-align"))
+    actual.Reload()
+    values = {event.step: event.value for event in actual.Scalars("evaluation/t1/kl")}
     known = [metrics(run)[f"evaluation/{number}/t1"]["kl"] for number in (0, 1)]
-    assert told == {0: pytest.approx(known[0]), 1: pytest.approx(known[1])}
+    assert values == {0: pytest.approx(known[0]), 1: pytest.approx(known[1])}
     # One that is not installed is told before the run.
     monkeypatch.setattr("irl_align.training.setup.find_spec", lambda name: None)
     line = the_line(command(capsys, tmp_path, policy, reward, card, "report_to=[wandb]", "seed=9"))
@@ -301,9 +301,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("way", "told"), REFUSED, ids=[told for _, told in REFUSED])
-def test_what_does_not_compose_is_refused(way: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
+@pytest.mark.parametrize(("way", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_does_not_compose_is_refused(way: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         options(**way)
 
 
@@ -330,8 +330,8 @@ def test_rewards_that_cannot_be_critics(
 
 
 def test_ppo_needs_a_reward_and_an_explicit_one(tmp_path: Path) -> None:
-    for kind, told in (("none", "needs a reward"), ("implicit", "does not go with")):
-        with pytest.raises(UserError, match=told):
+    for kind, message in (("none", "needs a reward"), ("implicit", "does not go with")):
+        with pytest.raises(UserError, match=message):
             tiny_recipe(tmp_path, f"reward.kind={kind}", "policy_update={kind: ppo}", *UNSET)
 
 
@@ -387,7 +387,7 @@ def test_recipes_with_ppo_are_of_ppo(name: str, credit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             ["--data", "restaurant"],
@@ -399,11 +399,11 @@ def test_recipes_with_ppo_are_of_ppo(name: str, credit: str) -> None:
         ),
     ],
 )
-def test_wrong_data_is_told_before_a_run_folder_is_made(
-    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_ppo_refuses_wrong_data_before_it_makes_a_run_folder(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, runs = tmp_path / "model", tmp_path / "runs"
     model.mkdir()
     (model / "config.json").write_text("{}")
     line = the_line(irl_align(capsys, "ppo", model, "--reward", model, *options, "--output", runs))
-    assert told in line and not runs.exists()
+    assert message in line and not runs.exists()

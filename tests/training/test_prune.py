@@ -46,10 +46,10 @@ def names(folder: Path) -> set[str]:
 
 
 def test_what_a_run_was_made_from_is_kept(runs: Path) -> None:
-    found = find_waste(runs)
-    assert [waste.path.name.split("-")[0] for waste in found.waste] == ["reward"]
-    assert found.runs == ["a-seed0"] and found.bytes > 1000 and found.kept > 3000
-    delete(found)
+    actual = find_waste(runs)
+    assert [waste.path.name.split("-")[0] for waste in actual.waste] == ["reward"]
+    assert actual.runs == ["a-seed0"] and actual.bytes > 1000 and actual.kept > 3000
+    delete(actual)
     assert names(runs) == {"start", "sft", "policy"}
     assert find_waste(runs).waste == []
 
@@ -71,12 +71,12 @@ def test_unfinished_work_is_kept_while_a_run_wants_it(runs: Path) -> None:
     damaged.mkdir()
     with Run.open(runs / "b-seed0", {"name": "b"}, "name: b"):
         pass
-    found = find_waste(runs)
-    why = {waste.path: waste.why for waste in found.waste if "reward" not in waste.path.name}
+    actual = find_waste(runs)
+    why = {waste.path: waste.why for waste in actual.waste if "reward" not in waste.path.name}
     superseded = "superseded by checkpoint-4"
     assert why == {old: superseded, half: superseded, damaged: "damaged, and built again"}
-    assert found.runs == ["a-seed0", "b-seed0 (unfinished)"]
-    delete(found)
+    assert actual.runs == ["a-seed0", "b-seed0 (unfinished)"]
+    delete(actual)
     assert newest.exists() and not old.exists() and not half.exists() and not damaged.exists()
 
     (runs / "b-seed0/summary.json").write_text("{}")
@@ -99,7 +99,7 @@ def test_what_is_in_use_is_left_alone(runs: Path) -> None:
     work = runs / "store/.work/ppo-0123456789abcdef"
     work.mkdir()
     (work / "model.bin").write_bytes(b"0")
-    found = find_waste(runs)
+    actual = find_waste(runs)
     for lock, refused in (
         (work.with_name(work.name + ".lock"), False),
         (runs / "a-seed0/.lock", True),
@@ -117,7 +117,7 @@ def test_what_is_in_use_is_left_alone(runs: Path) -> None:
                 with pytest.raises(UserError, match=f"a-seed0 is in use by process {holder.pid}"):
                     holding(runs).__enter__()
             else:
-                delete(found)
+                delete(actual)
                 assert work.exists() and "reward" not in names(runs)
         finally:
             holder.kill()
@@ -153,8 +153,8 @@ def test_announce_disk_logs_the_need_and_refuses_too_small_a_disk(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     out = f"output_dir={tmp_path / 'runs'}"
-    told = the_line(irl_align(capsys, "train", write_recipe(tmp_path), out))
-    assert told.startswith("disk: the run needs about ") and "0 MB are free" in told
+    message = the_line(irl_align(capsys, "train", write_recipe(tmp_path), out))
+    assert message.startswith("disk: the run needs about ") and "0 MB are free" in message
     assert not (tmp_path / "runs").exists()
 
 

@@ -202,7 +202,9 @@ def test_a_model_in_a_folder_gives_architecture_and_chat_template(
     assert tokenizer.eos_token == "<eos>" and small.seed == 3
 
 
-def test_a_smoke_run_starts_anew_and_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke_run_starts_from_nothing_and_prints_a_notice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     recipe = str(recipes_dir() / "tldr" / "sft-pythia-1b.yaml")
     stale = Path("runs/smoke/tldr-sft-pythia-1b-seed0")
     stale.mkdir(parents=True)
@@ -226,11 +228,11 @@ def refused(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 
 
 def test_unknown_architecture_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    told = refused(capsys, "model.path=someone/hyena-7b")
-    assert told.startswith(
+    message = refused(capsys, "model.path=someone/hyena-7b")
+    assert message.startswith(
         "model.path: someone/hyena-7b: found no such folder, the Hub cannot be reached"
     )
-    assert "expected one of mistral, zephyr, pythia" in told
+    assert "expected one of mistral, zephyr, pythia" in message
 
 
 def test_no_causal_language_model_is_one_line(
@@ -238,8 +240,10 @@ def test_no_causal_language_model_is_one_line(
 ) -> None:
     T5Config().save_pretrained("t5")
     tiny_tokenizer.save_pretrained("t5")
-    told = refused(capsys, "model.path=t5")
-    assert told.startswith("model.path: t5: no tiny model of architecture t5 for --smoke, expected")
+    message = refused(capsys, "model.path=t5")
+    assert message.startswith(
+        "model.path: t5: no tiny model of architecture t5 for --smoke, expected"
+    )
 
 
 def test_a_folder_without_a_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

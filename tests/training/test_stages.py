@@ -31,9 +31,9 @@ def test_bilevel_looks_up_the_stages_that_it_builds(name: str) -> None:
     folder = shared_run(name).folder
     recipe = load_recipe(folder / "recipe.yaml")
     built = list(json.loads((folder / "stages.json").read_text()))
-    found = looked_up(recipe, folder.parent / "store", load_data(recipe)).requests
-    assert [str(role) for role in found] == built
-    assert not any(request.stage.missing for request in found.values())
+    actual = looked_up(recipe, folder.parent / "store", load_data(recipe)).requests
+    assert [str(role) for role in actual] == built
+    assert not any(request.stage.missing for request in actual.values())
 
     nothing = RawData(
         card=recipe_card(recipe),

@@ -149,7 +149,7 @@ def change_a_number(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "file", "found"),
+    ("damage", "file", "actual"),
     [
         (truncate, "out/text.txt", "found 2 bytes, expected 5 bytes"),
         (lose_file, "out/text.txt", "found no such file, expected 5 bytes"),
@@ -161,12 +161,12 @@ def change_a_number(stage: Stage) -> None:
         (change_a_number, "stage.json", "found a record that is not that of stage "),
     ],
 )
-def test_a_damaged_stage_is_told_put_aside_and_built_anew(
+def test_stage_logs_moves_and_rebuilds_a_damaged_stage(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     damage: Callable[[Stage], None],
     file: str,
-    found: str,
+    actual: str,
 ) -> None:
     store = Store(tmp_path / "store")
     stage = store.stage("sft", {}, {}, build_text())
@@ -175,9 +175,9 @@ def test_a_damaged_stage_is_told_put_aside_and_built_anew(
     again = store.stage("sft", {}, {}, build_text())
     aside = tmp_path / f"store/.work/{stage.path.name}.damaged"
     (record,) = caplog.records
-    told = record.getMessage()
-    assert told.startswith(f"{stage.path / file}: {found}") and "\n" not in told
-    assert told.endswith(f"; the stage is built again, and the damaged one is moved to {aside}")
+    message = record.getMessage()
+    assert message.startswith(f"{stage.path / file}: {actual}") and "\n" not in message
+    assert message.endswith(f"; the stage is built again, and the damaged one is moved to {aside}")
     assert (again.reused, again.path) == (False, stage.path)
     assert (again.path / "out/text.txt").read_text() == "hello"
     assert (aside / "out/text.txt").exists() == left
@@ -286,7 +286,7 @@ def python(code: str, *args: object, **options: Any) -> subprocess.Popen[str]:
         ("after-rename", "12345", False),
     ],
 )
-def test_a_killed_build_goes_on_where_it_was(
+def test_stage_resumes_a_killed_build(
     tmp_path: Path, point: str, steps: str, resumed: bool
 ) -> None:
     first = python(SUMMING, tmp_path, point)
@@ -338,7 +338,9 @@ def write_to_a_full_device() -> None:
     ],
     ids=["device", "quota", "safetensors"],
 )
-def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path, fail: Callable[[], None]) -> None:
+def test_stage_reports_a_full_disk_and_loses_nothing(
+    tmp_path: Path, fail: Callable[[], None]
+) -> None:
     store = Store(tmp_path)
 
     def build(work: Path) -> None:
@@ -347,9 +349,9 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path, fail: Callable[
 
     with pytest.raises(UserError) as error:
         store.stage("sft", {}, {}, build)
-    told = str(error.value)
-    assert told.startswith(f"stage sft: no space left for {tmp_path} (")
-    assert told.endswith(
+    message = str(error.value)
+    assert message.startswith(f"stage sft: no space left for {tmp_path} (")
+    assert message.endswith(
         " MiB free); finished work is not lost: free space and run the same command again"
     )
 
@@ -373,7 +375,9 @@ def test_a_full_disk_is_known_where_the_error_does_not_say(
         Store(tmp_path).stage("sft", {}, {}, numpy_says)
 
 
-def test_a_disk_full_at_the_commit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_reports_a_disk_that_is_full_at_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(tmp_path)
 
     def rename(source: Path, target: Path) -> None:
@@ -561,14 +565,14 @@ def test_a_changed_recipe_starts_the_results_afresh(
     assert (view.metrics, view.summary, view.samples()) == ([], None, {})
 
 
-def test_a_full_disk_during_a_run_is_told(tmp_path: Path) -> None:
+def test_run_open_reports_a_full_disk(tmp_path: Path) -> None:
     folder = tmp_path / "x-seed0"
     with pytest.raises(UserError, match=r"^run x-seed0: no space left for "), open_run(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "found"),
+    ("name", "content", "actual"),
     [
         ("recipe.yaml", "a: [1", "recipe.yaml: found while parsing a flow sequence"),
         ("recipe.yaml", "- 1", "recipe.yaml: found no mapping, expected a recipe"),
@@ -579,13 +583,13 @@ def test_a_full_disk_during_a_run_is_told(tmp_path: Path) -> None:
         ("stages.json", "\udcff", "stages.json: found no JSON"),
     ],
 )
-def test_a_damaged_run_names_the_file(tmp_path: Path, name: str, content: str, found: str) -> None:
+def test_a_damaged_run_names_the_file(tmp_path: Path, name: str, content: str, actual: str) -> None:
     with open_run(tmp_path) as run:
         run.log("a", {"loss": 1})
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError) as error:
         Run.load(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path}/{found}")
+    assert str(error.value).startswith(f"{tmp_path}/{actual}")
     assert "delete this file and run the recipe again" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -600,7 +604,7 @@ def test_a_damaged_sample_file_names_the_line(tmp_path: Path) -> None:
         Run.load(tmp_path).samples()
 
 
-def test_what_is_no_run_is_told(tmp_path: Path) -> None:
+def test_run_load_refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing: found no such folder, expected the folder"):
         Run.load(tmp_path / "missing")
     with pytest.raises(UserError, match=r"found no recipe\.yaml, expected the folder of a run"):

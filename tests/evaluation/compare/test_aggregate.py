@@ -39,8 +39,8 @@ def three_seeds(root: Path) -> list[RunView]:
 
 
 def row(analysis: dict[str, Any], label: str) -> dict[str, Any]:
-    (found,) = [r for r in analysis["rows"] if r["label"] == label]
-    return found
+    (actual,) = [r for r in analysis["rows"] if r["label"] == label]
+    return actual
 
 
 def test_methods_by_seeds(tmp_path: Path) -> None:
@@ -116,21 +116,21 @@ def test_memory_and_tokens_by_part_and_iteration(tmp_path: Path) -> None:
         errors = [(0.3, 0.2), (0.2, 0.1), (0.2, 0.1)]
         runs.append(synthetic_run(tmp_path, "m", seed, errors, extra=extra))
     analysis = analyse(compare_runs(views(*runs)))
-    found = {g.title.partition(",")[0].partition(" (")[0]: g for g in comparison_tables(analysis)}
-    memory = found["peak MiB by part"]
+    actual = {g.title.partition(",")[0].partition(" (")[0]: g for g in comparison_tables(analysis)}
+    memory = actual["peak MiB by part"]
     assert [c.name for c in memory.columns] == ["policy", "SFT", "reward", "policy step"]
     assert memory.texts() == [["m", "512", "210", "512"]]
-    tokens = found["thousands of tokens by part"]
+    tokens = actual["thousands of tokens by part"]
     assert ([c.name for c in tokens.columns], tokens.texts()) == (
         ["policy", "reward trained"],
         [["m", "18"]],
     )
-    assert found["by iteration"].texts() == [
+    assert actual["by iteration"].texts() == [
         ["m, iteration 0", "20", "6", "-", "512"],
         ["m, iteration 1", "30", "12", "-", "512"],
     ]
-    told = "stages that resumed after a stop; their seconds cover the last attempt only: m 1"
-    assert told in notes(analysis)
+    message = "stages that resumed after a stop; their seconds cover the last attempt only: m 1"
+    assert message in notes(analysis)
     stored = json.loads(json.dumps(analysis))  # as the report reads it
     assert [g.texts() for g in comparison_tables(stored)] == [
         g.texts() for g in comparison_tables(analysis)
@@ -161,10 +161,10 @@ def test_what_is_beyond_entropy(tmp_path: Path) -> None:
         extra = {"matched-entropy/1": matched}
         folders.append(synthetic_run(tmp_path, "good", seed, errors, extra=extra))
     analysis = analyse(compare_runs(views(*folders)))
-    found = row(analysis, "good")["estimates"]
-    assert found["slot_error_rate@first-at-entropy"]["mean"] == pytest.approx(0.26)
-    assert found["slot_error_rate@beyond-entropy"]["mean"] == pytest.approx(-0.04)
-    assert found["matched_temperature"]["mean"] == pytest.approx(0.8)
+    actual = row(analysis, "good")["estimates"]
+    assert actual["slot_error_rate@first-at-entropy"]["mean"] == pytest.approx(0.26)
+    assert actual["slot_error_rate@beyond-entropy"]["mean"] == pytest.approx(-0.04)
+    assert actual["matched_temperature"]["mean"] == pytest.approx(0.8)
     assert "slot_error_rate@1" in headline_measures(analysis)
     assert not any("entropy" in measure for measure in headline_measures(analysis))
     columns = {column.name: at for at, column in enumerate(comparison_tables(analysis)[1].columns)}
@@ -194,8 +194,8 @@ def test_methods_at_the_same_entropy_by_seed(tmp_path: Path) -> None:
     assert f"| irl | {beyond} | -4.7±1.4 |" in to_markdown(analysis)
     assert any(line.startswith("beyond entropy: at T=1, minus what") for line in notes(analysis))
     by_default = analyse(compare_runs(views(*folders)))
-    found = row(by_default, "irl")["against_baseline"]["slot_error_rate@beyond-entropy"]
-    assert found["mean"] == pytest.approx(-0.11)
+    actual = row(by_default, "irl")["against_baseline"]["slot_error_rate@beyond-entropy"]
+    assert actual["mean"] == pytest.approx(-0.11)
 
 
 def test_ranked_over_the_seeds_that_all_have(tmp_path: Path) -> None:
@@ -211,8 +211,8 @@ def test_ranked_over_the_seeds_that_all_have(tmp_path: Path) -> None:
         ("lucky", 0.10, 1),
         ("SFT", 0.5, 1),
     ]
-    told = "ranking: over the seeds that all policies have (1); fewer: lucky"
-    assert told in notes(analysis)
+    message = "ranking: over the seeds that all policies have (1); fewer: lucky"
+    assert message in notes(analysis)
     (grid,) = [g for g in comparison_tables(analysis) if g.title.startswith("ranking")]
     assert grid.texts()[0] == ["1", "good", "5.0", "1", "-"]
     # Without a seed in all of them each has its own, and that is told.
@@ -228,13 +228,13 @@ def test_ranked_over_the_seeds_that_all_have(tmp_path: Path) -> None:
 
 def test_every_iteration(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path, "m", 1, [(0.3, 0.2), (0.25, 0.2), (0.2, 0.1)])
-    found = compare_runs(views(run), iterations=True)
-    assert [(r.label, r.policy, r.final) for r in found.rows[1:]] == [
+    actual = compare_runs(views(run), iterations=True)
+    assert [(r.label, r.policy, r.final) for r in actual.rows[1:]] == [
         ("SFT", 0, True),
         ("m 1", 1, False),
         ("m 2", 2, True),
     ]
-    assert [round(r.values["reward_accuracy"][1], 9) for r in found.rows[2:]] == [0.75, 0.8]
+    assert [round(r.values["reward_accuracy"][1], 9) for r in actual.rows[2:]] == [0.75, 0.8]
 
 
 def test_a_run_that_kept_an_earlier_policy(tmp_path: Path) -> None:
@@ -243,9 +243,9 @@ def test_a_run_that_kept_an_earlier_policy(tmp_path: Path) -> None:
         synthetic_run(tmp_path, "m", 1, [(0.3, 0.2), (0.2, 0.1)]),
         synthetic_run(tmp_path, "m", 2, [(0.4, 0.2), (0.9, 0.9)], final=0),
     ]
-    found = compare_runs(views(*runs))
-    assert found.rows[-1].label == "m"
-    assert found.rows[-1].values["slot_error_rate@1"] == {1: 0.2, 2: 0.4}
+    actual = compare_runs(views(*runs))
+    assert actual.rows[-1].label == "m"
+    assert actual.rows[-1].values["slot_error_rate@1"] == {1: 0.2, 2: 0.4}
 
 
 def test_methods_with_starts_of_their_own(tmp_path: Path) -> None:
@@ -326,9 +326,9 @@ def test_a_measure_that_some_seeds_lack(tmp_path: Path) -> None:
         compare_runs(only, missing=["even-seed1: gone"]), AnalysisOptions(baseline="good")
     )
     assert row(analysis, "good")["estimates"]["slot_error_rate@0"]["n"] == 2
-    told = notes(analysis)
-    assert "good: not in all of its seeds: slot_error_rate@0" in told
-    assert "even: 2 of 3 seeds" in told and "not compared: even-seed1: gone" in told
+    message = notes(analysis)
+    assert "good: not in all of its seeds: slot_error_rate@0" in message
+    assert "even: 2 of 3 seeds" in message and "not compared: even-seed1: gone" in message
     paired = row(analysis, "even")["against_baseline"]["slot_error_rate@0"]
     assert paired["n"] == 1  # seed 2 alone has both
     assert paired["p_t"] is None

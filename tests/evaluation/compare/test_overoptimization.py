@@ -40,11 +40,11 @@ def test_fits_find_the_coefficients_and_the_peak(form: Form, alpha: float, beta:
     assert (fit.alpha, fit.beta, fit.rmse) == pytest.approx((alpha, beta, 0.0), abs=1e-9)
     assert fit.at(3.0) == pytest.approx(gain(form, 3.0, alpha, beta))
     grid = np.linspace(1e-4, 400.0, 400_001)
-    found = grid[np.argmax([gain(form, kl, alpha, beta) for kl in grid[::100]]) * 100]
+    actual = grid[np.argmax([gain(form, kl, alpha, beta) for kl in grid[::100]]) * 100]
     if beta < 0:
-        assert fit.peak_kl is None and found == grid[-1]
+        assert fit.peak_kl is None and actual == grid[-1]
     else:
-        assert fit.peak_kl == pytest.approx(found, abs=0.11)
+        assert fit.peak_kl == pytest.approx(actual, abs=0.11)
 
 
 def test_too_few_points_are_not_fitted() -> None:
@@ -147,13 +147,13 @@ def test_a_sweep_is_one_frontier(tmp_path: Path) -> None:
             views.append(Run.load(run))
             value = f"policy_update.kl_coef={coef:g}"
             sweeps[views[-1].recipe["name"]] = {"family": "m", "value": value}
-    (found,) = frontiers(views, sweeps, "slot_error_rate", {"slot_error_rate@1": True})
-    assert found["name"] == "m" and len(found["places"]) == 10
-    assert found["gold"]["alpha"] == pytest.approx(0.1) and found["gold"]["beta"] == pytest.approx(
-        0.1
-    )
-    assert found["proxy"]["alpha"] == pytest.approx(1.0) and found["overoptimised"]
-    assert found["places"][0]["note"] == "policy_update.kl_coef=0.2, seed 1"
+    (actual,) = frontiers(views, sweeps, "slot_error_rate", {"slot_error_rate@1": True})
+    assert actual["name"] == "m" and len(actual["places"]) == 10
+    assert actual["gold"]["alpha"] == pytest.approx(0.1) and actual["gold"][
+        "beta"
+    ] == pytest.approx(0.1)
+    assert actual["proxy"]["alpha"] == pytest.approx(1.0) and actual["overoptimised"]
+    assert actual["places"][0]["note"] == "policy_update.kl_coef=0.2, seed 1"
     assert frontiers(views, sweeps, None, {}) == []
     (figure,) = frontier(views, {"headline": "slot_error_rate", "sweeps": sweeps})
     assert isinstance(figure, Plot)
@@ -162,7 +162,7 @@ def test_a_sweep_is_one_frontier(tmp_path: Path) -> None:
     assert series.points[-1].note == "policy_update.kl_coef=0.01, seed 2, iteration 1"
     apart = frontier(views, {"headline": "slot_error_rate", "sweeps": {}})[0].series
     assert [one.name for one in apart] == [f"m-kl_coef-{c:g}" for c in (0.2, 0.1, 0.05, 0.02, 0.01)]
-    (row,) = gain_fits({"frontiers": [found]}).texts()
+    (row,) = gain_fits({"frontiers": [actual]}).texts()
     assert row == ["m", "10", "25.00", "0.100", "0.100", "1.00", "1.000", "0.100", "beyond", "yes"]
 
 
@@ -182,14 +182,14 @@ def test_ppos_updates_are_a_frontier_and_reported(
     stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     (run / "stages.json").write_text(json.dumps({**stages, "policy-1": where}), encoding="utf-8")
     lower = {"slot_error_rate@1": True}
-    (found,) = frontiers([Run.load(run)], {}, "slot_error_rate", lower)
-    assert found["name"] == "m-kl_coef-0.1, seed 1, policy-1" and found["overoptimised"]
-    assert [place["note"] for place in found["places"]][-1] == "update 6"
+    (actual,) = frontiers([Run.load(run)], {}, "slot_error_rate", lower)
+    assert actual["name"] == "m-kl_coef-0.1, seed 1, policy-1" and actual["overoptimised"]
+    assert [place["note"] for place in actual["places"]][-1] == "update 6"
     ended = irl_align(capsys, "compare", run)
     assert ended.status == 0 and "gain against KL" in ended.out
     analysis = json.loads((tmp_path / "comparison/comparison.json").read_text(encoding="utf-8"))
-    told = [line for line in notes(analysis) if line.startswith("overoptimised")]
-    assert len(told) == 1 and "gold falls beyond KL 1.00, while the reward still rises" in told[0]
+    lines = [line for line in notes(analysis) if line.startswith("overoptimised")]
+    assert len(lines) == 1 and "gold falls beyond KL 1.00, while the reward still rises" in lines[0]
     for source in (run, tmp_path / "comparison"):
         page = write_report(source, figures=tmp_path / "figures").read_text(encoding="utf-8")
         assert "m-kl_coef-0.1, seed 1, policy-1: gain over the start" in page

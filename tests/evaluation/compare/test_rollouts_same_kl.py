@@ -34,7 +34,7 @@ def test_an_estimate_below_zero_is_no_kl() -> None:
     assert smoothed_at(kls, values, 1.0) == pytest.approx(0.2, abs=1e-4)
 
 
-def test_nothing_is_told_beyond_the_updates_or_of_few() -> None:
+def test_levels_are_empty_beyond_the_updates_and_for_few_updates() -> None:
     values = [error(kl, 0.3, 0.1, 0.05) for kl in KLS]
     assert smoothed_at(KLS, values, 2.6) is None
     assert smoothed_at(KLS[1:], values[1:], 0.05) is None  # a second iteration starts further off
@@ -82,8 +82,8 @@ def test_levels_are_by_method_kl_and_seed(
 def test_bleu_at_the_same_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bleus = [error(kl, 61.0, 2.0, 0.0) for kl in KLS]
     runs = [trained_run(tmp_path, seed, [0.3] * 7, KLS, bleus) for seed in (1, 2)]
-    [found] = levels_at_kl(runs, [1.0], "slot_error_rate")
-    assert found["bleu"]["mean"] == pytest.approx(59.0, abs=1e-3) and found["bleu"]["n"] == 2
+    [actual] = levels_at_kl(runs, [1.0], "slot_error_rate")
+    assert actual["bleu"]["mean"] == pytest.approx(59.0, abs=1e-3) and actual["bleu"]["n"] == 2
     ended = irl_align(capsys, "compare", *(run.folder for run in runs), "--at-kl", 1)
     assert ended.status == 0
     table = (tmp_path / "comparison/comparison.md").read_text(encoding="utf-8")

@@ -54,7 +54,7 @@ def test_plan_is_recipes_times_seeds(recipes: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["seed=1"], "found no recipe"),
         (["sft.yaml", "sft.yaml"], "name: found 'tiny-sft', which sft.yaml also has"),
@@ -73,10 +73,10 @@ def test_plan_is_recipes_times_seeds(recipes: Path) -> None:
         (["sft.yaml", "loop.iteration=1"], "loop.iteration: unknown option"),
     ],
 )
-def test_mistakes_are_told_before_any_work(
-    arguments: list[str], told: str, recipes: Path, capsys: pytest.CaptureFixture[str]
+def test_compare_refuses_mistakes_before_any_work(
+    arguments: list[str], message: str, recipes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in the_line(irl_align(capsys, "compare", *arguments))
+    assert message in the_line(irl_align(capsys, "compare", *arguments))
     assert not (recipes / "runs").exists()
 
 
@@ -123,9 +123,7 @@ def test_compare_runs_shares_and_resumes(
     assert changed == "compare: found no finished run, expected at least one"
 
 
-def test_a_failed_run_is_told_and_the_others_go_on(
-    recipes: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_run_jobs_reports_a_failed_run(recipes: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="irl_align.evaluation.compare.runner")
     (job,) = plan(["sft.yaml"], [1])
     (recipes / "bad.yaml").write_text("extends: sft.yaml\nlerning: 1\n")

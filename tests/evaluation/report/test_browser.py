@@ -26,11 +26,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A headless Chromium."""
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    actual = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     with playwright.sync_playwright() as started:
-        if found is None and not Path(started.chromium.executable_path).is_file():
+        if actual is None and not Path(started.chromium.executable_path).is_file():
             pytest.skip("no Chromium: run `playwright install chromium`, or set CHROMIUM")
-        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = started.chromium.launch(executable_path=actual, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -43,10 +43,14 @@ class Opened:
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        told = self.complaints.append
-        self.page.on("console", lambda m: told(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: told(str(error)))
-        self.page.on("dialog", lambda dialog: (told(f"dialog {dialog.message}"), dialog.dismiss()))
+        complain = self.complaints.append
+        self.page.on(
+            "console", lambda m: complain(m.text) if m.type in ("error", "warning") else None
+        )
+        self.page.on("pageerror", lambda error: complain(str(error)))
+        self.page.on(
+            "dialog", lambda dialog: (complain(f"dialog {dialog.message}"), dialog.dismiss())
+        )
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.url = path.resolve().as_uri()
         self.page.goto(self.url)
@@ -169,7 +173,7 @@ def test_samples_sort_and_change_temperature(opened: Opened) -> None:
     assert "prompt 1" in opened.column(table, 1)[0]
 
 
-def test_a_tokens_values_are_told_on_hover_and_by_the_keyboard(opened: Opened) -> None:
+def test_page_shows_the_values_of_a_token_on_hover_and_by_the_keyboard(opened: Opened) -> None:
     page = opened.page
     tokens = page.locator(".token")
     tokens.nth(1).hover()
@@ -204,12 +208,12 @@ def test_columns_can_be_left_out(opened: Opened) -> None:
 
 
 def test_marks_of_a_figure_tell_their_values(opened: Opened) -> None:
-    told = opened.page.locator("svg.figure use title").all_text_contents()
-    assert any(text.startswith("m: 30 at 0") for text in told)
+    titles = opened.page.locator("svg.figure use title").all_text_contents()
+    assert any(text.startswith("m: 30 at 0") for text in titles)
 
 
 def test_light_and_dark(chromium: Any, report: Path) -> None:
-    found = {}
+    actual = {}
     for scheme in ("light", "dark"):
         opened = Opened(chromium, report, color_scheme=scheme)
         colours = [
@@ -223,7 +227,7 @@ def test_light_and_dark(chromium: Any, report: Path) -> None:
                 ("svg.figure text", "fill"),
             )
         ]
-        found[scheme] = colours
+        actual[scheme] = colours
         assert opened.page.locator("#scheme").inner_text() != scheme
         opened.picture(f"run-{scheme}")
         opened.page.click("#scheme")
@@ -231,7 +235,7 @@ def test_light_and_dark(chromium: Any, report: Path) -> None:
         changed = opened.page.evaluate("e => getComputedStyle(e).backgroundColor", body)
         assert changed != colours[0]
         opened.context.close()
-    for one, other in zip(found["light"], found["dark"], strict=True):
+    for one, other in zip(actual["light"], actual["dark"], strict=True):
         assert one != other
 
 

@@ -169,7 +169,7 @@ def test_what_is_written_is_measured() -> None:
     assert _within(["<"] * 4, 12, script_json) == ["<"]  # "\\u003c" with its marks
 
 
-def test_a_method_without_the_shown_seed_is_told(tmp_path: Path) -> None:
+def test_report_names_a_method_without_the_shown_seed(tmp_path: Path) -> None:
     runs = [a_run(tmp_path, name, seed) for name, seed in (("a", 1), ("b", 2), ("c", 2))]
     browser = sample_browser([Run.load(run) for run in runs])
     assert browser is not None
@@ -177,7 +177,7 @@ def test_a_method_without_the_shown_seed_is_told(tmp_path: Path) -> None:
     assert browser["methods"] == ["SFT", "b 1", "c 1"]
 
 
-def test_a_run_that_lost_its_summary_is_told(
+def test_report_names_a_run_that_lost_its_summary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [a_run(tmp_path, name) for name in ("a", "b")]
@@ -285,7 +285,7 @@ def test_long_tables_are_closed_at_first(
     assert "14 rows" in rewards.find("summary").text_content() and rewards.get("open") is None
 
 
-def test_a_run_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_names_a_deleted_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [a_run(tmp_path, name) for name in ("a", "b")]
     assert irl_align(capsys, "compare", *runs).status == 0
     (tmp_path / "b-seed1/recipe.yaml").unlink()
@@ -293,7 +293,9 @@ def test_a_run_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "b-seed1: deleted; it is in the tables, but not in the figures" in page.text_content()
 
 
-def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_write_report_refuses_what_is_no_run_or_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = the_line(irl_align(capsys, "report", tmp_path))
     assert "found no comparison.json and no recipe.yaml" in line
     stopped = a_run(tmp_path, "x", finished=False)
@@ -321,7 +323,7 @@ def texts(root: Any) -> list[str]:
     return [text.text for text in root.iter(f"{SVG}text")]
 
 
-def told(root: Any, tag: str) -> list[Any]:
+def message(root: Any, tag: str) -> list[Any]:
     """The marks of a tag that have a text of their own."""
     return [mark for mark in root.iter(SVG + tag) if mark.find(f"{SVG}title") is not None]
 
@@ -340,7 +342,7 @@ def test_a_plot_puts_points_where_they_belong() -> None:
         Point(3.0, float("nan")),
     ]
     root = drawn(Plot("k", "t", "x", "y", [Series("s", points)]))
-    marks = told(root, "use")
+    marks = message(root, "use")
     assert [mark[0].text for mark in marks] == [
         "s: 10 at 0 (9 to 11)", "s: 20 at 1; seed 3", "s: 30 at 2",
     ]  # fmt: skip
@@ -358,8 +360,8 @@ def test_a_plot_puts_points_where_they_belong() -> None:
 def test_intervals_at_an_iteration_lie_side_by_side() -> None:
     series = [Series(n, [Point(0.0, 1.0, 0.5, 1.5), Point(1.0, 2.0)]) for n in "abc"]
     measured, counted = (Plot("k", "t", "x", "y", series, whole_x=w) for w in (False, True))
-    assert len({m.get("x") for m in told(drawn(measured), "use")}) == 2
-    x = [float(m.get("x")) for m in told(drawn(counted), "use")]
+    assert len({m.get("x") for m in message(drawn(measured), "use")}) == 2
+    x = [float(m.get("x")) for m in message(drawn(counted), "use")]
     assert x[0] < x[2] < x[4] < x[1] and x[2] - x[0] == pytest.approx(x[4] - x[2], abs=0.01)
 
 
@@ -369,7 +371,7 @@ def test_many_intervals_of_a_line_are_an_area(count: int, areas: int) -> None:
     root = drawn(Plot("k", "t", "x", "y", [Series(n, points) for n in "ab"], whole_x=True))
     shaded = [e for e in root.iter() if "opacity: 0.15" in (e.get("style") or "")]
     assert len(shaded) == areas
-    marks = told(root, "use")
+    marks = message(root, "use")
     assert len(marks) == 2 * count and marks[0][0].text == "a: 2 at 0 (1 to 3)"
     moved_aside = len({mark.get("x") for mark in marks}) == 2 * count
     assert moved_aside == (areas == 0)
@@ -389,17 +391,17 @@ def test_what_is_counted_has_whole_ticks(xs: tuple[float, ...], ticks: list[str]
 def test_many_points_are_a_line_alone() -> None:
     points = [Point(float(i), float(i % 7)) for i in range(61)]
     root = drawn(Plot("k", "t", "x", "y", [Series("s", points)]))
-    assert told(root, "use") == [] == told(root, "path")
+    assert message(root, "use") == [] == message(root, "path")
     assert max(len(corners(path)) for path in root.iter(f"{SVG}path")) == 61
-    assert len(told(drawn(Plot("k", "t", "x", "y", [Series("s", points[:60])])), "use")) == 60
+    assert len(message(drawn(Plot("k", "t", "x", "y", [Series("s", points[:60])])), "use")) == 60
     unjoined = Plot("k", "t", "x", "y", [Series("s", points)], joined=False)
-    assert len(told(drawn(unjoined), "use")) == 61
+    assert len(message(drawn(unjoined), "use")) == 61
 
 
 def test_bars_are_as_long_as_their_values() -> None:
     figure = Bars("k", "t", "seconds", [("a", {"x": 1000.0, "y": 3000.0}), ("b", {"y": 2000.0})])
     root = drawn(figure)
-    boxes = told(root, "path")
+    boxes = message(root, "path")
     assert [b[0].text for b in boxes] == [
         "a, x: 1,000 seconds", "a, y: 3,000 seconds", "b, y: 2,000 seconds",
     ]  # fmt: skip
@@ -417,7 +419,7 @@ def test_dots_lie_in_the_rows_of_their_names() -> None:
     greedy = Series("greedy", [Point(0.0, 10.0, 8.0, 14.0), Point(1.0, 20.0)])
     sampled = Series("T=1", [Point(0.0, 10.0), Point(2.0, 40.0)])
     root = drawn(Dots("k", "t", "%", ["SFT", "IRL", "a third"], [greedy, sampled]))
-    marks = told(root, "use")
+    marks = message(root, "use")
     assert [mark[0].text for mark in marks] == [
         "SFT, greedy: 10 (8 to 14)", "IRL, greedy: 20", "SFT, T=1: 10", "a third, T=1: 40",
     ]  # fmt: skip
@@ -467,8 +469,8 @@ def test_a_figure_in_a_page_has_the_pages_colours() -> None:
     assert all("fill: var(--" in s for s in (t.get("style") for t in inside.iter("text")))
     colours = {c for style in styles for c in re.findall(r"(?<!, )#\w+", style)}
     assert colours == {"#0072b2"}  # the series' own; all else is a variable
-    found = {name for style in styles for name in re.findall(r"var\((--\w+), #\w{6}\)", style)}
-    assert found == {"--text", "--quiet", "--rule", "--page"}
+    actual = {name for style in styles for name in re.findall(r"var\((--\w+), #\w{6}\)", style)}
+    assert actual == {"--text", "--quiet", "--rule", "--page"}
     assert (inside.get("width"), alone.get("width")) == (None, "440pt")
     assert all(root.get("role") == "img" and root[0].text == "t" for root in (inside, alone))
     assert not list(inside.iter("style", "metadata", "clipPath"))

@@ -77,13 +77,13 @@ def kept(family: str, layers: int, precision: Precision, padded: bool) -> int:
 def test_a_layer_keeps_what_autograd_is_seen_to_keep(
     family: str, precision: str, padded: bool
 ) -> None:
-    found = PRECISIONS[precision]
-    both = [kept(family, layers, found, padded) for layers in (1, 2)]
+    actual = PRECISIONS[precision]
+    both = [kept(family, layers, actual, padded) for layers in (1, 2)]
     shape = shape_of(config(family, 2))
-    expected = ROWS * COLUMNS * memory.kept_by_layer(shape, found, COLUMNS if padded else 0)
+    expected = ROWS * COLUMNS * memory.kept_by_layer(shape, actual, COLUMNS if padded else 0)
     assert both[1] - both[0] == pytest.approx(expected, rel=2e-3)  # gemma keeps 1 + weight too
-    whole = memory.activations(shape, ROWS, COLUMNS, found, masked=padded)
-    output = ROWS * COLUMNS * shape.width * found.weights  # which the head would keep
+    whole = memory.activations(shape, ROWS, COLUMNS, actual, masked=padded)
+    output = ROWS * COLUMNS * shape.width * actual.weights  # which the head would keep
     whole -= output + expected  # and a layer's gradients in the backward pass
     assert both[1] == pytest.approx(whole, rel=0.03)  # rotary tables and ids are left out
 
