@@ -82,6 +82,12 @@ Interval = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Compare runs whose data or evaluation differ.")
 ]
+Replace = Annotated[
+    bool,
+    typer.Option(
+        "--replace", help="Replace finished runs of the same names and seeds with other settings."
+    ),
+]
 RunOrComparison = Annotated[
     Path, typer.Argument(help="Folder of a run, or of a comparison made by compare.")
 ]
@@ -232,6 +238,7 @@ def compare(
     by: By = None,
     interval: Interval = "t",
     force: Force = False,
+    replace_runs: Replace = False,
     sweep: SweepOption = None,
     gold_level: GoldLevel = None,
     at_kl: AtKl = None,
@@ -254,6 +261,7 @@ def compare(
         only_finished=only_finished,
         iterations=iterations,
         force=force,
+        replace=replace_runs,
         sweeps=tuple(sweep or ()),
         analysis=AnalysisOptions(
             by=by,

@@ -30,6 +30,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
+Replace = Annotated[
+    bool,
+    typer.Option(
+        "--replace", help="Replace a finished run of the same name and seed with other settings."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ModelArgument = Annotated[
     Path, typer.Argument(help="Folder of a model, or of a run, whose last model is used.")
@@ -53,6 +59,7 @@ def train(
     any_disk: Annotated[
         bool, typer.Option("--any-disk", help="Run even if the disk seems too small.")
     ] = False,
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Run a recipe. After a stop or a kill, the same command resumes."""
@@ -73,7 +80,7 @@ def train(
 
         if not any_disk:
             announce_disk(options)
-        result = run_recipe(options, lambda run: show_policies([run], _console()))
+        result = run_recipe(options, lambda run: show_policies([run], _console()), replace=replace)
     show_runs([result.view()], _console())
     typer.echo(f"policy: {result.policy}")
     if result.reward is not None:
@@ -107,6 +114,7 @@ def ppo(
             show_default=False,
         ),
     ] = None,
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Improve a policy on a reward model by PPO. After a kill, the same command resumes."""
@@ -116,7 +124,7 @@ def ppo(
     from irl_align.training.run_folder import Run
 
     recipe = ppo_recipe(policy, data, output, options or [])
-    improved = run_ppo(recipe, reward, reward_template)
+    improved = run_ppo(recipe, reward, reward_template, replace=replace)
     show_runs([Run.load(improved.folder)], _console())
     typer.echo(summary_line(improved))
     typer.echo(f"policy: {improved.policy}")

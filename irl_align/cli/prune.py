@@ -27,12 +27,17 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list; the default without --yes.")
     ] = False,
+    replaced: Annotated[
+        bool,
+        typer.Option("--replaced", help="Include the stages that only replaced runs linked."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """List or delete the stages that no run needs, and the damaged and unfinished stages.
 
     A stage stays if a run links it, if such a stage was made from it, or if an unfinished run would
-    resume from it. To give up a run, delete its folder first.
+    resume from it. To give up a run, delete its folder first. What a run linked before its recipe
+    was replaced stays as well, unless --replaced is given.
     """
     set_up(debug)
     from irl_align.training.prune import delete, find_waste, holding, runs_folder
@@ -41,11 +46,11 @@ def prune(
         raise UserError("prune: found --yes and --dry-run, expected one of them")
     runs = runs_folder(folder)
     if not yes:
-        _show(find_waste(runs), runs)
+        _show(find_waste(runs, replaced), runs)
         typer.echo("nothing was deleted; --yes deletes it")
         return
     with holding(runs):
-        findings = find_waste(runs)
+        findings = find_waste(runs, replaced)
         _show(findings, runs)
         delete(findings)
     typer.echo(f"deleted: {_megabytes(findings.bytes)}")
@@ -63,6 +68,8 @@ def _show(findings: Findings, runs: Path) -> None:
         console().print(table)
     typer.echo(f"runs: {', '.join(findings.runs) or 'none'}")
     typer.echo(f"needed: {_megabytes(findings.kept)}; not needed: {_megabytes(findings.bytes)}")
+    if findings.replaced:
+        typer.echo(f"kept for replaced runs: {_megabytes(findings.replaced)} (--replaced lists it)")
 
 
 def _megabytes(size: int) -> str:

@@ -69,7 +69,9 @@ def ppo_recipe(policy: str, card: str, output: str, options: Sequence[str]) -> R
     return recipe
 
 
-def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improved:
+def run_ppo(
+    recipe: Recipe, reward: str, template: str | None = None, *, replace: bool = False
+) -> Improved:
     """Train the recipe's model on a reward; the same call resumes after a kill.
 
     Before and after, the model answers the evaluation prompts as in the loop; the answers after
@@ -77,7 +79,8 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
 
     reward: a run with an explicit reward, or any AutoModelForSequenceClassification with one label.
     template: template of the reward's prompts (text with {prompt}, or chat), if its tokenizer is
-    not the policy's.
+    not the policy's. replace: a finished run with the same name and seed that has other settings
+    or another reward is replaced; without it, such a run is refused.
 
     Raises UserError: a mistake or fault that the user can fix.
     """
@@ -85,7 +88,7 @@ def run_ppo(recipe: Recipe, reward: str, template: str | None = None) -> Improve
     path = artefact_folder(Path(reward), "reward")
     key = file_checksum(path)[:16] if path.exists() else str(path)
     artefact = Reward("explicit", path, key if template is None else f"{key}+{template}")
-    with open_run(recipe) as (context, trackers):
+    with open_run(recipe, replace, {"reward": artefact.key}) as (context, trackers):
         where = path if path.exists() else reward
         improved = _improve(context, artefact, where, template)
         trackers.send(context.run.metrics)

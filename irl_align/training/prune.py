@@ -1,23 +1,25 @@
 """Find and delete the parts of a store that no run needs.
 
-A stage stays if a run next to the store links it, if such a stage was made from it, or if an
-unfinished run would resume from it. Nothing here imports torch.
+A stage stays if a run next to the store links it or linked it before its recipe was replaced, if
+such a stage was made from it, or if an unfinished run would resume from it. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from irl_align.errors import UserError
-from irl_align.training.run_folder import Run, RunView, is_run
+from irl_align.training.run_folder import REPLACED, Run, RunView, is_run, read_replaced
 from irl_align.training.store import DAMAGED, RECORD, SCRATCH, WORK
 from irl_align.utils.files import files_of, is_sealed, locked, read_json
 
+ONLY_REPLACED = "only replaced runs linked it"
 REPAIR = "repair or delete the file, then run prune again"
 
 
@@ -39,6 +41,10 @@ class Findings:
     """Bytes of the store that are needed."""
     runs: list[str]
     """Names of the runs; unfinished ones are marked."""
+    replaced: int = 0
+    """Bytes that are kept only because replaced runs linked them."""
+    forgets: Sequence[Path] = ()
+    """Run folders whose list of replaced stages is deleted too."""
 
     @property
     def bytes(self) -> int:
@@ -73,31 +79,40 @@ def holding(folder: Path) -> Iterator[None]:
         yield
 
 
-def find_waste(folder: Path) -> Findings:
+def find_waste(folder: Path, replaced: bool = False) -> Findings:
     """The parts of a store that no run of the folder needs.
 
-    Raises UserError: a run or a record is damaged, so that its needs are unknown.
+    replaced: stages that only replaced runs linked are not needed. Raises UserError: a run or a
+    record is damaged, so that its needs are unknown.
     """
     views = [Run.load(path) for path in sorted(folder.iterdir()) if is_run(path)]
     store = folder / "store"
     committed = {path.name: path for path in sorted(store.glob("[!.]*")) if path.is_dir()}
-    needed = _with_inputs({name for view in views for name in _linked(view)}, committed)
+    linked = _with_inputs({name for view in views for name in _linked(view)}, committed)
+    before = {Path(path).name for view in views for path in read_replaced(view.folder)}
+    kept = _with_inputs(before, committed) - linked
     unfinished = [view for view in views if view.summary is None]
     waste = [
-        Waste(path, _size(path), "no run links it")
+        Waste(path, _size(path), ONLY_REPLACED if name in kept else "no run links it")
         for name, path in committed.items()
-        if name not in needed
+        if name not in linked and (replaced or name not in kept)
     ]
     for path in sorted((store / WORK).glob("*")):
         if path.is_dir():
             waste += _unfinished(path, committed, bool(unfinished))
     total = _size(store)
     names = [v.folder.name + (" (unfinished)" if v in unfinished else "") for v in views]
-    return Findings(waste, total - sum(one.bytes for one in waste), names)
+    size = 0 if replaced else sum(_size(committed[name]) for name in kept)
+    runs = (
+        [] if not replaced else [view.folder for view in views if (view.folder / REPLACED).exists()]
+    )
+    return Findings(waste, total - sum(one.bytes for one in waste), names, size, runs)
 
 
 def delete(findings: Findings) -> None:
     """Delete the waste, except of a stage that is being built. Call it inside ``holding``."""
+    for run in findings.forgets:
+        (run / REPLACED).unlink()
     for waste in findings.waste:
         lock = waste.path.parent / f"{waste.path.name}.lock"
         if waste.path.parent.name == WORK and lock.exists():

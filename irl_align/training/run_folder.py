@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 REBUILD = "delete this stage's folder and run the recipe again"
+REPLACED = "replaced.json"
+INPUTS = "inputs"
+"""Record of what a run reads that its recipe does not name."""
 RERUN = "delete this file and run the recipe again, which writes it from finished stages"
 
 
@@ -49,19 +52,30 @@ class Run:
         self.folder = folder
         self._metrics = {record["key"]: record for record in _read_metrics(folder)}
         self._stages = _read_stages(folder)
+        self._replaced = read_replaced(folder)
 
     @classmethod
     @contextmanager
     def open(
-        cls, folder: Path, recipe_resolved: Mapping[str, Any], recipe_text: str
+        cls,
+        folder: Path,
+        recipe_resolved: Mapping[str, Any],
+        recipe_text: str,
+        replace: bool = False,
+        inputs: Mapping[str, str] | None = None,
     ) -> Iterator[Run]:
         """Lock ``folder`` for this process and write the recipe there.
 
-        If the folder has another recipe, that recipe is moved to ``recipe.previous.yaml`` and its
-        results are deleted. Its stages stay in the store and can be reused.
+        A finished run of another recipe is refused unless ``replace`` is set. An unfinished run
+        may continue with a changed recipe. In both cases the old recipe is moved to
+        ``recipe.previous.yaml`` and its results are deleted. Its stages stay in the store: they can
+        be reused, and ``irl-align prune`` keeps them (``replaced.json``).
+
+        inputs: what the run reads that its recipe does not name; it counts as part of the recipe.
 
         Raises:
-            UserError: another process has the run, its files are damaged, or the disk is full.
+            UserError: the folder has a finished run of another recipe, another process has the run,
+            its files are damaged, or the disk is full.
         """
 
         def refuse(holder: str) -> None:
@@ -75,10 +89,12 @@ class Run:
                         f"{path}: found a link, expected a file that a run writes; delete it"
                     )
             with locked(folder / ".lock", refuse):
-                recipe = yaml.safe_dump(dict(recipe_resolved), sort_keys=False, allow_unicode=True)
-                _replace_recipe(folder, recipe)
+                _write_recipe(folder, recipe_resolved, dict(inputs or {}), replace)
                 atomic_write(folder / "recipe.source.yaml", recipe_text)
-                yield cls(folder)
+                run = cls(folder)
+                if inputs:
+                    run.log(INPUTS, inputs)
+                yield run
 
     @staticmethod
     def load(folder: Path) -> RunView:
@@ -134,8 +150,15 @@ class Run:
         self._write(f"samples/{name}.jsonl", to_lines(rows))
 
     def link(self, role: Role, stage: Stage) -> None:
-        """Write to ``stages.json`` which stage has this role in the run."""
+        """Write to ``stages.json`` which stage has this role in the run.
+
+        The stage that had the role before is added to ``replaced.json``.
+        """
         path = Path(os.path.relpath(stage.path, self.folder)).as_posix()
+        before = self._stages.get(str(role), {"path": path})["path"]
+        if before != path and before not in self._replaced:
+            self._replaced.append(before)
+            self._write(REPLACED, to_json({"stages": self._replaced}, indent=2) + "\n")
         self._stages[str(role)] = {"name": stage.name, "key": stage.key, "path": path}
         self._write("stages.json", to_json(self._stages, indent=2) + "\n")
 
@@ -152,7 +175,7 @@ class FollowedRun(Run):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metrics, self._stages = {}, {}
+        self._metrics, self._stages, self._replaced = {}, {}, []
 
     def _write(self, name: str, text: str) -> None:
         pass
@@ -249,18 +272,59 @@ def records_checked(what: str) -> Iterator[None]:
         ) from error
 
 
-def _replace_recipe(folder: Path, recipe: str) -> None:
+def _write_recipe(
+    folder: Path, resolved: Mapping[str, Any], inputs: dict[str, str], replace: bool
+) -> None:
+    """Write ``recipe.yaml``; results of another recipe are deleted, or the run is refused."""
     path = folder / "recipe.yaml"
-    if path.exists() and path.read_bytes() != recipe.encode():
+    recipe = yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True)
+    if path.exists() and (differing := _differences(folder, recipe, inputs)):
+        if (folder / "summary.json").exists() and not replace:
+            named = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+            raise UserError(
+                f"run {folder}: found a finished run with other settings ({named}); add name=... "
+                "or --replace"
+            )
         print(
             f"run {folder}: the recipe has changed; the old one is now recipe.previous.yaml",
             file=sys.stderr,
         )
         atomic_write(folder / "recipe.previous.yaml", path.read_bytes())
+        linked = [stage["path"] for stage in _read_stages(folder).values()]
+        replaced = list(dict.fromkeys([*read_replaced(folder), *linked]))
+        atomic_write(folder / REPLACED, to_json({"stages": replaced}, indent=2) + "\n")
         for stale in ("metrics.jsonl", "stages.json", "summary.json"):
             (folder / stale).unlink(missing_ok=True)
         shutil.rmtree(folder / "samples", ignore_errors=True)
     atomic_write(path, recipe)
+
+
+def _differences(folder: Path, recipe: str, inputs: dict[str, str]) -> list[str]:
+    """Names of the options and inputs in which the folder's run differs from a new one."""
+    content = (folder / "recipe.yaml").read_bytes()
+    metrics = {record["key"]: record for record in _read_metrics(folder)}
+    before = {name: v for name, v in metrics.get(INPUTS, {}).items() if name != "key"}
+    # A run that stopped before it logged anything has no inputs to compare.
+    other = sorted(name for name in {**before, **inputs} if before.get(name) != inputs.get(name))
+    other = other if metrics else []
+    if content == recipe.encode():
+        return other
+    try:
+        old = dict(_leaves(load_plain(content.decode())))
+    except ValueError:
+        return ["recipe.yaml", *other]
+    new = dict(_leaves(load_plain(recipe)))
+    names = [name for name in {**old, **new} if old.get(name, _leaves) != new.get(name, _leaves)]
+    return [*names, *other] or ["recipe.yaml"]
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every option of a recipe."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 class _Resolved(dict[str, Any]):
@@ -297,6 +361,14 @@ def _read_stages(folder: Path) -> dict[str, dict[str, str]]:
                 f"{path}: {role!r}: found {stage['path']!r}, expected a path next to it"
             )
     return stages
+
+
+def read_replaced(folder: Path) -> list[str]:
+    """Paths, relative to a run folder, of stages that the run no longer links."""
+    path = folder / REPLACED
+    fix = "delete this file, so that prune no longer keeps the stages of replaced runs"
+    stages = read_json(path, "replaced stages", fix).get("stages", []) if path.exists() else []
+    return [str(stage) for stage in stages]
 
 
 def artefact_folder(path: Path, what: str) -> Path:

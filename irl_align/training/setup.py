@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,16 +37,19 @@ def run_folder(recipe: Recipe) -> Path:
 
 
 @contextmanager
-def open_run(recipe: Recipe) -> Iterator[tuple[RunContext, LoopTrackers]]:
+def open_run(
+    recipe: Recipe, replace: bool = False, inputs: Mapping[str, str] | None = None
+) -> Iterator[tuple[RunContext, LoopTrackers]]:
     """Check a recipe and open its run, whose stages are built; close what it started at the end.
 
-    Raises UserError: the recipe cannot be run here, or another process has the run.
+    replace, inputs: see ``Run.open``. Raises UserError: the recipe cannot be run here, a finished
+    run of other settings is in its folder, or another process has the run.
     """
     check_trackers(recipe)
     check_data(recipe)
     device = distributed.own_device(pick_device(recipe.device))
     check_trainers(recipe, device)
-    with distributed.joined(device), _open_folder(recipe) as run:
+    with distributed.joined(device), _open_folder(recipe, replace, inputs) as run:
         run.log("environment", {**environment(), "device": str(device), "seed": recipe.seed})
         store = Store(Path(recipe.output_dir) / "store")
         context = RunContext(recipe, BuiltStages(store, run, recipe.seed), run, device)
@@ -59,13 +62,13 @@ def open_run(recipe: Recipe) -> Iterator[tuple[RunContext, LoopTrackers]]:
 
 
 @contextmanager
-def _open_folder(recipe: Recipe) -> Iterator[Run]:
+def _open_folder(recipe: Recipe, replace: bool, inputs: Mapping[str, str] | None) -> Iterator[Run]:
     """The run folder of a recipe; of several processes only the main one holds and writes it."""
     folder = run_folder(recipe)
     if not distributed.is_main():
         yield FollowedRun(folder)
         return
-    with Run.open(folder, to_dict(recipe), to_yaml(recipe)) as run:
+    with Run.open(folder, to_dict(recipe), to_yaml(recipe), replace, inputs) as run:
         yield run
 
 

@@ -33,7 +33,10 @@ class Result:
 
 
 def train(
-    recipe: Recipe | str | Path, evaluated: Callable[[RunView], None] | None = None
+    recipe: Recipe | str | Path,
+    evaluated: Callable[[RunView], None] | None = None,
+    *,
+    replace: bool = False,
 ) -> Result:
     """Run a recipe to its end; stages that are already in the store are reused.
 
@@ -41,14 +44,15 @@ def train(
     of a stage. Processes that `accelerate launch` has started all call it, and share the work.
 
     evaluated: called in the first process, with the run so far, when a policy other than the last
-    was evaluated.
+    was evaluated. replace: a finished run with the same name and seed and other settings is
+    replaced; without it, such a run is refused.
 
     Raises UserError: a mistake or fault that the user can fix.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     began = time.time()
-    with open_run(recipe) as (context, trackers):
+    with open_run(recipe, replace) as (context, trackers):
         run = context.run
 
         def report(k: int) -> None:

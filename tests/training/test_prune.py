@@ -54,6 +54,24 @@ def test_what_a_run_was_made_from_is_kept(runs: Path) -> None:
     assert find_waste(runs).waste == []
 
 
+def test_find_waste_keeps_what_a_replaced_run_linked(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(runs / "store")
+    with Run.open(runs / "a-seed0", {"name": "a", "bound": 3}, "", replace=True) as run:
+        run.link("policy-1", stage(store, "ppo"))
+        run.finish({"ended": "done"})
+    kept = find_waste(runs)
+    assert [waste.path.name.split("-")[0] for waste in kept.waste] == ["reward"]
+    assert 3000 < kept.replaced < kept.kept
+    asked = irl_align(capsys, "prune", runs)
+    assert "kept for replaced runs: 0.0 MB (--replaced lists it)" in asked.out
+    ended = irl_align(capsys, "prune", runs, "--replaced", "--yes")
+    assert "only replaced runs linked it" in ended.out
+    assert names(runs) == {"ppo"}
+    assert find_waste(runs).replaced == 0 and not (runs / "a-seed0/replaced.json").exists()
+
+
 def checkpoint(work: Path, number: int, sealed: bool = True) -> Path:
     folder = work / f"scratch/checkpoint-{number}"
     folder.mkdir(parents=True)

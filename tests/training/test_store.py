@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from irl_align.errors import TryAgain, UserError
 from irl_align.policy.roles import SFT
 from irl_align.training import store as stages
-from irl_align.training.run_folder import Run
+from irl_align.training.run_folder import Run, read_replaced
 from irl_align.training.store import Stage, Store, environment, stage_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -545,24 +545,80 @@ def test_lines_are_in_the_order_of_their_first_insertion(
     assert Run.load(folder).metrics == [{"key": key, "value": last[key]} for key in order]
 
 
-def test_a_changed_recipe_starts_the_results_afresh(
+def test_run_open_refuses_to_overwrite_a_finished_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open_run(tmp_path, seed=0) as run:
+    folder = tmp_path / "x-seed0"
+    with open_run(folder, seed=0, reward={"loss": "linear", "bound": 5.0}) as run:
         run.log("iteration-3", {"loss": 1})
         run.save_answers(3, 1.0, [{"completion": "old"}])
         run.finish({"loss": 1})
-    with open_run(tmp_path, seed=0):
-        assert Run.load(tmp_path).summary == {"loss": 1}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refusal = r"x-seed0: found a finished run with other settings \(reward.bound, price\); add "
+    with (
+        pytest.raises(UserError, match=refusal + r"name=\.\.\. or --replace$"),
+        open_run(folder, seed=0, reward={"loss": "linear", "bound": 3.0}, price=1),
+    ):
+        raise AssertionError("opened")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with open_run(folder, seed=0, reward={"loss": "linear", "bound": 5.0}):
+        assert Run.load(folder).summary == {"loss": 1}
     assert capsys.readouterr().err == ""
-    with open_run(tmp_path, seed=1):
-        pass
-    note = f"run {tmp_path}: the recipe has changed; the old one is now recipe.previous.yaml\n"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_run_open_deletes_the_results_of_a_replaced_recipe_and_remembers_its_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: bool
+) -> None:
+    folder, store = tmp_path / "x-seed0", Store(tmp_path / "store")
+    first, second = (
+        store.stage("sft", {}, {}, build_text()),
+        store.stage("ppo", {}, {}, build_text()),
+    )
+    with open_run(folder, seed=0) as run:
+        run.link(SFT, first)
+        run.save_answers(3, 1.0, [{"completion": "old"}])
+        if finished:
+            run.finish({"loss": 1})
+    with Run.open(folder, {"name": "x", "seed": 1}, "", replace=finished) as run:
+        run.link(SFT, second)
+    note = f"run {folder}: the recipe has changed; the old one is now recipe.previous.yaml\n"
     assert capsys.readouterr().err == note
-    assert yaml.safe_load((tmp_path / "recipe.previous.yaml").read_text())["seed"] == 0
-    view = Run.load(tmp_path)
+    assert yaml.safe_load((folder / "recipe.previous.yaml").read_text())["seed"] == 0
+    view = Run.load(folder)
     assert view.recipe["seed"] == 1
     assert (view.metrics, view.summary, view.samples()) == ([], None, {})
+    assert read_replaced(folder) == [f"../store/{first.path.name}"]
+    with Run.open(folder, {"name": "x", "seed": 2}, ""):
+        pass
+    assert read_replaced(folder) == [f"../store/{s.path.name}" for s in (first, second)]
+
+
+def test_run_link_remembers_the_stage_that_had_the_role_before(tmp_path: Path) -> None:
+    folder, store = tmp_path / "x-seed0", Store(tmp_path / "store")
+    first, second = (
+        store.stage("sft", {}, {}, build_text()),
+        store.stage("ppo", {}, {}, build_text()),
+    )
+    with open_run(folder) as run:
+        run.link(SFT, first)
+        run.link(SFT, first)
+        assert read_replaced(folder) == []
+        run.link(SFT, second)
+    assert read_replaced(folder) == [f"../store/{first.path.name}"]
+
+
+def test_run_open_counts_inputs_as_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "ppo-seed0"
+    with Run.open(folder, {"name": "ppo"}, "", inputs={"reward": "abc"}) as run:
+        run.finish({})
+    with Run.open(folder, {"name": "ppo"}, "", inputs={"reward": "abc"}):
+        assert Run.load(folder).summary == {}
+    with (
+        pytest.raises(UserError, match=r"a finished run with other settings \(reward\); add name"),
+        Run.open(folder, {"name": "ppo"}, "", inputs={"reward": "abd"}),
+    ):
+        raise AssertionError("opened")
 
 
 def test_run_open_reports_a_full_disk(tmp_path: Path) -> None:

@@ -150,11 +150,14 @@ def _target(override: str) -> tuple[str | None, str]:
     return (target, f"{rest}={value}") if colon else (None, override)
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
+def run_jobs(
+    jobs: Sequence[Job], parallel: int, logs: Path, replace_runs: bool = False
+) -> list[str]:
     """Run the jobs that are not finished, at most `parallel` at a time and as many as memory holds.
 
     Each run is `irl-align train` in a process with its share of the threads; its output goes to
     logs/RUN.log. Runs of different seeds, which share few stages, run at the same time first.
+    replace_runs: finished runs of the same names with other settings are replaced.
     Returns one message for each run that failed.
     """
     waiting, finished = [], []
@@ -168,6 +171,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
     at_a_time = max(1, min(parallel, len(waiting)))
     guard = MemoryGuard(finished, gpu_in_use(at_a_time))
     environment = job_environment(at_a_time)
+    options = ["--replace"] if replace_runs else []
     running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
     failed: list[str] = []
     # Only Python's main thread may set a signal handler.
@@ -179,7 +183,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, logs: Path) -> list[str]:
                 job = next_job(waiting, {job.recipe.seed for job, _ in running.values()})
                 waiting.remove(job)
                 logger.info("%s: started", job.folder.name)
-                running[_start(job, logs, environment)] = (job, time.monotonic())
+                running[_start(job, logs, environment, options)] = (job, time.monotonic())
             for process in [p for p in running if p.poll() is not None]:
                 job, start = running.pop(process)
                 took = time.monotonic() - start
@@ -237,9 +241,11 @@ def job_environment(parallel: int) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // parallel))}
 
 
-def _start(job: Job, logs: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    job: Job, logs: Path, environment: dict[str, str], options: Sequence[str]
+) -> subprocess.Popen[bytes]:
     logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "irl_align", "train", str(job.path), *job.overrides]
+    command = [sys.executable, "-m", "irl_align", "train", str(job.path), *job.overrides, *options]
     with _log(logs, job).open("wb") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
@@ -267,6 +273,8 @@ class CompareOptions:
     only_finished: bool = False
     iterations: bool = False
     force: bool = False
+    replace: bool = False
+    """Replace finished runs of the same names with other settings."""
     sweeps: tuple[str, ...] = ()
     analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
 
@@ -314,7 +322,7 @@ def compare(arguments: Sequence[str], options: CompareOptions) -> Compared:
         swept = {job.recipe.name: job.swept for job in jobs if job.swept is not None}
         output = options.output or Path(jobs[0].recipe.output_dir) / "comparison"
         if not options.only_finished:
-            failed = run_jobs(jobs, options.parallel, output / "logs")
+            failed = run_jobs(jobs, options.parallel, output / "logs", options.replace)
         finished = [(job, job.finished()) for job in jobs]
         views = [view for _, view in finished if view is not None]
         missing = [f"{job.folder}: no finished run of this recipe" for job, v in finished if not v]
