@@ -510,10 +510,10 @@ def test_a_policy_update_of_ones_own(
     assert weights(result.policy) == weights(stage_folder(result.folder, "sft") / "model")
 
     with pytest.raises(UserError, match=r"policy_update\.options: my_update:Copy refused them"):
-        run("own", "policy_update={kind: 'my_update:Copy', options: {nothing: hello}}")
+        run("own-options", "policy_update={kind: 'my_update:Copy', options: {nothing: hello}}")
     sys.modules.pop("my_update")
     with pytest.raises(UserError, match=r"policy_update\.kind: cannot import my_update:Paste"):
-        run("own", "policy_update={kind: 'my_update:Paste'}")
+        run("own-kind", "policy_update={kind: 'my_update:Paste'}")
     sys.modules.pop("my_update")
 
 
