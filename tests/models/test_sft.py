@@ -56,6 +56,30 @@ def test_fit_sft_loss_is_the_mean_over_completion_tokens(
     assert not model.training
 
 
+def test_fit_sft_with_gradient_accumulation_equals_a_larger_batch(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    # Completions of 1 to 40 tokens: a mean of the small batches' means would be another gradient.
+    lengths = [1, 2, 3, 40] * 4
+    completions = [random_ids(1, n, n, seed=i)[0] for i, n in enumerate(lengths)]
+    columns = sft_columns(PROMPTS[:16], completions)
+    common = {
+        **{"num_train_epochs": 2, "learning_rate": 0.05, "optim": "sgd", "max_grad_norm": 1e3},
+        **{"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"},
+    }
+    trained = []
+    for size in (16, 4):
+        model = tiny_model("llama")
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}
+        work = training(tmp_path / str(size))
+        metrics = fit_sft(model, tiny_tokenizer, columns, {**common, **sizes}, work)
+        assert metrics["steps"] == 2
+        trained.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    start = torch.cat([weight.detach().flatten() for weight in tiny_model("llama").parameters()])
+    moved = (trained[0] - start).abs().max()
+    assert moved > 1e-3 and (trained[0] - trained[1]).abs().max() < 1e-3 * moved
+
+
 def test_fit_sft_teaches_completions_and_not_prompts(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
