@@ -84,7 +84,7 @@ def push(
         bool, typer.Option("--force", help="Overwrite a repository that holds something else.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be pushed; contact no server.")
+        bool, typer.Option("--dry-run", help="List what would be pushed; send nothing.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -105,7 +105,7 @@ def push(
 
     hub.check_repo_name(repo)
     with hub.temporary_export(run, what, iteration, license) as exported:
-        hub.require_licence(exported)
+        hub.require_licence(exported.licence, private)
         for name, size in sizes(exported.folder):
             typer.echo(f"{size:>14,}  {name}")
         kind = "dataset" if what == "pairs" else "model"

@@ -91,7 +91,7 @@ def export(
     if derived.name == UNKNOWN:
         logger.warning(
             "licence: %s; give `license` in the data card or the base model's card, or --license; "
-            "a push needs one",
+            "a push needs one, unless the repository is private",
             derived.why,
         )
     with explains_full_disk("export", to.parent), atomic_folder(to) as folder:

@@ -245,6 +245,8 @@ class Licence(NamedTuple):
     why: str
     other: str | None = None
     """With name `other`: what to call it."""
+    data: bool = True
+    """Whether the licence of the demonstrations is known."""
 
 
 def derive(facts: Facts, given: str | None = None) -> Licence:
@@ -269,7 +271,7 @@ def combine(data: str, base: str, has_base: bool, sources: str) -> Licence:
     result unknown. sources: the two licences in words.
     """
     if not data or (has_base and not base):
-        return Licence(UNKNOWN, f"unknown: {sources}")
+        return Licence(UNKNOWN, f"unknown: {sources}", data=bool(data))
     parts = [part for part in dict.fromkeys((base, data)) if part]
     restrictive = [part for part in parts if part not in PERMISSIVE]
     if len(restrictive) > 1:

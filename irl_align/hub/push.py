@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from irl_align.errors import UserError
 from irl_align.hub.export import Exported, export
-from irl_align.hub.facts import UNKNOWN
+from irl_align.hub.facts import UNKNOWN, Licence
 from irl_align.utils.files import files_of, locked
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def push(
         user = str(retried(api.whoami)["name"])  # checks the token too
         repo = target.repo if "/" in target.repo else f"{user}/{target.repo}"
         with temporary_export(run, what, iteration, licence) as exported:
-            require_licence(exported)
+            require_licence(exported.licence, target.private)
             return _Push(api, repo, target, exported).run()
 
 
@@ -111,12 +111,15 @@ def temporary_export(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def require_licence(exported: Exported) -> None:
-    """Raise UserError where the licence is unknown: a publication must say how it may be used."""
-    if exported.licence.name == UNKNOWN:
+def require_licence(licence: Licence, private: bool) -> None:
+    """Raise UserError where the licence is unknown: a publication must say how it may be used.
+
+    In a private repository only that of the demonstrations must be known.
+    """
+    if licence.name == UNKNOWN and not (private and licence.data):
         raise UserError(
-            f"licence: {exported.licence.why}; give `license` in the data card or in the base "
-            "model's card, or choose one with --license"
+            f"licence: {licence.why}; give `license` in the data card or in the base model's card, "
+            "or choose one with --license"
         )
 
 

@@ -76,7 +76,7 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions, base: str) -> None
     config = LoraConfig(
         **options.model_dump(exclude={"target_modules"}),
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-        task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS",
+        task_type=_task_type(model),
     )
     try:
         _inject(model, config, DEFAULT_ADAPTER)
@@ -84,6 +84,11 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions, base: str) -> None
         raise UserError(_no_targets(model, targets)) from error
     config.base_model_name_or_path = base
     _check_targets(model, targets)
+
+
+def _task_type(model: PreTrainedModel) -> str:
+    """peft's name of what a model is, by which peft chooses the class that loads its adapter."""
+    return "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
@@ -266,6 +271,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     )
     config: Any = copy.deepcopy(model.peft_config[DEFAULT_ADAPTER])
     config.inference_mode = True
+    config.task_type = _task_type(model)  # a reward's adapter may continue a policy's
     head: Any = getattr(model, _HEAD, None)
     if head is not None:
         config.modules_to_save = [_HEAD]

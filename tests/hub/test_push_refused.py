@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from support.hub_client import connected, main, push
+from support.hub_client import connected, main, push, repo
 from support.hub_server import READ_TOKEN
 from support.hub_state import Hub, metadata
 from support.shared_runs import shared_run
@@ -119,6 +119,17 @@ def test_push_refuses_an_unfinished_and_a_missing_run(
     assert hub.repos == {}
 
 
+def edited_run(folder: Path, old: str, new: str) -> Path:
+    """A copy of a run, with its store, whose recipe has other text."""
+    run = folder / "runs" / "run"
+    shutil.copytree(shared_run("contrast").folder, run)
+    (run.parent / "store").symlink_to(shared_run("contrast").folder.parent / "store")
+    recipe = run / "recipe.yaml"
+    assert old in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(old, new))
+    return run
+
+
 def test_push_refuses_data_without_a_licence(
     hub: Hub,
     tmp_path: Path,
@@ -126,24 +137,35 @@ def test_push_refuses_data_without_a_licence(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without a licence in the data card, export warns and push needs --license."""
-    run = tmp_path / "runs" / "run"
-    shutil.copytree(shared_run("contrast").folder, run)
-    store = shared_run("contrast").folder.parent / "store"
-    (tmp_path / "runs" / "store").symlink_to(store)
     card = tmp_path / "own.md"
     card.write_text(
         "---\nirl_align:\n  kind: demonstrations\n  splits: {train: {files: a}}\n"
         "  columns: {prompt: a, completion: b}\n---\n"
     )
-    recipe = run / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("card: restaurant", f"card: {card}"))
-    line = the_line(push(capsys, run=run))
-    assert "licence: unknown: the demonstrations: unknown" in line and "--license" in line
+    run = edited_run(tmp_path, "card: restaurant", f"card: {card}")
+    for options in ([], ["--dry-run"], ["--private"], ["--private", "--dry-run"]):
+        line = the_line(push(capsys, *options, run=run))
+        assert "licence: unknown: the demonstrations: unknown" in line and "--license" in line
     assert hub.repos == {}
     exported = irl_align(capsys, "export", run, "--to", tmp_path / "out")
     assert exported.status == 0 and "a push needs one" in caplog.text
     assert push(capsys, "--license", "cc0-1.0", run=run).status == 0
     assert metadata(main(hub)["README.md"])["license"] == "cc0-1.0"
+
+
+def test_push_without_a_licence_of_the_base_model_is_private(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()  # without a README.md
+    run = edited_run(tmp_path, "path: null\n  revision:", f"path: {base}\n  revision:")
+    for options in ([], ["--dry-run"]):
+        assert "the base model: unknown" in the_line(push(capsys, *options, run=run))
+    assert hub.repos == {}
+    assert "nothing was sent" in push(capsys, "--private", "--dry-run", run=run).out
+    assert hub.repos == {}
+    assert push(capsys, "--private", run=run).status == 0 and repo(hub).private
+    assert metadata(main(hub)["README.md"])["license"] == "unknown"
 
 
 @pytest.mark.parametrize(
