@@ -1,7 +1,8 @@
 """Text to token ids, through the one template of a data card.
 
 The ids of a prompt start with the tokenizer's BOS if the tokenizer adds one; the ids of a
-completion end with EOS. Ids that a policy sampled are never made from text again.
+completion end with the id of data.tokenizer.text_end. Ids that a policy sampled are never made from
+text again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from irl_align.data.rows import (
     prompt_key,
     prompt_text,
 )
-from irl_align.data.tokenizer import check_tokenizer, tokenizer_name
+from irl_align.data.tokenizer import text_end, tokenizer_name
 from irl_align.errors import UserError
 
 
@@ -100,9 +101,9 @@ def encode_completions(
     tokenizer: PreTrainedTokenizerBase,
     card: Templated,
 ) -> list[list[int]]:
-    """Ids of completions, each with one EOS at its end, after prompts of encode_prompts.
+    """Ids of completions, each with one end of text at its end, after prompts of encode_prompts.
 
-    With a chat template they are what it writes after the prompt, up to its first EOS.
+    With a chat template they are what it writes after the prompt, up to the first end of text.
     """
     encoder = _Encoder(tokenizer, card)
     rendered = encoder.render(prompts)
@@ -159,7 +160,7 @@ class _Encoder:
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError(f"data.card {card.name}: a conversation needs template: chat")
             return [card.template.format(prompt=_cased(str(prompt), card)) for prompt in prompts]
-        check_tokenizer(self.tokenizer, needs_chat=True)
+        text_end(self.tokenizer, card.template)  # checks the chat template
         return [self._chat(self._messages(prompt), prompt_only=True) for prompt in prompts]
 
     def prompt_ids(self, rendered: Sequence[str]) -> list[list[int]]:
@@ -181,9 +182,10 @@ class _Encoder:
         rendered: Sequence[str],
         prompt_ids: Sequence[list[int]],
     ) -> list[list[int]]:
-        """Ids of the texts of a field after their prompts; each row ends with its only EOS."""
+        """Ids of the texts of a field after their prompts; each ends with its only end of text."""
         texts = [_cased(text, self.card) for text in texts]
-        special = (self.tokenizer.eos_token, self.tokenizer.pad_token)
+        end = text_end(self.tokenizer, self.card.template)
+        special = {end.token, self.tokenizer.eos_token, self.tokenizer.pad_token}
         for number, text in enumerate(texts):
             # In the text of a chat template they would look like the template's own.
             for token in special:
@@ -196,8 +198,9 @@ class _Encoder:
             ids = self._chat_completion_ids(texts, prompts, rendered, prompt_ids)
         else:
             ids = self._ids(texts)
-        eos = self.tokenizer.eos_token_id
-        return [[*row[: row.index(eos)], eos] if eos in row else [*row, eos] for row in ids]
+        return [
+            [*row[: row.index(end.id)], end.id] if end.id in row else [*row, end.id] for row in ids
+        ]
 
     def _chat_completion_ids(
         self,

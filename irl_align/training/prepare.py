@@ -20,6 +20,7 @@ from irl_align.data.tokenizer import check_tokenizer, prepare_tokenizer, train_t
 from irl_align.errors import UserError
 from irl_align.models.loading import (
     check_adapter,
+    eos_ids,
     load_model,
     load_tokenizer,
     save_model,
@@ -144,7 +145,7 @@ def _start_model(context: RunContext, raw: RawData) -> Stage:
 
     def build(work: Path) -> dict[str, Any]:
         model, tokenizer, resized = _make_start(context, card, raw.rows["sft"])
-        check_tokenizer(tokenizer, needs_chat=card.template == "chat")
+        check_tokenizer(tokenizer, card.template)
         model.config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.config.irl_prompt = {
@@ -184,7 +185,11 @@ def _make_start(context: RunContext, card: Card, rows: Sequence[Any]) -> tuple[A
     tokenizer, model = load_tokenizer(options.path, **hub), load_model(options.path, **hub)
     if options.chat_template is not None:
         tokenizer.chat_template = read_template(options.chat_template)
-    resized = prepare_tokenizer(tokenizer)
+    stops = set() if tokenizer.eos_token_id is None else set(eos_ids(model, tokenizer))
+    resized = prepare_tokenizer(tokenizer, card.template)
+    end = int(tokenizer.eos_token_id)
+    if others := sorted(stops - {end}):  # other tools stop there as well
+        model.generation_config.eos_token_id = [end, *others]
     if resized:
         model.resize_token_embeddings(len(tokenizer))
     return model, tokenizer, resized

@@ -26,6 +26,7 @@ from irl_align.data.tokenizer import (
     train_tokenizer,
 )
 from irl_align.errors import UserError
+from tests.support.chat_templates import FAMILIES, chat_tokenizer
 
 TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
 OPTIONS = DataOptions(card="own")
@@ -225,6 +226,25 @@ def test_chat_ids_equal_those_of_the_whole_conversation(chat: PreTrainedTokenize
     assert encoded["prompt_ids"] + encoded["completion_ids"] + newline == whole
 
 
+@pytest.mark.parametrize("sentencepiece", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encode_demonstrations_ends_each_completion_with_its_only_end_of_turn(
+    family: str, sentencepiece: bool
+) -> None:
+    tokenizer, kind = chat_tokenizer(family, sentencepiece), FAMILIES[family]
+    prepare_tokenizer(tokenizer, "chat")
+    rows = [{"prompt": TALK, "completion": "Good bye."}, {"prompt": "Hi", "completion": "Hello"}]
+    encoded = encode_demonstrations(rows, tokenizer, card("chat"), OPTIONS).rows
+    assert len(encoded) == 2
+    for row, ids in zip(rows, encoded["completion_ids"], strict=True):
+        assert ids[-1] == kind.special.index(kind.end) and ids.count(ids[-1]) == 1
+        assert decode_batch(tokenizer, [ids])[0].strip() == row["completion"]
+    turns = [*TALK, {"role": "assistant", "content": "Good bye."}]
+    written = tokenizer.apply_chat_template(turns, tokenize=False)
+    own = tokenizer.decode(encoded["prompt_ids"][0] + encoded["completion_ids"][0])
+    assert own + kind.after == written
+
+
 def test_encode_prompts_adds_no_second_bos_to_a_chat_template(
     chat: PreTrainedTokenizerFast,
 ) -> None:
@@ -252,7 +272,7 @@ def test_encode_completions_splits_a_token_over_the_end_of_the_prompt(
         "{% for m in messages %}{% if m.role == 'user' %}ask:"
         "{% else %}{{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
     )
-    prepare_tokenizer(tokenizer)
+    prepare_tokenizer(tokenizer, "{prompt}")
     assert tokenizer("ask:b").input_ids == [4]
     encoded = encode_demonstrations(
         [{"prompt": "x", "completion": "b"}], tokenizer, card("chat"), OPTIONS
@@ -306,7 +326,7 @@ def test_train_tokenizer_has_distinct_special_tokens(
 ) -> None:
     assert (scratch.pad_token_id, scratch.bos_token_id, scratch.eos_token_id) == (0, 1, 2)
     assert 259 <= len(scratch) <= 300
-    check_tokenizer(scratch, needs_chat=False)
+    check_tokenizer(scratch, "{prompt}")
     ids = scratch("The Mill").input_ids
     assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
     scratch.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
@@ -12,9 +12,11 @@ from irl_align.data.tokenizer import (
     check_tokenizer,
     decode_batch,
     prepare_tokenizer,
+    text_end,
     train_tokenizer,
 )
 from irl_align.errors import UserError
+from tests.support.chat_templates import FAMILIES, chat_tokenizer
 
 TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
 OPTIONS = DataOptions(card="own")
@@ -79,27 +81,90 @@ def test_prepare_tokenizer_makes_pad_distinct_from_eos() -> None:
     spare = words("a", "<|reserved_special_token_1|>", "<|reserved_special_token_0|>")
     spare.pad_token = spare.eos_token
     with pytest.raises(UserError, match=r"has pad token '</s>', expected one that is not EOS"):
-        check_tokenizer(spare, needs_chat=False)
+        check_tokenizer(spare, "{prompt}")
     size = len(spare)
-    assert prepare_tokenizer(spare) is False and len(spare) == size
+    assert prepare_tokenizer(spare, "{prompt}") is False and len(spare) == size
     assert spare.pad_token_id == 4  # the lower id of the two
-    check_tokenizer(spare, needs_chat=False)
+    check_tokenizer(spare, "{prompt}")
 
     full = words("a")
     assert full.pad_token_id is None
-    assert prepare_tokenizer(full) is True and len(full) == 5
+    assert prepare_tokenizer(full, "{prompt}") is True and len(full) == 5
     assert full.pad_token_id == 4 and full.pad_token not in (full.eos_token, None)
-    assert prepare_tokenizer(full) is False  # now it has one
-    check_tokenizer(full, needs_chat=False)
+    assert prepare_tokenizer(full, "{prompt}") is False  # now it has one
+    check_tokenizer(full, "{prompt}")
 
 
 def test_check_tokenizer_refuses_a_tokenizer_without_eos() -> None:
     tokenizer = words("a")
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="has no EOS token"):
-        check_tokenizer(tokenizer, needs_chat=False)
+        check_tokenizer(tokenizer, "{prompt}")
 
 
 def test_decode_batch_leaves_special_tokens_out(scratch: PreTrainedTokenizerFast) -> None:
     ids = [1, *scratch("Is it , a pub ?", add_special_tokens=False).input_ids, 2, 0, 0]
     assert decode_batch(scratch, [ids, []]) == ["Is it , a pub ?", ""]
+
+
+# ---------------------------------------------------------------- where a text ends
+
+
+@pytest.mark.parametrize("sentencepiece", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prepare_tokenizer_makes_the_end_of_a_turn_eos(
+    family: str, sentencepiece: bool, tmp_path: Path
+) -> None:
+    tokenizer, kind = chat_tokenizer(family, sentencepiece), FAMILIES[family]
+    before = text_end(tokenizer, "chat")
+    assert before.token == kind.end and before.id == kind.special.index(kind.end)
+    prepare_tokenizer(tokenizer, "chat")
+    assert tokenizer.eos_token == kind.end and tokenizer.pad_token not in (None, kind.end)
+    check_tokenizer(tokenizer, "chat")
+    assert text_end(tokenizer, "chat") == before._replace(after=kind.after)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.eos_token_id == before.id
+    assert text_end(again, "chat") == text_end(tokenizer, "chat")
+
+
+def test_text_end_is_eos_without_a_chat_template() -> None:
+    tokenizer = chat_tokenizer("gemma")
+    assert text_end(tokenizer, "Q: {prompt}\nA:") == (1, "<eos>", "")
+    prepare_tokenizer(tokenizer, "Q: {prompt}\nA:")
+    assert tokenizer.eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("written", ["", "\n\n", " END."])
+def test_text_end_is_eos_where_a_chat_template_writes_no_token(written: str) -> None:
+    tokenizer = chat_tokenizer("gemma")
+    tokenizer.add_tokens(["\n\n"])  # as Gemma's vocabulary has them
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + written + "{% endfor %}"
+    assert text_end(tokenizer, "chat") == (1, "<eos>", "")
+
+
+def test_prepare_tokenizer_makes_an_end_that_is_no_special_token_special() -> None:
+    tokenizer = words("a", "b")
+    tokenizer.add_tokens(["<turn_end>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <turn_end>\n{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<turn_end>")
+    assert decode_batch(tokenizer, [[3, end]]) == ["a <turn_end>"]
+    prepare_tokenizer(tokenizer, "chat")
+    assert tokenizer.eos_token_id == end and decode_batch(tokenizer, [[3, end]]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"model\.chat_template: the data card's template is chat and .* has none"),
+        ("{{ messages[0].content }}", r"model\.chat_template: .* does not write the content of"),
+        ("{{ raise_exception('never') }}", r"model\.chat_template: .* cannot render .*: never"),
+    ],
+)
+def test_text_end_refuses_a_template_that_writes_no_answer(
+    template: str | None, message: str
+) -> None:
+    tokenizer = chat_tokenizer("gemma")
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        text_end(tokenizer, "chat")

@@ -94,7 +94,7 @@ def _lengths(
             how = "by a tokenizer trained on some of them"
         else:
             tokenizer = load_tokenizer(str(recipe.model.path), revision=recipe.model.revision)
-            prepare_tokenizer(tokenizer)
+            prepare_tokenizer(tokenizer, card.template)
             how = "by the model's tokenizer, of some of them"
         typical = encode_demonstrations([rows[i] for i in evenly], tokenizer, card, limits)
         long = encode_demonstrations([rows[i] for i in longest], tokenizer, card, limits)
