@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from irl_align.models.loading import evaluating
 from irl_align.models.logprobs import chosen_logprobs
 from irl_align.models.packing import (
     TOKENS_PER_BATCH,
@@ -23,23 +25,40 @@ from irl_align.models.packing import (
 )
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: vocabularies of 150,000 would fill a GPU otherwise
-# Configuration of models that transform the logits after the output matrix: their log-probs need
-# the model's own forward.
-_LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "lm_head_multiplier",
-    "logit_scale",
-    "logits_scaling",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "output_multiplier",
-)
+_PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def has_plain_logits(model: PreTrainedModel) -> bool:
-    """Whether logits are the output layer's own, neither scaled nor capped after it."""
-    config = model.config.get_text_config()
-    return all(getattr(config, name, None) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS)
+    """Whether logits are the output layer's own, on the backbone's last hidden states.
+
+    Some models scale or cap logits, or have another layer before the output layer: their log-probs
+    need the model's own forward. One pass of two tokens decides it once per model.
+    """
+    if model not in _PLAIN:
+        _PLAIN[model] = _measure_plain_logits(model)
+    return _PLAIN[model]
+
+
+def _measure_plain_logits(model: PreTrainedModel) -> bool:
+    """Replace the output layer's result by large random numbers, so that every change shows."""
+    head, seen = model.get_output_embeddings(), dict[str, Tensor]()
+
+    def replace(_: Any, inputs: Any, output: Tensor) -> Tensor:
+        noise = 100.0 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        seen.update(input=inputs[0], output=noise.to(output.device, output.dtype))
+        return seen["output"]
+
+    ids = torch.arange(2, device=model.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    # Autocast would keep casts of the weights, made here without gradients, for the training step.
+    off = torch.autocast(model.device.type, enabled=False)
+    with evaluating(model), torch.no_grad(), off, head.register_forward_hook(replace):
+        hidden: Tensor = model.base_model(**inputs)[0]
+        logits: Tensor = model(**inputs).logits
+    if not seen or seen["input"].shape != hidden.shape:
+        return False
+    same = torch.allclose(seen["input"], hidden, rtol=1e-3, atol=1e-3 * float(hidden.abs().max()))
+    return same and torch.equal(logits, seen["output"].to(logits.dtype))
 
 
 def lm_head_logits(head: torch.nn.Module | Tensor, hidden: Tensor) -> Tensor:

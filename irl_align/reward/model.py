@@ -98,10 +98,11 @@ class RewardModel(TextScoring):
         if lora is not None:
             train_adapter(model)
         model.config.pad_token_id = tokenizer.pad_token_id
-        if settings.lm_coef and not model.config.tie_word_embeddings:
+        if settings.lm_coef:
             policy = load_model(path, device, AutoModelForCausalLM, **options)
-            model.lm_head = policy.get_output_embeddings().requires_grad_(lora is None)
-        _check_lm_coef(path, model, settings)
+            require_plain_logits(policy)
+            if not model.config.tie_word_embeddings:
+                model.lm_head = policy.get_output_embeddings().requires_grad_(lora is None)
         return cls(model, tokenizer, settings)
 
     @classmethod
@@ -127,7 +128,6 @@ class RewardModel(TextScoring):
                 "causal sequence classifier with one label"
             )
         settings = parse_settings(path, getattr(model.config, CONFIG_KEY, None))
-        _check_lm_coef(path, model, settings)
         if settings.lm_coef and not model.config.tie_word_embeddings:
             if is_adapter(path):
                 base = options.pop("base", None) or base_of(path)
@@ -231,11 +231,12 @@ def train_adapter(model: PreTrainedModel) -> None:
     score_head(model).requires_grad_(True)
 
 
-def _check_lm_coef(path: str | Path, model: PreTrainedModel, settings: RewardSettings) -> None:
-    if settings.lm_coef and not has_plain_logits(model):
+def require_plain_logits(policy: PreTrainedModel) -> None:
+    """Raise UserError if reward.lm_coef cannot be used with a policy of this architecture."""
+    if not has_plain_logits(policy):
         raise UserError(
-            f"{path}: reward.lm_coef is {settings.lm_coef:g}, but a {model.config.model_type} "
-            "scales or caps its logits; expected 0 for this architecture"
+            f"reward.lm_coef: a {policy.config.model_type} computes its logits with more than an "
+            "output layer on the last hidden state; expected 0 for this architecture"
         )
 
 

@@ -12,6 +12,8 @@ from transformers import (
     Cohere2Config,
     Gemma2Config,
     GraniteConfig,
+    ModernBertDecoderConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -37,6 +39,12 @@ TRANSFORMED = {
     "gemma2": Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=2.0),
     "cohere2": Cohere2Config(**SIZES, logit_scale=0.25),
     "granite": GraniteConfig(**SIZES, logits_scaling=4.0),
+    "modernbert-decoder": ModernBertDecoderConfig(  # a layer before the output layer
+        **{**SIZES, "initializer_range": 1.0},
+        global_attn_every_n_layers=1,
+        **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
+    ),
 }
 
 
@@ -69,6 +77,26 @@ def test_completion_logprobs_follow_scaled_and_capped_logits(name: str) -> None:
         raw = model.get_output_embeddings()(model.base_model(input_ids=ids)[0])
         assert (raw - model(input_ids=ids).logits).abs().max() > 0.1
     check_logprobs(model, 4096)
+
+
+def test_has_plain_logits_sees_a_cap_far_above_the_logits() -> None:
+    with seeded(0):
+        model = AutoModelForCausalLM.from_config(
+            Gemma2Config(**{**SIZES, "initializer_range": 1e-3}, head_dim=16)
+        )
+    assert model.config.final_logit_softcapping == 30.0
+    assert not has_plain_logits(model.train())
+    assert model.training
+    assert not model.get_output_embeddings()._forward_hooks
+
+
+def test_has_plain_logits_goes_by_the_numbers_not_by_names() -> None:
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2}
+    with seeded(0):
+        opt = OPTConfig(vocab_size=320, num_hidden_layers=1, **sizes)
+        assert has_plain_logits(AutoModelForCausalLM.from_config(opt))
+        granite = GraniteConfig(**SIZES, logits_scaling=1.0)
+        assert has_plain_logits(AutoModelForCausalLM.from_config(granite))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -80,6 +80,7 @@ class Network(nn.Module):
 
     def __init__(self, policy: PreTrainedModel, critic: Critic | None, temperature: float) -> None:
         super().__init__()
+        has_plain_logits(policy)  # measured here, before accelerate wraps the model
         self.policy = policy
         self.critic = critic
         self.temperature = temperature
