@@ -127,7 +127,7 @@ class PPOOptions(PolicyPromptOptions):
         ("credit", ("red",), ("beta_c", "dynamic_initialisation", "eos_prefixes")),
         ("credit", ("abc", "abc_policy", "random"), ("beta",)),
         ("credit", ("random",), ("concentration",)),
-        ("missing_eos", ("replace", "subtract"), ("missing_eos_value",)),
+        ("missing_eos", ("relative", "replace", "subtract"), ("missing_eos_value",)),
         ("importance_weights", ("truncated",), ("importance_cap",)),
     )
 
@@ -152,11 +152,13 @@ class PPOOptions(PolicyPromptOptions):
     as long as sparse and 0.95 times the memory (tests/benchmarks/credit.py, a loaded AMD EPYC)."""
     concentration: PositiveFloat = 1.0
     """With credit random: concentration of the Dirichlet distribution."""
-    missing_eos: Literal["replace", "subtract", "ignore"] = "replace"
-    """Reward R of a sample without EOS: replace it by missing_eos_value, subtract missing_eos_value
-    from it, or leave it (ignore)."""
+    missing_eos: Literal["relative", "replace", "subtract", "ignore"] = "relative"
+    """Reward R of a sample without EOS. relative: at most that of the rollout's worst sample with
+    EOS, minus missing_eos_value standard deviations of the samples with EOS. replace: the number
+    missing_eos_value, which pays for never stopping where samples score below it. subtract:
+    missing_eos_value less. ignore: no change, for texts that need no EOS."""
     missing_eos_value: float | None = None
-    """Null: -1 with replace, 1 with subtract."""
+    """Null: 1 with relative and subtract, -1 with replace. Not negative with relative."""
     clip_reward: PositiveFloat | None = None
     """Largest |R|, before credit."""
     center_rewards: bool = False
@@ -167,15 +169,17 @@ class PPOOptions(PolicyPromptOptions):
     """Largest |r_t| of credit and KL together. Only with credit sparse."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation. Only with credit sparse."""
-    kl: Literal["reward", "loss"] = "reward"
-    """KL penalty to the reference policy: -kl_coef * k1 in each token's reward, or kl_coef * k3 in
-    the loss."""
+    kl: Literal["reward", "loss", "grpo"] = "reward"
+    """KL penalty to the reference policy. reward: -kl_coef * k1 in each token's reward. loss:
+    kl_coef * ratio * k3 in the loss, whose gradient is that of KL(pi || reference). grpo: kl_coef *
+    k3 in the loss, as in GRPO (arXiv:2402.03300), whose gradient is that of KL(reference || pi)."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty. With kl_target it is the first weight."""
     kl_target: PositiveFloat | None = None
     """Adapt the weight (arXiv:1909.08593) towards this KL per completion, in nats."""
     kl_horizon: PositiveInt = 10_000
-    """With kl_target: the weight changes by at most a fifth over this many episodes."""
+    """With kl_target: the weight changes by at most a fifth over this many episodes, and by at most
+    a fifth in one update."""
     reference: Literal["initial", "current"] = "initial"
     """Reference policy of the KL penalty: pi_0, or pi_k, from which this update starts."""
     # --- advantages
@@ -211,10 +215,11 @@ class PPOOptions(PolicyPromptOptions):
     batch_size: PositiveInt = 512
     """Samples per rollout, a multiple of n. One update follows each rollout."""
     temperature: PositiveFloat = 1.0
-    """Temperature of sampling and of the log-probs of policy and reference."""
+    """Temperature of sampling and of the log-probs of policy and reference. PPO always samples from
+    all tokens: generation.top_p and top_k have no effect on it."""
     importance_weights: Literal["off", "truncated"] = "off"
-    """For a sampler whose log-probs differ from the learner's (vLLM, bf16, top-p). truncated weighs
-    each token's policy loss by pi_learner / pi_sampler, at most importance_cap."""
+    """For a sampler whose log-probs differ from the learner's (vLLM, bf16). truncated weighs each
+    token's policy loss by pi_learner / pi_sampler, at most importance_cap."""
     importance_cap: PositiveFloat = 2.0
     """With importance_weights truncated: the largest weight."""
     sampler_gap_alarm: PositiveFloat = 0.05
@@ -225,7 +230,7 @@ class PPOOptions(PolicyPromptOptions):
     epochs: PositiveInt = 4
     """Passes over a rollout."""
     minibatches: PositiveInt = 1
-    """Optimiser steps per epoch."""
+    """Optimiser steps per epoch. The completions of a rollout are divided among them."""
     clip: PositiveFloat = 0.2
     """Largest move of the ratio that the loss rewards."""
     entropy_coef: NonNegativeFloat = 0.0
@@ -253,8 +258,8 @@ class PPOOptions(PolicyPromptOptions):
     # --- which policy the update returns, and when it stops
     keep: Literal["reward_gap", "log_prob", "last"] = "reward_gap"
     """Policy that the update returns. By held-out demonstrations: the one whose samples' mean
-    reward is nearest theirs (reward_gap), or that gives them the highest log-prob (log_prob). last:
-    the last one."""
+    reward is nearest theirs (reward_gap; samples without EOS widen the gap, unless missing_eos is
+    ignore), or that gives them the highest log-prob (log_prob). last: the last one."""
     evaluate_every: PositiveInt = 10
     """Updates between two evaluations on held-out demonstrations."""
     held_out_prompts: PositiveInt = 128
@@ -274,6 +279,15 @@ class PPOOptions(PolicyPromptOptions):
         if self.missing_eos_value is not None:
             return self.missing_eos_value
         return -1.0 if self.missing_eos == "replace" else 1.0
+
+    @model_validator(mode="after")
+    def _never_stopping_does_not_pay(self) -> PPOOptions:
+        if self.missing_eos == "relative" and self.eos_value < 0.0:
+            raise ValueError(
+                f"missing_eos_value is {self.eos_value:g}: with missing_eos relative it is a "
+                "margin, which is at least 0; for a reward below 0 use missing_eos replace"
+            )
+        return self
 
     @property
     def updates(self) -> int:
@@ -296,7 +310,7 @@ class PPOOptions(PolicyPromptOptions):
         if self.advantage == "grpo" and self.kl == "reward":
             raise ValueError(
                 "advantage grpo divides by each prompt's deviation, and kl reward would be "
-                "rescaled with it: use kl loss"
+                "rescaled with it: use kl loss or grpo"
             )
         if self.kl_target is not None and self.kl_coef == 0.0:
             raise ValueError("kl_target multiplies kl_coef, which is 0: give a kl_coef above 0")

@@ -38,7 +38,7 @@ from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_model, load_tokenizer, pick_device
 from irl_align.models.lora import quantization_config
 from irl_align.models.trl import Training
-from irl_align.reward.fit import fit_reward, pair_columns
+from irl_align.reward.fit import SIDES, fit_reward, pair_columns
 from irl_align.reward.losses import calibration_error
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
@@ -211,7 +211,8 @@ def _preference_reward(
         )
         training = Training(work, seed % 2**31, device, label="preference reward")
         metrics = fit_reward(reward, pair_columns(rows), options.loss, args, training)
-        reward.fit_normaliser(column(rows, "prompt_ids"), column(rows, "chosen_ids"))
+        chosen, rejected = ((column(rows, x), column(rows, y)) for x, y in SIDES)
+        reward.fit_normaliser(*chosen, rejected)
         reward.save_pretrained(work / "model")
         return metrics
 

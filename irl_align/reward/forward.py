@@ -21,13 +21,20 @@ def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
+def head_values(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """The head's output, computed in float32 also under autocast: (..., H) -> (...)."""
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+
+
 def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:
     """Reward of each whole completion: (B,). Differentiable.
 
     With echo a completion in `packed` is y, x and EOS; the log-prob term covers y only.
     """
     hidden = hidden_states(model, packed)
-    reward = _head_values(model, hidden[packed.row, packed.ends()])
+    reward = head_values(score_head(model), hidden[packed.row, packed.ends()])
     if settings.lm_coef:
         after = packed.before + 2 if settings.echo else 0  # tokens of x, which starts at 0, and EOS
         length = packed.length - after
@@ -42,7 +49,7 @@ def prefix_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pac
     One pass of a causal backbone. Values after a completion's end are undefined. Differentiable.
     """
     hidden = hidden_states(model, packed)
-    reward = _head_values(model, hidden[packed.row[:, None], packed.places()])
+    reward = head_values(score_head(model), hidden[packed.row[:, None], packed.places()])
     if settings.lm_coef:
         reward = reward + settings.lm_coef * _mean_logps(model, hidden, packed, packed.length)
     return bounded_and_normalised(reward, settings)
@@ -69,7 +76,7 @@ def eos_prefix_rewards(
         use_cache=False,
     )[0]
     read = torch.where(step < packed.length[:, None], width + column, packed.ends()[:, None])
-    values = _head_values(model, hidden[packed.row[:, None], read])
+    values = head_values(score_head(model), hidden[packed.row[:, None], read])
     if settings.lm_coef:
         values = values + settings.lm_coef * _eos_mean_logps(model, packed, hidden, eos)
     return bounded_and_normalised(values, settings)
@@ -80,12 +87,6 @@ def bounded_and_normalised(reward: Tensor, settings: RewardSettings) -> Tensor:
     if settings.bound is not None:
         reward = bound(reward, settings.bound)
     return (reward - settings.mean) / settings.std
-
-
-def _head_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The head's output in float32: (..., H) -> (...)."""
-    values: Tensor = score_head(model)(hidden)
-    return values.squeeze(-1).float()
 
 
 def _output_layer(model: PreTrainedModel) -> torch.nn.Module | Tensor:

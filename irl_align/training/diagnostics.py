@@ -7,7 +7,7 @@ The loop may act on these numbers: stop, or pick a policy. Gold metrics are in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 from datasets import Dataset
 from scipy.optimize import brentq
 
-from irl_align.data.columns import by_prompt_key, column
+from irl_align.data.columns import column
 from irl_align.data.pairs import policy_pairs
 from irl_align.data.splits import choose_prompts
-from irl_align.models.generation.protocol import Completion
-from irl_align.models.generation.samples import SampleSet
+from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.logprobs import best_of_n_kl_bound
 from irl_align.policy import Policy, Reward
 from irl_align.policy.roles import PICK, Role
@@ -32,6 +31,7 @@ from irl_align.reward.protocol import RewardFunction
 from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
 from irl_align.training.pair_step import IterationPairs
+from irl_align.training.sampler import PromptSamples
 
 
 def measure_reward(
@@ -132,13 +132,14 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
     rows = data.held_out.filter(lambda key: key in keys, input_columns="prompt_key")
     sampling = context.sampler.sampling(context.recipe.generation.samples_per_prompt, 1.0)
     drawn = context.sampler.sample_rows(policy, rows, sampling, "held_out")
+    unchanged = of_all_tokens(context, policy, rows, sampling, "held_out", drawn)
     # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
     explicit = reward if reward is not None and reward.kind == "explicit" else None
     if explicit is not None:  # asked for here, so that a run links them also where it reuses this
         drawn_first = context.sampler.sample_rows(initial, rows, sampling, "held_out")
 
     def build(work: Path) -> dict[str, Any]:
-        report = vital_signs(context, policy, initial, rows, drawn.by_key)
+        report = vital_signs(context, policy, initial, drawn, unchanged)
         logps = models.logprobs(policy, column(rows, "prompt_ids"), column(rows, "completion_ids"))
         if policy.ranking is None:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
@@ -146,7 +147,7 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
             report |= _fresh_report(context, explicit, rows, drawn.by_key)
             # The proxy's gain over pi_0 on the same prompts. Its unit is the standard deviation of
             # the demonstrations' rewards.
-            start = _mean_score(context, explicit, rows, drawn_first.by_key)
+            start = _mean_score(context, explicit, drawn_first)
             report["reward_gain"] = report["reward_score"] - start
         return report
 
@@ -159,28 +160,45 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
     return stage.metrics
 
 
+def of_all_tokens(
+    context: RunContext,
+    policy: Policy,
+    rows: Dataset,
+    sampling: Sampling,
+    use: str,
+    drawn: PromptSamples,
+) -> PromptSamples:
+    """Samples of the policy's own distribution: `drawn` unless top-p or top-k changed it.
+
+    A KL is a mean over them, and their log-probs are the policy's.
+    """
+    if policy.ranking is not None or sampling == sampling.all_tokens:
+        return drawn
+    return context.sampler.sample_rows(policy, rows, sampling.all_tokens, f"{use}-all-tokens")
+
+
 def vital_signs(
     context: RunContext,
     policy: Policy,
     initial: Policy,
-    rows: Dataset,
-    samples: Mapping[str, list[Completion]],
+    drawn: PromptSamples,
+    unchanged: PromptSamples,
 ) -> dict[str, Any]:
-    """``vitals`` of samples by prompt key; KL of a selecting policy is an upper bound."""
-    prompts = by_prompt_key(rows, "prompt_ids")
-    sample_set = SampleSet([list(prompts[key]) for key in samples], list(samples.values()))
+    """``vitals`` of samples drawn at temperature 1; KL of a selecting policy is an upper bound.
+
+    unchanged: samples from :func:`of_all_tokens`, for the KL.
+    """
+    report: dict[str, Any] = vitals(drawn.flat()[1])
     if policy.ranking is not None:
         # The log-prob of a selected sample is not known; KL(best-of-n || pi) has a bound.
-        report: dict[str, Any] = vitals(sample_set, None)
         del report["entropy"]
         if policy.key == initial.key:
             report["kl_bound"] = best_of_n_kl_bound(policy.ranking.n)
         return report
-    flat_prompts, completions = sample_set.flat()
+    prompts, completions = unchanged.flat()
     ids = [completion.token_ids for completion in completions]
-    plain, logprobs = context.sampler.sampling(1, 1.0).plain, context.models.logprobs
-    own = None if plain else logprobs(policy, flat_prompts, ids)
-    return vitals(sample_set, logprobs(initial, flat_prompts, ids), own)
+    reference = context.models.logprobs(initial, prompts, ids)
+    return report | kl_report([c.logprobs for c in completions], reference)
 
 
 def _fresh_report(
@@ -201,14 +219,11 @@ def _fresh_report(
     return {"fresh_accuracy": accuracy, "reward_score": float(rejected.double().mean())}
 
 
-def _mean_score(
-    context: RunContext, reward: Reward, rows: Dataset, samples: Mapping[str, list[Completion]]
-) -> float:
-    """Mean reward of samples by prompt key."""
-    prompts = by_prompt_key(rows, "prompt_ids")
-    flat = [(list(prompts[key]), c.token_ids) for key, group in samples.items() for c in group]
+def _mean_score(context: RunContext, reward: Reward, drawn: PromptSamples) -> float:
+    """Mean reward of samples."""
+    prompts, completions = drawn.flat()
     rewards = spread(context.models.load_reward(reward)).score_ids(
-        [prompt for prompt, _ in flat], [ids for _, ids in flat]
+        prompts, [completion.token_ids for completion in completions]
     )
     return float(rewards.double().mean())
 
@@ -240,39 +255,36 @@ def nearest_policy(
     return policies[int(np.argmin(distance))]
 
 
-def vitals(
-    samples: SampleSet,
-    initial_logps: Sequence[np.ndarray] | None,
-    policy_logps: Sequence[np.ndarray] | None = None,
-) -> dict[str, float]:
-    """Length, truncation, entropy and KL(pi || pi_0) of samples drawn at temperature 1.
+def vitals(completions: Sequence[Completion]) -> dict[str, float]:
+    """Number, length, truncation and entropy of samples.
 
-    initial_logps: per-token log-probs of the samples under pi_0, or None to leave KL out.
-    policy_logps: the same under pi if the sampler's log-probs are not pi's (top-p); default: the
-    sampler's. KL is the mean of log pi(y)/pi_0(y) per completion (k1), with its standard error;
-    entropy is the mean of -log pi per token. Both are in nats.
+    Entropy is the mean of -log q per token, in nats, of the distribution q that was sampled from,
+    top-p and top-k included.
     """
-    _, completions = samples.flat()
-    own = policy_logps or [c.logprobs for c in completions]
     tokens = sum(len(c.token_ids) for c in completions)
-    report = {
+    return {
         "samples": float(len(completions)),
         "length": tokens / len(completions),
         "truncated": float(np.mean([c.truncated for c in completions])),
-        "entropy": -math.fsum(float(logp.sum(dtype=np.float64)) for logp in own) / tokens,
+        "entropy": -math.fsum(float(c.logprobs.sum(dtype=np.float64)) for c in completions)
+        / tokens,
     }
-    if initial_logps is not None:
-        ratio = np.array(
-            [
-                mine.sum(dtype=np.float64) - theirs.sum(dtype=np.float64)
-                for mine, theirs in zip(own, initial_logps, strict=True)
-            ]
-        )
-        report["kl"] = float(ratio.mean())
-        report["kl_se"] = (
-            float(ratio.std(ddof=1) / math.sqrt(len(ratio))) if len(ratio) > 1 else 0.0
-        )
-    return report
+
+
+def kl_report(own: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> dict[str, float]:
+    """KL(pi || pi_0) per completion in nats, with its standard error, from samples of pi.
+
+    own, reference: log-probs of their tokens under pi and pi_0, an array (T,) per sample. The KL is
+    the mean of log pi(y) / pi_0(y) (k1), which is unbiased only for samples of pi itself.
+    """
+    ratio = np.array(
+        [
+            mine.sum(dtype=np.float64) - theirs.sum(dtype=np.float64)
+            for mine, theirs in zip(own, reference, strict=True)
+        ]
+    )
+    error = ratio.std(ddof=1) / math.sqrt(len(ratio)) if len(ratio) > 1 else 0.0
+    return {"kl": float(ratio.mean()), "kl_se": float(error)}
 
 
 def temperature_of_entropy(

@@ -15,13 +15,17 @@ from irl_align.data.cards import import_object
 from irl_align.data.columns import by_prompt_key, column
 from irl_align.data.splits import choose_prompts
 from irl_align.data.tokenizer import decode_batch
-from irl_align.models.generation.samples import SampleSet
 from irl_align.policy.roles import DEMONSTRATIONS, Role
 from irl_align.reward.distributed import spread
 from irl_align.tasks.bleu import reference_metrics
 from irl_align.tasks.gold import GoldMetric
 from irl_align.training.context import RunContext
-from irl_align.training.diagnostics import temperature_of_entropy, vital_signs, vitals
+from irl_align.training.diagnostics import (
+    of_all_tokens,
+    temperature_of_entropy,
+    vital_signs,
+    vitals,
+)
 from irl_align.training.iteration import Iteration
 from irl_align.training.run_folder import REBUILD
 from irl_align.training.sampler import MissingSamples, PromptSamples
@@ -92,24 +96,24 @@ def _evaluate_samples(
 ) -> Stage:
     """Report on a policy's samples at one temperature, as a stage and a record of the metrics."""
     policy, initial = iteration.policy, iteration.initial
+    sampling = context.sampler.sampling(1, temperature)
+    unchanged = drawn
+    if temperature == 1.0:
+        unchanged = of_all_tokens(context, policy, prompts.rows, sampling, "evaluation", drawn)
 
     def build(work: Path) -> dict[str, Any]:
-        samples = drawn.by_key
         if temperature == 1.0:
-            report = vital_signs(context, policy, initial, prompts.rows, samples)
+            report = vital_signs(context, policy, initial, drawn, unchanged)
         else:
-            flat = [group[0] for group in samples.values()]
-            report = {
-                "length": float(np.mean([len(c.token_ids) for c in flat])),
-                "truncated": float(np.mean([c.truncated for c in flat])),
-            }
+            report = vitals(drawn.flat()[1])
+            report = {name: report[name] for name in ("length", "truncated")}
         return {**report, **_gold_of_samples(context, work, prompts, drawn)}
 
     role = Role.evaluation(iteration.k, temperature)
     stage = context.stage(
         role,
         "evaluation",
-        {**prompts.settings, "sampling": vars(context.sampler.sampling(1, temperature))},
+        {**prompts.settings, "sampling": vars(sampling)},
         {"policy": policy.identity, "initial": initial.key, "data": prompts.checksum},
         build,
     )
@@ -133,8 +137,7 @@ def _evaluate_at_entropy(
         return sampler.sample_rows(initial, prompts.rows, sampling, "evaluation")
 
     def entropy_at(temperature: float) -> float:
-        groups = list(draw(temperature).by_key.values())
-        return vitals(SampleSet([[]] * len(groups), groups), None)["entropy"]
+        return vitals(draw(temperature).flat()[1])["entropy"]
 
     temperature = 1.0
     if not evaluated.missing:

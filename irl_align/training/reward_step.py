@@ -124,10 +124,15 @@ def _explicit(stage: Stage) -> Reward:
     return Reward("explicit", stage.path / "model", stage.key, scale=float(std))
 
 
-def _normalise_and_save(reward: RewardModel, data: Data, work: Path) -> dict[str, Any]:
+def _normalise_and_save(
+    reward: RewardModel, data: Data, work: Path, pairs: Dataset | None = None
+) -> dict[str, Any]:
     """Give the demonstrations mean 0 and variance 1, and write the reward into work/model."""
     rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
-    reward.fit_normaliser(column(rows, "prompt_ids"), column(rows, "completion_ids"))
+    rejected = None
+    if pairs is not None:
+        rejected = column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids")
+    reward.fit_normaliser(column(rows, "prompt_ids"), column(rows, "completion_ids"), rejected)
     if distributed.is_main():
         reward.save_pretrained(work / "model")
     return {"normaliser": [reward.settings.mean, reward.settings.std]}
@@ -159,13 +164,14 @@ def _fit_explicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Rewar
 
     def build(work: Path) -> dict[str, Any]:
         reward = _unfitted(context, iteration, warm)
-        columns = pair_columns(fit.train())
+        pairs = fit.train()
+        columns = pair_columns(pairs)
         if preferences is not None:
             for name, values in _preference_columns(context, iteration).items():
                 columns[name] = values if preferences.use == "alone" else columns[name] + values
         training = context.training(work, f"reward {k}")
         metrics = fit_reward(reward, columns, options.loss, fit.args, training)
-        return {**metrics, **_normalise_and_save(reward, iteration.data, work)}
+        return {**metrics, **_normalise_and_save(reward, iteration.data, work, pairs)}
 
     stage = context.stage(Role.reward(k), "reward", fit.settings, inputs, build)
     context.log(Role.reward_fit(k), _without_history(stage.metrics))

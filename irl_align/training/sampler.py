@@ -57,6 +57,11 @@ class PromptSamples:
             raise MissingSamples
         return dict(zip(self.prompts, self.samples.completions, strict=True))
 
+    def flat(self) -> tuple[list[list[int]], list[Completion]]:
+        """Prompt ids and completion of every sample. Raises MissingSamples: see by_key."""
+        prompts = [list(self.prompts[key]) for key in self.by_key]
+        return SampleSet(prompts, list(self.by_key.values())).flat()
+
 
 class MissingSamples(Exception):
     """Samples were looked up, and the store does not have them."""

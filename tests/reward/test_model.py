@@ -260,11 +260,38 @@ def test_fit_normaliser_of_constant_and_broken_rewards(
 ) -> None:
     ours = reward("llama")
     ours.fit_normaliser([PROMPTS[0]] * 3, [COMPLETIONS[0]] * 3)
-    assert ours.settings.std == 1e-6
-    assert ours.score_ids(PROMPTS[:1], COMPLETIONS[:1]).abs().item() < 0.5  # 1e-7 of rounding
+    assert ours.settings.std == 1.0
+    assert ours.score_ids(PROMPTS[:1], COMPLETIONS[:1]).abs().item() < 1e-5
     score_head(ours.model).weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="rewards of completion 0 are not finite"):
         ours.fit_normaliser(PROMPTS, COMPLETIONS)
+
+
+def test_fit_normaliser_of_a_saturated_reward_keeps_samples_in_its_scale(
+    reward: Callable[..., RewardModel],
+) -> None:
+    """Demonstrations have the bound, 2, within 1e-7, and rejected samples are far below them."""
+    ours = reward("llama", bound=2.0)
+    ours.model.score.weight.data.mul_(1e4)
+    scores = ours.score_ids(PROMPTS, COMPLETIONS)
+    best, worst = int(scores.argmax()), int(scores.argmin())
+    assert scores[best] - scores[worst] > 1.0
+    same = ([PROMPTS[best]] * 3, [COMPLETIONS[best]] * 3)
+    low = ([PROMPTS[worst]] * 3, [COMPLETIONS[worst]] * 3)
+    ours.fit_normaliser(*same, low)
+    distance = float(scores[best] - scores[worst])
+    # Two equal groups that far apart have a deviation of half of it; the floor is a tenth of that.
+    assert ours.settings.std == pytest.approx(0.05 * distance, rel=1e-4)
+    assert ours.score_ids(*low).tolist() == pytest.approx([-20.0] * 3, rel=1e-4)
+
+
+def test_fit_normaliser_does_not_read_rejected_samples_of_the_same_scale(
+    reward: Callable[..., RewardModel],
+) -> None:
+    ours, alone = reward("llama"), reward("llama")
+    ours.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4], (PROMPTS, COMPLETIONS))
+    alone.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4])
+    assert ours.settings == alone.settings
 
 
 # --- saving and loading ---------------------------------------------------------------------------

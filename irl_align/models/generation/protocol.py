@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +59,11 @@ class Sampling:
     def plain(self) -> bool:
         """Whether tokens are drawn from the model's own distribution, as it is."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+
+    @property
+    def all_tokens(self) -> Sampling:
+        """The same without top-p and top-k: every token can be drawn."""
+        return replace(self, top_p=1.0, top_k=0)
 
     @property
     def greedy(self) -> bool:

@@ -54,7 +54,7 @@ class UpdateBatch:
     targets: Tensor | None = None
     """Estimated rewards-to-go, which the critic fits."""
     weights: Tensor | None = None
-    """Truncated importance weights of the policy loss."""
+    """Truncated importance weights of the policy loss, and of an exact KL in the loss."""
 
     def on_device(self, device: torch.device) -> dict[str, Tensor]:
         """The arrays by name, flattened, on a device."""
@@ -229,11 +229,15 @@ class Learner:
         largest = torch.zeros((), device=self.device)
         if out.logps is not None:
             policy = losses.policy_loss(out.logps, old, own["advantages"], options.clip)
-            if "weights" in own:
-                policy = own["weights"] * policy
+            # The samples are the sampler's: whatever is a mean over pi_old has its weights.
+            weights = own.get("weights", 1.0)
+            policy = weights * policy
             loss = loss + policy
-            if kl_coef:
+            if kl_coef and options.kl == "grpo":
                 loss = loss + kl_coef * losses.k3(out.logps, own["reference_logps"])
+            elif kl_coef:
+                kl = losses.exact_kl(out.logps, old, own["reference_logps"])
+                loss = loss + kl_coef * weights * kl
             if options.entropy_coef and out.entropy is not None:
                 loss = loss - options.entropy_coef * out.entropy
             with torch.no_grad():
@@ -281,9 +285,10 @@ class Learner:
         if self.options.minibatches == 1:
             yield packed.whole
             return
-        order = np.random.default_rng([self.seed, number, epoch]).permutation(len(packed.rows))
-        for rows in np.array_split(order, min(self.options.minibatches, len(order))):
-            yield packed.batches(rows.tolist())
+        count = len(packed.completions)
+        order = np.random.default_rng([self.seed, number, epoch]).permutation(count)
+        for numbers in np.array_split(order, self.options.minibatches):
+            yield packed.batches(sorted(numbers.tolist()))
 
     def _has_entropy(self, epoch: int) -> bool:
         """Whether an epoch computes entropies: the first, as a monitor, or all, for the loss."""

@@ -41,10 +41,20 @@ def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, clip: float 
 def k3(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     """Estimator of KL(pi || ref) on samples of pi: unbiased as k1, never negative, less noisy.
 
-    Source: Schulman, "Approximating KL divergence" (2020).
+    As a loss it has another gradient, that of KL(ref || pi): see exact_kl. Source: Schulman,
+    "Approximating KL divergence" (2020).
     """
     log_ratio = k1(policy_logps, reference_logps)
     return torch.expm1(-log_ratio) + log_ratio  # exp(-k1) - 1 + k1: arXiv:2402.03300 eq. 4
+
+
+def exact_kl(logps: Tensor, old_logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """Estimator of KL(pi || ref) on samples of pi_old, with the gradient of that KL in every epoch.
+
+    E_old[rho k3] = sum_v pi_v k3_v = KL(pi || ref), and its gradient goes through rho = pi / pi_old
+    too. Source: DeepSeek-V3.2 (arXiv:2512.02556) sec. 3.1, "unbiased KL estimate".
+    """
+    return (logps - old_logps).exp() * k3(logps, reference_logps)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -69,6 +79,10 @@ def explained_variance(values: Tensor, targets: Tensor) -> float:
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """The KL's next coefficient, which moves the KL towards the target (nats per completion)."""
+    """The KL's next coefficient, which moves the KL towards the target (nats per completion).
+
+    It changes by at most a fifth, also after more episodes than a horizon has: above five horizons
+    the equation itself would make it negative.
+    """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return coef * (1.0 + error * episodes / horizon)  # arXiv:1909.08593 eq. 3
+    return coef * (1.0 + error * min(episodes / horizon, 1.0))  # arXiv:1909.08593 sec. 2.2

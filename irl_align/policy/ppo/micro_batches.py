@@ -1,4 +1,4 @@
-"""Micro-batches of a rollout: packed into rows once, and cut by a budget of tokens for each pass.
+"""Micro-batches of a rollout: completions packed into rows, and cut by a budget of tokens.
 
 Letters beyond the package's legend of shapes: R rows, M completion tokens of a micro-batch.
 """
@@ -57,28 +57,32 @@ class PackedRollout:
         device: torch.device,
         even: bool = False,
     ) -> None:
-        self.prompts, self.completions = prompts, completions
-        self.rows = share_prompts(prompts, completions, share)
-        self.lengths = row_lengths(prompts, completions, self.rows)
+        self.prompts, self.completions, self.share = prompts, completions, share
         self.shape = (len(completions), max(map(len, completions)))
         self.pad, self.max_tokens, self.device, self.even = pad, max_tokens, device, even
 
     @cached_property
     def whole(self) -> list[MicroBatch]:
-        """Micro-batches of all rows."""
-        return self.batches(range(len(self.rows)))
+        """Micro-batches of all completions."""
+        return self.batches(range(len(self.completions)))
 
-    def batches(self, rows: Sequence[int]) -> list[MicroBatch]:
-        """Micro-batches of the rows with these numbers, sorted by length: this process's share.
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of the rows of all completions, without padding."""
+        return sum(row_lengths(self.prompts, self.completions, self._rows(range(self.shape[0]))))
+
+    def batches(self, numbers: Sequence[int]) -> list[MicroBatch]:
+        """Micro-batches of the completions with these numbers, sorted by the length of their rows:
+        this process's share.
 
         With `even` some processes get copies at the end, which do not count.
         """
+        rows = self._rows(numbers)
+        lengths = row_lengths(self.prompts, self.completions, rows)
         cuts = []
-        for share in distributed.shares([self.lengths[r] for r in rows], distributed.count()):
-            members = [rows[i] for i in share]
-            lengths = [self.lengths[r] for r in members]
-            batches = padded_batches(lengths, self.max_tokens)
-            cuts.append([[members[i] for i in batch] for batch in batches])
+        for share in distributed.shares(lengths, distributed.count()):
+            batches = padded_batches([lengths[r] for r in share], self.max_tokens)
+            cuts.append([[rows[share[i]] for i in batch] for batch in batches])
         own = cuts[distributed.rank() % len(cuts)]
         out = [self._micro_batch(cut) for cut in own]
         if idle := max(map(len, cuts)) - len(own) if self.even else 0:
@@ -86,8 +90,13 @@ class PackedRollout:
             out += [filler] * idle
         return out
 
-    def _micro_batch(self, rows: Sequence[int]) -> MicroBatch:
-        members = [self.rows[row] for row in rows]
+    def _rows(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The completions with these numbers in packed rows."""
+        prompts, completions = self.prompts, self.completions
+        chosen = [prompts[i] for i in numbers], [completions[i] for i in numbers]
+        return [[numbers[i] for i in row] for row in share_prompts(*chosen, self.share)]
+
+    def _micro_batch(self, members: Sequence[Sequence[int]]) -> MicroBatch:
         packed = pack_rows(self.prompts, self.completions, members, self.pad)
         inputs = model_inputs(packed)
         if packed.position_ids is None:

@@ -44,6 +44,9 @@ def rollout_report(rollout: Rollout) -> dict[str, float]:
         "eos_rate": 1.0 - truncated,
         **scores.health,
     }
+    for name, part in (("finished", ~samples.truncated), ("truncated", samples.truncated)):
+        if bool(part.any()):
+            report[f"return_{name}"] = float(scores.returns[part].double().mean())
     if not bool(samples.truncated.all()):
         last = scores.credit.gather(1, mask.sum(1, keepdim=True).long() - 1)[~samples.truncated]
         report["eos_credit"] = float(last.double().mean())
@@ -138,6 +141,12 @@ def find_alarms(recent: Sequence[Mapping[str, Any]], options: PPOOptions) -> lis
         alarms.append(
             f"sampler and learner differ by {now['sampler_log_ratio']:.2g} in a token's log-prob, "
             f"above sampler_gap_alarm {options.sampler_gap_alarm:g}; see importance_weights"
+        )
+    finished, cut = now.get("return_finished"), now.get("return_truncated")
+    if finished is not None and cut is not None and cut >= finished:
+        alarms.append(
+            f"samples without EOS have a mean return of {cut:.3g}, finished ones {finished:.3g}: "
+            "PPO pays for never stopping; see missing_eos"
         )
     eos_credit, deviation = now.get("eos_credit", 0.0), now["reward_std"]
     shaped = options.credit == "red" and options.beta_c > 0.0 and not options.eos_prefixes

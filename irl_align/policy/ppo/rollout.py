@@ -114,10 +114,13 @@ def draw(
 def sample(
     generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[Completion]:
-    """sampling.n consecutive completions of each prompt.
+    """sampling.n consecutive completions of each prompt, drawn from the policy at a temperature.
 
-    Each process samples some of them; other engines than transformers spread the work themselves.
+    top_p and top_k are left out: a ratio and a KL are means over samples of the policy itself, and
+    no weight corrects for tokens that could not be drawn. Each process samples some of them; other
+    engines than transformers spread the work themselves.
     """
+    sampling = sampling.all_tokens
     if isinstance(generator, TransformersGenerator):
         groups = distributed.over_rows(
             lambda numbers: generate(generator, [prompts[i] for i in numbers], sampling),
@@ -219,11 +222,28 @@ def _credit(
 
 def at_missing_eos(rewards: Tensor, truncated: Tensor, options: PPOOptions) -> Tensor:
     """Rewards (B,) with missing_eos applied to samples without EOS: arXiv:2403.17031 sec. 3."""
+    if options.missing_eos == "relative":
+        return below_finished(rewards, truncated, options.eos_value)
     if options.missing_eos == "replace":
         return torch.where(truncated, torch.full_like(rewards, options.eos_value), rewards)
     if options.missing_eos == "subtract":
         return rewards - options.eos_value * truncated.float()
     return rewards
+
+
+def below_finished(rewards: Tensor, truncated: Tensor, margin: float) -> Tensor:
+    """Rewards (B,) in which no sample without EOS is worth as much as any finished one.
+
+    With the finished samples' rewards F: R = min(R, min F - margin * std F) for the others, so
+    that never stopping does not pay, whatever the scale and the sign of the reward. Where F does
+    not vary, the std is that of all rewards; where these do not vary either, it is 1. At least one
+    sample has EOS.
+    """
+    finished = rewards[~truncated]
+    rounding = 1e-6 * float(rewards.abs().max())
+    spreads = [float(part.double().std(correction=0)) for part in (finished, rewards)]
+    scale = next((spread for spread in spreads if spread > rounding), 1.0)
+    return torch.where(truncated, rewards.clamp(max=finished.min() - margin * scale), rewards)
 
 
 def _seed(seed: int, update: int, number: int) -> int:

@@ -23,7 +23,7 @@ from irl_align.policy.ppo.actors import Actors
 from irl_align.policy.ppo.checkpoint import Progress, checkpoints, load_checkpoint, updates_of
 from irl_align.policy.ppo.faults import Diverged
 from irl_align.policy.ppo.learner import Learner
-from irl_align.policy.ppo.rollout import at_missing_eos, collate, sample
+from irl_align.policy.ppo.rollout import below_finished, collate, sample
 from irl_align.reward.distributed import spread
 from irl_align.reward.protocol import ScoreRequest
 from irl_align.reward.scoring import score_tokens
@@ -48,10 +48,11 @@ class Selection:
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Compare held-out demonstrations with fresh samples; save the policy if it is the best.
 
-        held_out_gap: mean reward of the demonstrations minus that of one sample per prompt;
-        held_out_log_prob: mean log-prob of a demonstration at temperature 1; held_out_kl: of the
-        samples to the reference. Every call samples with the same random numbers.
-        Raises Diverged: one of them is not finite.
+        held_out_gap: mean reward of the demonstrations minus that of one sample per prompt, see
+        reward_gap, and left out if no sample has EOS; held_out_log_prob: mean log-prob of a
+        demonstration at temperature 1; held_out_kl: of the samples to the reference;
+        held_out_truncated: share of samples without EOS. Every call samples with the same random
+        numbers. Raises Diverged: one of them is not finite.
         """
         held_out, actors = self.actors.held_out, self.actors
         if self.demonstrated is None:
@@ -61,21 +62,26 @@ class Selection:
         sampling = replace(actors.sampling, n=1, seed=self.training.seed)
         samples = collate(prompts, sample(actors.generator, prompts, sampling))
         rewards = self._rewards(samples.prompts, samples.completions)
-        returns = at_missing_eos(rewards, samples.truncated, self.options)
         logps = distributed.over_sequences(
             lambda p, c: completion_logprobs(actors.policy, p, c),
             held_out.prompts,
             held_out.completions,
         )
         packed = self.learner.pack(samples.prompts, samples.completions)
+        own, _ = self.learner.infer(packed, logps=True, values=False)
+        assert own is not None
         with actors.as_reference():
             reference = self.learner.logps_of(actors.reference, packed)
-        kl = (k1(samples.logps, reference) * samples.mask).double().sum(1)
+        kl = (k1(own, reference) * samples.mask).double().sum(1)
         report = {
-            "held_out_gap": self.demonstrated - float(returns.double().mean()),
             "held_out_log_prob": sum(float(row.sum(dtype="float64")) for row in logps) / len(logps),
             "held_out_kl": float(kl.mean()),
+            "held_out_truncated": float(samples.truncated.double().mean()),
         }
+        if self.options.missing_eos == "ignore":
+            report["held_out_gap"] = self.demonstrated - float(rewards.double().mean())
+        elif not bool(samples.truncated.all()):
+            report["held_out_gap"] = reward_gap(self.demonstrated, rewards, samples.truncated)
         if bad := [name for name, value in report.items() if not math.isfinite(value)]:
             raise Diverged(f"update {progress.updates}: {bad[0]} is {report[bad[0]]}")
         self._save_if_best(report, progress)
@@ -88,11 +94,13 @@ class Selection:
             return progress.updates
         best = progress.best_update
         if best == 0:
-            logger.warning(
-                "%s: by %s no update was better than the start; the start is kept",
-                self.training.label,
-                self.options.keep,
-            )
+            why = f"by {self.options.keep} no update was better than the start"
+            if progress.best is None:
+                why = (
+                    f"{self.options.keep} could judge no policy: the KL of each was above kl_stop "
+                    f"{self.options.kl_stop:g}, or none of its held-out samples had EOS"
+                )
+            logger.warning("%s: %s; the start is kept", self.training.label, why)
         if distributed.is_main():
             shutil.rmtree(self.model, ignore_errors=True)
             unsealed = shutil.ignore_patterns(SEAL)
@@ -106,7 +114,7 @@ class Selection:
         start. A checkpoint is valid once an update on a rollout from it has succeeded. Raises
         UserError if there is no policy to keep, or if no update succeeded: the settings are wrong.
         """
-        if self.options.keep != "last" and progress.best is not None:
+        if self.options.keep != "last":
             if not progress.recent:
                 raise UserError(f"PPO: {fault}; no update succeeded before it, nothing was trained")
             kept = self.finish(progress)
@@ -131,19 +139,23 @@ class Selection:
                 shutil.rmtree(folder)
 
     def _save_if_best(self, report: dict[str, float], progress: Progress) -> None:
-        if self.options.keep == "last" or not report["held_out_kl"] <= self.options.kl_stop:
+        """Save the best policy so far, and the start in any case: no other may be worth keeping."""
+        if self.options.keep == "last":
             return
         by_gap = self.options.keep == "reward_gap"
-        result = -abs(report["held_out_gap"]) if by_gap else report["held_out_log_prob"]
-        if progress.best is None or result > progress.best:
+        result = -abs(report.get("held_out_gap", math.inf))
+        result = result if by_gap else report["held_out_log_prob"]
+        valid = math.isfinite(result) and report["held_out_kl"] <= self.options.kl_stop
+        better = valid and (progress.best is None or result > progress.best)
+        if better:
             progress.best, progress.best_update = result, progress.updates
-            if not distributed.is_main():
-                return
-            folder = self.scratch / f"best-{progress.best_update}"
-            shutil.rmtree(folder, ignore_errors=True)
-            with atomic_folder(folder) as partial:
-                self._save(partial)
-                seal(partial)
+        if not (better or progress.updates == 0) or not distributed.is_main():
+            return
+        folder = self.scratch / f"best-{progress.updates}"
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_folder(folder) as partial:
+            self._save(partial)
+            seal(partial)
 
     def _rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
         scores = score_tokens(spread(self.actors.reward), ScoreRequest(prompts, completions))
@@ -162,6 +174,20 @@ class Selection:
         weights = {name: weight.to(dtype) for name, weight in policy.state_dict().items()}
         policy.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+
+def reward_gap(demonstrated: float, rewards: Tensor, truncated: Tensor) -> float:
+    """Demonstrations' mean reward D minus that of samples (B,), of which at least one has EOS.
+
+    Samples without EOS widen the gap: with the mean F of the finished samples, and A of all where
+    those without EOS are below the finished ones, the gap is D - F, and F - A further from 0. Where
+    the samples score above the demonstrations, D - A alone would shrink with every sample that
+    never stops.
+    """
+    finished = float(rewards[~truncated].double().mean())
+    lost = finished - float(below_finished(rewards, truncated, 1.0).double().mean())
+    gap = demonstrated - finished
+    return gap + math.copysign(lost, gap)
 
 
 def mean_by_prompt(prompts: Sequence[Sequence[int]], scores: Tensor) -> float:

@@ -59,11 +59,10 @@ class PPOTrainer:
         self.selection = Selection(actors, learner, options, training)
         self.progress = Progress(kl_coef=options.kl_coef)
         self.scratch = training.work / "scratch"
-        # The sampler's log-probs are the learner's unless top-p or top-k changed them, autocast
-        # rounded them or another engine computed them; then the learner computes its own.
-        plain = actors.sampling.top_p == 1 and actors.sampling.top_k == 0
+        # The sampler's log-probs are the learner's unless autocast rounded them or another engine
+        # computed them; then the learner computes its own.
         same_engine = isinstance(actors.generator, TransformersGenerator)
-        self.own_logps = plain and same_engine and not learner.bf16
+        self.own_logps = same_engine and not learner.bf16
 
     def run(self) -> dict[str, Any]:
         """Train to the end or to a stop, and leave the policy that is kept in work/model.
@@ -207,7 +206,7 @@ class PPOTrainer:
         report = rollout_report(rollout)
         if not self.own_logps:  # otherwise the first minibatch will measure the gap
             report |= sampler_report(rollout, self.options.importance_cap)
-        report["padding"] = 1.0 - sum(rollout.packed.lengths) / slots
+        report["padding"] = 1.0 - rollout.packed.tokens / slots
         report["kl_coef"] = self.progress.kl_coef
         return report
 
@@ -233,7 +232,7 @@ class PPOTrainer:
         mask, options = rollout.samples.mask, self.options
         rewards = self._token_rewards(rollout)
         advantages, targets = self._advantages(rewards, rollout.values, mask)
-        in_loss = options.kl == "loss"
+        in_loss = options.kl != "reward"
         return UpdateBatch(
             rollout.packed,
             rollout.logps,

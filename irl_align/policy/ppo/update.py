@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from irl_align.policy.ppo.learner import Learner
 from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.network import Network
 from irl_align.policy.ppo.trainer import PPOTrainer
-from irl_align.policy.roles import Role
+from irl_align.policy.roles import Role, signs_key
 from irl_align.reward.protocol import RewardFunction
 from irl_align.utils.hardware import use_bf16
+
+logger = logging.getLogger("irl_align.policy.ppo")
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,22 @@ class PPO:
             raise UserError("policy_update.kind: ppo needs a reward")
         start = request.policy if options.start == "current" else request.initial
         reference = request.policy if options.reference == "current" else request.initial
-        sampling = context.sampler.sampling(options.n, options.temperature)
+        wanted = context.sampler.sampling(options.n, options.temperature)
+        sampling = wanted.all_tokens  # what rollouts are drawn with
 
         def build(work: Path) -> dict[str, Any]:
             if not request.demonstrations.prompts:
                 raise UserError("PPO: there are no prompts to roll out; expected at least one")
             if not self.held_out.prompts:
                 raise UserError("PPO: there are no held-out demonstrations; raise data.held_out")
+            if sampling != wanted:
+                logger.warning(
+                    "PPO %d: generation.top_p %g and top_k %d are not used: ratios and KL need "
+                    "samples of the whole policy",
+                    request.iteration,
+                    wanted.top_p,
+                    wanted.top_k,
+                )
             actors = self._actors(context, request, start, reference, reward)
             training = context.training(work, f"PPO {request.iteration}")
             return train_ppo(actors, options, training)
@@ -79,6 +91,9 @@ class PPO:
         summary = {name: value for name, value in stage.metrics.items() if name != "history"}
         last = history[-1] if history else None
         context.log(Role.ppo(request.iteration), {**summary, "last": last})
+        if last is not None:
+            signs = Role.parse(signs_key("ppo", request.iteration))
+            context.log(signs, {"signs": last["alarms"]})
         return Policy(stage.path / "model", stage.key)
 
     def _actors(

@@ -53,7 +53,7 @@ class StageCosts:
     def _drawn(self, role: Role) -> tuple[int, int]:
         """Prompts, and samples of each."""
         counts, n = self.counts.prompts, self.recipe.generation.samples_per_prompt
-        use = role.use.removesuffix("-candidates")
+        use = role.use.removesuffix("-candidates").removesuffix("-all-tokens")
         if use == "candidates":
             return self._candidate_prompts(), self._candidates_each()
         if use == "train":
@@ -62,7 +62,7 @@ class StageCosts:
             prompts, n = self._evaluated(), 1
         else:
             prompts = self._measured() if self._is_measured(role) else counts["held_out"]
-        return prompts, n * (1 if use == role.use else self._candidates_each())
+        return prompts, n * (self._candidates_each() if role.use.endswith("-candidates") else 1)
 
     def _is_measured(self, role: Role) -> bool:
         """Whether held-out samples are those of a policy's vital signs, and not only of pairs."""

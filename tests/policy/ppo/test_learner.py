@@ -96,6 +96,8 @@ def plain_loss(network: Network, batch: UpdateBatch, chosen: PPOOptions) -> torc
             policy = -torch.minimum(ratio * advantage, clipped * advantage)
             gap = batch.reference_logps[i, t] - logp
             kl = gap.exp() - gap - 1
+            if chosen.kl == "loss":  # its gradient goes through the ratio too
+                kl = ratio * kl
             entropy = -(table[place].exp() * table[place]).sum()
             value = network.critic.head(hidden[place])[0]
             old, goal = batch.old_values[i, t], batch.targets[i, t]
@@ -118,13 +120,15 @@ def gradients(network: Network) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "qwen3", "mistral"])
-@pytest.mark.parametrize(("n", "critic"), [(1, "separate"), (3, "shared")])
+@pytest.mark.parametrize(
+    ("n", "critic", "kl"), [(1, "separate", "loss"), (3, "shared", "loss"), (3, "shared", "grpo")]
+)
 def test_accumulate_gives_the_formulas_gradient_however_the_rollout_is_cut(
-    tiny_model: MakeModel, arch: str, n: int, critic: str
+    tiny_model: MakeModel, arch: str, n: int, critic: str, kl: str
 ) -> None:
-    """Policy, k3, entropy and clipped value loss, meaned over tokens: against a plain loop over
+    """Policy, KL, entropy and clipped value loss, meaned over tokens: against a plain loop over
     unpadded rows, for one micro-batch, for one row each, and for prompts that are shared."""
-    chosen = options(kl="loss", entropy_coef=0.02, critic=critic, n=n, batch_size=6, kl_coef=0.1)
+    chosen = options(kl=kl, entropy_coef=0.02, critic=critic, n=n, batch_size=6, kl_coef=0.1)
     learner = learner_of(tiny_model(arch).float(), chosen)
     network = learner.network
     assert network.critic is not None
@@ -136,11 +140,11 @@ def test_accumulate_gives_the_formulas_gradient_however_the_rollout_is_cut(
     want = gradients(network)
     assert len(want) > 10
     packed = batch.packed
-    assert (len(packed.rows) < 6) == (n > 1 and arch != "mistral")
     for limit in (1, 40, 10_000):
         packed.max_tokens = limit
-        cut = packed.batches(range(len(packed.rows)))
-        assert limit > 1 or len(cut) == len(packed.rows)
+        cut = packed.batches(range(6))
+        if limit == 1:  # a row each, and completions of a prompt share one where they may
+            assert (len(cut) < 6) == (n > 1 and arch != "mistral")
         _, count, _ = learner.accumulate(cut, batch.on_device(CPU), batch.kl_coef, 0)
         assert count == int(samples.mask.sum())
         got = gradients(network)
@@ -168,18 +172,20 @@ def test_accumulate_gives_the_same_gradient_with_checkpointing(tiny_model: MakeM
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-8) for name in plain)
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_accumulate_multiplies_the_policy_gradient_by_the_weights(
-    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_tokenizer: PreTrainedTokenizerFast, kl_coef: float
 ) -> None:
-    """Against -mean(w A pi / pi_old), written with the model's own logits."""
+    """Against -mean(w (A - kl_coef k3) pi / pi_old), written with the model's own logits."""
     model = small_llama(len(tiny_tokenizer))
-    learner = learner_of(model, options(advantage="reinforce"))
+    learner = learner_of(model, options(advantage="reinforce", kl="loss"))
     samples = random_samples(1, 5)
     batch = own_batch(learner, samples)
     shape = samples.mask.shape
     advantages, weights = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    batch = replace(batch, advantages=advantages, weights=weights.abs())
-    learner.accumulate(batch.packed.whole, batch.on_device(CPU), 0.0, 0)
+    reference = batch.old_logps - 0.5
+    batch = replace(batch, advantages=advantages, weights=weights.abs(), reference_logps=reference)
+    learner.accumulate(batch.packed.whole, batch.on_device(CPU), kl_coef, 0)
     got = gradients(learner.network)
 
     loss = torch.zeros(())
@@ -187,7 +193,9 @@ def test_accumulate_multiplies_the_policy_gradient_by_the_weights(
         logits = model(input_ids=torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
         logps = logits.log_softmax(-1)[range(len(row)), row]
         ratio = (logps - batch.old_logps[i, : len(row)]).exp()
-        loss = loss - (weights.abs()[i, : len(row)] * advantages[i, : len(row)] * ratio).sum()
+        gap = reference[i, : len(row)] - logps
+        worth = advantages[i, : len(row)] - kl_coef * (gap.exp() - gap - 1)
+        loss = loss - (weights.abs()[i, : len(row)] * worth * ratio).sum()
     (loss / samples.mask.sum()).backward()
     want = gradients(learner.network)
     assert got.keys() == want.keys()
@@ -257,8 +265,31 @@ def test_infer_in_bf16_gives_log_probs_in_float32(tiny_model: MakeModel) -> None
     assert rounded.dtype == torch.float32
     assert 1e-5 < float((rounded - exact).abs().max()) < 5e-2
     assert not torch.equal(rounded, rounded.bfloat16().float())
-    values = results[True].old_values
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_infer_in_bf16_computes_the_critics_head_in_float32(
+    tiny_model: MakeModel, critic: str
+) -> None:
+    """Against the head in float64 on the states that autocast computes. A bf16 has 8 bits: values
+    near 5 would be off by 0.01."""
+    learner = learner_of(tiny_model("llama"), options(critic=critic), bf16=True)
+    network = learner.network
+    assert network.critic is not None
+    with torch.no_grad():
+        network.critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        network.critic.head.bias.fill_(5.0)
+    packed = pack(learner, equal_samples(6, 7, vocabulary=320))
+    _, values = learner.infer(packed, logps=False, values=True)
     assert values is not None and values.dtype == torch.float32
+    [batch] = packed.whole
+    with torch.no_grad(), learner.accelerator.autocast():
+        hidden = hidden_before(network.critic.trunk or network.policy.base_model, batch)
+    head = network.critic.head
+    want = hidden.double() @ head.weight[0].double() + head.bias.double()
+    got = values.flatten()[batch.token_index]
+    assert torch.allclose(got.double(), want, atol=1e-5, rtol=0)
+    assert not torch.equal(got, got.bfloat16().float())
 
 
 def test_token_outputs_in_bf16_compute_log_softmax_in_float32(tiny_model: MakeModel) -> None:
@@ -319,6 +350,33 @@ def test_update_takes_no_step_above_epoch_kl(
     report = learner.update(0, own_batch(learner, equal_samples(16, 5)))
     assert report["epochs"] == epochs and steps_of(learner) == {steps}
     assert all(weight.grad is None for weight in learner.network.parameters())
+
+
+@pytest.mark.parametrize(("attention", "packed"), [("sdpa", 1), ("eager", 8)])
+def test_update_takes_every_minibatch_whatever_shares_a_row(attention: str, packed: int) -> None:
+    """Eight short completions of one prompt are one row with torch's attention, and eight without:
+    both are divided into the four minibatches that are asked for."""
+    chosen = options(
+        epochs=3, minibatches=4, batch_size=8, n=8, advantage="reinforce", epoch_kl=None
+    )
+    model = small_llama(12)
+    model.set_attn_implementation(attention)
+    learner = learner_of(model, chosen)
+    rows = random_ids(8, 3, 3, 2, vocabulary=12)
+    samples = samples_of(*[([5, 6], row, True) for row in rows])
+    batch = own_batch(learner, samples)
+    assert len(batch.packed.whole[0].inputs["input_ids"]) == packed
+    read: list[int] = []
+    accumulate = learner.accumulate
+
+    def counted(minibatch: Any, *arguments: Any) -> Any:
+        read.append(sum(len(micro.targets) for micro in minibatch))
+        return accumulate(minibatch, *arguments)
+
+    learner.accumulate = counted  # type: ignore[method-assign]
+    report = learner.update(0, batch)
+    assert report["epochs"] == 3.0 and steps_of(learner) == {12}
+    assert read == [2 * 3] * 12  # two completions of three tokens each
 
 
 @pytest.mark.parametrize(

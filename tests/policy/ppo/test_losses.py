@@ -76,6 +76,40 @@ def test_k3_by_hand_and_unbiased() -> None:
     assert float((p * losses.k3(p.log(), q.log())).sum()) == pytest.approx(exact)
 
 
+def kl_gradient(logits: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> list[float]:
+    """Gradient of KL(p || q) = sum p log(p / q), by enumeration of all tokens."""
+    (gradient,) = torch.autograd.grad((p * (p / q).log()).sum(), logits, retain_graph=True)
+    return list(gradient.tolist())
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_exact_kl_has_the_value_and_the_gradient_of_the_kl(epoch: int) -> None:
+    """By enumeration of six tokens, whose mean is over pi_old: pi itself in the first epoch, and
+    another policy from the second on. The gradient of k3 is that of the other KL, and off pi its
+    value is biased too."""
+    generator = torch.Generator().manual_seed(1)
+    logits, other, before = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    logps, reference = logits.log_softmax(-1), other.log_softmax(-1)
+    old = logps.detach() if epoch == 1 else before.log_softmax(-1)
+
+    def gradient(objective: torch.Tensor) -> list[float]:
+        (gradient,) = torch.autograd.grad(objective, logits, retain_graph=True)
+        return list(gradient.tolist())
+
+    want = kl_gradient(logits, logps.exp(), reference.exp())
+    exact = float((logps.exp() * (logps - reference)).sum().detach())
+    mean = (old.exp() * losses.exact_kl(logps, old, reference)).sum()
+    assert float(mean.detach()) == pytest.approx(exact)
+    assert gradient(mean) == pytest.approx(want)
+    k3 = (old.exp() * losses.k3(logps, reference)).sum()
+    assert gradient(k3) != pytest.approx(want, rel=0.1)
+    if epoch == 1:
+        assert gradient(k3) == pytest.approx(kl_gradient(logits, reference.exp(), logps.exp()))
+    else:
+        assert float(k3.detach()) != pytest.approx(exact, rel=0.1)
+
+
 def test_entropy_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3.0), 0.0, -torch.inf, -torch.inf]])
     got = losses.entropy(logits.clamp(min=-1e4))
@@ -105,3 +139,9 @@ def test_explained_variance_by_hand() -> None:
 def test_adaptive_kl_by_hand(kl: float, want: float) -> None:
     """Errors of 0, +1 and -1 (bounded to 0.2), and 0.1; 100 of 1,000 episodes."""
     assert losses.adapted_kl_coef(0.1, kl, 6.0, 100, 1000) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("kl", "want"), [(0.0, 0.08), (99.0, 0.12), (6.6, 0.11)])
+def test_adaptive_kl_changes_by_at_most_a_fifth(kl: float, want: float) -> None:
+    """Ten horizons in one update: the equation without a bound would give -0.1 for the first."""
+    assert losses.adapted_kl_coef(0.1, kl, 6.0, 10_000, 1000) == pytest.approx(want)

@@ -31,7 +31,7 @@ from irl_align.policy.ppo.rollout import Rollout, RolloutBatch, score
 ROLLOUT = {
     *("update", "episodes_done", "alarms", "padding", "kl_coef"),
     *("reward", "reward_std", "return", "kl", "kl_k3", "sampled_entropy"),
-    *("length", "truncated", "eos_rate", "eos_credit"),
+    *("length", "truncated", "eos_rate", "eos_credit", "return_finished", "return_truncated"),
     *("sampler_log_ratio", "sampler_log_ratio_max"),
     *("seconds_generate", "seconds_score", "seconds_update"),
 }
@@ -40,7 +40,7 @@ UPDATE = {
     *("update_kl", "clip_fraction", "log_ratio", "first_log_ratio", "first_log_ratio_max"),
 }
 CRITIC = {"value", "value_loss", "critic_grad_norm", "explained_variance"}
-HELD_OUT = {"held_out_gap", "held_out_log_prob", "held_out_kl"}
+HELD_OUT = {"held_out_gap", "held_out_log_prob", "held_out_kl", "held_out_truncated"}
 
 
 def trained(
@@ -202,6 +202,12 @@ def test_find_alarms() -> None:
     )
     assert find_alarms([{**quiet[0], "eos_credit": 0.9}], options(credit="red")) == []
     assert find_alarms(ending, chosen) == []  # sparse: all of R is there
+    unstopped = {**quiet[0], "return_finished": -1.2, "return_truncated": -1.0}
+    assert find_alarms([unstopped], chosen) == [
+        "samples without EOS have a mean return of -1, finished ones -1.2: PPO pays for never "
+        "stopping; see missing_eos"
+    ]
+    assert find_alarms([{**unstopped, "return_truncated": -1.3}], chosen) == []
     for way in ({"beta_c": 0.0}, {"eos_prefixes": True}):  # as sparse, or fixed already
         assert find_alarms(ending, options(credit="red", **way)) == []
     (broken,) = find_alarms([{**quiet[0], "entropy": math.nan}], chosen)

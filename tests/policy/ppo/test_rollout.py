@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.ppo_tools import EOS, Scripted, actors, options, samples_of, small_llama, train
+from support.ppo_tools import EOS, PAD, Scripted, actors, options, samples_of, small_llama, train
 from transformers import PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
 from irl_align.models.generation.protocol import Completion, Generator, Sampling
+from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.policy.ppo import advantages as adv
-from irl_align.policy.ppo.rollout import collate, prompt_passes, score
+from irl_align.policy.ppo.rollout import below_finished, collate, prompt_passes, sample, score
 
 PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 10]]
 SMALL: dict[str, Any] = {"advantage": "reinforce", "episodes": 32, "learning_rate": 1e-4}
@@ -43,6 +44,18 @@ def test_prompt_passes_take_every_prompt_once_and_continue() -> None:
         for prompt in part
     ]
     assert again == flat
+
+
+def test_sample_draws_from_all_tokens() -> None:
+    """With top-p or top-k the samples' log-probs would be another distribution's."""
+    generator = TransformersGenerator(small_llama(12), [EOS], PAD)
+    hot = Sampling(n=3, temperature=1.5, max_new_tokens=6)
+    cut = replace(hot, top_p=0.2, top_k=2)
+    plain, warped = (
+        [(c.token_ids, c.logprobs.tolist()) for c in sample(generator, PROMPTS, s)]
+        for s in (hot, cut)
+    )
+    assert warped == plain
 
 
 def test_collate_refuses_samples_without_tokens() -> None:
@@ -83,6 +96,37 @@ def test_score_changes_the_terminal_slot_for_a_missing_eos(
         clipped = [min(r, way.get("clip_reward", math.inf)) for r in (6.0, 9.0)]
         first = {"sparse": [0.0, 0.0], "uniform": [r / 2 for r in clipped], "red": [4.0, 4.0]}
         assert scored.credit[:, 0].tolist() == first[credit]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "margin", "returns"),
+    [
+        # finished 1 and 3: deviation 1, so the bound is 1 - margin
+        ([1.0, 3.0, 9.0, -5.0], 1.0, [1.0, 3.0, 0.0, -5.0]),
+        ([1.0, 3.0, 9.0, -5.0], 0.0, [1.0, 3.0, 1.0, -5.0]),
+        ([-4.0, -2.0, -1.0, 0.5], 2.0, [-4.0, -2.0, -6.0, -6.0]),  # below -1, as of an SFT model
+        ([1e-4, 3e-4, 9e-4, 0.0], 1.0, [1e-4, 3e-4, 0.0, 0.0]),  # another reward's scale
+        ([2.0, 2.0, 2.0, 2.0], 1.0, [2.0, 2.0, 1.0, 1.0]),  # no deviation anywhere
+        ([2.0, 2.0, 4.0, 4.0], 0.5, [2.0, 2.0, 1.5, 1.5]),  # of all rewards: 1
+    ],
+)
+def test_below_finished_by_hand(rewards: list[float], margin: float, returns: list[float]) -> None:
+    cut = torch.tensor([False, False, True, True])
+    got = below_finished(torch.tensor(rewards), cut, margin)
+    assert got.tolist() == pytest.approx(returns, abs=1e-7)
+
+
+def test_score_never_gives_the_most_to_samples_without_eos() -> None:
+    """By default, under every credit: the reward alone prefers the longest sample, of no EOS."""
+    rows = ([4, EOS], False), ([4, 4, EOS], False), ([4, 4, 4, 4, 4], True)
+    samples = samples_of(*[([3], row, cut) for row, cut in rows])
+    reward = Scripted(lambda prompt, row: len(row) - 9.0 if row else 0.0)
+    for credit in ("sparse", "uniform", "red"):
+        chosen = options(credit=credit, missing_eos=PPOOptions(kind="ppo").missing_eos)
+        scored = score(samples, reward, small_llama(12), chosen, torch.Generator())
+        assert scored.rewards.tolist() == [-7.0, -6.0, -4.0]
+        assert scored.returns.tolist() == pytest.approx([-7.0, -6.0, -7.5])
+        assert scored.credit.sum(1).tolist() == pytest.approx([-7.0, -6.0, -7.5])
 
 
 @pytest.mark.parametrize("missing_eos", ["replace", "subtract"])
@@ -181,6 +225,28 @@ def test_importance_weights_have_mean_one_unless_truncated(
     assert records[1e9]["importance_capped"] == 0
     assert 0.1 < records[1.1]["importance_capped"] < 0.9
     assert records[1.1]["importance_weight"] < 0.95
+
+
+def test_importance_weights_are_one_under_top_p(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The sampler is the learner: a probability that top-p has renormalised would divide it."""
+    chosen = options(importance_weights="truncated", bf16=True, **SMALL)
+    model = small_llama(len(tiny_tokenizer))
+    cast = actors(model, REWARD, tiny_tokenizer, PROMPTS, chosen)
+    cast = replace(
+        cast,
+        generator=HotSampler(cast.generator, 1.0),  # another engine: the learner computes its own
+        sampling=replace(cast.sampling, top_p=0.3),
+    )
+    for record in train(tmp_path, cast, chosen)["history"]:
+        assert record["importance_weight"] == pytest.approx(1.0, abs=0.01)
+        assert record["importance_capped"] == 0
+
+
+def test_options_refuse_a_negative_margin() -> None:
+    with pytest.raises(ValueError, match="with missing_eos relative it is a margin"):
+        options(missing_eos="relative", missing_eos_value=-1.0)
 
 
 def test_options_refuse_a_cap_without_weights() -> None:

@@ -1,10 +1,12 @@
 """Which policy PPO keeps: at its end, and after a divergence."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.ppo_tools import (
     EOS,
     PROMPTS,
@@ -27,6 +29,8 @@ from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
 from irl_align.models.loading import load_model
 from irl_align.policy.ppo.actors import Actors
+from irl_align.policy.ppo.checkpoint import Progress
+from irl_align.policy.ppo.selection import Selection, reward_gap
 
 
 def test_train_keeps_the_policy_nearest_the_demonstrations(
@@ -62,6 +66,94 @@ def test_train_keeps_the_start_if_it_is_best_by_log_prob(
     assert report["kept_update"] == best == 0
     assert same_weights(load_model(tmp_path / "work/model"), small_llama(12))
     assert "no update was better than the start" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("demonstrated", "cut", "gap"),
+    [
+        # finished 1 and 3: mean 2, deviation 1; those without EOS are worth 0 at most
+        (5.0, [], 5 - 8 / 4),
+        (5.0, [3], 5 - (1 + 3 + 3 + 0) / 4),
+        (0.0, [], -(8 / 4)),
+        (1.5, [0, 3], -0.5 - (2 - (3 + 1) / 4)),
+    ],
+)
+def test_reward_gap_by_hand(demonstrated: float, cut: list[int], gap: float) -> None:
+    rewards = torch.tensor([1.0, 3.0, 1.0, 3.0])
+    truncated = torch.tensor([i in cut for i in range(4)])
+    if cut == [3]:  # finished 1, 3 and 1: mean 5/3, deviation sqrt(8)/3, worst 1
+        worth = 1 - math.sqrt(8) / 3
+        gap = demonstrated - (5 + worth) / 4
+    assert reward_gap(demonstrated, rewards, truncated) == pytest.approx(gap)
+
+
+def test_reward_gap_widens_with_every_sample_without_eos() -> None:
+    """Also where the samples score above the demonstrations, and whatever those without EOS have:
+    a policy that never stops would otherwise come nearer the demonstrations."""
+    draw = torch.Generator().manual_seed(0)
+    finished = 2.0 + torch.randn(50, generator=draw)
+    for demonstrated in (-3.0, 2.0, 9.0):
+        for worth in (-9.0, 0.0, 9.0):
+            gaps = []
+            for count in (0, 1, 10, 200):
+                rewards = torch.cat([finished, torch.full((count,), worth)])
+                truncated = torch.arange(50 + count) >= 50
+                gaps.append(abs(reward_gap(demonstrated, rewards, truncated)))
+            assert gaps == sorted(gaps) and len(set(gaps)) == 4
+
+
+def test_evaluate_gives_the_kl_of_the_policy_under_top_p(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The policy is its reference, so the KL is 0; the renormalised log-probs of top-p gave 47."""
+    chosen = options(keep="log_prob", temperature=0.7, episodes=16)
+    cast = cast_of(tiny_tokenizer, chosen)
+    cast = replace(cast, sampling=replace(cast.sampling, top_p=0.3, top_k=2))
+    report = train(tmp_path / "work", cast, chosen)
+    assert abs(report["start"]["held_out_kl"]) < 1e-5
+    assert abs(report["history"][0]["kl"]) < 1e-5
+
+
+def test_train_keeps_the_start_if_no_policy_can_be_judged(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The start's own KL is above kl_stop on held-out prompts, and so is every later one's."""
+    chosen = options(keep="log_prob", evaluate_every=1, missing_eos="ignore")
+    cast = cast_of(tiny_tokenizer, chosen)
+    evaluate = Selection.evaluate
+
+    def far(self: Selection, progress: Progress) -> dict[str, float]:
+        self.options = chosen.model_copy(update={"kl_stop": -1.0})
+        return evaluate(self, progress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Selection, "evaluate", far)
+        report = train(tmp_path / "work", cast, chosen)
+    assert report["kept_update"] == 0 and report["best"] is None
+    assert report["ended"] == "4 updates done"
+    assert same_weights(load_model(tmp_path / "work/model"), small_llama(12))
+    assert "log_prob could judge no policy" in caplog.text
+    assert "the start is kept" in caplog.text
+
+
+def test_train_keeps_the_start_if_no_held_out_sample_ends(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Evaluations draw 4 samples; none ends. Rollouts draw 16."""
+    chosen = options(keep="reward_gap", evaluate_every=1, missing_eos="relative")
+    cast = cast_of(tiny_tokenizer, chosen)
+    eos = cast.generator.eos.copy()  # type: ignore[attr-defined]
+    stream = cast.generator.stream
+
+    def never_ending(prompts: Any, sampling: Any) -> Any:
+        cast.generator.eos[:] = 10**6 if len(prompts) == 4 else eos  # type: ignore[attr-defined]
+        return stream(prompts, sampling)
+
+    cast.generator.stream = never_ending  # type: ignore[method-assign]
+    report = train(tmp_path / "work", cast, chosen)
+    assert report["start"]["held_out_truncated"] == 1.0 and "held_out_gap" not in report["start"]
+    assert report["kept_update"] == 0 and report["best"] is None
+    assert same_weights(load_model(tmp_path / "work/model"), small_llama(12))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
