@@ -164,7 +164,8 @@ class RewardModel(TextScoring):
         pooled = raw
         if rejected is not None:
             step = -(-len(rejected[0]) // POOLED)
-            pooled = torch.cat([raw, self.score_ids(*(side[::step] for side in rejected)).double()])
+            others = self.score_ids(rejected[0][::step], rejected[1][::step])
+            pooled = torch.cat([raw, others.double()])
         mean, std = float(raw.mean()), float(raw.std(correction=0))
         spread = float(pooled.std(correction=0))
         if not (math.isfinite(mean) and math.isfinite(std)):

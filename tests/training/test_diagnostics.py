@@ -102,7 +102,7 @@ def test_vital_signs_give_the_kl_of_the_policy_whatever_drew_the_samples(top_p: 
     assert exact > 20 * report["kl_se"] > 0
     _, samples = drawn.flat()
     ids = torch.tensor([sample.token_ids[0] for sample in samples])
-    biased = float((p - q)[ids].mean())
+    biased = float((p - q)[ids].mean().detach())
     assert (abs(biased - exact) < 4 * report["kl_se"]) == (top_p == 1.0)
 
 
