@@ -186,6 +186,14 @@ JudgeTimeout = Annotated[
         show_default=False,
     ),
 ]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Template of judges and other models that were not made by irl-align: text with "
+        "{prompt}, or chat. Default: their tokenizer's chat template if it has one.",
+        show_default=False,
+    ),
+]
 LmEval = Annotated[
     str | None,
     typer.Option(
@@ -306,6 +314,7 @@ def evaluate(
     judge: Judge = None,
     judge_model: JudgeModel = None,
     judge_timeout: JudgeTimeout = None,
+    template: Template = None,
     lm_eval: LmEval = None,
     lm_eval_tasks: LmEvalTasks = None,
     lm_eval_limit: LmEvalLimit = None,
@@ -331,6 +340,7 @@ def evaluate(
         prompts=prompts,
         judges=[Path(one) for one in judge or [] if not _is_address(one)],
         endpoints=_endpoints(judge or [], judge_model, judge_timeout),
+        template=template,
         benchmarks=lm_eval,
         lm_eval_tasks=lm_eval_tasks,
         lm_eval_limit=lm_eval_limit,

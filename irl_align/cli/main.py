@@ -42,6 +42,16 @@ ModelArgument = Annotated[
 ]
 
 
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Template of a model that was not made by irl-align: text with {prompt}, or chat. "
+        "Default: its tokenizer's chat template if it has one, else {prompt}.",
+        show_default=False,
+    ),
+]
+
+
 @app.command(
     epilog="Example: irl-align train recipes/e2e/spin.yaml data.path=../data/e2e seed=1",
 )
@@ -110,7 +120,8 @@ def ppo(
     reward_template: Annotated[
         str | None,
         typer.Option(
-            help="Template of the reward's prompts: text with {prompt}, or chat.",
+            help="Template of a reward that was not fitted by irl-align: text with {prompt}, or "
+            "chat. Default: its tokenizer's chat template if it has one, else that of the policy.",
             show_default=False,
         ),
     ] = None,
@@ -167,13 +178,20 @@ def show(
 
 
 @app.command(
-    epilog="Example: irl-align score runs/e2e-irl-best-of-n-seed1 --input pairs.jsonl",
+    epilog="Example: irl-align score runs/e2e-irl-best-of-n-seed1 --input pairs.jsonl. A reward of "
+    "another project: irl-align score models/reward --input chats.jsonl",
 )
 def score(
     model: ModelArgument,
     input: Annotated[
-        Path, typer.Option("--input", help="JSON lines: prompt and completion, or chosen/rejected.")
+        Path,
+        typer.Option(
+            "--input",
+            help="JSON lines: prompt with completion, or with chosen and rejected, each a text or "
+            "a list of messages; or messages, whose last is the answer.",
+        ),
     ],
+    template: Template = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON lines; default: standard output.")
     ] = None,
@@ -182,15 +200,16 @@ def score(
 ) -> None:
     """Score texts with a reward model or with the reward of a run.
 
-    SPIN's reward is the log-ratio of its policy to SFT. For rows with chosen and rejected, the
-    accuracy is printed as well.
+    SPIN's reward is the log-ratio of its policy to SFT. A sequence classifier of another project
+    reads each conversation as its own chat template writes it. For rows with chosen and rejected,
+    the accuracy is printed as well.
     """
     _set_up(debug)
-    from irl_align.evaluation.inference import read_rows, score_rows
+    from irl_align.evaluation.inference import SCORED, read_rows, row_exchanges, score_rows
 
     _check_output(output)
-    rows = read_rows(input, [("prompt", "completion"), ("prompt", "chosen", "rejected")])
-    scored, accuracy = score_rows(model, rows, device)
+    rows = read_rows(input, SCORED, row_exchanges)
+    scored, accuracy = score_rows(model, rows, device, template)
     _write(scored, output)
     if accuracy is not None:
         typer.echo(f"accuracy {accuracy:.1%} of {len(rows)} pairs", err=True)
@@ -201,7 +220,15 @@ def score(
 )
 def generate(
     model: ModelArgument,
-    input: Annotated[Path, typer.Option("--input", help="JSON lines with a field prompt.")],
+    input: Annotated[
+        Path,
+        typer.Option(
+            "--input",
+            help="JSON lines with prompt, a text or a list of messages; or with messages, which "
+            "are read up to the last turn that is not the assistant's.",
+        ),
+    ],
+    template: Template = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON lines; default: standard output.")
     ] = None,
@@ -232,15 +259,17 @@ def generate(
     """Sample a policy. If a run's policy selects the best of N samples, so does this command."""
     _set_up(debug)
     from irl_align.evaluation.inference import (
+        SAMPLED,
         generate_rows,
         read_rows,
         resolve_policy,
+        row_prompt,
         sampling_backend,
     )
     from irl_align.models.generation.protocol import Sampling
 
     _check_output(output)
-    rows, policy = read_rows(input, [("prompt",)]), resolve_policy(model)
+    rows, policy = read_rows(input, SAMPLED, row_prompt), resolve_policy(model)
     sampling = Sampling(
         n=n,
         temperature=policy.temperature if temperature is None else temperature,
@@ -249,7 +278,7 @@ def generate(
         seed=seed,
     )
     options = sampling_backend(backend, server or [])
-    _write(generate_rows(policy, rows, sampling, device, options), output)
+    _write(generate_rows(policy, rows, sampling, device, options, template), output)
 
 
 compare.register(app)

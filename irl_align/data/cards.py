@@ -144,19 +144,7 @@ class CardOptions(Options):
     @field_validator("template")
     @classmethod
     def _one_prompt(cls, template: str) -> str:
-        if template == "chat":
-            return template
-        try:
-            fields = [
-                name + (f":{spec}" if spec else "") + (f"!{how}" if how else "")
-                for _, name, spec, how in string.Formatter().parse(template)
-                if name is not None
-            ]
-        except ValueError as error:
-            raise ValueError(f"{error}; write a literal brace twice") from error
-        if fields != ["prompt"]:
-            raise ValueError("give text with {prompt} exactly once and no other field, or chat")
-        return template
+        return check_template(template)
 
     @model_validator(mode="after")
     def _task_or_splits(self) -> CardOptions:
@@ -239,6 +227,23 @@ class Card(CardOptions):
     """Folder of the card's file."""
     license: str
     """The Hub's field license; empty if the card has none."""
+
+
+def check_template(template: str) -> str:
+    """The template, if it is chat or text with one {prompt}. Raises ValueError."""
+    if template == "chat":
+        return template
+    try:
+        fields = [
+            name + (f":{spec}" if spec else "") + (f"!{how}" if how else "")
+            for _, name, spec, how in string.Formatter().parse(template)
+            if name is not None
+        ]
+    except ValueError as error:
+        raise ValueError(f"{error}; write a literal brace twice") from error
+    if fields != ["prompt"]:
+        raise ValueError("give text with {prompt} exactly once and no other field, or chat")
+    return template
 
 
 def load_card(name_or_path: str | Path) -> Card:

@@ -6,6 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from irl_align.data.rows import Prompt, stored_prompt
+
 
 def column(rows: Dataset, name: str) -> list[Any]:
     """The values of a column, read at once.
@@ -14,6 +16,16 @@ def column(rows: Dataset, name: str) -> list[Any]:
     times for token ids.
     """
     return list(rows[name][:])
+
+
+def prompts_of(rows: Dataset) -> list[Prompt]:
+    """The prompts of encoded rows as they are in the data: texts, or conversations."""
+    return [stored_prompt(row) for row in rows.select_columns(["prompt", "messages"]).to_list()]
+
+
+def prompts_by_ids(rows: Dataset) -> dict[tuple[int, ...], Prompt]:
+    """Token ids of each prompt -> the prompt as it is in the data."""
+    return dict(zip(map(tuple, column(rows, "prompt_ids")), prompts_of(rows), strict=True))
 
 
 def by_prompt_key(rows: Dataset, name: str) -> dict[str, Any]:

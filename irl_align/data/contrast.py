@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from irl_align.data.pairs import PairRow, Pairs, by_prompt, finish_pairs, pair_row
-from irl_align.data.rows import prompt_key
+from irl_align.data.rows import Prompt, last_text, prompt_key, stored_prompt, with_last_text
 from irl_align.errors import UserError
 
 NEAREST = 6
@@ -36,19 +36,19 @@ def contrast_pairs(
     iteration: int = 0,
     seed: int = 0,
     edit: Edit | None = None,
-    encode: Callable[[list[str]], list[list[int]]] | None = None,
+    encode: Callable[[list[Prompt]], list[list[int]]] | None = None,
     context: int | None = None,
 ) -> Pairs:
     """(x, y) over (x', y), where y is no demonstration of the other prompt x'.
 
     neighbour: x' is drawn from the NEAREST prompts by Jaccard overlap of their token sets.
 
-    edit: x' = edit(x, rng), turned into ids by encode. With several `edits` in a row,
-    x -> x' -> x'' ..., each further from x by its words, (x', y) over (x'', y) is a pair too. So
-    both sides of a pair may have a prompt that no demonstration has. If the edits are `crossed`,
-    each also makes (x', z) over (x, z), where z demonstrates a prompt that has all words that the
-    edit added and none that it removed. Then edited prompts are preferred as often as rejected, and
-    only the match of prompt and text tells the sides apart.
+    edit: x' = edit(x, rng), turned into ids by encode. The last turn of a conversation is edited.
+    With several `edits` in a row, x -> x' -> x'' ..., each further from x by its words, (x', y)
+    over (x'', y) is a pair too. So both sides of a pair may have a prompt that no demonstration
+    has. If the edits are `crossed`, each also makes (x', z) over (x, z), where z demonstrates a
+    prompt that has all words that the edit added and none that it removed. Then edited prompts are
+    preferred as often as rejected, and only the match of prompt and text tells the sides apart.
 
     context: the limit for the tokens of prompt and text together. A demonstration that has fewer
     such prompts than per_demonstration makes fewer pairs; the missing pairs are counted as
@@ -91,7 +91,7 @@ class _Demonstrations:
             {key: {tuple(row["completion_ids"]) for row in group} for key, group in groups.items()},
         )
 
-    def have(self, prompt: str, completion: list[int]) -> bool:
+    def have(self, prompt: Prompt, completion: list[int]) -> bool:
         """Whether a completion demonstrates a prompt."""
         return tuple(completion) in self.answers.get(prompt_key(prompt), ())
 
@@ -170,11 +170,16 @@ class _Chain:
     """A demonstration's prompt and its edits, each further from it than the one before."""
 
     key: str
-    prompt: str
+    prompt: Prompt
     prompt_ids: list[int]
     completion: list[int]
     index: int
     edits: list[str]
+    """Text of the prompt, or of its last turn, after each edit."""
+
+    def after(self, text: str) -> Prompt:
+        """The prompt with this text."""
+        return with_last_text(self.prompt, text)
 
 
 def _edit_chains(
@@ -183,11 +188,11 @@ def _edit_chains(
     for key, group in known.groups.items():
         rng = random.Random(f"{draw}/edit/{key}")
         for demonstration in group:
-            completion, prompt = list(demonstration["completion_ids"]), demonstration["prompt"]
+            completion, prompt = list(demonstration["completion_ids"]), stored_prompt(demonstration)
             firsts: dict[str, None] = {}
             for _ in range(_EDITS * per_demonstration):
-                text = edit(prompt, rng)
-                if not known.have(text, completion):
+                text = edit(last_text(prompt), rng)
+                if not known.have(with_last_text(prompt, text), completion):
                     firsts[text] = None
                 if len(firsts) == per_demonstration:
                     break
@@ -206,13 +211,14 @@ def _lengthen(
 
     A new text must be further from the prompt, and the completion must be wrong for it.
     """
+    first = last_text(chain.prompt)
     for _ in range(_EDITS * (edits - 1)):
         if len(chain.edits) == edits:
             return
         last = chain.edits[-1]
         text = edit(last, rng)
-        further = word_distance(chain.prompt, text) > word_distance(chain.prompt, last)
-        if further and not known.have(text, chain.completion):
+        further = word_distance(first, text) > word_distance(first, last)
+        if further and not known.have(chain.after(text), chain.completion):
             chain.edits.append(text)
 
 
@@ -224,20 +230,22 @@ def word_distance(a: str, b: str) -> int:
 
 def _chain_rows(
     chains: Sequence[_Chain],
-    encode: Callable[[list[str]], list[list[int]]],
+    encode: Callable[[list[Prompt]], list[list[int]]],
     crossing: _Crossing | None,
 ) -> list[PairRow]:
-    encoded = iter(encode([text for chain in chains for text in chain.edits]))
+    encoded = iter(encode([chain.after(text) for chain in chains for text in chain.edits]))
     rows = []
     for chain in chains:
-        before, before_ids = chain.prompt, chain.prompt_ids
+        before, before_ids = last_text(chain.prompt), chain.prompt_ids
         text, index = chain.completion, chain.index
         for after in chain.edits:
             ids = next(encoded)
             # An edit of casing or white space may be lost in encoding, so that x' equals x.
             if ids != before_ids:
                 rows.append(pair_row(chain.key, before_ids, text, ids, text, index))
-                other = crossing.completion(before, after) if crossing is not None else None
+                other = None
+                if crossing is not None:
+                    other = crossing.completion(chain.after(before), chain.after(after))
                 if other is not None:
                     rows.append(pair_row(chain.key, ids, other, before_ids, other, index))
             before, before_ids = after, ids
@@ -255,19 +263,21 @@ class _Crossing:
     def __init__(self, known: _Demonstrations, draw: str) -> None:
         self.known, self.keys = known, list(known.groups)
         self.rng = random.Random(f"{draw}/crossed")
-        self.words = {key: words_of(group[0]["prompt"]) for key, group in known.groups.items()}
+        self.words = {
+            key: words_of(last_text(stored_prompt(group[0]))) for key, group in known.groups.items()
+        }
         self.having: dict[str, list[str]] = {}
         """Word -> keys of the prompts that have it."""
         for key in self.keys:
             for word in self.words[key]:
                 self.having.setdefault(word, []).append(key)
 
-    def completion(self, prompt: str, edited: str) -> list[int] | None:
+    def completion(self, prompt: Prompt, edited: Prompt) -> list[int] | None:
         """A demonstration of a prompt that has all words added by the edit and none removed by it.
 
         Of the prompts drawn, the one nearest to the edited prompt by words; None if none fits.
         """
-        before, after = words_of(prompt), words_of(edited)
+        before, after = words_of(last_text(prompt)), words_of(last_text(edited))
         added, removed = sorted(after - before), before - after
         if not added and not removed:
             return None

@@ -7,6 +7,7 @@ text again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,8 @@ from irl_align.data.rows import (
     Message,
     Preference,
     Prompt,
+    as_messages,
+    is_one_turn,
     prompt_key,
     prompt_text,
 )
@@ -59,7 +62,8 @@ def encode_demonstrations(
     options: DataOptions,
     context: int | None = None,
 ) -> Encoded:
-    """Columns prompt (text of the data), completion (text), prompt_ids, completion_ids, prompt_key.
+    """Columns prompt (text), messages (JSON of a conversation, else empty), completion (text),
+    prompt_ids, completion_ids and prompt_key.
 
     Rows keep their order. context: the model's positions, the limit for prompt and completion
     together. Raises UserError: a row is too long and options.overlong is error, or no row is left;
@@ -77,7 +81,7 @@ def encode_preferences(
     options: DataOptions,
     context: int | None = None,
 ) -> Encoded:
-    """Columns prompt, chosen, rejected (text), prompt_ids, chosen_ids, rejected_ids, prompt_key,
+    """Columns prompt, messages, chosen, rejected, prompt_ids, chosen_ids, rejected_ids, prompt_key,
     subset and margin. Lengths and errors are those of encode_demonstrations."""
     sides = ["chosen", "rejected"]
     columns = _Encoder(tokenizer, card).columns(rows, sides)
@@ -147,6 +151,7 @@ class _Encoder:
         }
         return {
             "prompt": [prompt_text(prompt) for prompt in prompts],
+            "messages": ["" if isinstance(p, str) else json.dumps(p) for p in prompts],
             **{side: [_cased(text, self.card) for text in texts[side]] for side in sides},
             "prompt_ids": prompt_ids,
             **ids,
@@ -157,9 +162,10 @@ class _Encoder:
         """Each prompt in the card's template, up to where the completion starts."""
         card = self.card
         if card.template != "chat":
-            if not all(isinstance(prompt, str) for prompt in prompts):
+            if not all(is_one_turn(prompt) for prompt in prompts):
                 raise UserError(f"data.card {card.name}: a conversation needs template: chat")
-            return [card.template.format(prompt=_cased(str(prompt), card)) for prompt in prompts]
+            texts = [_cased(prompt_text(prompt), card) for prompt in prompts]
+            return [card.template.format(prompt=text) for text in texts]
         text_end(self.tokenizer, card.template)  # checks the chat template
         return [self._chat(self._messages(prompt), prompt_only=True) for prompt in prompts]
 
@@ -232,11 +238,9 @@ class _Encoder:
         return [repaired[number] if rest is None else rest for number, rest in enumerate(ids)]
 
     def _messages(self, prompt: Prompt) -> list[Message]:
-        turns: list[Message] = (
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        )
         return [
-            {"role": turn["role"], "content": _cased(turn["content"], self.card)} for turn in turns
+            {"role": turn["role"], "content": _cased(turn["content"], self.card)}
+            for turn in as_messages(prompt)
         ]
 
     def _chat(self, messages: list[Message], prompt_only: bool) -> str:

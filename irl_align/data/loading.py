@@ -96,12 +96,18 @@ def load_prompts(card: Card, path: str) -> list[Prompt]:
     for raw in file_rows(Path(path)):
         prompt = _prompt(raw, column, card)
         if isinstance(prompt, list):
-            while prompt and prompt[-1]["role"] == "assistant":
-                prompt = prompt[:-1]
+            prompt = before_answer(prompt)
             if not prompt:
                 raise UserError(raw.fault(column, "only turns of the assistant, expected a prompt"))
         prompts.append(prompt)
     return prompts
+
+
+def before_answer(messages: list[Message]) -> list[Message]:
+    """The messages up to the last one that is not the assistant's."""
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages
 
 
 def _require_kind(card: Card, kind: str, split: str) -> None:
@@ -177,7 +183,7 @@ def _demonstration(raw: Raw, card: Card, columns: Mapping[str, str]) -> Demonstr
     if form != MESSAGES:
         prompt = _prompt(raw, columns["prompt"], card)
         return {"prompt": prompt, "completion": _text(raw, columns["completion"])}
-    messages = _messages(raw, columns["messages"])
+    messages = read_messages(raw, columns["messages"])
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers or (card.turn == "last" and answers[-1] != len(messages) - 1):
         raise _FaultyRow(raw.fault(columns["messages"], "no last turn of the assistant"))
@@ -251,11 +257,12 @@ def _prompt(raw: Raw, column: str, card: Card) -> Prompt:
     if isinstance(raw.column(column), list):
         if card.template != "chat":
             raise UserError(raw.fault(column, "a conversation, which needs template: chat"))
-        return _messages(raw, column)
+        return read_messages(raw, column)
     return _text(raw, column)
 
 
-def _messages(raw: Raw, column: str) -> list[Message]:
+def read_messages(raw: Raw, column: str) -> list[Message]:
+    """The messages of a row. Raises UserError that names the file, row and column."""
     value = raw.column(column)
     if not isinstance(value, list) or not value:
         raise UserError(raw.fault(column, f"{_kind(value)}, expected a list of messages"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from irl_align.errors import UserError
 
 
 class Message(TypedDict):
@@ -16,6 +19,10 @@ class Message(TypedDict):
 
 Prompt = str | list[Message]
 """A text, or a conversation up to the turn that is to be written."""
+
+
+Completion = str | list[Message]
+"""A text, or turns of a conversation whose last is the answer."""
 
 
 class Demonstration(TypedDict):
@@ -42,7 +49,81 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt for people and gold metrics: its text, or one line per message."""
+    """A prompt for people and gold metrics: its text, or one line per message.
+
+    A conversation of one user turn is the text of that turn.
+    """
     if isinstance(prompt, str):
         return prompt
+    if is_one_turn(prompt):
+        return prompt[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def stored_prompt(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of an encoded row as it is in the data: a text, or a conversation."""
+    prompt: Prompt = json.loads(row["messages"]) if row.get("messages") else row["prompt"]
+    return prompt
+
+
+def is_one_turn(prompt: Prompt) -> bool:
+    """Whether the prompt is a text, or one turn of the user."""
+    return isinstance(prompt, str) or [turn["role"] for turn in prompt] == ["user"]
+
+
+def exchange(prompt: Prompt | None, completion: Completion | None) -> tuple[Prompt, str]:
+    """A prompt and the text of its answer.
+
+    A completion of several messages ends with the answer; its other turns belong to the prompt, or
+    repeat it. Without a completion the prompt is the whole conversation, and the other way round.
+    Raises UserError: there is no answer, or nothing before it.
+    """
+    if prompt is not None and isinstance(completion, str):
+        return prompt, completion
+    own = [] if prompt is None else as_messages(prompt)
+    added = [] if completion is None or isinstance(completion, str) else completion
+    turns = added if added[: len(own)] == own else [*own, *added]
+    roles = [turn["role"] for turn in turns]
+    if len(turns) < 2 or roles[-1] != "assistant" or not isinstance(turns[-1]["content"], str):
+        raise UserError(
+            f"found a conversation of the roles {', '.join(roles) or 'none'}, expected a prompt "
+            "and at the end a text of the assistant"
+        )
+    asked = turns[:-1] if prompt is None or len(turns) != len(own) + 1 else prompt
+    return asked, turns[-1]["content"]
+
+
+def exchanges(
+    prompts: Sequence[Prompt], completions: Sequence[Completion] | None
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts and answers of B rows by exchange. Raises UserError that names the row."""
+    given = [None] * len(prompts) if completions is None else completions
+    pairs = []
+    for row, (prompt, completion) in enumerate(zip(prompts, given, strict=True)):
+        try:
+            pairs.append(exchange(prompt, completion))
+        except UserError as error:
+            raise UserError(f"row {row}: {error}") from error
+    return [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """The prompt as a conversation: a text is one turn of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def lowered(prompt: Prompt) -> Prompt:
+    """The prompt in lower case."""
+    if isinstance(prompt, str):
+        return prompt.lower()
+    return [{**message, "content": message["content"].lower()} for message in prompt]
+
+
+def last_text(prompt: Prompt) -> str:
+    """Text of a prompt, or of the last turn of a conversation."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def with_last_text(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with another text, a conversation with another last turn."""
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]

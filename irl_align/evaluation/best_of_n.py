@@ -17,12 +17,13 @@ from datasets import Dataset
 
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import import_object, load_card
-from irl_align.data.columns import by_prompt_key
+from irl_align.data.columns import column, prompts_by_ids
+from irl_align.data.decoding import TokenFormat
+from irl_align.data.rows import Prompt, prompt_text
 from irl_align.data.splits import choose_prompts
-from irl_align.data.tokenizer import decode_batch
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.overoptimization import fit_gain
-from irl_align.evaluation.inference import first_policy
+from irl_align.evaluation.inference import first_policy, prompt_format
 from irl_align.models.generation.backends import resolve_backend, sampling_of
 from irl_align.models.generation.offline import saved_sampler, with_backend
 from irl_align.models.generation.samples import Samples, StoredSamples, write_samples
@@ -150,14 +151,16 @@ def best_of_curve(
     reward_path = source.parent / str(view.summary["reward"])
 
     def build(work: Path) -> dict[str, Any]:
-        ids, texts = _evaluation_prompts(view, prompts)
+        asked = _evaluation_prompts(view, prompts)
+        ids = [list(prompt) for prompt in asked]
         tokenizer = load_tokenizer(policy)
         with saved_sampler(policy, tokenizer, ids, options, resolved, where) as generator:
             write_samples(work, generator, ids, sampling)
         samples = StoredSamples(work, ids)
         reward = RewardModel.from_pretrained(reward_path, where)
         scores = rank_samples(samples, sample_rewards(samples, reward), "reward")
-        golds = _gold_values(samples, texts, tokenizer, gold)
+        form = TokenFormat(tokenizer, prompt_format(policy), asked)
+        golds = _gold_values(samples, form, gold)
         return curve(scores, golds, {**LOWER_IS_BETTER, gold.headline: gold.lower_is_better})
 
     settings = {
@@ -176,24 +179,19 @@ def best_of_curve(
     return store.stage("best-of-curve", settings, inputs, build).metrics
 
 
-def _evaluation_prompts(view: RunView, count: int | None) -> tuple[list[list[int]], list[str]]:
-    """Token ids and texts of a run's evaluation prompts, `count` of them chosen by hash."""
+def _evaluation_prompts(view: RunView, count: int | None) -> dict[tuple[int, ...], Prompt]:
+    """Token ids -> prompt of a run's evaluation prompts, `count` of them chosen by hash."""
     file = view.folder / view.stages["data"]["path"] / "evaluation.parquet"
     rows = Dataset.from_parquet(str(file), keep_in_memory=True)
-    ids, texts = by_prompt_key(rows, "prompt_ids"), by_prompt_key(rows, "prompt")
-    chosen = choose_prompts(ids, count, view.recipe["seed"])
-    keys = [key for key in ids if key in chosen]
-    return [list(ids[key]) for key in keys], [texts[key] for key in keys]
+    keys = choose_prompts(column(rows, "prompt_key"), count, view.recipe["seed"])
+    return prompts_by_ids(rows.filter(lambda key: key in keys, input_columns="prompt_key"))
 
 
-def _gold_values(
-    samples: Samples, texts: Sequence[str], tokenizer: Any, gold: GoldMetric
-) -> dict[str, np.ndarray]:
+def _gold_values(samples: Samples, form: TokenFormat, gold: GoldMetric) -> dict[str, np.ndarray]:
     """Field of the gold's rows -> its values (M, N)."""
-    _, completions = samples.flat()
-    count = len(completions) // len(texts)
-    prompts = [text for text in texts for _ in range(count)]
-    rows = gold(prompts, decode_batch(tokenizer, [c.token_ids for c in completions]), []).rows
-    return {
-        name: np.array([row[name] for row in rows]).reshape(len(texts), count) for name in rows[0]
-    }
+    prompts, completions = samples.flat()
+    answers = form.answers(prompts, [c.token_ids for c in completions])
+    texts = [prompt_text(form.prompt(ids)) for ids in prompts]
+    rows = gold(texts, [answer.text for answer in answers], []).rows
+    shape = (len(samples.prompts), -1)
+    return {name: np.array([row[name] for row in rows]).reshape(shape) for name in rows[0]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from irl_align.evaluation.best_of_n import best_of_curve
 from irl_align.evaluation.chat_client import Endpoint
 from irl_align.evaluation.llm_judge import chat_win_rates
 from irl_align.evaluation.lm_eval_harness import benchmarks, run_benchmarks
-from irl_align.evaluation.preference_data import PreferenceSet, load_set, restricted
+from irl_align.evaluation.preference_data import PreferenceSet, is_foreign, load_set, restricted
 from irl_align.evaluation.preferences import (
+    ModelInput,
     evaluate_preferences,
     find_scorers,
     is_classifier,
     require_explicit_reward,
+    reward_of,
 )
 from irl_align.evaluation.tables import FILE, read_evaluation, subject_of
 from irl_align.evaluation.win_rates import win_rates
@@ -34,6 +36,7 @@ IDENTITY = {
 }
 """Section of an evaluation -> the fields that identify an entry."""
 READ_WITH = {
+    "--card or --judge": ("template",),
     "--card": ("subset", "split", "train_set", "train_split", "beside", "sft"),
     "--best-of": ("backend",),
     "--best-of or a judge's address": ("prompts",),
@@ -62,6 +65,8 @@ class EvaluationRequest:
     """Runs or rewards that judge the run's samples."""
     endpoints: Sequence[Endpoint] = ()
     """Chat models that judge the run's samples."""
+    template: str | None = None
+    """Template of the models that were not made here; their chat template by default."""
     benchmarks: str | None = None
     """Tasks of lm-eval, `TASK[@SHOTS],...`."""
     lm_eval_tasks: Path | None = None
@@ -101,12 +106,15 @@ def _evaluations(
     Raises UserError for what is wrong with the preference sets, before any work.
     """
     evaluations: dict[str, Callable[[], Any]] = {}
+    models: list[ModelInput] = []
     if request.best_of is not None:
         evaluations["best_of"] = partial(
             best_of_curve, source, request.best_of, request.prompts, request.backend, device
         )
     if request.cards:
         scorers = find_scorers(source, request.sft, request.beside)
+        scorers = replace(scorers, template=request.template)
+        models += scorers.models
         if request.train_set is not None or request.train_split is not None:
             require_explicit_reward(scorers.view)
         sets = _load_sets(request)
@@ -115,12 +123,19 @@ def _evaluations(
         ]
     if request.judges:
         evaluations["judged"] = lambda: [
-            win_rates(source, judge, device) for judge in request.judges
+            win_rates(source, judge, device, request.template) for judge in request.judges
         ]
     if request.endpoints:
         evaluations["judged_by_chat"] = lambda: [
             chat_win_rates(source, endpoint, request.prompts) for endpoint in request.endpoints
         ]
+    if request.template is not None:
+        models += [(reward_of(judge), True) for judge in request.judges]
+        if not any(is_foreign(*model) for model in models):
+            raise UserError(
+                "--template: found only models that were made by irl-align, which keep their own "
+                "template; expected another judge or model, or leave the option out"
+            )
     if request.benchmarks is not None:
         folder = source.with_name(f"{source.name}-lm-eval")  # next to a model's folder
         evaluations["benchmarks"] = partial(
@@ -151,6 +166,7 @@ def _check(source: Path, request: EvaluationRequest) -> None:
     """Raise UserError for options that contradict each other or ask for nothing."""
     given = {
         "--card": bool(request.cards),
+        "--card or --judge": bool(request.cards or request.judges),
         "--best-of": request.best_of is not None,
         "--judge": bool(request.judges or request.endpoints),
         "--best-of or a judge's address": request.best_of is not None or bool(request.endpoints),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from trl import DPOConfig
 
 from irl_align.config.generation import GenerationOptions
+from irl_align.data.decoding import decode_answers
 from irl_align.data.encoding import encode_prompts
+from irl_align.data.loading import before_answer, read_messages
+from irl_align.data.rows import Prompt, exchange
 from irl_align.data.sources import file_rows
-from irl_align.data.tokenizer import decode_batch
 from irl_align.errors import UserError
 from irl_align.models.generation.backends import resolve_backend
 from irl_align.models.generation.offline import saved_sampler
@@ -20,14 +22,20 @@ from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
 from irl_align.policy.roles import SFT, START
+from irl_align.reward.foreign import PairClassifier, load_text_reward
 from irl_align.reward.implicit import ImplicitReward
 from irl_align.reward.model import RewardModel
 from irl_align.reward.ranking import rank_samples, sample_rewards
+from irl_align.reward.settings import own_template, refuse_template
 from irl_align.training.reward_step import scheduled
 from irl_align.training.run_folder import Run, RunView, artefact_folder, is_run
 
 Row = dict[str, Any]
 """A row of a file that a user gives or gets: field -> value."""
+SCORED = [("prompt", "completion"), ("prompt", "chosen", "rejected"), ("messages",)]
+SCORED += [("chosen", "rejected")]
+SAMPLED = [("prompt",), ("messages",)]
+"""Fields of rows to score and of prompts to sample; the first fitting tuple is read."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,21 @@ class PromptFormat:
     lowercase: bool = False
 
 
-def prompt_format(policy: Path) -> PromptFormat:
-    """The prompt format of a saved policy."""
-    return PromptFormat(**(getattr(load_config(policy), "irl_prompt", None) or {}))
+def prompt_format(policy: Path, template: str | None = None) -> PromptFormat:
+    """The prompt format of a policy.
+
+    template: of a policy that was not made here, text with {prompt} or chat. The default is its
+    tokenizer's chat template if it has one, else {prompt}. Raises UserError: the template is not
+    used, or cannot be.
+    """
+    saved = getattr(load_config(policy), "irl_prompt", None)
+    if saved is None:
+        return PromptFormat(
+            template=own_template(policy, load_tokenizer(policy).chat_template, template)
+        )
+    form = PromptFormat(**saved)
+    refuse_template(policy, form.template, template)
+    return form
 
 
 def first_policy(view: RunView) -> tuple[Path, str]:
@@ -61,10 +81,13 @@ def first_policy(view: RunView) -> tuple[Path, str]:
     return view.folder / stage["path"] / "model", stage["key"]
 
 
-def read_rows(path: Path, shapes: Sequence[tuple[str, ...]]) -> list[Row]:
+def read_rows(
+    path: Path, shapes: Sequence[tuple[str, ...]], read: Callable[[Row], object]
+) -> list[Row]:
     """Rows of a JSON, CSV or parquet file that all have the fields of one of `shapes`.
 
-    Raises UserError that names the file and row.
+    A field is a text or a list of messages; `messages` is a list. read: row_exchanges or
+    row_prompt, which must be able to read each row. Raises UserError that names the file and row.
     """
     expected = ", or ".join(" and ".join(shape) for shape in shapes)
     rows = []
@@ -76,12 +99,43 @@ def read_rows(path: Path, shapes: Sequence[tuple[str, ...]]) -> list[Row]:
             raise UserError(
                 f"{raw.place}: found the fields {fields}; expected {expected}, the same in all rows"
             )
+        row = dict(raw.values)
         for field in fitting[0]:
-            if not isinstance(raw.values[field], str if field != "prompt" else str | list):
-                kind = type(raw.values[field]).__name__
-                raise UserError(f"{raw.place}: {field}: found {kind}, expected text")
-        rows.append(dict(raw.values))
+            if isinstance(row[field], list):
+                row[field] = read_messages(raw, field)
+            elif field == "messages" or not isinstance(row[field], str):
+                kind = type(row[field]).__name__
+                text = "" if field == "messages" else "text or "
+                raise UserError(
+                    f"{raw.place}: {field}: found {kind}, expected {text}a list of messages"
+                )
+        try:
+            read(row)
+        except UserError as error:
+            raise UserError(f"{raw.place}: {error}") from error
+        rows.append(row)
     return rows
+
+
+def row_exchanges(row: Row) -> list[tuple[Prompt, str]]:
+    """Prompts and answers of a row: of chosen and rejected, of completion, or of messages.
+
+    Raises UserError: there is no answer.
+    """
+    if "chosen" in row and "rejected" in row:
+        return [exchange(row.get("prompt"), row[side]) for side in ("chosen", "rejected")]
+    return [exchange(row.get("prompt"), row.get("completion", row.get("messages")))]
+
+
+def row_prompt(row: Row) -> Prompt:
+    """The prompt of a row, or its messages before the last turns of the assistant.
+
+    Raises UserError: there are no other messages.
+    """
+    prompt: Prompt = row["prompt"] if "prompt" in row else before_answer(row["messages"])
+    if not prompt:
+        raise UserError("found no prompt, expected text or messages before an answer")
+    return prompt
 
 
 def resolve_policy(path: Path) -> SavedPolicy:
@@ -96,18 +150,21 @@ def resolve_policy(path: Path) -> SavedPolicy:
     )
 
 
-def saved_reward(path: Path, device: str) -> RewardModel | ImplicitReward:
+def saved_reward(
+    path: Path, device: str, template: str | None = None
+) -> RewardModel | PairClassifier | ImplicitReward:
     """The last reward of a run, or the reward model in a folder.
 
     For a run with an implicit reward (SPIN, DPO) it is beta log(pi/pi_0): pi is the run's final
-    policy, pi_0 the policy that its loop began with, and beta that of the last iteration.
+    policy, pi_0 the policy that its loop began with, and beta that of the last iteration. template:
+    of a reward that was not fitted here, see load_text_reward.
     """
     where = pick_device(device)
     view = Run.load(path) if is_run(path) else None
     options = view.recipe["reward"] if view is not None else {}
     iterations = view.recipe["loop"]["iterations"] if view is not None else 0
     if not view or options["kind"] != "implicit" or not iterations:
-        return RewardModel.from_pretrained(artefact_folder(path, "reward"), where)
+        return load_text_reward(artefact_folder(path, "reward"), where, template)
     policy, (first, _) = artefact_folder(path, "policy"), first_policy(view)
     args = scheduled(options["args"], options["schedule"], iterations - 1)
     return ImplicitReward(
@@ -115,28 +172,31 @@ def saved_reward(path: Path, device: str) -> RewardModel | ImplicitReward:
         [(1.0, load_model(first, where))],
         float(args.get("beta", DPOConfig.beta)),
         load_tokenizer(policy),
-        prompt_format(policy),
+        prompt_format(policy, template),
     )
 
 
-def score_rows(path: Path, rows: Sequence[Row], device: str) -> tuple[list[Row], float | None]:
+def score_rows(
+    path: Path, rows: Sequence[Row], device: str, template: str | None = None
+) -> tuple[list[Row], float | None]:
     """Rows with their scores by the reward of a run or folder, and the accuracy on pairs.
 
-    A row with a completion gets `score`; a pair gets `chosen_score` and `rejected_score`. The
-    accuracy counts equal scores as half; it is None for completions.
+    A row with a completion, or with messages whose last is the answer, gets `score`; a pair gets
+    `chosen_score` and `rejected_score`. The accuracy counts equal scores as half; it is None for
+    completions. template: of a reward that was not fitted here.
     """
-    reward = saved_reward(path, device)
-    prompts = [row["prompt"] for row in rows]
-    if not all("chosen" in row and "rejected" in row for row in rows):
-        scores = reward.score(prompts, [row["completion"] for row in rows]).tolist()
-        return [{**row, "score": s} for row, s in zip(rows, scores, strict=True)], None
-    chosen = reward.score(prompts, [row["chosen"] for row in rows])
-    rejected = reward.score(prompts, [row["rejected"] for row in rows])
-    wins = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    reward = saved_reward(path, device, template)
+    columns = list(zip(*map(row_exchanges, rows), strict=True))  # one, or chosen and rejected
+    scores = [reward.score([p for p, _ in side], [a for _, a in side]) for side in columns]
+    names = ("score",) if len(scores) == 1 else ("chosen_score", "rejected_score")
     scored = [
-        {**row, "chosen_score": c, "rejected_score": r}
-        for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
+        {**row, **dict(zip(names, values, strict=True))}
+        for row, values in zip(rows, zip(*(s.tolist() for s in scores), strict=True), strict=True)
     ]
+    if len(scores) == 1:
+        return scored, None
+    chosen, rejected = scores
+    wins = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     return scored, float(wins.mean())
 
 
@@ -156,19 +216,20 @@ def generate_rows(
     sampling: Sampling,
     device: str,
     options: GenerationOptions | None = None,
+    template: str | None = None,
 ) -> list[Row]:
     """One row per sample: the prompt's row, with completion, sample and truncated added.
 
-    options: the backend and its settings, transformers by default; `sampling` overrides the
-    settings that it has too.
+    The completion is the answer, without what the policy's template writes around it. options: the
+    backend and its settings, transformers by default; `sampling` overrides the settings that it has
+    too. template: of a policy that was not made here, see prompt_format.
     """
     where = pick_device(device)
+    form, asked = prompt_format(policy.model, template), [row_prompt(row) for row in rows]
     options = options or GenerationOptions()
     backend = resolve_backend(options, where)
     tokenizer = load_tokenizer(policy.model)
-    prompts = encode_prompts(
-        [row["prompt"] for row in rows], tokenizer, prompt_format(policy.model)
-    )
+    prompts = encode_prompts(asked, tokenizer, form)
     options = options.model_copy(update={"max_new_tokens": sampling.max_new_tokens})
     candidates = replace(sampling, n=sampling.n * policy.best_of)
     with saved_sampler(policy.model, tokenizer, prompts, options, backend, where) as generator:
@@ -183,10 +244,18 @@ def generate_rows(
             [group[number * policy.best_of + int(at)] for number, at in enumerate(row)]
             for group, row in zip(groups, best, strict=True)
         ]
+    flat = [
+        (row, prompt, number, completion)
+        for row, prompt, group in zip(rows, asked, groups, strict=True)
+        for number, completion in enumerate(group)
+    ]
+    answers = decode_answers(
+        [prompt for _, prompt, _, _ in flat],
+        [completion.token_ids for _, _, _, completion in flat],
+        tokenizer,
+        form,
+    )
     return [
-        {**row, "completion": text, "sample": number, "truncated": completion.truncated}
-        for row, group in zip(rows, groups, strict=True)
-        for number, (completion, text) in enumerate(
-            zip(group, decode_batch(tokenizer, [c.token_ids for c in group]), strict=True)
-        )
+        {**row, "completion": answer.text, "sample": number, "truncated": completion.truncated}
+        for (row, _, number, completion), answer in zip(flat, answers, strict=True)
     ]

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from irl_align.data.rows import prompt_text
+from irl_align.data.rows import Prompt, as_messages, is_one_turn, prompt_text
 from irl_align.data.splits import choose_prompts
 from irl_align.errors import UserError
 from irl_align.evaluation.chat_client import Endpoint, NoReply
@@ -36,7 +36,9 @@ SYSTEM = (
     "on a line of its own: [[A]] if answer A is better, [[B]] if answer B is better, [[C]] if they "
     "are equally good."
 )
-QUESTION = "[Request]\n{prompt}\n\n[Answer A]\n{a}\n\n[Answer B]\n{b}\n\n[Which is better?]"
+QUESTION = "[{what}]\n{asked}\n\n[Answer A]\n{a}\n\n[Answer B]\n{b}\n\n[Which is better?]"
+Question = tuple[Prompt, str, str]
+"""A prompt and the answers A and B."""
 DECIDED: dict[tuple[str | None, str | None], tuple[str, float]] = {
     ("A", "B"): ("wins", 1.0),
     ("B", "A"): ("losses", 0.0),
@@ -50,11 +52,11 @@ class Pair:
     """Two answers to a prompt: the policy's own and the opponent's."""
 
     key: str
-    prompt: str
+    prompt: Prompt
     own: str
     other: str
 
-    def questions(self) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+    def questions(self) -> tuple[Question, Question]:
         """(prompt, A, B) in both orders; A is the policy's own answer in the first."""
         return (self.prompt, self.own, self.other), (self.prompt, self.other, self.own)
 
@@ -89,13 +91,21 @@ def _pairs(samples: LastSamples, prompts: int | None, seed: int) -> dict[str, li
     rows = [(key, row) for row in samples.rows if (key := prompt_id(row)) in chosen]
     pairs = {
         opponent: [
-            Pair(key, prompt_text(row["prompt"]), row["completion"], others[key])
+            Pair(key, row["prompt"], row["completion"], others[key])
             for key, row in rows
             if key in others
         ]
         for opponent, others in samples.opponents.items()
     }
     return {opponent: own for opponent, own in pairs.items() if own}
+
+
+def question_text(prompt: Prompt, a: str, b: str) -> str:
+    """What the judge is asked about answers A and B; a conversation is shown turn by turn."""
+    if is_one_turn(prompt):
+        return QUESTION.format(what="Request", asked=prompt_text(prompt), a=a, b=b)
+    turns = [f"[{turn['role'].capitalize()}]\n{turn['content']}" for turn in as_messages(prompt)]
+    return QUESTION.format(what="Conversation", asked="\n\n".join(turns), a=a, b=b)
 
 
 class Verdicts:
@@ -119,7 +129,7 @@ class Verdicts:
         self._lock = threading.Lock()
         self._failures = 0
 
-    def key(self, question: tuple[str, str, str]) -> str:
+    def key(self, question: Question) -> str:
         """A hash of everything that the judge reads."""
         content = json.dumps([SYSTEM, QUESTION, self.endpoint.model, *question])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -158,11 +168,11 @@ class Verdicts:
                 f"verdict [[A]], [[B]] or [[C]]; one of them: {reply[:80]!r}"
             )
 
-    def _ask(self, item: tuple[str, tuple[str, str, str]]) -> None:
+    def _ask(self, item: tuple[str, Question]) -> None:
         key, (prompt, a, b) = item
         messages = [
             {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": QUESTION.format(prompt=prompt, a=a, b=b)},
+            {"role": "user", "content": question_text(prompt, a, b)},
         ]
         if self._failures >= MAX_FAILURES:
             raise self._unreachable_error()

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card, load_card
 from irl_align.data.columns import column
 from irl_align.data.encoding import encode_preferences
 from irl_align.data.loading import load_preferences
-from irl_align.data.rows import Preference
+from irl_align.data.rows import Preference, prompt_key
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer
+from irl_align.reward.conversations import encode_conversations
+from irl_align.reward.settings import CONFIG_KEY, own_template
 from irl_align.utils.files import read_json
 
 UNLIMITED = 2**31 - 1  # tokens; `fits` finds the pairs that are too long for a model
@@ -75,16 +78,63 @@ def axes_of(card: Card, subsets: Sequence[str]) -> dict[str, list[str]]:
     return {column: [one[at] for one in parts] for at, column in enumerate(columns)}
 
 
-def encode(pairs: PreferenceSet, path: Path, is_reward: bool) -> Dataset:
-    """The pairs as token ids of the model in a folder, by the prompt template that the model was
-    trained with; by the card's template if the model's config has none."""
-    own = model_config(path).get("irl_reward" if is_reward else "irl_prompt") or {}
-    changed = {k: own[k] for k in ("template", "lowercase") if k in own}
+def encode(
+    pairs: PreferenceSet, path: Path, is_reward: bool, template: str | None = None
+) -> Dataset:
+    """The pairs as token ids of the model in a folder, by the template that it was made with.
+
+    A model that was not made here reads its own chat template, or `template`; without both, the
+    card's template.
+    """
+    tokenizer, own = load_tokenizer(path), _saved_template(path, is_reward)
+    changed: dict[str, Any] = {k: own[k] for k in ("template", "lowercase") if own and k in own}
+    if own is None and (template is not None or tokenizer.chat_template):
+        changed = {"template": own_template(path, tokenizer.chat_template, template)}
+        if is_reward and changed["template"] == "chat":
+            return _encode_conversations(pairs, tokenizer, model_config(path).get("pad_token_id"))
     card = pairs.card.model_copy(update=changed)
     limits = DataOptions(
         card=card.name, max_prompt_tokens=UNLIMITED, max_completion_tokens=UNLIMITED
     )
-    return encode_preferences(pairs.rows, load_tokenizer(path), card, limits).rows
+    return encode_preferences(pairs.rows, tokenizer, card, limits).rows
+
+
+def is_foreign(path: Path, is_reward: bool) -> bool:
+    """Whether the model in a folder was not made by irl-align, as a reward or as a policy."""
+    return _saved_template(path, is_reward) is None
+
+
+def _saved_template(path: Path, is_reward: bool) -> dict[str, Any] | None:
+    saved: dict[str, Any] | None = model_config(path).get(CONFIG_KEY if is_reward else "irl_prompt")
+    return saved
+
+
+def _encode_conversations(
+    pairs: PreferenceSet, tokenizer: PreTrainedTokenizerBase, pad: int | None
+) -> Dataset:
+    """The pairs as a reward of another project reads them."""
+    rows, every = pairs.rows, [True] * len(pairs.rows)
+    prompts = [row["prompt"] for row in rows]
+    better, worse = (
+        encode_conversations(prompts, texts, every, tokenizer, pad)
+        for texts in ([row["chosen"] for row in rows], [row["rejected"] for row in rows])
+    )
+    # Both sides are divided at the first token that either answer changes.
+    at = [min(len(one), len(two)) for one, two in zip(better[0], worse[0], strict=True)]
+
+    def after(side: tuple[list[list[int]], list[list[int]]]) -> list[list[int]]:
+        return [[*p, *c][n:] for p, c, n in zip(*side, at, strict=True)]
+
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [ids[:n] for ids, n in zip(better[0], at, strict=True)],
+            "chosen_ids": after(better),
+            "rejected_ids": after(worse),
+            "prompt_key": [prompt_key(prompt) for prompt in prompts],
+            "subset": [row["subset"] for row in rows],
+            "margin": [row["margin"] for row in rows],
+        }
+    )
 
 
 def fits(rows: Dataset, path: Path, echo: bool = False) -> np.ndarray:

@@ -71,6 +71,19 @@ class Scorers:
     """Language model of the log-prob baselines."""
     view: RunView | None = None
     """The run, where it is one."""
+    template: str | None = None
+    """Template of the models that were not made here, in place of their own chat template."""
+
+    @property
+    def models(self) -> list[ModelInput]:
+        """Every model that scores, and whether it is read as a reward."""
+        models: list[ModelInput] = []
+        for reward in self.rewards.values():
+            if isinstance(reward, Path):
+                models.append((reward, True))
+            else:
+                models += [(reward.policy, False), (reward.reference, False)]
+        return models if self.sft is None else [*models, (self.sft, False)]
 
 
 ModelInput = tuple[Path, bool]
@@ -260,15 +273,7 @@ def _training_rows(pairs: PreferenceSet, policy: Path, echo: bool) -> Dataset:
 
 def _encode_for_all(scorers: Scorers, pairs: PreferenceSet) -> dict[ModelInput, Dataset]:
     """The pairs that fit into the context of every model, as each model's token ids."""
-    models: list[ModelInput] = []
-    for reward in scorers.rewards.values():
-        if isinstance(reward, Path):
-            models.append((reward, True))
-        else:
-            models += [(reward.policy, False), (reward.reference, False)]
-    if scorers.sft is not None:
-        models.append((scorers.sft, False))
-    rows = {(path, is_reward): encode(pairs, path, is_reward) for path, is_reward in models}
+    rows = {model: encode(pairs, *model, scorers.template) for model in scorers.models}
     fitting = np.all([fits(data, path) for (path, _), data in rows.items()], axis=0)
     if not fitting.any():
         raise UserError(

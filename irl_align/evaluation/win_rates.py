@@ -14,8 +14,10 @@ import numpy as np
 
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.policies import policy_label
+from irl_align.evaluation.preference_data import is_foreign
 from irl_align.evaluation.preferences import reward_of
 from irl_align.models.loading import pick_device
+from irl_align.reward.foreign import PairClassifier, load_text_reward
 from irl_align.reward.model import RewardModel
 from irl_align.training.run_folder import Run, RunView
 from irl_align.utils.statistics import clustered_share
@@ -59,12 +61,15 @@ def last_samples(source: Path) -> tuple[str, list[LastSamples]]:
     return policy_label(view, last), samples
 
 
-def win_rates(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]:
+def win_rates(
+    source: Path, judge: Path, device: str = "auto", template: str | None = None
+) -> dict[str, Any]:
     """Win rates of a run's last policy by the reward of `judge`, at every temperature.
 
     The opponents are the policy that the run started from and the first demonstration of each
-    prompt. Equal texts count half; intervals are over prompts. Raises UserError: no finished run,
-    or a judge that is a reward of the run, of any iteration.
+    prompt. Equal texts count half; intervals are over prompts. template: of a judge that was not
+    fitted here, see load_text_reward. Raises UserError: no finished run, or a judge that is a
+    reward of the run, of any iteration.
     """
     label, samples = last_samples(source)
     folder = reward_of(judge)
@@ -72,7 +77,8 @@ def win_rates(source: Path, judge: Path, device: str = "auto") -> dict[str, Any]
         raise UserError(
             f"--judge: found {judge}, {own} that the policy was trained on; expected another"
         )
-    reward = RewardModel.from_pretrained(folder, pick_device(device))
+    chosen = template if is_foreign(folder, is_reward=True) else None
+    reward = load_text_reward(folder, pick_device(device), chosen)
     rows = [{"temperature": one.temperature, **_wins(reward, one)} for one in samples]
     return {"judge": judge.name, "policy": label, "rows": rows}
 
@@ -89,7 +95,7 @@ def _own_reward(view: RunView, reward: Path) -> str:
     return next(names, "")
 
 
-def _wins(reward: RewardModel, samples: LastSamples) -> dict[str, Any]:
+def _wins(reward: RewardModel | PairClassifier, samples: LastSamples) -> dict[str, Any]:
     """Win rates against every opponent, mean score and diversity of samples."""
     prompts = [row["prompt"] for row in samples.rows]
     keys = [prompt_id(row) for row in samples.rows]

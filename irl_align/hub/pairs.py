@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from irl_align.data.columns import column
-from irl_align.data.pairs import load_pairs
-from irl_align.data.tokenizer import decode_batch
+from irl_align.data.columns import column, prompts_by_ids, prompts_of
+from irl_align.data.decoding import TokenFormat, decode_answers
+from irl_align.data.pairs import FEATURES, load_pairs
+from irl_align.data.rows import Prompt, as_messages
+from irl_align.evaluation.inference import prompt_format
 from irl_align.hub.card import pairs_card
 from irl_align.hub.facts import Facts, Licence
 from irl_align.models.loading import load_tokenizer
@@ -29,58 +30,71 @@ def write_pairs(folder: Path, facts: Facts, licence: Licence) -> None:
     README.md.
 
     They hold texts, not token ids: prompts as they are in the data, completions without special
-    tokens.
+    tokens and without what the template writes around them. Where prompts are conversations, they
+    and the completions are lists of messages.
     """
-    tokenizer = load_tokenizer(facts.stage_folder("start") / "model")
-    prompts = _prompt_texts(facts)
+    start = facts.stage_folder("start") / "model"
+    known, by_key = _known_prompts(facts)
+    form = TokenFormat(load_tokenizer(start), prompt_format(start), known)
     counts: dict[str, int] = dict.fromkeys(PARTS.values(), 0)
     (folder / "pairs").mkdir()
     for number, source in facts.pairs().items():
         for part, split in PARTS.items():
             rows = load_pairs(source / f"{part}.parquet")
             counts[split] += len(rows)
-            table = pa.table(_columns(rows, prompts, tokenizer))
+            table = pa.table(_columns(rows, form, by_key))
             pq.write_table(table, folder / "pairs" / f"{split}-{number:03d}.parquet")
     counts["samples"] = _write_samples(folder / "samples", facts)
     atomic_write(folder / "README.md", pairs_card(facts, counts, licence))
 
 
-def _columns(
-    rows: Dataset, prompts: Mapping[tuple[int, ...], str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    def prompt_texts(name: str) -> list[str]:
-        ids = [tuple(row) for row in column(rows, name)]
-        # A prompt that was edited for contrast is not in the data: decode its ids.
-        edited = [row for row in ids if row not in prompts]
-        decoded = dict(zip(edited, decode_batch(tokenizer, edited), strict=True)) if edited else {}
-        return [prompts.get(row) or decoded[row] for row in ids]
+def _columns(rows: Dataset, form: TokenFormat, by_key: Mapping[str, Prompt]) -> dict[str, Any]:
+    """Columns of the exported table; all rows are conversations if any prompt is one.
 
-    kept = (
-        "source",
-        "iteration",
-        "sample_index",
-        "rejected_truncated",
-        "temperature",
-        "prompt_key",
-    )
-    return {
-        "prompt": prompt_texts("prompt_ids"),
-        "chosen": decode_batch(tokenizer, column(rows, "chosen_ids")),
-        "rejected": decode_batch(tokenizer, column(rows, "rejected_ids")),
-        "rejected_prompt": prompt_texts("rejected_prompt_ids"),
-        **{name: column(rows, name) for name in (*kept, "prompt_key")},
+    by_key: prompt key of a pair -> the prompt of its demonstration.
+    """
+    ids = {name: column(rows, name) for name in FEATURES if name.endswith("_ids")}
+    own = [by_key[key] for key in column(rows, "prompt_key")]
+    # A prompt that was edited for contrast is not in the data: its last turn is decoded.
+    prompts = {
+        name: [form.prompt(row, like) for row, like in zip(ids[name], own, strict=True)]
+        for name in ("prompt_ids", "rejected_prompt_ids")
     }
+    answers = {
+        side: [
+            answer.text
+            for answer in decode_answers(
+                prompts[given], ids[f"{side}_ids"], form.tokenizer, form.card
+            )
+        ]
+        for side, given in (("chosen", "prompt_ids"), ("rejected", "rejected_prompt_ids"))
+    }
+    columns: dict[str, list[Any]] = {
+        "prompt": prompts["prompt_ids"],
+        **answers,
+        "rejected_prompt": prompts["rejected_prompt_ids"],
+    }
+    if not all(isinstance(prompt, str) for prompt in columns["prompt"]):
+        for name in ("prompt", "rejected_prompt"):
+            columns[name] = [as_messages(prompt) for prompt in columns[name]]
+        for side in answers:
+            columns[side] = [[{"role": "assistant", "content": text}] for text in answers[side]]
+    kept = ("source", "iteration", "sample_index", "rejected_truncated", "temperature")
+    return {**columns, **{name: column(rows, name) for name in (*kept, "prompt_key")}}
 
 
-def _prompt_texts(facts: Facts) -> dict[tuple[int, ...], str]:
-    """Token ids of every prompt of the demonstrations -> its text."""
-    texts: dict[tuple[int, ...], str] = {}
+def _known_prompts(
+    facts: Facts,
+) -> tuple[dict[tuple[int, ...], Prompt], dict[str, Prompt]]:
+    """The prompts of the demonstrations by their token ids and by their keys."""
+    by_ids: dict[tuple[int, ...], Prompt] = {}
+    by_key: dict[str, Prompt] = {}
     for part in ("reward", "held_out"):
         path = facts.stage_folder("data") / f"{part}.parquet"
-        rows = pq.read_table(path, columns=["prompt_ids", "prompt"])
-        ids = rows.column("prompt_ids").to_pylist()
-        texts.update(zip(map(tuple, ids), rows.column("prompt").to_pylist(), strict=True))
-    return texts
+        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+        by_ids |= prompts_by_ids(rows)
+        by_key |= dict(zip(column(rows, "prompt_key"), prompts_of(rows), strict=True))
+    return by_ids, by_key
 
 
 def _write_samples(folder: Path, facts: Facts) -> int:

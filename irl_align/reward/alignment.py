@@ -1,105 +1,57 @@
-"""Rewards with a tokenizer of their own: they read the text, and scores return to policy tokens.
+"""Rewards that read a policy's completions as text: scores return to the policy's tokens.
 
-The reward's tokenizer encodes a completion's text again. A policy token gets the reward of the
-longest reward prefix that ends at a byte where both tokenizations have a boundary, so a change
-between two shared boundaries is credited to the token that reaches the second. Sums over the tokens
-are exact. The place of a shared boundary may depend on later text (the reward's tokenizer sees the
-whole), so potential-based credit is only approximately so. If either tokenizer changes a completion
-(bytes that are no text, a character that it normalises), its only boundary is its end.
+The reward's tokenizer encodes a completion's text again, by the reward's own template. A policy
+token gets the reward of the longest reward prefix that ends at a byte where both tokenizations have
+a boundary, so a change between two shared boundaries is credited to the token that reaches the
+second. Sums over the tokens are exact. The place of a shared boundary may depend on later text (the
+reward's tokenizer sees the whole), so potential-based credit is only approximately so. If either
+tokenizer changes a completion (bytes that are no text, a character that it normalises), its only
+boundary is its end.
 
-EOS is no text: the reward's EOS is appended where the policy stopped, and not to truncated samples.
-Other special tokens in a completion are left out, as in decoding.
+What the policy's template writes around an answer is no text, and neither is its end: the reward's
+own end follows where the policy stopped, and nothing follows truncated samples. Special tokens in a
+completion are left out, as in decoding.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from irl_align.data.encoding import encode_prompts
-from irl_align.data.rows import Prompt, prompt_text
-from irl_align.data.tokenizer import decode_batch
+from irl_align.data.decoding import Answer, TokenFormat
+from irl_align.data.tokenizer import decode_batch, text_end
 from irl_align.errors import UserError
-from irl_align.models.loading import load_model, load_tokenizer
-from irl_align.models.packing import (
-    TOKENS_PER_BATCH,
-    Ids,
-    batches_by_tokens,
-    context_length,
-    require_context,
-)
-from irl_align.reward.attention import no_prefix_scores
+from irl_align.models.packing import Ids
 from irl_align.reward.model import RewardModel
-from irl_align.reward.protocol import RewardFunction, ScoreRequest, TokenScores
+from irl_align.reward.protocol import RewardFunction, ScoreRequest, TextFormat, TokenScores
 from irl_align.reward.scoring import score_tokens
-from irl_align.reward.settings import DEFAULT_SETTINGS
 
-RawPrompt = Callable[[Sequence[int]], Prompt]
 _PROBE = "A cafe, 'it's £12.50'!\n\tThe  END: naïve 漢字 🙂 x=1_000;"
+PROBED = 8  # prompts with which it is found whether a reward reads a policy's token ids
 
 
-def load_reward(
-    path: str | Path,
-    policy_tokenizer: PreTrainedTokenizerBase,
-    device: torch.device | str = "cpu",
-    raw_prompt: RawPrompt | None = None,
-    template: str | None = None,
-    **options: Any,
-) -> RewardFunction:
-    """Any one-label AutoModelForSequenceClassification as the reward of a policy's token ids.
+def for_policy(reward: RewardModel, policy: TokenFormat) -> RewardFunction:
+    """The reward itself if it reads texts as the policy's token ids, else one that aligns the two.
 
-    raw_prompt: returns the data's prompt for a policy's prompt ids, for a reward with a template of
-    its own; without it the reward reads the decoded prompt ids. template: the reward's template,
-    such as chat, if its folder does not name it. Raises UserError: no such model.
+    It does if the tokenizers are the same, and an answer to prompts of the data has the same ids.
     """
-    with torch.device("meta"):
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            empty = AutoModelForSequenceClassification.from_config(config)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: config.json: not a reward model: {' '.join(str(error).split())[:200]}; "
-                "expected one of AutoModelForSequenceClassification"
-            ) from error
-    if empty.config.num_labels != 1:
-        raise UserError(
-            f"{path}: config.json: num_labels is {empty.config.num_labels}; expected a reward "
-            "model with one label"
-        )
-    if hasattr(empty, "score"):
-        reward = RewardModel.from_pretrained(path, device, **options)
-        if template is not None:
-            reward.settings = replace(reward.settings, template=template)
-        return for_policy(reward, policy_tokenizer, raw_prompt)
-    model = load_model(path, device, AutoModelForSequenceClassification, **options)
-    return PairClassifier(model, load_tokenizer(path), policy_tokenizer, raw_prompt)
-
-
-def for_policy(
-    reward: RewardModel,
-    policy_tokenizer: PreTrainedTokenizerBase,
-    raw_prompt: RawPrompt | None = None,
-) -> RewardFunction:
-    """The reward itself if it shares the policy's tokenizer, else one that aligns the two."""
-    if same_tokenizer(reward.tokenizer, policy_tokenizer):
-        return reward
-    return AlignedReward(reward, policy_tokenizer, raw_prompt)
+    form = reward.text_format()
+    if same_tokenizer(form.tokenizer, policy.tokenizer):
+        prompts = list(policy.prompts.values())[:PROBED]
+        answers = [_PROBE] * len(prompts)
+        own = TextFormat(policy.tokenizer, policy.card).encode(prompts, answers)
+        if form.encode(prompts, answers) == own:
+            return reward
+    return AlignedReward(reward, policy)
 
 
 def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
@@ -119,13 +71,11 @@ class AlignedReward:
     """A reward model for a policy with another tokenizer. A RewardFunction and TokenScorer."""
 
     reward: RewardModel
-    policy_tokenizer: PreTrainedTokenizerBase
-    raw_prompt: RawPrompt | None = None
+    policy: TokenFormat
 
     def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
         """Reward of completions as the policy's token ids: (B,) float32 on the CPU."""
-        texts = decode_batch(self.policy_tokenizer, completions)
-        return self.reward.score_ids(*self._translate(prompts, completions, texts), None)
+        return self.reward.score_ids(*self._translate(prompts, completions)[:2], None)
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes at the policy's tokens: (T + 1,) per row."""
@@ -140,14 +90,15 @@ class AlignedReward:
         Raises UserError: a tokenizer's tokens do not spell the bytes of a text.
         """
         completions = request.completions
-        texts = decode_batch(self.policy_tokenizer, completions)
-        prompt_ids, reward_ids = self._translate(request.prompts, completions, texts)
+        prompt_ids, reward_ids, answers = self._translate(request.prompts, completions)
+        if request.eos_prefixes:
+            self._require_one_end()
         scores = score_tokens(
             self.reward, replace(request, prompts=prompt_ids, completions=reward_ids)
         )
         if not (request.prefixes or request.attention):
             return scores
-        places = self._places(completions, reward_ids, texts)  # (B, Tmax + 1)
+        places = self._places(completions, reward_ids, answers)  # (B, Tmax + 1)
         carried = weights = None
         if scores.prefixes is not None:
             lengths = torch.tensor([len(completion) for completion in completions])
@@ -158,41 +109,72 @@ class AlignedReward:
             weights = total.gather(1, places).diff(dim=1).float()
         return TokenScores(scores.rewards, carried, weights)
 
-    def _translate(
-        self, prompts: Ids, completions: Ids, texts: Sequence[str]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Prompts and completions as the reward's token ids."""
-        tokenizer = self.reward.tokenizer
-        distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
-        raw = _raw_prompts(distinct, self.policy_tokenizer, self.raw_prompt)
-        settings = DEFAULT_SETTINGS if self.raw_prompt is None else self.reward.settings
-        ids = dict(zip(distinct, encode_prompts(raw, tokenizer, settings), strict=True))
-        stopped = [_stopped(completion, self.policy_tokenizer) for completion in completions]
-        end = tokenizer.eos_token_id
-        if end is None and any(stopped):
-            raise UserError("reward model: its tokenizer has no EOS token; expected one")
-        rows = _encode(tokenizer, texts)
-        reward_ids = [row + [end] * stop for row, stop in zip(rows, stopped, strict=True)]
-        return [ids[tuple(prompt)] for prompt in prompts], reward_ids
+    def _require_one_end(self) -> None:
+        """Raise UserError if finished texts do not end with EOS only, which prefixes then get."""
+        form = self.reward.text_format()
+        prompt = [next(iter(self.policy.prompts.values()), "")]
+        (_, [whole]), (_, [cut]) = (
+            form.encode(prompt, [_PROBE], [finished]) for finished in (True, False)
+        )
+        if whole != [*cut, form.tokenizer.eos_token_id]:
+            end = form.tokenizer.decode(whole[len(cut) :])
+            raise UserError(
+                f"reward: eos_prefixes: this reward's texts end with {end!r} and not with its EOS "
+                "token only; expected eos_prefixes: false"
+            )
 
-    def _places(self, policy_ids: Ids, reward_ids: Ids, texts: Sequence[str]) -> Tensor:
+    def _translate(
+        self, prompts: Ids, completions: Ids
+    ) -> tuple[list[list[int]], list[list[int]], list[Answer]]:
+        """Prompts and completions as the reward's token ids, and the policy's answers."""
+        answers = self.policy.answers(prompts, completions)
+        finished = [self._stopped(completion) for completion in completions]
+        prompt_ids, reward_ids = self.reward.text_format().encode(
+            [self.policy.prompt(ids) for ids in prompts],
+            [answer.text for answer in answers],
+            finished,
+        )
+        return prompt_ids, reward_ids, answers
+
+    def _places(self, policy_ids: Ids, reward_ids: Ids, answers: Sequence[Answer]) -> Tensor:
         """Number of the reward prefix of each policy prefix, the last repeated: (B, Tmax + 1)."""
         policy, reward = self._bytes
         out = np.zeros((len(policy_ids), max(map(len, policy_ids), default=0) + 1), np.int64)
-        for number, (own, read, text) in enumerate(zip(policy_ids, reward_ids, texts, strict=True)):
-            stop = int(_stopped(own, self.policy_tokenizer))
-            own_ends = policy.boundaries(own[: len(own) - stop], text)
-            read_ends = reward.boundaries(read[: len(read) - stop], text)
-            if own_ends is not None and read_ends is not None:
+        texts = decode_batch(self.reward.tokenizer, reward_ids)
+        rows = zip(policy_ids, reward_ids, answers, texts, strict=True)
+        for number, (own, read, answer, text) in enumerate(rows):
+            stop = int(self._stopped(own))
+            own_ends = policy.answer_ends(own[: len(own) - stop], answer)
+            read_ends = reward.answer_ends(read, self._within(text, answer.text))
+            if own_ends is not None and read_ends is not None and own_ends[-1] == read_ends[-1]:
+                # What the reward's template writes after the answer belongs to the policy's end.
+                read_ends = read_ends[: int((read_ends == read_ends[-1]).argmax()) + 1]
                 out[number, : len(own_ends)] = shared_prefixes(own_ends, read_ends)
             out[number, len(own) :] = len(read)
         return torch.from_numpy(out)
 
+    def _within(self, text: str, answer: str) -> Answer:
+        """The answer within the reward's completion; the whole text if the template changed it."""
+        answer = answer.lower() if self.reward.settings.lowercase else answer
+        start = text.rfind(answer)
+        return (
+            Answer(text, start, start + len(answer)) if start >= 0 else Answer(text, 0, len(text))
+        )
+
+    def _stopped(self, completion: Sequence[int]) -> bool:
+        """Whether a completion ends with the policy's end of text."""
+        return bool(completion) and completion[-1] == self._end
+
+    @cached_property
+    def _end(self) -> int:
+        return text_end(self.policy.tokenizer, self.policy.card.template).id
+
     @cached_property
     def _bytes(self) -> tuple[TokenBytes, TokenBytes]:
-        tables = TokenBytes(self.policy_tokenizer), TokenBytes(self.reward.tokenizer)
+        tables = TokenBytes(self.policy.tokenizer), TokenBytes(self.reward.tokenizer)
         for table in tables:
-            if table.boundaries(_encode(table.tokenizer, [_PROBE])[0], _PROBE) is None:
+            ids = table.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+            if table.boundaries(ids, _PROBE) is None:
                 raise table.refusal(f"its tokens of {_PROBE[:20]!r} do not spell that text")
         return tables
 
@@ -235,6 +217,17 @@ class TokenBytes:
             return np.where(ends > 0, ends - 1, ends)
         return ends if decoded == text else None
 
+    def answer_ends(self, ids: Sequence[int], answer: Answer) -> np.ndarray | None:
+        """Bytes of the answer in a completion that each prefix of its tokens spells: (T + 1,).
+
+        0 before the answer and the answer's length after it; otherwise as boundaries.
+        """
+        ends = self.boundaries(ids, answer.whole)
+        if ends is None:
+            return None
+        start, length = (len(t.encode()) for t in (answer.whole[: answer.start], answer.text))
+        return np.where(ends < 0, ends, np.clip(ends - start, 0, length))
+
     def refusal(self, why: str) -> UserError:
         """The error for tokens that cannot be mapped to bytes of text."""
         return UserError(
@@ -255,79 +248,6 @@ def shared_prefixes(policy: np.ndarray, reward: np.ndarray) -> np.ndarray:
     places = shared[np.searchsorted(reward[shared], reached, side="right") - 1]
     places[0] = 0
     return places
-
-
-class PairClassifier:
-    """A RewardFunction of a classifier that reads prompt and completion as two texts (BERT).
-
-    It scores whole completions only, since each of its tokens depends on later ones.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        policy_tokenizer: PreTrainedTokenizerBase,
-        raw_prompt: RawPrompt | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.policy_tokenizer = policy_tokenizer
-        self.raw_prompt = raw_prompt
-
-    def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
-        """The classifier's logit for each completion: (B,) float32 on the CPU."""
-        raw = _raw_prompts(prompts, self.policy_tokenizer, self.raw_prompt)
-        texts = decode_batch(self.policy_tokenizer, completions)
-        rows = self.tokenizer([prompt_text(prompt) for prompt in raw], texts)
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        # Some models (RoBERTa) reserve positions; only their tokenizers know the usable length.
-        context = min(context_length(self.model) or 10**12, self.tokenizer.model_max_length)
-        require_context(lengths, context, self.model.config.model_type)
-        scores = torch.empty(len(texts))
-        with torch.inference_mode():
-            for batch in batches_by_tokens(lengths, TOKENS_PER_BATCH):
-                chosen = {name: [values[i] for i in batch] for name, values in rows.items()}
-                inputs = self.tokenizer.pad(chosen, return_tensors="pt").to(self.model.device)
-                scores[batch] = self.model(**inputs).logits[:, 0].float().cpu()
-        return scores
-
-    def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
-        """Raises UserError: a prefix has no score of its own."""
-        raise no_prefix_scores(self.model)
-
-
-def _raw_prompts(
-    prompts: Ids, tokenizer: PreTrainedTokenizerBase, raw_prompt: RawPrompt | None
-) -> list[Prompt]:
-    """Prompts as in the data, or else the decoded ids, which may hold no special token."""
-    if raw_prompt is not None:
-        return [raw_prompt(prompt) for prompt in prompts]
-    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for prompt in prompts:
-        inside = special.intersection(prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt)
-        if inside:
-            raise UserError(
-                f"reward.tokenizer: a prompt holds {tokenizer.decode([min(inside)])!r}, a special "
-                "token of the policy's tokenizer, which the reward's does not share; expected a "
-                "template of the reward's own, or plain text"
-            )
-    return list(decode_batch(tokenizer, prompts))
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts without added tokens; the name of a special token is encoded as text."""
-    if not texts:
-        return []
-    rows: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
-    return rows
-
-
-def _stopped(completion: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a completion ends with the policy's EOS."""
-    return bool(completion) and completion[-1] == tokenizer.eos_token_id
 
 
 def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -35,7 +35,7 @@ from irl_align.models.trl import (
 )
 from irl_align.reward.fit import SIDES
 from irl_align.reward.losses import implicit_reward, mixture_logp
-from irl_align.reward.protocol import TextScoring, require_finite
+from irl_align.reward.protocol import TextFormat, TextScoring, require_finite
 from irl_align.reward.settings import DEFAULT_SETTINGS
 from irl_align.utils import distributed
 
@@ -64,13 +64,13 @@ class ImplicitReward(TextScoring):
         self.tokenizer = tokenizer
         self.template = template
 
-    def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
-        """The tokenizer of texts, and the template of prompts. Raises UserError: no tokenizer."""
+    def text_format(self) -> TextFormat:
+        """How texts are read. Raises UserError: there is no tokenizer."""
         if self.tokenizer is None:
             raise UserError(
                 "reward: an implicit reward needs a tokenizer to score texts, found none"
             )
-        return self.tokenizer, self.template
+        return TextFormat(self.tokenizer, self.template)
 
     def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
         """Rewards of whole completions: (B,). Raises UserError: a reward is not finite."""

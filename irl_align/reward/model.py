@@ -20,7 +20,6 @@ from transformers import (
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from irl_align.config.model import LoraOptions
-from irl_align.data.encoding import Templated
 from irl_align.errors import UserError
 from irl_align.models.lm_head import has_plain_logits
 from irl_align.models.loading import evaluating, load_model, load_tokenizer, seeded
@@ -41,8 +40,8 @@ from irl_align.models.packing import (
     over_packed,
 )
 from irl_align.reward.forward import prefix_rewards, score_head, whole_rewards
-from irl_align.reward.protocol import TextScoring, require_finite
-from irl_align.reward.settings import CONFIG_KEY, DEFAULT_SETTINGS, RewardSettings, parse_settings
+from irl_align.reward.protocol import TextFormat, TextScoring, require_finite
+from irl_align.reward.settings import CONFIG_KEY, DEFAULT_SETTINGS, RewardSettings, settings_of
 
 FLOOR = 0.1  # least deviation of demonstrations, as a share of that of samples and demonstrations
 POOLED = 256  # rejected sides, evenly spaced, that are scored for it
@@ -57,15 +56,20 @@ class RewardModel(TextScoring):
         tokenizer: PreTrainedTokenizerBase,
         settings: RewardSettings = DEFAULT_SETTINGS,
         max_batch_tokens: int = TOKENS_PER_BATCH,
+        foreign: bool = False,
     ) -> None:
+        """foreign: the reward was not fitted here, so that it reads whole conversations as its chat
+        template writes them."""
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
         self.max_batch_tokens = max_batch_tokens
+        self.foreign = foreign
 
-    def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
-        """The tokenizer of texts, and the template of prompts, saved with the weights."""
-        return self.tokenizer, self.settings
+    def text_format(self) -> TextFormat:
+        """The tokenizer of texts and the template, saved with the weights."""
+        pad = self.model.config.pad_token_id if self.foreign else None
+        return TextFormat(self.tokenizer, self.settings, self.foreign, pad)
 
     @classmethod
     def from_policy(
@@ -110,12 +114,18 @@ class RewardModel(TextScoring):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: torch.device | str = "cpu", **options: Any
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        template: str | None = None,
+        **options: Any,
     ) -> RewardModel:
         """Load a reward: ours, or any one-label AutoModelForSequenceClassification.
 
-        options: passed to ``load_model``; merge=False keeps an adapter separate. Raises UserError:
-        no such model, more than one label, unknown settings, or a missing output layer.
+        template: of a reward that was not fitted here, text with {prompt} or chat; the default is
+        its tokenizer's chat template where it has one, else {prompt}. options: passed to
+        ``load_model``; merge=False keeps an adapter separate. Raises UserError: no such model, more
+        than one label, unknown settings, a missing output layer, or a template that is not used.
         """
         tokenizer = load_tokenizer(path)
         # An adapter's head is in its own file, so the base alone lacks one; elsewhere a model
@@ -130,7 +140,8 @@ class RewardModel(TextScoring):
                 f"{'is present' if head is not None else 'is missing'}; expected a "
                 "causal sequence classifier with one label"
             )
-        settings = parse_settings(path, getattr(model.config, CONFIG_KEY, None))
+        saved = getattr(model.config, CONFIG_KEY, None)
+        settings = settings_of(path, saved, tokenizer.chat_template, template)
         if settings.lm_coef and not model.config.tie_word_embeddings:
             if is_adapter(path):
                 base = options.pop("base", None) or base_of(path)
@@ -138,7 +149,7 @@ class RewardModel(TextScoring):
                 model.lm_head = policy.get_output_embeddings().requires_grad_(False)
             else:
                 model.lm_head = _load_lm_head(Path(path), model)
-        return cls(model, tokenizer, settings)
+        return cls(model, tokenizer, settings, foreign=saved is None)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer and settings; loads as AutoModelForSequenceClassification."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from irl_align.data.encoding import Templated, encode_completions, encode_prompts
+from irl_align.data.rows import Completion, Prompt, exchanges
 from irl_align.errors import UserError
 from irl_align.models.packing import Ids
+from irl_align.reward.conversations import encode_conversations, encode_samples
 
 
 class RewardFunction(Protocol):
@@ -64,31 +66,61 @@ class TokenScorer(Protocol):
         """Scores of the request, as :func:`irl_align.reward.scoring.score_tokens` returns them."""
 
 
+@dataclass(frozen=True)
+class TextFormat:
+    """How a reward reads texts as token ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Templated
+    foreign: bool = False
+    """Whether the reward was not fitted here: a chat template then renders prompt and answer at
+    once, and the reward reads all that it writes."""
+    pad: int | None = None
+    """Pad token of a reward that was not fitted here: transformers reads no score at it."""
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        finished: Sequence[bool] | None = None,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts and answers as token ids.
+
+        finished: whether a sampled answer has an end; nothing follows one that has none. None for
+        texts of data, which are finished and hold no special token. Raises UserError: the template
+        cannot render a row, or a text of data holds a special token.
+        """
+        if self.foreign and self.template.template == "chat":
+            every = [True] * len(answers)
+            given = finished or every
+            return encode_conversations(prompts, answers, given, self.tokenizer, self.pad)
+        if finished is not None:
+            return encode_samples(prompts, answers, finished, self.tokenizer, self.template)
+        prompt_ids = encode_prompts(prompts, self.tokenizer, self.template)
+        ids = encode_completions(prompts, answers, prompt_ids, self.tokenizer, self.template)
+        return prompt_ids, ids
+
+
 class TextScoring(RewardFunction, Protocol):
     """Mixin that adds rewards of texts to a function that scores token ids."""
 
-    def text_format(self) -> tuple[PreTrainedTokenizerBase, Templated]:
-        """The tokenizer of texts, and the template of prompts."""
+    def text_format(self) -> TextFormat:
+        """How texts are read."""
 
-    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:
-        """Reward of texts: prompts (strings or message lists) and completions; (B,).
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion] | None = None
+    ) -> Tensor:
+        """Reward of completions after prompts, which are texts or lists of messages: (B,).
 
-        The recipe's template is applied, and EOS is appended: a text counts as finished.
+        Without completions each prompt is a conversation that ends with the answer. The reward's
+        template is applied with the end of the answer: a text counts as finished. Raises UserError:
+        a row has no answer, or the template cannot render it.
         """
-        return self.score_ids(*self.encode_texts(prompts, completions))
+        return self.score_ids(*self.text_format().encode(*exchanges(prompts, completions)))
 
-    def prefix_scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[Tensor]:
+    def prefix_scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Tensor]:
         """Reward after every token of each text, the empty completion first: (T + 1,) per row."""
-        return self.prefix_scores_ids(*self.encode_texts(prompts, completions))
-
-    def encode_texts(
-        self, prompts: Sequence[Any], completions: Sequence[str]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Prompts and completions as token ids."""
-        tokenizer, template = self.text_format()
-        prompt_ids = encode_prompts(prompts, tokenizer, template)
-        ids = encode_completions(prompts, completions, prompt_ids, tokenizer, template)
-        return prompt_ids, ids
+        return self.prefix_scores_ids(*self.text_format().encode(prompts, answers))
 
 
 def require_finite(name: str, values: Tensor) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from irl_align.data.cards import check_template
 from irl_align.errors import UserError
 from irl_align.utils.files import read_json
 
@@ -35,6 +36,53 @@ class RewardSettings:
 
 
 DEFAULT_SETTINGS = RewardSettings()
+
+
+def settings_of(
+    path: str | Path,
+    saved: dict[str, Any] | None,
+    chat_template: object,
+    template: str | None = None,
+) -> RewardSettings:
+    """Settings of a reward: those in its config.json, or of a reward that was not fitted here.
+
+    chat_template and template: see own_template. Raises UserError: the settings are unknown, or the
+    template is not used or cannot be.
+    """
+    if saved is None:
+        return replace(DEFAULT_SETTINGS, template=own_template(path, chat_template, template))
+    settings = parse_settings(path, saved)
+    refuse_template(path, settings.template, template)
+    return settings
+
+
+def own_template(path: str | Path, chat_template: object, template: str | None) -> str:
+    """The template of a model that was not made here: text with {prompt}, or chat.
+
+    chat_template: that of its tokenizer, which is used if there is one. template: another choice.
+    Raises UserError: the template is neither, or there is no chat template.
+    """
+    if template is None:
+        return "chat" if chat_template else "{prompt}"
+    try:
+        check_template(template)
+    except ValueError as error:
+        raise UserError(f"{path}: template: found {template!r}: {error}") from error
+    if template == "chat" and not chat_template:
+        raise UserError(
+            f"{path}: template: found chat, but its tokenizer has no chat template; expected text "
+            "with {prompt}"
+        )
+    return template
+
+
+def refuse_template(path: str | Path, saved: str, template: str | None) -> None:
+    """Raise UserError if a template is given for a model that was made with another one."""
+    if template is not None:
+        raise UserError(
+            f"{path}: template: found {template!r}, but this model was made with the template "
+            f"{saved!r}, which it keeps; leave the option out"
+        )
 
 
 def read_settings(folder: Path) -> RewardSettings:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from irl_align.data.cards import import_object
-from irl_align.data.columns import by_prompt_key, column
+from irl_align.data.cards import Card, import_object
+from irl_align.data.columns import by_prompt_key, column, prompts_of
+from irl_align.data.decoding import decode_answers
+from irl_align.data.rows import Prompt, prompt_text
 from irl_align.data.splits import choose_prompts
-from irl_align.data.tokenizer import decode_batch
 from irl_align.policy.roles import DEMONSTRATIONS, Role
 from irl_align.reward.distributed import spread
 from irl_align.tasks.bleu import reference_metrics
@@ -44,6 +46,13 @@ class _Prompts:
     """evaluation.prompts."""
     gold: str | None
     """Import path of the gold metric."""
+    card: Card
+    """Card of the data."""
+
+    @cached_property
+    def by_key(self) -> dict[str, Prompt]:
+        """Prompt key -> the prompt as it is in the data."""
+        return dict(zip(column(self.rows, "prompt_key"), prompts_of(self.rows), strict=True))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,7 +70,7 @@ def evaluate_policy(context: RunContext, iteration: Iteration) -> None:
     keys = choose_prompts(data.evaluation["prompt_key"], options.prompts, context.recipe.seed)
     rows = data.evaluation.filter(lambda key: key in keys, input_columns="prompt_key")
     gold = data.card.gold if options.gold else None
-    prompts = _Prompts(rows, data.checksums["evaluation"], options.prompts, gold)
+    prompts = _Prompts(rows, data.checksums["evaluation"], options.prompts, gold, data.card)
     if k == 0:
         _evaluate_demonstrations(context, prompts)
     # A selecting policy samples at its own temperature only.
@@ -232,7 +241,14 @@ def _gold_of_samples(
 ) -> dict[str, Any]:
     """Gold metrics of the first sample of every prompt; only the main process computes them."""
     samples = drawn.by_key
-    texts = decode_batch(context.tokenizer, [group[0].token_ids for group in samples.values()])
+    prompt_of = prompts.by_key
+    answers = decode_answers(
+        [prompt_of[key] for key in samples],
+        [group[0].token_ids for group in samples.values()],
+        context.tokenizer,
+        prompts.card,
+    )
+    texts = [answer.text for answer in answers]
     return distributed.on_main(lambda: _gold(work, prompts, list(samples), texts))
 
 
@@ -249,7 +265,7 @@ def _gold(
     """
     rows = prompts.rows
     by_key: dict[str, list[str]] = {}
-    prompt_of = by_prompt_key(rows, "prompt")
+    prompt_of = prompts.by_key
     for key, completion in zip(column(rows, "prompt_key"), column(rows, "completion"), strict=True):
         by_key.setdefault(key, []).append(completion)
     lines: list[dict[str, Any]] = [
@@ -260,7 +276,7 @@ def _gold(
     if prompts.gold is not None:
         metric: GoldMetric = import_object(prompts.gold, "gold")
         result = metric(
-            [prompt_of[key] for key in keys],
+            [prompt_text(prompt_of[key]) for key in keys],
             texts,
             [by_key[key] for key in keys] if references else [],
         )

@@ -18,7 +18,7 @@ from irl_align.data.cards import Card, import_object
 from irl_align.data.columns import column
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.loading import load_prompts
-from irl_align.data.rows import Demonstration, Prompt, prompt_key
+from irl_align.data.rows import Demonstration, Prompt, last_text, prompt_key, with_last_text
 from irl_align.errors import UserError
 from irl_align.policy import Demonstrations
 from irl_align.tasks.gold import PromptEdit
@@ -105,7 +105,7 @@ def with_prompts(demonstrations: Demonstrations, extra: PromptsByIds) -> Demonst
 
 
 def _edited(own: Iterable[Prompt], card: Card, edits: int, seed: int) -> list[Prompt]:
-    """Every distinct prompt after so many edits in a row."""
+    """Every distinct prompt after so many edits in a row, of a conversation's last turn."""
     if card.edit is None:
         raise UserError(
             f"policy_update.edited_prompts: found {edits}, but card {card.name} names no edit"
@@ -114,8 +114,7 @@ def _edited(own: Iterable[Prompt], card: Card, edits: int, seed: int) -> list[Pr
     prompts: list[Prompt] = []
     for key, prompt in {prompt_key(prompt): prompt for prompt in own}.items():
         rng = random.Random(f"{seed}/edited-prompt/{key}")
-        text = str(prompt)
         for _ in range(edits):
-            text = edit(text, rng)
-        prompts.append(text)
+            prompt = with_last_text(prompt, edit(last_text(prompt), rng))
+        prompts.append(prompt)
     return prompts

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from irl_align.config.policy_update import (
     BestOfNOptions,
@@ -15,13 +15,16 @@ from irl_align.config.policy_update import (
 )
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import import_object
-from irl_align.data.columns import column
+from irl_align.data.columns import column, prompts_by_ids
+from irl_align.data.decoding import decode_answers
+from irl_align.data.rows import prompt_text
 from irl_align.data.splits import choose_prompts
 from irl_align.errors import UserError
 from irl_align.policy import Demonstrations, Policy, PolicyUpdate, UpdateRequest
 from irl_align.policy.best_of_n import BestOfN
 from irl_align.policy.identity import Identity
 from irl_align.policy.iqlearn import IQLearn
+from irl_align.policy.ppo.monitors import Judge
 from irl_align.policy.ppo.update import PPO
 from irl_align.policy.roles import Role
 from irl_align.policy.sft import MoreSFT
@@ -65,7 +68,7 @@ def make_update(recipe: Recipe, data: Data) -> PolicyUpdate:
         return BestOfN(options)
     if isinstance(options, PPOOptions):
         gold = data.card.gold if recipe.evaluation.gold else None
-        judge = rollout_judge(gold, data.reward) if gold is not None else None
+        judge = rollout_judge(gold, data) if gold is not None else None
         held_out = held_out_subset(data, options.held_out_prompts, recipe.seed)
         return PPO(options, held_out, judge, gold)
     if isinstance(options, MoreSFTOptions):
@@ -90,27 +93,35 @@ def held_out_subset(data: Data, prompts: int, seed: int) -> Demonstrations:
     return Demonstrations(column(rows, "prompt_ids"), column(rows, "completion_ids"), checksum)
 
 
-def rollout_judge(gold: str, rows: Dataset) -> Callable[..., Mapping[str, float]]:
-    """The card's gold metric as a function of prompts (token ids) and texts.
+def rollout_judge(gold: str, data: Data) -> Judge:
+    """The card's gold metric as a function of prompts and completions as token ids.
 
-    Prompts that are not among these rows are left out: they have no references.
+    Prompts that are not those of data.reward are left out: they have no references.
     """
     metric: GoldMetric = import_object(gold, "gold")
-    texts: dict[tuple[int, ...], str] = {}
+    rows = data.reward
+    known = prompts_by_ids(rows)
     references: dict[tuple[int, ...], list[str]] = {}
-    for ids, prompt, completion in zip(
-        *(column(rows, name) for name in ("prompt_ids", "prompt", "completion")), strict=True
+    for ids, completion in zip(
+        *(column(rows, name) for name in ("prompt_ids", "completion")), strict=True
     ):
-        texts.setdefault(tuple(ids), prompt)
         references.setdefault(tuple(ids), []).append(completion)
 
-    def judge(prompts: Sequence[Sequence[int]], completions: Sequence[str]) -> Mapping[str, float]:
+    def judge(
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Mapping[str, float]:
         keys = [tuple(ids) for ids in prompts]
-        judged = [i for i, key in enumerate(keys) if key in texts]
+        judged = [i for i, key in enumerate(keys) if key in known]
         if not judged:
             return {}
-        asked = [texts[keys[i]] for i in judged]
-        written = [completions[i] for i in judged]
-        return metric(asked, written, [references[keys[i]] for i in judged]).corpus
+        asked = [known[keys[i]] for i in judged]
+        written = decode_answers(asked, [completions[i] for i in judged], tokenizer, data.card)
+        return metric(
+            [prompt_text(prompt) for prompt in asked],
+            [answer.text for answer in written],
+            [references[keys[i]] for i in judged],
+        ).corpus
 
     return judge

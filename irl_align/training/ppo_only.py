@@ -11,16 +11,17 @@ from typing import Any
 from irl_align.config.policy_update import PPOOptions
 from irl_align.config.recipe import make_recipe
 from irl_align.config.schema import Recipe
-from irl_align.data.columns import column
+from irl_align.data.columns import prompts_by_ids
+from irl_align.data.decoding import TokenFormat
 from irl_align.data.rows import Prompt
 from irl_align.errors import UserError
 from irl_align.policy import Policy, Reward, UpdateRequest
 from irl_align.policy.roles import Role
-from irl_align.reward.alignment import load_reward
+from irl_align.reward.foreign import load_reward
 from irl_align.training.context import RunContext
 from irl_align.training.evaluation import evaluate_policy
-from irl_align.training.extra_prompts import PromptsByIds, with_prompts
-from irl_align.training.iteration import Data, Iteration
+from irl_align.training.extra_prompts import with_prompts
+from irl_align.training.iteration import Iteration
 from irl_align.training.policy_step import make_update, policy_prompts
 from irl_align.training.prepare import load_data, prepare
 from irl_align.training.run_folder import artefact_folder
@@ -78,16 +79,16 @@ def run_ppo(
     training are saved with their rewards.
 
     reward: a run with an explicit reward, or any AutoModelForSequenceClassification with one label.
-    template: template of the reward's prompts (text with {prompt}, or chat), if its tokenizer is
-    not the policy's. replace: a finished run with the same name and seed that has other settings
-    or another reward is replaced; without it, such a run is refused.
+    template: that of a reward which was not fitted here (text with {prompt}, or chat), in place of
+    its own chat template. replace: a finished run with the same name and seed that has other
+    settings or another reward is replaced; without it, such a run is refused.
 
     Raises UserError: a mistake or fault that the user can fix.
     """
     began = time.time()
     path = artefact_folder(Path(reward), "reward")
     key = file_checksum(path)[:16] if path.exists() else str(path)
-    artefact = Reward("explicit", path, key if template is None else f"{key}+{template}")
+    artefact = Reward("explicit", path, f"{key}+{template or 'its own template'}")
     with open_run(recipe, replace, {"reward": artefact.key}) as (context, trackers):
         where = path if path.exists() else reward
         improved = _improve(context, artefact, where, template)
@@ -113,10 +114,12 @@ def _improve(
     data, start = prepare(context, load_data(context.recipe))
     evaluate_policy(context, Iteration(0, start, start, None, data))
     extra = policy_prompts(context, data)
-    prompt_of = raw_prompts(data, extra)
+    prompts: dict[tuple[int, ...], Prompt] = dict(extra)
+    for rows in (data.reward, data.held_out, data.evaluation):  # all rows that a reward may score
+        prompts |= prompts_by_ids(rows)
     context.models.load_rewards_with(
         lambda _: load_reward(
-            where, context.tokenizer, context.device, prompt_of.__getitem__, template
+            where, TokenFormat(context.tokenizer, data.card, prompts), context.device, template
         )
     )
     demonstrations = with_prompts(data.demonstrations("reward"), extra)
@@ -135,19 +138,3 @@ def summary_line(improved: Improved) -> str:
         f"KL {last['kl']:.2f} nats, length {first['length']:.1f} to {last['length']:.1f}; "
         f"kept: after update {improved.metrics['kept_update']}"
     )
-
-
-class Prompts(dict[tuple[int, ...], Prompt]):
-    """Prompts as they are in the data, by their token ids."""
-
-    def __getitem__(self, ids: Sequence[int]) -> Prompt:
-        return super().__getitem__(tuple(ids))
-
-
-def raw_prompts(data: Data, extra: PromptsByIds) -> Prompts:
-    """Prompts of all rows that a reward may score, and the prompts without demonstrations."""
-    prompts = Prompts(extra)
-    for rows in (data.reward, data.held_out, data.evaluation):
-        for ids, text in zip(column(rows, "prompt_ids"), column(rows, "prompt"), strict=True):
-            prompts[tuple(ids)] = text
-    return prompts

@@ -38,7 +38,7 @@ from irl_align.training.store import Stage
 from irl_align.utils.files import file_checksum
 
 USES = ("sft", "reward", "held_out", "evaluation")
-_COLUMNS = ("prompt", "completion", "prompt_ids", "completion_ids", "prompt_key")
+_COLUMNS = ("prompt", "messages", "completion", "prompt_ids", "completion_ids", "prompt_key")
 
 
 def recipe_card(recipe: Recipe) -> Card:
@@ -132,6 +132,7 @@ def _encode(context: RunContext, raw: RawData, start: Policy) -> Stage:
         {
             "card": {"template": card.template, "lowercase": card.lowercase, "name": card.name},
             "limits": {name: getattr(options, name) for name in limits},
+            "columns": _COLUMNS,
         },
         {"tokenizer": start.key, **raw.checksums},
         build,

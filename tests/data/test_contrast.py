@@ -1,8 +1,10 @@
 """Contrast pairs: neighbours, edits, chains of edits and crossed edits."""
 
+import json
 import random
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from irl_align.data.loading import load_demonstrations
 from irl_align.data.pairs import (
     FEATURES,
 )
+from irl_align.data.rows import prompt_key
 from irl_align.errors import UserError
 from irl_align.tasks import restaurant
 
@@ -277,3 +280,35 @@ def test_contrast_pairs_fits_the_context() -> None:
     assert all(len(r["rejected_prompt_ids"]) + len(r["rejected_ids"]) <= 7 for r in pairs)
     assert all(len(r["prompt_ids"]) + len(r["chosen_ids"]) <= 7 for r in pairs)
     assert len(pairs) == 2 and dropped == {"no_contrast": 4}  # none with "abcdef", 6 and 3
+
+
+def test_contrast_pairs_edits_the_last_turn_of_a_conversation() -> None:
+    """The edit sees that turn only, and the edited prompt stays a conversation."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+    prompts: dict[int, list[dict[str, str]]] = {
+        n: [*turns, {"role": "user", "content": text}] for n, text in ((1, "a, p"), (4, "b, r"))
+    }
+
+    def encode(given: list[Any]) -> list[list[int]]:
+        assert all(prompt[:2] == turns for prompt in given)
+        return by_word([prompt[2]["content"] for prompt in given])
+
+    demos = [
+        {
+            **worded(prompt[2]["content"], n),
+            "prompt": "shown to people",
+            "messages": json.dumps(prompt),
+            "prompt_key": prompt_key(prompt),
+        }
+        for n, prompt in prompts.items()
+    ]
+    steps = {"a, p": "b, r", "b, r": "b, s"}
+    pairs = contrast_pairs(
+        demos, "edit", crossed=True, edit=lambda text, rng: steps[text], encode=encode
+    ).rows
+    rows = [
+        ("".join(map(chr, r["prompt_ids"])), "".join(map(chr, r["rejected_prompt_ids"])), text)
+        for r in pairs
+        for text in r["chosen_ids"][:1]
+    ]
+    assert sorted(rows) == [("ap", "br", 1), ("br", "ap", 4), ("br", "bs", 4)]

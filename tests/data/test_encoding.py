@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
+from irl_align.data.columns import prompts_of
 from irl_align.data.encoding import (
     encode_completions,
     encode_demonstrations,
@@ -215,6 +216,17 @@ def test_chat_prompts_equal_the_template_by_hand(chat: PreTrainedTokenizerFast) 
         "Goodbye<|eos|>",
     ]
     assert encoded["prompt"][:] == ["Hi", "user: Hi\nassistant: Hello\nuser: Bye"]
+    assert prompts_of(encoded) == ["Hi", TALK]
+
+
+def test_encode_prompts_takes_a_conversation_of_one_turn_as_text(
+    scratch: PreTrainedTokenizerFast,
+) -> None:
+    assert encode_prompts([TALK[:1], "Hi"], scratch, card("Q {prompt}")) == (
+        encode_prompts(["Hi", "Hi"], scratch, card("Q {prompt}"))
+    )
+    with pytest.raises(UserError, match="a conversation needs template: chat"):
+        encode_prompts([TALK], scratch, card("Q {prompt}"))
 
 
 def test_chat_ids_equal_those_of_the_whole_conversation(chat: PreTrainedTokenizerFast) -> None:

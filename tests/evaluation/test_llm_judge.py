@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from irl_align.errors import UserError
 from irl_align.evaluation.chat_client import Endpoint, NoReply
-from irl_align.evaluation.llm_judge import Pair, Verdicts, chat_win_rates
+from irl_align.evaluation.llm_judge import Pair, Verdicts, chat_win_rates, question_text
 
 ASKED = re.compile(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\n\[Which", re.DOTALL)
 
@@ -326,3 +326,14 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             time.sleep(0.5)
     raise AssertionError("the server did not start")
+
+
+def test_question_text_shows_a_conversation_turn_by_turn() -> None:
+    turns = [("user", "Hi"), ("assistant", "Yes?"), ("user", "Where?")]
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    assert question_text(prompt, "here", "there") == (
+        "[Conversation]\n[User]\nHi\n\n[Assistant]\nYes?\n\n[User]\nWhere?\n\n"
+        "[Answer A]\nhere\n\n[Answer B]\nthere\n\n[Which is better?]"
+    )
+    one = "[Request]\nWhere?\n\n[Answer A]\na\n\n[Answer B]\nb\n\n[Which is better?]"
+    assert question_text(prompt[2:], "a", "b") == question_text("Where?", "a", "b") == one

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 from lxml import html
+from support.chat_templates import chat_tokenizer
+from support.classifiers import card_score, one_label_classifier
+from support.rows import save
 from support.shared_runs import shared_run
+from support.synthetic_runs import synthetic_run
 from support.tiny_runs import irl_align, the_line
 
 from irl_align.evaluation.win_rates import distinct_bigrams
@@ -95,3 +99,49 @@ def test_distinct_bigrams_counts_pairs_of_neighbouring_words(
     texts: list[str], expected: float
 ) -> None:
     assert distinct_bigrams(texts) == pytest.approx(expected)
+
+
+def test_win_rates_by_another_projects_reward_are_those_of_its_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads conversations as its chat template writes them, whole."""
+    tokenizer = chat_tokenizer("chatml")
+    plain = one_label_classifier(tokenizer)
+    judge = save(plain, tokenizer, tmp_path / "judge")
+    prompts: list[list[dict[str, str]]] = [
+        [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": f"Yes {i}?"},
+            {"role": "user", "content": "Where is it?"},
+        ]
+        for i in range(6)
+    ]
+    answers = {
+        name: [f"{text} {i}." for i in range(6)]
+        for name, text in (("policy-1-t0", "Near"), ("policy-0-t0", "In the city"))
+    }
+    samples = {
+        name: [{"prompt": p, "completion": text} for p, text in zip(prompts, texts, strict=True)]
+        for name, texts in answers.items()
+    }
+    run = synthetic_run(tmp_path, "m", 1, [(0.3, 0.2), (0.2, 0.1)], samples=samples)
+    wins = [
+        card_score(plain, tokenizer, p, own) > card_score(plain, tokenizer, p, start)
+        for p, own, start in zip(prompts, *answers.values(), strict=True)
+    ]
+    ended = irl_align(capsys, "evaluate", run, "--judge", judge)
+    assert ended.status == 0, ended.err
+    [report] = json.loads((run / "evaluation.json").read_text())["judged"]
+    assert report["rows"][0]["wins_against_start"]["mean"] == pytest.approx(sum(wins) / 6)
+    needs_chat = irl_align(capsys, "evaluate", run, "--judge", judge, "--template", "Q {prompt}")
+    assert "a conversation needs template: chat" in the_line(needs_chat)
+
+
+def test_evaluate_refuses_a_template_that_no_model_reads(
+    run: Result, judge: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--template", "chat")
+    ended = irl_align(capsys, "evaluate", run.folder, "--judge", judge.folder, *options)
+    assert "--template: found only models that were made by irl-align" in the_line(ended)
+    ended = irl_align(capsys, "evaluate", run.folder, "--best-of", 2, *options)
+    assert "found --template without --card or --judge, which reads it" in the_line(ended)

@@ -3,30 +3,27 @@
 import copy
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.other_tokenizers import SPECIAL, wordpiece, words
 from support.rows import Ids, random_ids, save
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertTokenizerFast,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from irl_align.data.decoding import TokenFormat
+from irl_align.data.rows import Prompt
 from irl_align.errors import UserError
 from irl_align.reward.alignment import (
     AlignedReward,
-    PairClassifier,
     TokenBytes,
     for_policy,
-    load_reward,
     same_tokenizer,
     shared_prefixes,
 )
@@ -36,22 +33,6 @@ from irl_align.reward.scoring import score_tokens
 from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-
-
-def words() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows other words than the tests' usual tokenizer."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290,
-        special_tokens=["<bos>", "<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["punt river cheap the there is a pub near here"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
 def renumbered(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -95,11 +76,11 @@ def lowercasing() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def wordpiece(folder: Path) -> BertTokenizerFast:
-    letters = "abcdefghijklmnopqrstuvwxyz."
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    (folder / "vocab.txt").write_text("\n".join(names), encoding="utf-8")
-    return BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+def form(
+    tokenizer: PreTrainedTokenizerFast, prompts: dict[tuple[int, ...], Prompt] | None = None
+) -> TokenFormat:
+    """A policy that reads its prompts as they are."""
+    return TokenFormat(tokenizer, RewardSettings(), prompts or {})
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -201,7 +182,7 @@ def test_for_policy_returns_a_reward_with_the_same_tokenizer(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     reward = reward_with(tiny_tokenizer)
-    assert for_policy(reward, copy.deepcopy(tiny_tokenizer)) is reward
+    assert for_policy(reward, form(copy.deepcopy(tiny_tokenizer))) is reward
 
 
 # --- another tokenizer ----------------------------------------------------------------------------
@@ -215,7 +196,7 @@ def test_aligned_reward_is_unchanged_by_other_ids(
     """Every boundary is shared, so all values are those of the reward's own ids."""
     policy = renumbered(tiny_tokenizer)
     reward = reward_with(tiny_tokenizer)
-    aligned = for_policy(reward, policy)
+    aligned = for_policy(reward, form(policy))
     assert isinstance(aligned, AlignedReward)
 
     def rows(tokenizer: PreTrainedTokenizerFast) -> tuple[Ids, Ids]:
@@ -245,7 +226,7 @@ def test_aligned_reward_uses_the_longest_shared_prefix(
     """Searched for character by character in the texts, with the reward's own prefix scores."""
     policy = {"words": words, "metaspace": metaspace}[policy_kind]()
     reward = reward_with(tiny_tokenizer)
-    aligned = for_policy(reward, policy)
+    aligned = for_policy(reward, form(policy))
     prompt = "near a pub"
     texts = ["The Punter is a cheap pub.", "there is a river"]
     stops = [True, False]
@@ -290,7 +271,7 @@ def test_aligned_reward_appends_eos_where_the_policy_stopped(
     reward_with: Callable, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     policy, reward = words(), reward_with(tiny_tokenizer)
-    aligned = for_policy(reward, policy)
+    aligned = for_policy(reward, form(policy))
     prompt, text = ids(policy, "near"), ids(policy, "a cheap pub")
     theirs = ids(tiny_tokenizer, "near"), ids(tiny_tokenizer, "a cheap pub")
     scores = aligned.score_ids(
@@ -311,7 +292,7 @@ def test_aligned_reward_reads_special_tokens_in_text_as_text(
     policy, reward = words(), reward_with(tiny_tokenizer)
     spelled = policy("a <eos> b", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert policy.eos_token_id not in spelled
-    score = for_policy(reward, policy).score_ids([ids(policy, "x")], [spelled])
+    score = for_policy(reward, form(policy)).score_ids([ids(policy, "x")], [spelled])
     theirs = tiny_tokenizer("a <eos> b", add_special_tokens=False, split_special_tokens=True)
     assert len(theirs["input_ids"]) > 5
     expected = reward.score_ids([ids(tiny_tokenizer, "x")], [theirs["input_ids"]], None)
@@ -326,7 +307,7 @@ def test_aligned_reward_credits_bytes_that_are_no_text_at_the_end(
     reward.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     policy = words()
     completion = ids(policy, "a cafe\u0301")
-    values = for_policy(reward, policy).prefix_scores_ids([ids(policy, "x")], [completion])[0]
+    values = for_policy(reward, form(policy)).prefix_scores_ids([ids(policy, "x")], [completion])[0]
     assert len(set(values[:-1].tolist())) == 1
     assert values[-1] != values[0]
 
@@ -336,7 +317,7 @@ def test_aligned_reward_scores_any_sampled_ids(
 ) -> None:
     """Special tokens in the middle and broken letters: finite, and equal to the plain rewards."""
     policy = words()
-    aligned = for_policy(reward_with(tiny_tokenizer), policy)
+    aligned = for_policy(reward_with(tiny_tokenizer), form(policy))
     completions = random_ids(6, 1, 12, seed=4, vocabulary=len(policy))
     completions[0] = [5, policy.bos_token_id, 6, policy.pad_token_id, 7]
     prompts = [ids(policy, "x")] * 6
@@ -357,13 +338,13 @@ def test_aligned_reward_applies_its_own_template(
     reward.settings = RewardSettings(template="Q: {prompt} A:")
     prompt, completion = [*ids(policy, "wrapped"), policy.bos_token_id], ids(policy, "pub")
     raw = {tuple(prompt): "near"}
-    aligned = for_policy(reward, policy, lambda given: raw[tuple(given)])
+    aligned = for_policy(reward, form(policy, raw))
     expected = reward.score_ids(
         [ids(tiny_tokenizer, "Q: near A:")], [ids(tiny_tokenizer, "pub")], None
     )
     torch.testing.assert_close(aligned.score_ids([prompt], [completion]), expected)
-    with pytest.raises(UserError, match=r"a prompt holds '<bos>', a special token of the policy's"):
-        for_policy(reward, policy).score_ids([prompt], [completion])
+    with pytest.raises(UserError, match=r"a prompt holds '<bos>', a special token of"):
+        for_policy(reward, form(policy)).score_ids([prompt], [completion])
 
 
 @pytest.mark.parametrize("side", ["policy", "reward"])
@@ -376,80 +357,8 @@ def test_aligned_reward_refuses_tokenizers_not_spelled_in_bytes(
         policy = tiny_tokenizer if side == "reward" else odd
         if odd.eos_token is None:
             odd.add_special_tokens({"eos_token": "[SEP]"})
-        aligned = for_policy(reward, policy)
+        aligned = for_policy(reward, form(policy))
         prompts, completions = [ids(policy, "ab")], [ids(policy, "cd")]
         assert aligned.score_ids(prompts, completions).isfinite().all()
         with pytest.raises(UserError, match=r"reward.tokenizer: .* cannot be aligned byte by byte"):
             aligned.prefix_scores_ids(prompts, completions)
-
-
-# --- any classifier -------------------------------------------------------------------------------
-
-
-def test_load_reward_loads_a_causal_classifier(
-    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """transformers' own, with nothing of ours in its config."""
-    config = copy.deepcopy(tiny_model("gpt2").config)
-    config.num_labels = 1
-    torch.manual_seed(0)
-    plain = AutoModelForSequenceClassification.from_config(config).eval()
-    folder = save(plain, tiny_tokenizer, tmp_path / "reward")
-    reward = load_reward(folder, tiny_tokenizer)
-    assert isinstance(reward, RewardModel)
-    with torch.no_grad():
-        expected = plain(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, 0]
-    assert float(reward.score_ids([[5, 6]], [[7, 8]], None)) == pytest.approx(
-        float(expected), abs=1e-6
-    )
-    other = load_reward(folder, words(), template="Q {prompt}")
-    assert isinstance(other, AlignedReward) and other.reward.settings.template == "Q {prompt}"
-
-
-def test_load_reward_loads_a_pair_classifier(
-    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=60, intermediate_size=32, num_labels=1, **sizes)
-    plain = AutoModelForSequenceClassification.from_config(config).eval()
-    tokenizer = wordpiece(tmp_path)
-    reward = load_reward(save(plain, tokenizer, tmp_path / "reward"), tiny_tokenizer)
-    assert isinstance(reward, PairClassifier)
-    end = tiny_tokenizer.eos_token_id
-    prompts = [ids(tiny_tokenizer, "near"), ids(tiny_tokenizer, "a cheap one")]
-    completions = [[*ids(tiny_tokenizer, "the pub is here."), end], ids(tiny_tokenizer, "no")]
-    with torch.no_grad():
-        expected = [
-            float(plain(**tokenizer(p, c, return_tensors="pt")).logits)
-            for p, c in (("near", "the pub is here."), ("a cheap one", "no"))
-        ]
-    scores = score_tokens(reward, ScoreRequest(prompts, completions))
-    assert scores.rewards.tolist() == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(UserError, match=r"BertForSequenceClassification \(bert\) reads later tok"):
-        score_tokens(reward, ScoreRequest(prompts, completions, prefixes=True))
-    with pytest.raises(UserError, match=r"no attention to split by"):
-        score_tokens(reward, ScoreRequest(prompts, completions, attention=True))
-    longest = [[*ids(tiny_tokenizer, "the pub is here. " * 60), end]]
-    context = r"completion 0, with its prompt, has 787 tokens, expected at most the 512"
-    with pytest.raises(UserError, match=context):
-        score_tokens(reward, ScoreRequest(prompts[:1], longest))
-
-
-def test_load_reward_refuses_other_models(
-    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    config = copy.deepcopy(tiny_model("llama").config)
-    config.num_labels = 3
-    three = AutoModelForSequenceClassification.from_config(config)
-    with pytest.raises(UserError, match=r"num_labels is 3; expected a reward model with one label"):
-        load_reward(save(three, tiny_tokenizer, tmp_path / "three"), tiny_tokenizer)
-    policy = save(tiny_model("llama"), tiny_tokenizer, tmp_path / "policy")
-    with pytest.raises(UserError, match=r"one label|score.weight"):
-        load_reward(policy, tiny_tokenizer)
-    with pytest.raises(UserError, match=r"not a reward model"):
-        load_reward(tmp_path / "nothing", tiny_tokenizer)
-    shutil.copytree(policy, tmp_path / "broken")
-    (tmp_path / "broken" / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(UserError, match=r"not a reward model"):
-        load_reward(tmp_path / "broken", tiny_tokenizer)

@@ -81,7 +81,7 @@ def test_implicit_reward_of_texts(
     models = moved(tiny_model("llama"), 1), [(1.0, tiny_model("llama"))]
     implicit = ImplicitReward(*models, 0.3, tiny_tokenizer, template)
     texts = (["near", "a cheap one"], ["the pub is here.", "no"])
-    ids = implicit.encode_texts(*texts)
+    ids = implicit.text_format().encode(*texts)
     assert implicit.score(*texts).tolist() == implicit.score_ids(*ids).tolist()
     assert [len(row) for row in implicit.prefix_scores(*texts)] == [len(c) + 1 for c in ids[1]]
     with pytest.raises(UserError, match="an implicit reward needs a tokenizer to score texts"):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from support.chat_templates import FAMILIES, chat_tokenizer
+from support.classifiers import one_label_classifier, tiny_llama
 from support.ppo_tools import options
 from support.rows import save
 from support.tiny_models import SENTENCES
@@ -18,6 +20,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -107,9 +110,12 @@ def command(
     reward: Path,
     card: Path,
     *more: str,
+    template: str | None = None,
 ) -> Any:
     sets = [word for option in (*SMALL, *more) for word in ("--set", option)]
     places = ["--reward", reward, "--data", card, "--output", folder / "runs"]
+    if template is not None:
+        places += ["--reward-template", template]
     return irl_align(capsys, "ppo", policy, *places, *sets)
 
 
@@ -407,3 +413,76 @@ def test_ppo_refuses_wrong_data_before_it_makes_a_run_folder(
     (model / "config.json").write_text("{}")
     line = the_line(irl_align(capsys, "ppo", model, "--reward", model, *options, "--output", runs))
     assert message in line and not runs.exists()
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+FOUR_TURNS = (
+    "{% if messages|length != 4 %}{{ raise_exception('found ' ~ messages|length ~ ' turns') }}"
+    "{% endif %}" + FAMILIES["zephyr"].template
+)
+
+
+@pytest.fixture
+def chat_card(tmp_path: Path) -> Path:
+    """Thirty conversations of four turns, and their card."""
+    texts = [("user", "hi"), ("assistant", "yes?"), ("user", "count {}"), ("assistant", "it is {}")]
+    rows = [
+        {"messages": [{"role": role, "content": text.format(i)} for role, text in texts]}
+        for i in range(30)
+    ]
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "chats.md").write_text(
+        "---\nirl_align:\n  kind: demonstrations\n  template: chat\n"
+        "  splits: {train: {files: chats.jsonl}, validation: {from: train, share: 0.2}}\n"
+        "  columns: {messages: messages}\n---\n"
+    )
+    return folder / "chats.md"
+
+
+def test_run_ppo_gives_a_reward_of_another_project_the_conversation(
+    tmp_path: Path, chat_card: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reward's own template gets all four turns; its score is the one of its model card."""
+    own, theirs = chat_tokenizer("chatml"), chat_tokenizer("zephyr")
+    theirs.chat_template = FOUR_TURNS
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(tiny_llama(own))
+    policy = save(model, own, tmp_path / "chat-policy")
+    plain = one_label_classifier(theirs)
+    reward = save(plain, theirs, tmp_path / "their-reward")
+    ended = command(capsys, tmp_path, policy, reward, chat_card)
+    assert ended.status == 0, ended.err
+    run = tmp_path / "runs/ppo-seed0"
+    answers = [json.loads(line) for line in (run / "samples/policy-1-t1.jsonl").open()]
+    for answer in answers:
+        assert [turn["role"] for turn in answer["prompt"]] == ["user", "assistant", "user"]
+        chat = [*answer["prompt"], {"role": "assistant", "content": answer["completion"]}]
+        text = theirs.apply_chat_template(chat, tokenize=False)
+        scores = []
+        for read in (text, text.removesuffix("</s>\n")):  # finished, and not finished
+            ids = theirs(read, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                scores.append(float(plain(input_ids=ids).logits))
+        assert min(abs(answer["reward"] - score) for score in scores) < 1e-4
+    # Its template renders no other text, and one that is made here keeps its own.
+    refused = command(capsys, tmp_path, policy, reward, chat_card, "seed=9", template="Q {prompt}")
+    assert "a conversation needs template: chat" in the_line(refused)
+
+
+def test_run_ppo_refuses_a_template_for_a_reward_that_was_fitted_here(
+    tmp_path: Path,
+    policy: Path,
+    card: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = RewardModel(
+        classifier(tiny_tokenizer), tiny_tokenizer, RewardSettings(template="{prompt}")
+    )
+    own.save_pretrained(tmp_path / "own")
+    refused = command(capsys, tmp_path, policy, tmp_path / "own", card, template="chat")
+    assert "made with the template '{prompt}', which it keeps" in the_line(refused)

@@ -15,8 +15,9 @@ from irl_align.models.logprobs import k1
 from irl_align.policy.ppo.losses import k3
 from irl_align.policy.ppo.rollout import Rollout, RolloutBatch
 
-Judge = Callable[[Sequence[Sequence[int]], Sequence[str]], Mapping[str, float]]
-"""Gold metrics of samples: prompts as token ids, completions as text. They are only reported."""
+Ids = Sequence[Sequence[int]]
+Judge = Callable[[Ids, Ids, PreTrainedTokenizerBase], Mapping[str, float]]
+"""Gold metrics of prompts and completions as the tokenizer's ids. They are only reported."""
 WINDOW = 10  # updates in which a joint rise of length and reward is looked for
 RISE = 0.15  # share by which the mean length rises between the halves of the window
 EOS_CREDIT = 1.0  # mean credit of EOS, in deviations of the reward, above which there is an alarm
@@ -76,8 +77,7 @@ def gold_report(
     """Gold metrics of a rollout's samples, with names that start with gold_."""
     if judge is None:
         return {}
-    texts = tokenizer.batch_decode(samples.completions, skip_special_tokens=True)
-    metrics = judge(samples.prompts, texts)
+    metrics = judge(samples.prompts, samples.completions, tokenizer)
     return {f"gold_{name}": float(value) for name, value in metrics.items()}
 
 
