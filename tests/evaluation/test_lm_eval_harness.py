@@ -4,13 +4,21 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from support.chat_templates import FAMILIES
+from support.ppo_tools import small_llama
+from support.rows import save
 from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, the_line
+from support.tiny_tokenizers import tiny_tokenizer
 
+from irl_align.data.encoding import encode_prompts
 from irl_align.errors import UserError
-from irl_align.evaluation.lm_eval_harness import benchmarks
+from irl_align.evaluation.inference import PromptFormat
+from irl_align.evaluation.lm_eval_harness import benchmarks, run_benchmarks
 from irl_align.evaluation.tables import LEADERBOARD, benchmark_table
 from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_model, load_tokenizer
@@ -111,6 +119,33 @@ def test_lm_eval_of_a_runs_policy_on_a_local_task(
     part = irl_align(capsys, *command, "toy_choice@1", "--lm-eval-limit", "2")
     assert "lm-eval: limited to some rows: toy_choice (2 rows)" in part.out
     assert len(json.loads((run.folder / "evaluation.json").read_text())["benchmarks"]) == 2
+
+
+def test_run_benchmarks_gives_the_model_one_bos(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer adds a BOS, and its chat template writes one."""
+    lm_eval_models = pytest.importorskip("lm_eval.models.huggingface")
+    chat = FAMILIES["llama-3"]
+    tokenizer = tiny_tokenizer(
+        "byte-level", chat.special, eos=chat.eos, bos=chat.bos, template=chat.template
+    )
+    save(small_llama(len(tokenizer)), tokenizer, tmp_path / "policy")
+    rows: list[list[int]] = []
+    forward = lm_eval_models.HFLM._model_call
+
+    def recorded(model: Any, ids: torch.Tensor, *more: Any, **options: Any) -> Any:
+        rows.extend(ids.tolist())
+        return forward(model, ids, *more, **options)
+
+    monkeypatch.setattr(lm_eval_models.HFLM, "_model_call", recorded)
+    run_benchmarks(
+        tmp_path / "policy", benchmarks("toy_choice@0"), tmp_path, "cpu", tasks_folder=tasks
+    )
+    assert len(rows) == 2 * len(ROWS)
+    rows += encode_prompts(["red cat"], tokenizer, PromptFormat(template="chat"))
+    bos = tokenizer.bos_token_id
+    assert all(row[0] == bos and row.count(bos) == 1 for row in rows)
 
 
 def test_lm_eval_refuses_unknown_tasks_and_missing_data(
