@@ -75,6 +75,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 2}),
     "mistral": ("mistral", {"num_key_value_heads": 2, **WINDOW}),
     "mixtral": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "modernbert_decoder": ("modernbert-decoder", {}),
     "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
     "olmo3": ("olmo3", {"num_key_value_heads": 2, **WINDOW}),
     "olmoe": ("olmoe", EXPERTS),
@@ -100,8 +101,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"num_key_value_heads": 2}),
     "starcoder2": ("starcoder2", {"num_key_value_heads": 2, **WINDOW}),
 }
-# Of these transformers has no sequence classifier.
-NO_CLASSIFIER = {"codegen", "cohere2", "ernie4_5", "granite", "olmoe"}
+# Of these transformers has no sequence classifier with a linear head on the backbone.
+NO_CLASSIFIER = {"codegen", "cohere2", "ernie4_5", "granite", "modernbert_decoder", "olmoe"}
 LENGTHS = (5, 20, 9)
 DISTINCT = [random_ids(1, length, length, seed=length)[0] for length in LENGTHS]
 # Several completions of a prompt, of very different lengths; one ends at once.
