@@ -17,7 +17,7 @@ _SPARE = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|PAD_TOKEN|>", "
 _SPARE_PREFIXES = ("<|reserved_special_token_", "<unused", "[unused", "<|dummy_", "<SPECIAL_")
 
 
-_ANSWER = "Xyzzy"  # an answer whose place in a rendered conversation is unmistakable
+_ANSWER = "xyzzy"  # an answer whose place in a rendered conversation is unmistakable
 
 
 class TextEnd(NamedTuple):

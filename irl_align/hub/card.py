@@ -38,6 +38,12 @@ POLICY_LIMITS = [
     "It was trained to answer like the demonstrations and knows nothing of safety beyond them.",
     "Prompts must be written as in training: the chat template does it.",
 ]
+LOAD_BASE = {
+    "dtype": "torch.float32",
+    "quantization_config": "AutoConfig.from_pretrained(REPO).quantization_config",
+    "attn_implementation": '"eager"',
+}
+"""Option of an adapter's base -> its code in a snippet."""
 REWARD_LIMITS = [
     "It separates demonstrations from the samples of one policy, and is untested far from both: as "
     "a policy is optimised against it, its scores rise beyond what they mean.",
@@ -54,14 +60,17 @@ def reward_card(
     measured: Measured,
     licence: Licence,
     *,
-    adapter: bool = False,
+    adapter: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md of an exported reward model, or of its adapter on a base."""
+    """README.md of an exported reward model, or of its adapter on a base.
+
+    adapter: options with which the base is loaded; None for a whole model.
+    """
     results = [
         eval_result(facts, "text-classification", "accuracy", f"{source}, held out", accuracy.mean)
         for source, accuracy in measured.held_out.items()
     ]
-    metadata = _model_data(facts, licence, "text-classification", results, adapter)
+    metadata = _model_data(facts, licence, "text-classification", results, adapter is not None)
     metadata.tags = ["reward-model", *REPOSITORY_TAGS]
     metadata.metrics = ["accuracy"]
     cut = "An answer that is cut off before its EOS is outside what the reward was fitted on"
@@ -74,6 +83,7 @@ def reward_card(
         settings=settings,
         measured=measured,
         adapter=adapter,
+        code=LOAD_BASE,
         preferences=facts.view.recipe["reward"].get("preferences"),
         accuracy=accuracy_table(facts, artefact, measured),
         method=_method(facts, artefact),
@@ -84,14 +94,20 @@ def reward_card(
 
 
 def policy_card(
-    facts: Facts, artefact: Artefact, checksum: str, licence: Licence, *, adapter: bool = False
+    facts: Facts,
+    artefact: Artefact,
+    checksum: str,
+    licence: Licence,
+    *,
+    adapter: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md of an exported policy, or of its adapter on a base.
 
-    checksum: SHA-256 of the run's own model folder.
+    checksum: SHA-256 of the run's own model folder. adapter: options with which the base is loaded;
+    None for a whole model.
     """
     gold = gold_table(facts, artefact)
-    metadata = _model_data(facts, licence, "text-generation", gold.results, adapter)
+    metadata = _model_data(facts, licence, "text-generation", gold.results, adapter is not None)
     metadata.tags = ["text-generation", *REPOSITORY_TAGS]
     is_last = artefact.iteration == facts.summary["policy_number"]
     return _render(
@@ -100,6 +116,7 @@ def policy_card(
         facts=facts,
         artefact=artefact,
         adapter=adapter,
+        code=LOAD_BASE,
         ranking=facts.summary.get("ranking") if is_last else None,
         longest=facts.view.recipe["generation"]["max_new_tokens"],
         gold=gold,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -19,12 +17,18 @@ from irl_align.data.pairs import load_pairs
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import prompt_format
 from irl_align.hub.card import policy_card, reward_card
+from irl_align.hub.check import adapter_options, check_scores
 from irl_align.hub.facts import KINDS, UNKNOWN, Artefact, Facts, Licence, derive, ratio_interval
 from irl_align.hub.pairs import write_pairs
 from irl_align.hub.results import Measured
-from irl_align.hub.weights import chat_ids, chat_template, fold_normaliser, plain_scores
-from irl_align.models.loading import load_model, load_tokenizer, pick_device
-from irl_align.models.lora import ADAPTER_CONFIG, base_of, has_adapter, is_adapter
+from irl_align.hub.weights import chat_template, edit_json, keep_attention, save_plain
+from irl_align.models.loading import folder_eos_ids, load_model, load_tokenizer, pick_device
+from irl_align.models.lora import (
+    ADAPTER_CONFIG,
+    base_of,
+    has_adapter,
+    is_adapter,
+)
 from irl_align.reward.model import RewardModel
 from irl_align.utils.files import (
     atomic_folder,
@@ -32,13 +36,11 @@ from irl_align.utils.files import (
     explains_full_disk,
     file_checksum,
     files_of,
-    to_json,
 )
 from irl_align.utils.statistics import Estimate
 
 logger = logging.getLogger(__name__)
 CHECKED = 256  # at most as many held-out demonstrations are scored by the export and by the run
-TOLERANCE = 1e-5
 TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
 
 
@@ -114,65 +116,27 @@ def _write_reward(
     rows = Dataset.from_parquet(str(path), keep_in_memory=True)
     rows = rows.select(range(0, len(rows), -(-len(rows) // CHECKED)))
     base = _base_name(facts, artefact.path, form.base) if form.adapter else None
-    ours = _save_folded(artefact.path, folder, rows, form.adapter)
-    local: dict[str, Any] = {}
-    if base is not None:
-        _rename_base(folder, facts, form, base)
-        local = {"merge": False, "base": base_of(artefact.path)}  # the base's folder in this store
-    reward = RewardModel.from_pretrained(folder, pick_device("auto"), **local)
-    measured = _measure(facts, artefact, reward, rows, ours)
-    settings = reward.settings
-    text = reward_card(facts, artefact, settings, measured, licence, adapter=base is not None)
-    atomic_write(folder / "README.md", text)
-
-
-def _save_folded(source: Path, folder: Path, rows: Dataset, adapter: bool) -> torch.Tensor:
-    """Write a reward with its normaliser folded in. Returns the scores (B,) before folding."""
-    reward = RewardModel.from_pretrained(source, pick_device("auto"), merge=not adapter)
-    if not adapter:
-        _require_whole(reward.model, source)
+    reward = RewardModel.from_pretrained(artefact.path, pick_device("auto"), merge=base is None)
+    if base is None:
+        _require_whole(reward.model, artefact.path)
     ours = reward.score_ids(column(rows, "prompt_ids"), column(rows, "completion_ids"), None)
-    fold_normaliser(reward)
-    template = chat_template(reward.settings, reward.tokenizer, reward.settings.echo)
-    if template is not None:
-        reward.tokenizer.chat_template = template
-    config = reward.model.config
-    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
-    reward.save_pretrained(folder)
-    return ours
-
-
-def _measure(
-    facts: Facts, artefact: Artefact, reward: RewardModel, rows: Dataset, ours: torch.Tensor
-) -> Measured:
-    """Compare the exported reward with the run's own scores `ours` (B,) of demonstrations, and
-    measure its accuracy on held-out pairs."""
-    settings = reward.settings
-    prompts = column(rows, "prompt_ids")
-    read = reward.as_read(prompts, column(rows, "completion_ids"))
-    ids = [[*p, *c] for p, c in zip(prompts, read, strict=True)]
-    difference = None
-    as_chat = not (settings.echo and settings.template == "chat")  # its template has no echo
-    if not settings.lm_coef and settings.bound is None and as_chat:
-        plain = plain_scores(reward.model, ids) - settings.mean
-        difference = float((plain - ours).abs().max())
-        if difference > TOLERANCE * max(1.0, float(ours.abs().max())):
-            logger.warning(
-                "export: scores by transformers differ by up to %.1e from the run's", difference
-            )
-    same = None
-    if settings.template != "chat":
-        chats = chat_ids(reward.tokenizer, column(rows, "prompt"), column(rows, "completion"))
-        same = sum(a == b for a, b in zip(chats, ids, strict=True))
+    save_plain(reward, folder)
+    if base is not None:  # until the check is done: the base's folder in this store
+        _name_base(folder, base_of(artefact.path), None)
+    reward = RewardModel.from_pretrained(folder, pick_device("auto"), merge=base is None)
     pairs = load_pairs(facts.pairs()[artefact.iteration] / "held_out.parquet")
-    return Measured(
+    measured = Measured(
         rows=len(rows),
-        difference=difference,
-        same_ids=same,
+        difference=check_scores(folder, reward, rows, ours),
         held_out=_accuracy(reward, pairs),
         pairs=len(pairs),
         source_checksum=file_checksum(artefact.path),
     )
+    if base is not None:
+        _name_base(folder, base, _base_revision(facts, form))
+    options = None if base is None else adapter_options(folder)
+    text = reward_card(facts, artefact, reward.settings, measured, licence, adapter=options)
+    atomic_write(folder / "README.md", text)
 
 
 def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Estimate]:
@@ -207,14 +171,18 @@ def _write_policy(
             if not file.name.startswith(TOKENIZER):
                 shutil.copyfile(file, folder / file.name)
     if base is not None:
-        _rename_base(folder, facts, form, base)
+        _name_base(folder, base, _base_revision(facts, form))
+    keep_attention(folder)
     tokenizer = load_tokenizer(artefact.path)
     template = chat_template(prompt_format(artefact.path), tokenizer)
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    stops = folder_eos_ids(artefact.path, tokenizer)
+    edit_json(folder / "generation_config.json", eos_token_id=stops)  # other tools stop there too
     checksum = file_checksum(artefact.path)
-    text = policy_card(facts, artefact, checksum, licence, adapter=base is not None)
+    options = None if base is None else adapter_options(folder)
+    text = policy_card(facts, artefact, checksum, licence, adapter=options)
     atomic_write(folder / "README.md", text)
 
 
@@ -250,13 +218,15 @@ def _require_whole(model: PreTrainedModel, source: Path) -> None:
         )
 
 
-def _rename_base(folder: Path, facts: Facts, form: Form, base: str) -> None:
-    """Write the base's name into an adapter's settings, and its revision if it is the recipe's."""
-    revision = facts.view.recipe["model"]["revision"] if form.base is None else None
-    file = folder / ADAPTER_CONFIG
-    values = json.loads(file.read_text(encoding="utf-8"))
-    values |= {"base_model_name_or_path": base, "revision": revision}
-    atomic_write(file, to_json(values, indent=2) + "\n")
+def _base_revision(facts: Facts, form: Form) -> str | None:
+    """The revision of the base that an adapter names: the recipe's, if the base is the recipe's."""
+    revision: str | None = facts.view.recipe["model"]["revision"]
+    return revision if form.base is None else None
+
+
+def _name_base(folder: Path, base: str, revision: str | None) -> None:
+    """Write the base's name and revision into an adapter's settings."""
+    edit_json(folder / ADAPTER_CONFIG, base_model_name_or_path=base, revision=revision)
 
 
 def sizes(folder: Path) -> list[tuple[str, int]]:

@@ -34,8 +34,6 @@ class Measured:
     """Held-out demonstrations that were scored by transformers alone and by irl-align."""
     difference: float | None
     """Largest difference of the two; None where transformers alone cannot give the score."""
-    same_ids: int | None
-    """Rows that the chat template encodes as in training; None if it is the tokenizer's own."""
     held_out: dict[str, Estimate]
     """Source of held-out pairs -> accuracy."""
     pairs: int

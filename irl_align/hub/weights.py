@@ -1,5 +1,5 @@
 """Make models loadable by any tool: fold a reward's normaliser into its weights, write chat
-templates.
+templates that end where a text is scored.
 
 Legend of shapes: B rows, L tokens, H width.
 """
@@ -7,19 +7,21 @@ Legend of shapes: B rows, L tokens, H width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from irl_align.data.encoding import Templated, encode_prompts
+from irl_align.models.loading import load_config
 from irl_align.models.lora import has_adapter
-from irl_align.models.packing import TOKENS_PER_BATCH, batches_by_tokens, pad_right
 from irl_align.reward.forward import score_head
 from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
+from irl_align.utils.files import atomic_write, to_json
 
 _TEMPLATE = """\
 {{%- if messages[0]['role'] == 'system' or messages | length > 2 -%}}
@@ -39,6 +41,49 @@ _TEMPLATE = """\
 _ECHO = """
 {{{{- {before} + messages[0]['content']{cased} + {after} + eos_token -}}}}
 """
+# These follow a macro irl_chat(messages, add_generation_prompt): the tokenizer's own template.
+_LOWERED = """
+{%- set irl = namespace(turns=[]) -%}
+{%- for turn in messages -%}
+{%- set irl.turns = irl.turns + [dict(turn, content=turn['content'] | lower)] -%}
+{%- endfor -%}
+{%- set messages = irl.turns -%}"""
+_ENDED = """
+{%- if messages[-1]['role'] == 'assistant' -%}
+{%- set before = irl_chat(messages[:-1], true) -%}
+{%- set whole = irl_chat(messages, false) -%}
+{{- before + whole[before | length :].split(eos_token)[0] + eos_token ECHO -}}
+{%- else -%}
+{{- irl_chat(messages, add_generation_prompt) -}}
+{%- endif -%}"""
+
+
+def save_plain(reward: RewardModel, folder: Path) -> None:
+    """Write a reward so that transformers alone gives its score of a chat, as far as it can."""
+    fold_normaliser(reward)
+    reward.tokenizer.chat_template = scored_template(reward.settings, reward.tokenizer)
+    config = reward.model.config
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    config.problem_type = "regression"  # the pipeline of transformers then applies no sigmoid
+    reward.save_pretrained(folder)
+    keep_attention(folder)
+
+
+def keep_attention(folder: Path) -> None:
+    """Have other tools load a model with the attention that irl-align loads it with."""
+    if has_capped_attention(load_config(folder)):
+        edit_json(folder / "config.json", attn_implementation="eager")
+
+
+def has_capped_attention(config: PreTrainedConfig) -> bool:
+    """Whether attention scores are capped (Gemma 2): torch's own kernel leaves that out."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    """Set values in a JSON file."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    atomic_write(file, to_json(content | values, indent=2) + "\n")
 
 
 def fold_normaliser(reward: RewardModel) -> None:
@@ -114,25 +159,18 @@ def chat_template(
     return _TEMPLATE.format(bos=bos, echo=bos + _ECHO.format(**texts) if echo else "", **texts)
 
 
-@torch.no_grad()
-def plain_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Logits (B,) of rows of L token ids by transformers alone, as any other tool computes them."""
-    scores = torch.empty(len(rows))
-    for batch in batches_by_tokens([len(row) for row in rows], TOKENS_PER_BATCH):
-        ids, mask = pad_right([rows[i] for i in batch], int(model.config.pad_token_id))
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        scores[batch] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()
-    return scores
+def scored_template(settings: RewardSettings, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat template whose text is what the reward reads, up to the token that is scored.
 
-
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
-) -> list[list[int]]:
-    """Token ids of single-turn chats by the tokenizer's chat template."""
-    chats = [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    render: Callable[..., Any] = tokenizer.apply_chat_template
-    ids: list[list[int]] = render(chats, return_dict=False)
-    return ids
+    The tokenizer's own chat template may write more after the turn's end (ChatML a newline), where
+    a classifier would read another score. Of the text after the prompt, this one keeps what is
+    before EOS, the end of a run's texts, and writes EOS. With echo the prompt and EOS follow again.
+    """
+    plain = chat_template(settings, tokenizer, settings.echo)
+    if plain is not None:
+        return plain
+    # Jinja leaves out one newline at the end; + keeps white space at the inner side of a tag.
+    own = str(tokenizer.get_chat_template()).removesuffix("\n")
+    macro = "{%- macro irl_chat(messages, add_generation_prompt) +%}" + own + "{%+ endmacro -%}"
+    ended = _ENDED.replace("ECHO", "+ before + eos_token" if settings.echo else "")
+    return macro + (_LOWERED if settings.lowercase else "") + ended

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard
 from support.rows import save
 from support.shared_runs import shared_run
 from support.tiny_runs import BEST, RECIPE, metrics, stage_records
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 from irl_align import RewardModel
 from irl_align.config.recipe import load_recipe
@@ -205,7 +205,7 @@ def test_reward_card_says_how_logit_and_score_differ(
     settings: RewardSettings, expected: str
 ) -> None:
     facts = Facts.of(shared_run("contrast").folder)
-    measured = Measured(3, None, None, {}, 0, "0")
+    measured = Measured(3, None, {}, 0, "0")
     text = reward_card(facts, facts.reward(), settings, measured, derive(facts))
     assert expected in one_line(section(text, "What a score is"))
     (snippet,) = code(text, "python")  # transformers alone was not measured to give the score
@@ -233,26 +233,40 @@ def test_reward_card_snippets_run_and_agree(folder: Callable[[str], Path]) -> No
     assert pooler == {"use_activation": False, "logit_mean": config["irl_reward"]["mean"]}
 
 
-def test_policy_card_snippet_runs(folder: Callable[[str], Path]) -> None:
-    (snippet,) = code((folder("policy") / "README.md").read_text(), "python")
-    known: dict[str, Any] = {"REPO": str(folder("policy")), "prompt": PROMPT}
+@pytest.mark.parametrize("name", ["policy", "selecting", "spin"])
+def test_policy_card_snippet_runs(name: str, folder: Callable[[str], Path]) -> None:
+    (snippet,) = code((folder(name) / "README.md").read_text(), "python")
+    known: dict[str, Any] = {"REPO": str(folder(name)), "prompt": PROMPT}
     exec(snippet, known)
-    tokenizer = AutoTokenizer.from_pretrained(folder("policy"))
+    tokenizer = AutoTokenizer.from_pretrained(folder(name))
     start = known["inputs"]["input_ids"][0].tolist()
     assert tokenizer.decode(start, skip_special_tokens=True) == f"{PROMPT}\n"
     assert isinstance(known["answer"], str) and PROMPT not in known["answer"]
+    assert known["model"].generation_config.eos_token_id == [tokenizer.eos_token_id]
+
+
+def test_reward_card_shows_a_pipeline_that_gives_the_score(folder: Callable[[str], Path]) -> None:
+    text = (folder("reward") / "README.md").read_text()
+    known: dict[str, Any] = {"REPO": str(folder("reward")), "pipeline": pipeline}
+    exec(code(text, "python")[0], known)
+    chat = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]
+    known["text"] = known["tokenizer"].apply_chat_template(chat, tokenize=False)
+    (call,) = re.findall(r"`(pipeline\(.*)`", text)
+    (result,) = eval(call, known)
+    mean = known["model"].config.irl_reward["mean"]
+    assert result["score"] - mean == pytest.approx(known["score"](PROMPT, ANSWER), abs=1e-5)
 
 
 # --- a run on a chat model ------------------------------------------------------------------------
 
 CHAT = (
     "{%- for m in messages -%}<{{ m['role'] }}>{{ m['content'] }}"
-    "{%- if m['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- if m['role'] == 'assistant' -%}{{ eos_token + '\\n' }}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
 )
 
 
-def test_export_of_a_reward_on_a_chat_model_keeps_its_template_and_both_licences(
+def test_export_of_a_reward_on_a_chat_model_reads_its_template_and_names_both_licences(
     tiny_model: Callable[[str], PreTrainedModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -284,8 +298,8 @@ def test_export_of_a_reward_on_a_chat_model_keeps_its_template_and_both_licences
     )
     run = train(recipe)
     export(run.folder, "reward", tmp_path / "reward")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
-    assert tokenizer.chat_template == CHAT
+    export(run.folder, "policy", tmp_path / "policy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template == CHAT
     text = (tmp_path / "reward" / "README.md").read_text()
     data_of_card = ModelCard.load(tmp_path / "reward" / "README.md").data
     assert data_of_card.license == "other" and data_of_card.license_name == (
@@ -297,5 +311,8 @@ def test_export_of_a_reward_on_a_chat_model_keeps_its_template_and_both_licences
     known: dict[str, Any] = {"REPO": str(tmp_path / "reward")}
     exec(code(text, "python")[0], known)
     assert run.reward is not None
-    expected = RewardModel.from_pretrained(run.reward).score(["1 plus 1?"], ["It is 2."])
-    assert known["score"]("1 plus 1?", "It is 2.") == pytest.approx(float(expected), abs=1e-5)
+    reward = RewardModel.from_pretrained(run.reward)
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 plus 1?"}]
+    for prompt in ("1 plus 1?", talk):
+        expected = float(reward.score([prompt], ["It is 2."]))
+        assert known["score"](prompt, "It is 2.") == pytest.approx(expected, abs=1e-5)

@@ -20,8 +20,8 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 from irl_align.data.cards import load_card
 from irl_align.data.encoding import encode_completions, encode_prompts
 from irl_align.data.loading import load_preferences
+from irl_align.hub.check import chat_ids
 from irl_align.hub.export import export
-from irl_align.hub.weights import chat_ids
 from irl_align.reward.model import RewardModel
 
 pytestmark = pytest.mark.timeout(240)

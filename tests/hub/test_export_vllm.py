@@ -13,8 +13,8 @@ from support.tiny_runs import BEST, tiny_recipe
 from support.vllm_models import needs_vllm
 from transformers import AutoTokenizer
 
+from irl_align.hub.check import chat_ids, chats
 from irl_align.hub.export import export
-from irl_align.hub.weights import chat_ids
 from irl_align.reward.model import RewardModel
 from irl_align.training.train import train
 
@@ -32,8 +32,12 @@ model = LLM(
     folder, runner=runner, convert=convert, pooler_config=PoolerConfig(**json.loads(pooler)),
     dtype="float32", max_model_len=192, enforce_eager=True,
 )
-found = model.classify([{"prompt_token_ids": row} for row in json.loads(rows)])
-print(json.dumps([one.outputs.probs[0] for one in found]))
+ids, texts = json.loads(rows)
+scores = [
+    model.classify([{"prompt_token_ids": row} for row in ids]),
+    model.classify(texts, tokenization_kwargs={"add_special_tokens": False}),
+]
+print(json.dumps([[one.outputs.probs[0] for one in way] for way in scores]))
 """
 QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -56,9 +60,11 @@ def test_vllm_classifies_with_the_runs_scores(tmp_path: Path) -> None:
         r"--runner (\w+) --convert (\w+).*?--pooler-config '(.+?)'", card, re.DOTALL
     )
     assert options is not None and "logit_mean" in options[3]
-    rows = chat_ids(AutoTokenizer.from_pretrained(folder), PROMPTS, ANSWERS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = tokenizer.apply_chat_template(chats(PROMPTS, ANSWERS), tokenize=False)
+    rows = [chat_ids(tokenizer, PROMPTS, ANSWERS), texts]
     command = [sys.executable, "-c", SCORES, str(folder), *options.groups(), json.dumps(rows)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
     assert done.returncode == 0, done.stderr[-3000:]
     scores = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, expected.expand(2, -1), atol=1e-5, rtol=0)

@@ -10,9 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
 from support.tiny_runs import BEST, SPIN, metrics, stage_folder, stage_records, tiny_recipe
-from transformers import AutoModelForCausalLM
 
 from irl_align.errors import UserError
 from irl_align.hub.export import Form, export
@@ -141,40 +139,58 @@ PROMPTS = ["name[the red lion], food[thai], area[suburbs]", "name[Blue Heron], p
 ANSWERS = ["The red lion serves thai food in the suburbs.", "the blue heron is cheap."]
 
 
-def test_a_reward_is_exported_merged_or_as_an_adapter(best: Result, tmp_path: Path) -> None:
-    assert best.reward is not None
-    ours = RewardModel.from_pretrained(best.reward).score(PROMPTS, ANSWERS)
-    apart = RewardModel.from_pretrained(best.reward, merge=False).score(PROMPTS, ANSWERS)
+def run_snippet(folder: Path) -> dict[str, Any]:
+    """What the first Python code of an exported card defines."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = next(part for part in card.split("```") if part.startswith("python\n"))
+    scope: dict[str, Any] = {"REPO": str(folder), "prompt": PROMPTS[0]}
+    exec(code.removeprefix("python\n"), scope)
+    return scope
+
+
+def base_model(run: Result) -> str:
+    return base_of(run.policy)
+
+
+@pytest.mark.parametrize("name", ["best", "ppo"])
+def test_a_reward_is_exported_merged_or_as_an_adapter(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """In ppo the reward's adapter continues that of the policy."""
+    run: Result = request.getfixturevalue(name)
+    assert run.reward is not None
+    ours = RewardModel.from_pretrained(run.reward).score(PROMPTS, ANSWERS)
+    apart = RewardModel.from_pretrained(run.reward, merge=False).score(PROMPTS, ANSWERS)
     torch.testing.assert_close(apart, ours, rtol=1e-5, atol=1e-5)
 
-    export(best.folder, "reward", tmp_path / "merged")
+    export(run.folder, "reward", tmp_path / "merged")
     assert not is_adapter(tmp_path / "merged")
-    merged = RewardModel.from_pretrained(tmp_path / "merged").score(PROMPTS, ANSWERS)
-    torch.testing.assert_close(merged, ours, rtol=1e-5, atol=1e-5)
-
-    base = str(stage_folder(best.folder, "sft") / "model")
-    export(best.folder, "reward", tmp_path / "alone", form=Form(True, base))
-    again = RewardModel.from_pretrained(tmp_path / "alone").score(PROMPTS, ANSWERS)
-    torch.testing.assert_close(again, ours, rtol=1e-5, atol=1e-5)
-    card = (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
-    assert "library_name: peft" in card
-    code = next(part for part in card.split("```") if part.startswith("python\n"))
-    scope: dict[str, Any] = {}
-    exec(code.removeprefix("python\n").replace("REPO", repr(str(tmp_path / "alone"))), scope)
-    theirs = [scope["score"](p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-    assert theirs == pytest.approx(ours.tolist(), abs=1e-5)
+    export(run.folder, "reward", tmp_path / "alone", form=Form(True, base_model(run)))
+    assert "library_name: peft" in (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
+    for kind in ("merged", "alone"):
+        again = RewardModel.from_pretrained(tmp_path / kind).score(PROMPTS, ANSWERS)
+        torch.testing.assert_close(again, ours, rtol=1e-5, atol=1e-5)
+        score = run_snippet(tmp_path / kind)["score"]
+        theirs = [score(p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+        assert theirs == pytest.approx(ours.tolist(), abs=1e-5)
 
 
-def test_a_policy_is_exported_merged_or_as_an_adapter(best: Result, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["best", "ppo", "spin"])
+def test_a_policy_is_exported_merged_or_as_an_adapter(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run: Result = request.getfixturevalue(name)
     rows = ([[5, 6, 7]], [[8, 9, 10]])
-    ours = completion_logprobs(load_model(best.policy), *rows)[0]
-    export(best.folder, "policy", tmp_path / "merged")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    np.testing.assert_allclose(completion_logprobs(plain, *rows)[0], ours, atol=1e-5)
-    base = str(stage_folder(best.folder, "sft") / "model")
-    export(best.folder, "policy", tmp_path / "alone", form=Form(True, base))
-    peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "alone").eval().get_base_model()
-    np.testing.assert_allclose(completion_logprobs(peft, *rows)[0], ours, atol=1e-5)
+    ours = completion_logprobs(load_model(run.policy), *rows)[0]
+    export(run.folder, "policy", tmp_path / "merged")
+    export(run.folder, "policy", tmp_path / "alone", form=Form(True, base_model(run)))
+    for kind in ("merged", "alone"):
+        scope = run_snippet(tmp_path / kind)
+        assert isinstance(scope["answer"], str)
+        model = scope["model"].eval()
+        model = model.get_base_model() if kind == "alone" else model
+        np.testing.assert_allclose(completion_logprobs(model, *rows)[0], ours, atol=1e-5)
+        assert scope["tokenizer"].eos_token_id in scope["model"].generation_config.eos_token_id
 
 
 def test_export_refuses_an_adapter_whose_base_others_cannot_get(

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from irl_align.config.recipe import load_recipe
 from irl_align.data.encoding import encode_completions, encode_prompts
 from irl_align.errors import UserError
-from irl_align.hub.weights import chat_ids, chat_template
+from irl_align.hub.check import chat_ids
+from irl_align.hub.weights import chat_template
 from irl_align.models.packing import pack_rows
 from irl_align.models.trl import Training
 from irl_align.reward.fit import fit_reward, margins, pair_columns
