@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.chat_templates import chat_tokenizer
+from support.classifiers import card_score, one_label_classifier
 from support.preference_rows import CARD, PAIRS, write_pairs
+from support.rows import save
 from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, stage_folder, the_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +24,7 @@ from irl_align.evaluation.preference_tables import (
     preference_report,
     preference_report_tables,
 )
+from irl_align.reward.foreign import load_text_reward
 from irl_align.reward.model import RewardModel
 from irl_align.training.train import Result
 
@@ -396,3 +400,28 @@ def test_excess_share_is_relative_to_the_preference_reward() -> None:
     assert excess_share(0.6, 0.7) == pytest.approx(0.5)
     assert excess_share(0.45, 0.75) == pytest.approx(-0.2)
     assert excess_share(0.9, 0.5) is None
+
+
+def test_evaluate_of_another_projects_reward_reads_its_chat_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its margins are those of the conversations that its model card scores."""
+    tokenizer = chat_tokenizer("zephyr")
+    plain = one_label_classifier(tokenizer)
+    reward = save(plain, tokenizer, tmp_path / "theirs")
+    (tmp_path / "toy.md").write_text(CARD)
+    write_pairs(tmp_path / "pairs.jsonl", PAIRS)
+    report, _ = evaluation(capsys, reward, "--card", tmp_path / "toy.md")
+    wins = [
+        card_score(plain, tokenizer, prompt, chosen)
+        > card_score(plain, tokenizer, prompt, rejected)
+        for prompt, chosen, rejected, _, _ in PAIRS
+    ]
+    assert report["scorers"]["reward"]["overall"]["mean"] == pytest.approx(sum(wins) / len(wins))
+    options = ("--card", tmp_path / "toy.md", "--template", "{prompt}")
+    report, _ = evaluation(capsys, reward, *options)
+    text = load_text_reward(reward, template="{prompt}")
+    margins = [float(text.score([p], [a]) - text.score([p], [b])) for p, a, b, _, _ in PAIRS]
+    assert report["scorers"]["reward"]["overall"]["mean"] == pytest.approx(
+        sum(margin > 0 for margin in margins) / len(margins)
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, EvalResult, ModelCard
@@ -316,3 +317,15 @@ def test_export_of_a_reward_on_a_chat_model_reads_its_template_and_names_both_li
     for prompt in ("1 plus 1?", talk):
         expected = float(reward.score([prompt], ["It is 2."]))
         assert known["score"](prompt, "It is 2.") == pytest.approx(expected, abs=1e-5)
+
+    # Pairs of conversations are conversations, as TRL's trainers read them.
+    export(run.folder, "pairs", tmp_path / "pairs")
+    pairs = pq.read_table(next((tmp_path / "pairs" / "pairs").glob("train-*"))).to_pylist()
+    asked = [[turn["role"] for turn in row["prompt"]] for row in pairs]
+    assert asked and all(roles == ["system", "user"] for roles in asked)
+    for row in pairs:
+        number = row["prompt"][1]["content"].split()[0]
+        assert row["chosen"] == [{"role": "assistant", "content": f"It is {number}."}]
+        assert row["rejected_prompt"] == row["prompt"] and len(row["rejected"]) == 1
+    samples = [row for rows in run.view().samples().values() for row in rows]
+    assert all(row["prompt"][0]["content"] == "Be brief." for row in samples)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support.chat_templates import FAMILIES, chat_tokenizer
-from support.classifiers import card_score, one_label_classifier
+from support.classifiers import card_score, one_label_classifier, tiny_llama
 from support.other_tokenizers import wordpiece, words
 from support.rows import save
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -187,6 +188,47 @@ def test_load_reward_of_chatml_reads_the_newline_after_the_end(tmp_path: Path) -
     completions = encode_completions(PROMPTS, ANSWERS, prompts, tokenizer, policy.card)
     scores = reward.score_ids(prompts, completions).tolist()
     assert scores == pytest.approx(card_scores(plain, tokenizer), abs=1e-5)
+
+
+def test_load_reward_of_an_own_chat_reward_ends_texts_as_it_was_fitted(
+    tiny_model: MakeModel, tmp_path: Path
+) -> None:
+    """At its template's end of turn, and not at the tokenizer's EOS or after a newline."""
+    theirs, own = chat_tokenizer("gemma"), chat_tokenizer("chatml")
+    for tokenizer in (theirs, own):
+        prepare_tokenizer(tokenizer, "chat")
+    base = LlamaForCausalLM(tiny_llama(theirs))
+    settings = RewardSettings(template="chat", name="own")
+    fitted = RewardModel.from_policy(
+        save(base, theirs, tmp_path / "base"), theirs, settings, seed=1
+    )
+    fitted.save_pretrained(tmp_path / "reward")
+    policy = form(own, "chat")
+    prompts = encode_prompts(PROMPTS, own, policy.card)
+    completions = encode_completions(PROMPTS, ANSWERS, prompts, own, policy.card)
+    reward = load_reward(tmp_path / "reward", policy)
+    assert isinstance(reward, AlignedReward)
+    expected = pytest.approx(fitted.score(PROMPTS, ANSWERS).tolist(), abs=1e-5)
+    assert reward.score_ids(prompts, completions).tolist() == expected
+    ids = encode_prompts(PROMPTS, theirs, settings)
+    finished = encode_completions(PROMPTS, ANSWERS, ids, theirs, settings)
+    unfinished = fitted.score_ids(ids, [row[:-1] for row in finished], None).tolist()
+    cut = reward.score_ids(prompts, [row[:-1] for row in completions]).tolist()
+    assert cut == pytest.approx(unfinished, abs=1e-5)
+    wanted = ScoreRequest(prompts, completions, prefixes=True, eos_prefixes=True)
+    assert score_tokens(reward, wanted).rewards.tolist() == expected
+
+
+def test_load_reward_refuses_eos_prefixes_of_a_text_that_ends_otherwise(tmp_path: Path) -> None:
+    theirs, own = chat_tokenizer("chatml"), chat_tokenizer("gemma")
+    prepare_tokenizer(own, "chat")
+    policy = form(own, "chat")
+    folder = save(one_label_classifier(theirs), theirs, tmp_path / "reward")
+    reward = load_reward(folder, policy)
+    prompts = encode_prompts(PROMPTS, own, policy.card)
+    wanted = ScoreRequest(prompts, [[5], [6]], prefixes=True, eos_prefixes=True)
+    with pytest.raises(UserError, match=r"this reward's texts end with '<\|im_end\|>\\n' and not"):
+        score_tokens(reward, wanted)
 
 
 def test_load_reward_loads_a_causal_classifier(
