@@ -81,8 +81,8 @@ def _show(card: Card, splits: Sequence[SplitSummary]) -> None:
             if split is not other and split.name == "train" and shared:
                 share = shared / len(other.prompts)
                 terminal.print(f"{share:.1%} of the prompts of {other.name} are also in train")
-        for warning in split.warnings:
-            terminal.print(f"note: {warning}", soft_wrap=True)
+        for note in (*split.warnings, *split.notes):
+            terminal.print(f"note: {note}", soft_wrap=True)
     for split in splits:
         for sample in split.samples:
             terminal.rule(f"sample of {split.name}", align="left")

@@ -37,8 +37,11 @@ TRANSCRIPTS = frozenset({"chosen_transcript", "rejected_transcript"})
 LABELLED = frozenset({"prompt", "first", "second", "label"})
 FORMATS = {"demonstrations": (PLAIN, MESSAGES, TEXT), "preferences": (PAIRS, TRANSCRIPTS, LABELLED)}
 """Kind of rows -> the sets of fields that its columns may be mapped to."""
-OPTIONAL = {"demonstrations": frozenset[str](), "preferences": frozenset({"subset", "margin"})}
-"""Kind of rows -> fields that may be added to any of its FORMATS."""
+OPTIONAL = {
+    "demonstrations": frozenset({"input", "tools"}),
+    "preferences": frozenset({"input", "tools", "subset", "margin"}),
+}
+"""Kind of rows -> fields that may be added to its FORMATS."""
 _MAX_BYTES = 1 << 24
 TASK_SPLITS = ("train", "validation", "test")
 
@@ -115,7 +118,13 @@ class CardOptions(Options):
     completion; or messages; or text, which starts with its prompt. Preferences have prompt, chosen
     and rejected; or chosen_transcript and rejected_transcript; or prompt, first, second and label
     (1 or 2, the better text). Preferences may also have margin and subset. A subset may join
-    several columns by +; without one, the files of a split are its subsets."""
+    several columns by +; without one, the files of a split are its subsets.
+
+    A prompt may also have input, a text that follows it after an empty line (as in Alpaca). With
+    template chat, prompts and completions may be texts or lists of messages, with the keys role and
+    content or (as in ShareGPT) from and value; content may be a list of text parts. The chat
+    template also gets tool_calls, the model's reasoning, and the row's tools (column tools, or the
+    one that the field tools names). Columns that are not used are logged."""
     template: str = "{prompt}\n"
     """Text with one {prompt}, or chat: the tokenizer's chat template."""
     lowercase: bool = False
@@ -124,12 +133,17 @@ class CardOptions(Options):
     """With text: how many words the prompt has. The completion is the rest of the text."""
     labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(default=[1, 2])
     """Values of label: the first means that the first text is better, the second the second."""
-    turn: Literal["first", "last"] = "last"
-    """With messages: which assistant turn is the demonstration. Later turns are left out."""
+    turn: Literal["first", "last", "each"] = "last"
+    """With messages: which turn of the assistant is the demonstration that makes pairs, or each of
+    them. Turns after it are left out. With last, SFT also learns the earlier turns, unless the
+    recipe says sft.turns: demonstration. A turn of weight 0 or train false is only read."""
     where: dict[str, bool | int | str] = Field(default_factory=dict)
     """Column -> value. Rows with another value are left out."""
     faulty: Literal["error", "drop"] = "error"
-    """Faulty rows (empty text, chosen equal to rejected): stop, or drop them and log how many."""
+    """Faulty rows: stop, or drop them and log how many. A row is faulty if it cannot be parsed,
+    lacks a column or a text, has chosen equal to rejected, has something that the chat template
+    does not render, or has the text of a special token of the tokenizer: special tokens come from
+    the template, never from the text of a row."""
     rows: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     """Split -> expected number of rows. A mismatch logs a warning."""
     about: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
@@ -177,8 +191,12 @@ class CardOptions(Options):
             raise ValueError("source.columns: not the same fields as columns")
         if form in (MESSAGES, TRANSCRIPTS) and self.template != "chat":
             raise ValueError("template: conversations need template chat")
-        if self.turn == "first" and form != MESSAGES:
-            raise ValueError("turn: goes with columns.messages only")
+        if self.turn != "last" and self.template != "chat":
+            raise ValueError("turn: goes with conversations, which need template chat")
+        if "input" in self.columns and "prompt" not in form:
+            raise ValueError("columns.input: goes with columns.prompt only")
+        if "tools" in self.columns and self.template != "chat":
+            raise ValueError("columns.tools: needs template chat")
         if (self.prompt_words is None) == (form == TEXT):
             raise ValueError("prompt_words: goes with columns.text, which needs it")
         if self.labels != [1, 2] and form != LABELLED:
@@ -304,7 +322,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
         if len(raw) > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES} bytes, which no card is")
     except (OSError, ValueError) as error:

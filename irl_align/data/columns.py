@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from irl_align.data.rows import Prompt, stored_prompt
+
+
+def read_parquet(file: Path) -> Dataset:
+    """The rows of a parquet file, in memory.
+
+    Dataset.from_parquet would read brackets in the path as a pattern.
+    """
+    import pyarrow.parquet
+
+    return Dataset(pyarrow.parquet.ParquetFile(file).read())
 
 
 def column(rows: Dataset, name: str) -> list[Any]:

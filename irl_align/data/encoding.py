@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from datasets import Dataset
@@ -19,11 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
 from irl_align.data.rows import (
+    Completion,
     Demonstration,
     Message,
     Preference,
     Prompt,
+    as_answer,
     as_messages,
+    completion_text,
     is_one_turn,
     prompt_key,
     prompt_text,
@@ -100,7 +103,7 @@ def encode_prompts(
 
 def encode_completions(
     prompts: Sequence[Prompt],
-    completions: Sequence[str],
+    completions: Sequence[Completion],
     prompt_ids: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     card: Templated,
@@ -124,7 +127,7 @@ def training_texts(rows: Iterable[Demonstration], card: Card) -> list[str]:
                 "expected a card with a plain template"
             )
         texts[card.template.format(prompt=_cased(row["prompt"], card))] = None
-        texts[_cased(row["completion"], card)] = None
+        texts[_cased(completion_text(row["completion"]), card)] = None
     return list(texts)
 
 
@@ -144,15 +147,18 @@ class _Encoder:
         prompts: list[Prompt] = [row["prompt"] for row in rows]
         rendered = self.render(prompts)
         prompt_ids = self.prompt_ids(rendered)
-        texts = {side: [row[side] for row in rows] for side in sides}
+        answers = {side: [row[side] for row in rows] for side in sides}
+        texts = {side: [completion_text(answer) for answer in answers[side]] for side in sides}
         ids = {
-            f"{side}_ids": self.completion_ids(side, texts[side], prompts, rendered, prompt_ids)
+            f"{side}_ids": self.completion_ids(side, answers[side], prompts, rendered, prompt_ids)
             for side in sides
         }
         return {
             "prompt": [prompt_text(prompt) for prompt in prompts],
             "messages": ["" if isinstance(p, str) else json.dumps(p) for p in prompts],
-            **{side: [_cased(text, self.card) for text in texts[side]] for side in sides},
+            **{
+                side: [_cased(completion_text(t), self.card) for t in texts[side]] for side in sides
+            },
             "prompt_ids": prompt_ids,
             **ids,
             "prompt_key": [prompt_key(prompt) for prompt in prompts],
@@ -183,13 +189,13 @@ class _Encoder:
     def completion_ids(
         self,
         field: str,
-        texts: Sequence[str],
+        completions: Sequence[Completion],
         prompts: Sequence[Prompt],
         rendered: Sequence[str],
         prompt_ids: Sequence[list[int]],
     ) -> list[list[int]]:
         """Ids of the texts of a field after their prompts; each ends with its only end of text."""
-        texts = [_cased(text, self.card) for text in texts]
+        texts = [_cased(completion_text(completion), self.card) for completion in completions]
         end = text_end(self.tokenizer, self.card.template)
         special = {end.token, self.tokenizer.eos_token, self.tokenizer.pad_token}
         for number, text in enumerate(texts):
@@ -201,7 +207,7 @@ class _Encoder:
                         "a special token of the tokenizer; expected text without it"
                     )
         if self.card.template == "chat":
-            ids = self._chat_completion_ids(texts, prompts, rendered, prompt_ids)
+            ids = self._chat_completion_ids(completions, prompts, rendered, prompt_ids)
         else:
             ids = self._ids(texts)
         return [
@@ -210,16 +216,17 @@ class _Encoder:
 
     def _chat_completion_ids(
         self,
-        texts: Sequence[str],
+        completions: Sequence[Completion],
         prompts: Sequence[Prompt],
         rendered: Sequence[str],
         prompt_ids: Sequence[list[int]],
     ) -> list[list[int]]:
         """Ids of what the chat template writes after each prompt."""
         whole: list[str] = []
-        for number, (prompt, text, before) in enumerate(zip(prompts, texts, rendered, strict=True)):
-            answer: Message = {"role": "assistant", "content": text}
-            whole.append(self._chat([*self._messages(prompt), answer], prompt_only=False))
+        rows = zip(prompts, completions, rendered, strict=True)
+        for number, (prompt, completion, before) in enumerate(rows):
+            turns = [*as_messages(prompt), *as_answer(completion)]
+            whole.append(self._chat(self._messages(turns), prompt_only=False))
             if not whole[-1].startswith(before):
                 raise UserError(
                     f"model.chat_template: the template of {tokenizer_name(self.tokenizer)} "
@@ -238,17 +245,17 @@ class _Encoder:
         return [repaired[number] if rest is None else rest for number, rest in enumerate(ids)]
 
     def _messages(self, prompt: Prompt) -> list[Message]:
-        return [
-            {"role": turn["role"], "content": _cased(turn["content"], self.card)}
-            for turn in as_messages(prompt)
-        ]
+        turns = as_messages(prompt)
+        return [{**turn, "content": _cased(turn["content"], self.card)} for turn in turns]
 
     def _chat(self, messages: list[Message], prompt_only: bool) -> str:
         """Messages in the chat template; `prompt_only` adds the start of the assistant's turn."""
-        conversation: list[Any] = list(messages)
+        first, *later = cast(list[dict[str, Any]], messages)
+        tools = first.get("tools")
+        conversation = [{name: first[name] for name in first if name != "tools"}, *later]
         try:
             text = self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=prompt_only
+                conversation, tools=tools, tokenize=False, add_generation_prompt=prompt_only
             )
         except Exception as error:  # a template may raise anything that Python may
             roles = ", ".join(message["role"] for message in messages)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from irl_align.data.rows import Demonstration, prompt_key
+from irl_align.data.rows import Completion, Demonstration, completion_text, prompt_key
 from irl_align.data.splits import Division, unit_hash
 from irl_align.errors import UserError
 
@@ -35,7 +35,7 @@ def corrupt(
     rows of a smaller share are a subset of those of a larger one. Raises UserError: all rows have
     the same prompt.
     """
-    completions: dict[str, list[str]] = {}
+    completions: dict[str, list[Completion]] = {}
     for row in rows:
         completions.setdefault(prompt_key(row["prompt"]), []).append(row["completion"])
     keys = sorted(completions)
@@ -45,11 +45,11 @@ def corrupt(
             "completion of another prompt"
         )
     for texts in completions.values():
-        texts.sort()
+        texts.sort(key=completion_text)
     out, changed = [], 0
     for row in rows:
         key = prompt_key(row["prompt"])
-        content = f"{key}/{row['completion']}"
+        content = f"{key}/{completion_text(row['completion'])}"
         if unit_hash(seed, "noise", content) >= share:
             out.append(row)
             continue
@@ -57,6 +57,6 @@ def corrupt(
         other = rng.choice(keys)
         while other == key:
             other = rng.choice(keys)
-        out.append({"prompt": row["prompt"], "completion": rng.choice(completions[other])})
+        out.append({**row, "completion": rng.choice(completions[other])})
         changed += 1
     return out, changed

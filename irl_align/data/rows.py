@@ -5,21 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from irl_align.errors import UserError
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation. The chat template reads all of its keys but `tools`."""
 
     role: str
     content: str
+    tool_calls: NotRequired[list[Any]]
+    """Calls of functions, with their arguments as objects."""
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    thinking: NotRequired[str]
+    tools: NotRequired[list[Any]]
+    """Of the first message only: definitions of the functions that the assistant may call."""
 
 
 Prompt = str | list[Message]
 """A text, or a conversation up to the turn that is to be written."""
-
 
 Completion = str | list[Message]
 """A text, or turns of a conversation whose last is the answer."""
@@ -29,23 +37,52 @@ class Demonstration(TypedDict):
     """A prompt and the completion that was demonstrated for it."""
 
     prompt: Prompt
-    completion: str
+    completion: Completion
+    earlier: NotRequired[list[int]]
+    """Places in the prompt of the assistant's turns that are demonstrations too."""
+    place: NotRequired[str]
+    """File and row, for messages."""
 
 
 class Preference(TypedDict):
     """A prompt and two completions. The margin says how much better, in the unit of the data."""
 
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Completion
+    rejected: Completion
     subset: str
     margin: float | None
+    place: NotRequired[str]
+    """File and row, for messages."""
 
 
 def prompt_key(prompt: Prompt) -> str:
     """16 hex digits that name a prompt by its content."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def opening(prompt: Prompt) -> Prompt:
+    """The prompt up to the assistant's first turn.
+
+    Splits are divided by it, so that no two parts share the start of a conversation.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    roles = [message["role"] for message in prompt]
+    return prompt[: roles.index("assistant")] if "assistant" in roles else prompt
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """The prompt as a conversation: a text is one turn of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_answer(completion: Completion) -> list[Message]:
+    """The completion as turns of a conversation: a text is one turn of the assistant."""
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    return completion
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -57,7 +94,7 @@ def prompt_text(prompt: Prompt) -> str:
         return prompt
     if is_one_turn(prompt):
         return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {_message_text(message)}" for message in prompt)
 
 
 def stored_prompt(row: Mapping[str, Any]) -> Prompt:
@@ -107,11 +144,6 @@ def exchanges(
     return [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
 
 
-def as_messages(prompt: Prompt) -> list[Message]:
-    """The prompt as a conversation: a text is one turn of the user."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def lowered(prompt: Prompt) -> Prompt:
     """The prompt in lower case."""
     if isinstance(prompt, str):
@@ -127,3 +159,14 @@ def last_text(prompt: Prompt) -> str:
 def with_last_text(prompt: Prompt, text: str) -> Prompt:
     """The prompt with another text, a conversation with another last turn."""
     return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+
+
+def completion_text(completion: Completion) -> str:
+    """A completion for people: the text of its answer, with reasoning and calls of functions."""
+    return completion if isinstance(completion, str) else _message_text(completion[-1])
+
+
+def _message_text(message: Message) -> str:
+    calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+    reasons = [str(message.get(key, "")) for key in ("reasoning_content", "reasoning", "thinking")]
+    return "\n".join(part for part in (*reasons, message["content"], calls) if part)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
-from irl_align.data.rows import Demonstration, Preference, prompt_key
+from irl_align.data.rows import Demonstration, Preference, opening, prompt_key
 from irl_align.errors import UserError
 
 Row = TypeVar("Row", Demonstration, Preference)
@@ -47,7 +47,7 @@ def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Di
     held_out: list[Demonstration] = []
     disjoint = options.reward_data == "disjoint"
     for row in rows:
-        key = prompt_key(row["prompt"])
+        key = prompt_key(opening(row["prompt"]))
         if unit_hash(seed, "share", key) >= options.share:
             continue
         if unit_hash(seed, "held_out", key) < options.held_out:
@@ -81,7 +81,9 @@ def carve(card: Card, split: str, rows: list[Row]) -> list[Row]:
     if not bounds:
         return rows
     low, high = bounds.get(split, (taken, 1.0))
-    return [row for row in rows if low <= unit_hash(0, "carve", prompt_key(row["prompt"])) < high]
+    keys = [prompt_key(opening(row["prompt"])) for row in rows]
+    hashes = [unit_hash(0, "carve", key) for key in keys]
+    return [row for row, place in zip(rows, hashes, strict=True) if low <= place < high]
 
 
 def choose_prompts(keys: Iterable[str], count: int | None, seed: int) -> set[str]:
@@ -93,10 +95,14 @@ def choose_prompts(keys: Iterable[str], count: int | None, seed: int) -> set[str
 
 
 def data_checksum(rows: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of the rows' content in their order; the order of a row's keys does not matter."""
+    """SHA-256 of the rows' content in their order, wherever they were read.
+
+    The order of a row's keys does not matter.
+    """
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode())
+        content = {name: value for name, value in row.items() if name != "place"}
+        digest.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import import_object, load_card
-from irl_align.data.columns import column, prompts_by_ids
+from irl_align.data.columns import column, prompts_by_ids, read_parquet
 from irl_align.data.decoding import TokenFormat
 from irl_align.data.rows import Prompt, prompt_text
 from irl_align.data.splits import choose_prompts
@@ -182,7 +181,7 @@ def best_of_curve(
 def _evaluation_prompts(view: RunView, count: int | None) -> dict[tuple[int, ...], Prompt]:
     """Token ids -> prompt of a run's evaluation prompts, `count` of them chosen by hash."""
     file = view.folder / view.stages["data"]["path"] / "evaluation.parquet"
-    rows = Dataset.from_parquet(str(file), keep_in_memory=True)
+    rows = read_parquet(file)
     keys = choose_prompts(column(rows, "prompt_key"), count, view.recipe["seed"])
     return prompts_by_ids(rows.filter(lambda key: key in keys, input_columns="prompt_key"))
 

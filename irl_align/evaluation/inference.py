@@ -12,7 +12,8 @@ from trl import DPOConfig
 from irl_align.config.generation import GenerationOptions
 from irl_align.data.decoding import decode_answers
 from irl_align.data.encoding import encode_prompts
-from irl_align.data.loading import before_answer, read_messages
+from irl_align.data.loading import before_answer
+from irl_align.data.messages import read_messages
 from irl_align.data.rows import Prompt, exchange
 from irl_align.data.sources import file_rows
 from irl_align.errors import UserError

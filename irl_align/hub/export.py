@@ -12,7 +12,7 @@ from typing import NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from irl_align.data.columns import column
+from irl_align.data.columns import column, read_parquet
 from irl_align.data.pairs import load_pairs
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import prompt_format
@@ -113,7 +113,7 @@ def _write_reward(
     folder: Path, facts: Facts, artefact: Artefact, licence: Licence, form: Form
 ) -> None:
     path = facts.stage_folder("data") / "held_out.parquet"
-    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    rows = read_parquet(path)
     rows = rows.select(range(0, len(rows), -(-len(rows) // CHECKED)))
     base = _base_name(facts, artefact.path, form.base) if form.adapter else None
     reward = RewardModel.from_pretrained(artefact.path, pick_device("auto"), merge=base is None)

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import Card, load_card
-from irl_align.data.columns import column
+from irl_align.data.columns import column, read_parquet
 from irl_align.data.encoding import encode_demonstrations, training_texts
 from irl_align.data.loading import load_demonstrations, load_preferences
 from irl_align.data.noise import with_noise
@@ -102,7 +102,7 @@ def prepare(context: RunContext, raw: RawData) -> tuple[Data, Policy]:
 def _encoded_rows(stage: Stage, use: str) -> Dataset:
     if stage.missing:
         return Dataset.from_dict({name: [] for name in _COLUMNS})
-    return Dataset.from_parquet(str(stage.path / f"{use}.parquet"), keep_in_memory=True)
+    return read_parquet(stage.path / f"{use}.parquet")
 
 
 def _encode(context: RunContext, raw: RawData, start: Policy) -> Stage:
@@ -226,6 +226,6 @@ def supervise(context: RunContext, start: Policy, data: Data) -> Policy:
 def read_template(path: str) -> str:
     """Text of a chat template's file."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.chat_template: {path}: cannot be read: {error}") from error

@@ -23,7 +23,7 @@ from irl_align.config.yaml import dump_yaml
 from irl_align.data.cards import Card, load_card
 from irl_align.data.encoding import encode_demonstrations
 from irl_align.data.loading import load_demonstrations
-from irl_align.data.rows import Demonstration, prompt_text
+from irl_align.data.rows import Demonstration, completion_text, prompt_text
 from irl_align.data.tokenizer import train_tokenizer
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer, pick_device, seeded
@@ -242,7 +242,8 @@ def _tokenizer(
     If the model is on the Hub and cannot be reached, a plain tokenizer.
     """
     path = str(options.path)
-    texts = [text for row in rows for text in (prompt_text(row["prompt"]), row["completion"])]
+    texts = [prompt_text(row["prompt"]) for row in rows]
+    texts += [completion_text(row["completion"]) for row in rows]
     tokenizer: Any
     try:
         own: Any = load_tokenizer(path, revision=options.revision)

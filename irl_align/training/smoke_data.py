@@ -13,7 +13,7 @@ import yaml
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import LABELLED, MESSAGES, PLAIN, TEXT, TRANSCRIPTS, Card, load_card
 from irl_align.data.loading import load_demonstrations
-from irl_align.data.rows import Demonstration, Prompt, prompt_text
+from irl_align.data.rows import Demonstration, Prompt, completion_text, prompt_text
 from irl_align.tasks import restaurant
 from irl_align.utils.files import atomic_write
 
@@ -93,7 +93,7 @@ def _demonstration(
     card: Card, columns: dict[str, str], row: Demonstration, number: int
 ) -> dict[str, Any]:
     """A demonstration as a row of the card's data."""
-    prompt, completion = prompt_text(row["prompt"]), row["completion"]
+    prompt, completion = prompt_text(row["prompt"]), completion_text(row["completion"])
     form = PLAIN if card.is_task else card.format(columns)
     if form == MESSAGES:
         turns = [("user", prompt), ("assistant", completion)]

@@ -52,7 +52,7 @@ def test_load_card_names_the_nearest_card() -> None:
         (DEMOS + "  sha256: {train: abc}\n", r"irl_align\.sha256\.train: .*found 'abc'"),
         (DEMOS + "  rows: {trian: 3}\n", r"rows: trian is not a split of this card"),
         (DEMOS + "  gold: module.attribute\n", r"irl_align\.gold: .*found 'module\.attribute'"),
-        (DEMOS + "  turn: first\n", r"turn: goes with columns\.messages only"),
+        (DEMOS + "  turn: first\n", r"turn: goes with conversations, which need"),
         (DEMOS + "  source: {url: 'x', hub: 'a/b'}\n", r"exactly one of hub, task and url"),
         (DEMOS + "  source: {hub: a/b}\n", r"splits\.train: the source is on the Hub, so give hub"),
         (DEMOS + '  source: {task: "a:b"}\n', r"a task gives demonstrations: leave splits"),

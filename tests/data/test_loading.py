@@ -6,13 +6,14 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.own_card import DEMOS, PREFERENCES, write_card
+from support.own_card import DEMOS, PREFERENCES, lines, without_places, write_card
 
-from irl_align.data.cards import load_card
+from irl_align.data.cards import Card, load_card
 from irl_align.data.loading import load_demonstrations, load_preferences
 from irl_align.errors import UserError
 
@@ -20,8 +21,8 @@ ROWS = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "6"}
 LOADED = [{"prompt": "2+2?", "completion": "4"}, {"prompt": "3+3?", "completion": "6"}]
 
 
-def lines(rows: list[dict[str, object]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def loaded(card: Card, path: Path | None = None) -> list[dict[str, Any]]:
+    return without_places(load_demonstrations(card, "train", path and str(path)))
 
 
 # ---------------------------------------------------------------- local files
@@ -39,16 +40,16 @@ def test_load_demonstrations_reads_the_same_rows_from_every_format(tmp_path: Pat
     for suffix, content in contents.items():
         file = tmp_path / f"demos.{suffix.split()[0]}"
         file.write_bytes(content)
-        assert load_demonstrations(card, "train") == LOADED, suffix
+        assert loaded(card) == LOADED, suffix
         file.unlink()
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "demos.parquet")
-    assert load_demonstrations(card, "train") == LOADED
+    assert loaded(card) == LOADED
 
 
 def test_load_demonstrations_reads_a_changed_file_again(tmp_path: Path) -> None:
     card, file = write_card(tmp_path), tmp_path / "demos.jsonl"
     file.write_text(lines(ROWS))
-    assert load_demonstrations(card, "train") == LOADED
+    assert loaded(card) == LOADED
     stamp = file.stat()
     file.write_text(lines(ROWS).replace("4", "5"))  # same size
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # and same time
@@ -68,10 +69,11 @@ def test_load_demonstrations_reads_a_changed_file_again(tmp_path: Path) -> None:
         (
             "demos.csv",
             b"question,answer\na,b,c\n",
-            r"line 2: found more or fewer fields than the 2",
+            r"line 2: found 3 fields, expected the 2 of the",
         ),
         ("demos.csv", b'question,answer\n"a,b\n', r"line 2: broken CSV"),
-        ("demos.jsonl", b"[1]\n", r"line 1: found list, expected a JSON object"),
+        ("demos.jsonl", b"[1]\n", r"item 1: found int, expected a JSON object"),
+        ("demos.jsonl", b"1\n", r"line 1: found int, expected a JSON object"),
         ("demos.jsonl", b'{"question": "a", "text": "b"}\n', r"found columns question, text, exp"),
         (
             "demos.jsonl",
@@ -98,7 +100,7 @@ def test_load_demonstrations_reads_a_changed_file_again(tmp_path: Path) -> None:
             gzip.compress(lines(ROWS).encode(), mtime=0)[:-9],
             r"truncated or damaged gzip",
         ),
-        ("demos.txt", b"a", r"found suffix '\.txt', expected \.jsonl"),
+        ("demos.txt", b"a", r"found suffix '\.txt', expected \.json, \.jsonl"),
     ],
 )
 def test_load_demonstrations_names_file_and_line_of_a_fault(
@@ -132,7 +134,7 @@ def test_load_demonstrations_takes_one_file_for_one_split(tmp_path: Path) -> Non
     )
     card, file = write_card(tmp_path, options), tmp_path / "a.jsonl"
     file.write_text(lines(ROWS))
-    assert load_demonstrations(card, "train", str(file)) == LOADED
+    assert loaded(card, file) == LOADED
     with pytest.raises(UserError, match=r"is one file and not that of split test \(b\.\*\)"):
         load_demonstrations(card, "test", str(file))
 
@@ -142,7 +144,7 @@ def test_load_demonstrations_needs_a_path_for_a_url_source(tmp_path: Path) -> No
     (tmp_path / "demos.jsonl").write_text(lines(ROWS))
     with pytest.raises(UserError, match=r"get the files from https://example\.org/d and give"):
         load_demonstrations(card, "train")
-    assert load_demonstrations(card, "train", str(tmp_path)) == LOADED
+    assert loaded(card, tmp_path) == LOADED
 
 
 def test_load_demonstrations_reports_a_missing_network_in_one_line() -> None:
@@ -167,10 +169,10 @@ def test_hub_columns_are_used_only_for_rows_of_the_hub(
         return datasets.Dataset.from_list([{"q": "2+2?", "a": "4"}, {"q": "3+3?", "a": "6"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert load_demonstrations(card, "train") == LOADED
+    assert loaded(card) == LOADED
     assert asked == [(("a/b", "c"), {"data_dir": None, "revision": "r", "split": "fit"})]
     (tmp_path / "demos.jsonl").write_text(lines(ROWS))
-    assert load_demonstrations(card, "train", str(tmp_path)) == LOADED
+    assert loaded(card, tmp_path) == LOADED
 
 
 def test_load_demonstrations_compares_checksum_and_row_count(
@@ -183,7 +185,7 @@ def test_load_demonstrations_compares_checksum_and_row_count(
     assert not caplog.records
     other = write_card(tmp_path, DEMOS + f"  sha256: {{train: {'f' * 64}}}\n  rows: {{train: 9}}\n")
     with caplog.at_level(logging.WARNING):
-        assert load_demonstrations(other, "train") == LOADED
+        assert loaded(other) == LOADED
     assert actual in caplog.text and "found 2 rows, the card says 9" in caplog.text
 
 
@@ -192,7 +194,7 @@ def test_where_keeps_matching_rows(tmp_path: Path) -> None:
     (tmp_path / "demos.jsonl").write_text(
         lines([{**ROWS[0], "ok": True}, {**ROWS[1], "ok": False}])
     )
-    assert load_demonstrations(card, "train") == LOADED[:1]
+    assert loaded(card) == LOADED[:1]
 
 
 def test_carved_splits_partition_the_prompts(tmp_path: Path) -> None:
@@ -233,7 +235,8 @@ def test_messages_are_cut_at_the_chosen_turn(
     options = DEMOS.replace("prompt: question, completion: answer", "messages: talk")
     card = write_card(tmp_path, options + f"  template: chat\n  turn: {turn}\n")
     (tmp_path / "demos.jsonl").write_text(lines([{"talk": TALK}]))
-    (row,) = load_demonstrations(card, "train")
+    (row,) = loaded(card)
+    row.pop("earlier", None)
     assert row == {"prompt": TALK[:length], "completion": answer}
 
 
@@ -244,7 +247,7 @@ def test_messages_are_cut_at_the_chosen_turn(
         (TALK[2:3], "an answer without a prompt"),
         ([], "expected a list of messages"),
         ("Hi", "expected a list of messages"),
-        ([{"role": "robot", "content": "x"}], "role 'robot' in a message, expected system, user"),
+        ([{"role": "robot", "content": "x"}], "role 'robot' in a message, expected system, dev"),
         ([{"role": "user", "content": None}], "found null, expected text"),
     ],
 )
@@ -263,7 +266,7 @@ def test_load_preferences_reads_pairs(tmp_path: Path) -> None:
     card = write_card(tmp_path, PREFERENCES + f"  columns: {columns}\n")
     row = {"p": "x", "c": "good", "r": "bad", "m": "1.5", "set": "A", "axis": "quality"}
     (tmp_path / "pairs.jsonl").write_text(lines([row]))
-    assert load_preferences(card, "test") == [
+    assert without_places(load_preferences(card, "test")) == [
         {"prompt": "x", "chosen": "good", "rejected": "bad", "subset": "A/quality", "margin": 1.5}
     ]
     (tmp_path / "pairs.jsonl").write_text(lines([{**row, "m": "much"}]))

@@ -273,7 +273,9 @@ for name in sys.argv[1:]:
     card = load_card(name)
     load = load_demonstrations if card.kind == "demonstrations" else load_preferences
     try:
-        loaded[card.name] = {split: load(card, split) for split in card.split_names}
+        rows = {split: load(card, split) for split in card.split_names}
+        assert all(row.pop("place") for split in rows.values() for row in split)
+        loaded[card.name] = rows
     except UserError as error:
         loaded[card.name] = str(error)
 print(json.dumps(loaded))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import Card, load_card
 from irl_align.data.encoding import encode_demonstrations, training_texts
-from irl_align.data.rows import Demonstration, prompt_key, prompt_text
+from irl_align.data.rows import Demonstration, completion_text, prompt_key, prompt_text
 from irl_align.data.tokenizer import prepare_tokenizer, train_tokenizer
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer
@@ -81,7 +81,8 @@ def _lengths(
 ) -> tuple[Lengths, Lengths, float, int | None, str]:
     """Lengths of prompts and completions, share of rows within the limits, vocabulary, and how they
     were counted."""
-    words = np.array([len(prompt_text(r["prompt"])) + len(r["completion"]) for r in rows])
+    texts = [(prompt_text(row["prompt"]), completion_text(row["completion"])) for row in rows]
+    words = np.array([len(prompt) + len(answer) for prompt, answer in texts])
     evenly = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).astype(int)
     longest = np.argsort(-words)[: SAMPLED // 10]
     limits = recipe.data.model_copy(update={"overlong": "drop"})
@@ -103,8 +104,7 @@ def _lengths(
             raise
         how = f"as {TOKENS_PER_WORD} a word: the model's tokenizer is not available"
         own = recipe.data
-        prompts = [len(prompt_text(row["prompt"]).split()) for row in rows]
-        answers = [len(row["completion"].split()) for row in rows]
+        prompts, answers = ([len(row[side].split()) for row in texts] for side in (0, 1))
         return (
             _estimate(prompts, own.max_prompt_tokens),
             _estimate(answers, own.max_completion_tokens),
