@@ -217,7 +217,7 @@ def _count_keys(
             unused[name] += 1
         elif name in chat:
             special[name] += 1
-        elif isinstance(value, list):
+        elif isinstance(value, list) and name in columns.values():
             keys = {key for turn in value if isinstance(turn, dict) for key in turn if turn[key]}
             special.update(key for key in SPOKEN if key in keys)
             unused.update(f"{name}.{key}" for key in sorted(keys - READ))

@@ -215,7 +215,7 @@ def test_file_rows_refuses_a_file_that_grows_when_decompressed(tmp_path: Path) -
 def test_load_demonstrations_refuses_a_huge_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("irl_align.data.loading.MAX_TEXT", 100)
+    monkeypatch.setattr("irl_align.data.messages.MAX_TEXT", 100)
     (tmp_path / "card.md").write_text(CARD.replace("PATTERN", "rows.jsonl"))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"a": "x" * 101, "b": "y"}) + "\n")
     message = refusal(lambda: load_demonstrations(load_card(tmp_path / "card.md"), "train"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.own_card import without_places
 from support.smoked import SHIPPED, built_roles, planned_roles
 from support.tiny_runs import irl_align, the_line
 from transformers import (
@@ -163,7 +164,9 @@ def test_columns_of_the_hub_with_a_path_in_them(caplog: pytest.LogCaptureFixture
     card = load_card(small.data.card)
     with caplog.at_level(logging.WARNING):
         loaded = [*load_demonstrations(card, "train"), *load_demonstrations(card, "validation")]
-    assert {"prompt": row["question"], "completion": row["answers"][1]["text"]} in loaded
+    assert {"prompt": row["question"], "completion": row["answers"][1]["text"]} in without_places(
+        loaded
+    )
     assert not caplog.records and card.template == "Q: {prompt}\nA:" and card.license == "mit"
 
 
@@ -182,7 +185,8 @@ def test_a_model_from_scratch_stays_one_with_its_task_and_gold() -> None:
     assert small.model.from_scratch.hidden_size == 64
     assert load_card(small.data.card).gold == load_card("restaurant").gold is not None
     own = load_demonstrations(load_card("restaurant"), "train", None, full.data.task, full.seed)
-    assert load_demonstrations(load_card(small.data.card), "train") == own[:48]
+    rows = load_demonstrations(load_card(small.data.card), "train")
+    assert without_places(rows) == own[:48]
 
 
 def test_a_model_in_a_folder_gives_architecture_and_chat_template(
