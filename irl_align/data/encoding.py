@@ -156,9 +156,7 @@ class _Encoder:
         return {
             "prompt": [prompt_text(prompt) for prompt in prompts],
             "messages": ["" if isinstance(p, str) else json.dumps(p) for p in prompts],
-            **{
-                side: [_cased(completion_text(t), self.card) for t in texts[side]] for side in sides
-            },
+            **{side: [_cased(text, self.card) for text in texts[side]] for side in sides},
             "prompt_ids": prompt_ids,
             **ids,
             "prompt_key": [prompt_key(prompt) for prompt in prompts],

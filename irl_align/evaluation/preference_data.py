@@ -116,8 +116,8 @@ def _encode_conversations(
     rows, every = pairs.rows, [True] * len(pairs.rows)
     prompts = [row["prompt"] for row in rows]
     better, worse = (
-        encode_conversations(prompts, texts, every, tokenizer, pad)
-        for texts in ([row["chosen"] for row in rows], [row["rejected"] for row in rows])
+        encode_conversations(prompts, list(map(completion_text, side)), every, tokenizer, pad)
+        for side in ([row["chosen"] for row in rows], [row["rejected"] for row in rows])
     )
     # Both sides are divided at the first token that either answer changes.
     at = [min(len(one), len(two)) for one, two in zip(better[0], worse[0], strict=True)]
