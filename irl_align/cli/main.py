@@ -212,7 +212,12 @@ def score(
     scored, accuracy = score_rows(model, rows, device, template)
     _write(scored, output)
     if accuracy is not None:
-        typer.echo(f"accuracy {accuracy:.1%} of {len(rows)} pairs", err=True)
+        from irl_align.utils.statistics import few_clusters
+        from irl_align.utils.text_table import share_text
+
+        typer.echo(f"accuracy {share_text(accuracy)} (n=pairs/prompts)", err=True)
+        if note := few_clusters([accuracy]):
+            typer.echo(f"note: {note}", err=True)
 
 
 @app.command(

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from irl_align.evaluation.compare.run_tables import (
+    accuracy_notes,
     policy_tables,
     run_ending,
     run_tables,
@@ -33,6 +34,7 @@ def show_runs(views: Sequence[RunView], console: Console) -> None:
         show_policies(views, console)
         for view in views:
             _print_tables(run_tables(view), console)
+            _print_lines((f"note: {note}" for note in accuracy_notes([view])), console)
             _print_lines((f"warning sign: {sign}" for sign in view.signs()), console)
             _print_lines([f"{view.folder}: {run_ending(view)}"], console)
 

@@ -34,7 +34,7 @@ from irl_align.tasks.gold import GoldMetric
 from irl_align.training.keys import derive_seed
 from irl_align.training.run_folder import Run, RunView
 from irl_align.training.store import Store
-from irl_align.utils.statistics import clustered_difference, estimate
+from irl_align.utils.statistics import clustered_difference, clustered_ratio
 
 SIGNIFICANT = 0.05
 LOWER_IS_BETTER = {
@@ -104,7 +104,7 @@ def _overoptimisation(
     fall = clustered_difference(
         (sign * (by_n[-1] - by_n[peak])).tolist(), [str(i) for i in range(len(by_n[0]))]
     )
-    falls = fall.p_t is not None and fall.p_t < SIGNIFICANT and fall.mean < 0.0
+    falls = fall.p is not None and fall.p < SIGNIFICANT and fall.mean < 0.0
     kls, gains = [best_of_n_kl_bound(n) for n in ns], [mean - means[0] for mean in means]
     fit = fit_gain("best_of_n", kls, gains)
     return {
@@ -115,7 +115,8 @@ def _overoptimisation(
 
 
 def _over_prompts(values: np.ndarray) -> dict[str, Any]:
-    return asdict(estimate(values.tolist()))
+    """Mean of one value per prompt (M,), with its interval."""
+    return asdict(replace(clustered_ratio(values, np.ones(len(values))), clusters=None))
 
 
 def best_of_curve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.reward.settings import own_template, refuse_template
 from irl_align.training.reward_step import scheduled
 from irl_align.training.run_folder import Run, RunView, artefact_folder, is_run
+from irl_align.utils.statistics import Estimate, clustered_share
 
 Row = dict[str, Any]
 """A row of a file that a user gives or gets: field -> value."""
@@ -179,12 +181,13 @@ def saved_reward(
 
 def score_rows(
     path: Path, rows: Sequence[Row], device: str, template: str | None = None
-) -> tuple[list[Row], float | None]:
+) -> tuple[list[Row], Estimate | None]:
     """Rows with their scores by the reward of a run or folder, and the accuracy on pairs.
 
     A row with a completion, or with messages whose last is the answer, gets `score`; a pair gets
-    `chosen_score` and `rejected_score`. The accuracy counts equal scores as half; it is None for
-    completions. template: of a reward that was not fitted here.
+    `chosen_score` and `rejected_score`. The accuracy counts equal scores as half, and the pairs of
+    one prompt as one cluster; it is None for completions. template: of a reward that was not fitted
+    here.
     """
     reward = saved_reward(path, device, template)
     columns = list(zip(*map(row_exchanges, rows), strict=True))  # one, or chosen and rejected
@@ -198,7 +201,8 @@ def score_rows(
         return scored, None
     chosen, rejected = scores
     wins = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return scored, float(wins.mean())
+    keys = [json.dumps(prompt, sort_keys=True) for prompt, _ in columns[0]]
+    return scored, clustered_share(wins.tolist(), keys)
 
 
 def sampling_backend(backend: str, servers: Sequence[str]) -> GenerationOptions:

@@ -143,6 +143,7 @@ def _result(benchmark: Benchmark, model: Any, manager: Any, limit: int | None) -
         "task": benchmark.task,
         "shots": shots,
         "version": output["versions"].get(benchmark.task),
+        "rows": output["n-samples"].get(benchmark.task, {}).get("effective"),
         "metrics": {
             name: {
                 "value": float(value),

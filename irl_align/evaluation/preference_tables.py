@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from irl_align.utils.statistics import Estimate, clustered_difference, clustered_share
+from irl_align.utils.statistics import (
+    Difference,
+    Estimate,
+    clustered_difference,
+    clustered_share,
+    few_clusters,
+)
 from irl_align.utils.text_table import Cell, Column, Table, p_value, percent
 
 FEW_VALUES = 6  # more values of the data's margin are grouped by thirds
@@ -216,7 +222,8 @@ def _overall_table(report: Mapping[str, Any]) -> Table:
         overall = Estimate(**scorer["overall"])
         interval, error = columns[2].bounds(overall), scorer.get("calibration_error")
         rows.append([name, overall.mean, interval, error, scorer.get("excess_share")])
-    title = f"{report['card']}, {split_name(report)}: accuracy %, {report['pairs']} pairs"
+    counts = f"{report['pairs']} pairs of {report['prompts']} prompts"
+    title = f"{report['card']}, {split_name(report)}: accuracy %, {counts}"
     return Table(title, columns, rows)
 
 
@@ -227,8 +234,9 @@ def _baselines_table(card: str, scorers: Mapping[str, Any]) -> Table:
     for name, scorer in scorers.items():
         for baseline, difference in scorer.get("against", {}).items():
             estimate = Estimate(*(difference[key] for key in ("mean", "low", "high", "n")))
-            interval, p = columns[3].bounds(estimate), p_value(difference["p_t"])
-            rows.append([name, baseline, estimate.mean, interval, p])
+            p = Difference(**difference).p
+            interval = columns[3].bounds(estimate)
+            rows.append([name, baseline, estimate.mean, interval, p_value(p)])
     return Table(f"{card}: beyond the baselines", columns, rows)
 
 
@@ -254,15 +262,17 @@ def _grouped(scorers: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 def _group_table(title: str, by_scorer: Mapping[str, Any]) -> Table:
     rows: list[list[Cell]] = []
     for name in next(iter(by_scorer.values())):
-        cells = [Estimate(**groups[name]) for groups in by_scorer.values()]
-        rows.append([name, cells[0].n, *cells])
-    columns = [Column("group"), Column("pairs", 0), *map(percent, by_scorer)]
-    return Table(f"{title} ± half its interval", columns, rows)
+        rows.append([name, *(Estimate(**groups[name]) for groups in by_scorer.values())])
+    columns = [percent(name, brackets=True) for name in by_scorer]
+    return Table(f"{title} [interval] n=pairs/prompts", [Column("group"), *columns], rows)
 
 
 def preference_notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader of a report's tables must know, one line each."""
-    notes = []
+    scorer = next(iter(report["scorers"].values()))
+    groups = [one for _, own in _grouped({"": scorer}) for one in own[""].values()]
+    note = few_clusters(Estimate(**one) for one in [scorer["overall"], *groups])
+    notes = [] if note is None else [note]
     if report["dropped"]:
         notes.append(f"{report['dropped']} pairs too long for a model, left out")
     missing, unknown = (report["section_gaps"].get(k) for k in ("missing", "unknown"))

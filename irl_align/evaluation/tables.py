@@ -15,7 +15,7 @@ from irl_align.evaluation.preference_tables import (
 )
 from irl_align.training.run_folder import RunView
 from irl_align.utils.files import read_json
-from irl_align.utils.statistics import Estimate
+from irl_align.utils.statistics import Estimate, few_clusters, proportion
 from irl_align.utils.text_table import Cell, Column, Table, estimate_cell, metric_name, percent
 
 FILE = "evaluation.json"
@@ -71,7 +71,7 @@ def _judge_table(report: Mapping[str, Any]) -> Table:
     rows = report["rows"]
     sides = [side for side in OPPONENTS if any(f"wins_against_{side}" in row for row in rows)]
     columns = [Column("policy"), Column("samples", 0)]
-    columns += [percent(f"against {side}") for side in sides]
+    columns += [percent(f"against {side}", brackets=True) for side in sides]
     columns += [Column("judge's score", 3), Column("distinct bigrams", 3)]
     cells: list[list[Cell]] = []
     for row in rows:
@@ -84,7 +84,10 @@ def _judge_table(report: Mapping[str, Any]) -> Table:
 def _chat_judge_table(report: Mapping[str, Any]) -> Table:
     """Win rates by a chat model that was asked in both orders."""
     columns = [Column("policy"), Column("against"), Column("pairs", 0), Column("judged", 0)]
-    columns += [percent("wins %"), *(Column(name, 0) for name in ("won", "tied", "lost"))]
+    columns += [
+        percent("wins %", brackets=True),
+        *(Column(name, 0) for name in ("won", "tied", "lost")),
+    ]
     rows: list[list[Cell]] = []
     for row in report["rows"]:
         judged = row["judged"]
@@ -100,7 +103,13 @@ def _temperature(row: Mapping[str, Any]) -> str:
 
 
 def _judge_notes(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """A note on every comparison in which some pairs have no verdict."""
+    """Notes on few prompts, and on every comparison in which some pairs have no verdict."""
+    by_reward = [row for report in evaluation["judged"] for row in report["rows"]]
+    shares = [estimate_cell(row.get(f"wins_against_{s}")) for row in by_reward for s in OPPONENTS]
+    by_chat = [row for report in evaluation["judged_by_chat"] for row in report["rows"]]
+    note = few_clusters([*shares, *(estimate_cell(row["win_rate"]) for row in by_chat)])
+    if note is not None:
+        yield f"judges: {note}"
     for report in evaluation["judged_by_chat"]:
         for row in report["rows"]:
             if row["judged"] < row["pairs"]:
@@ -120,20 +129,27 @@ def benchmark_table(results: Sequence[Mapping[str, Any]]) -> Table:
     leaderboard = []
     for result in results:
         for name in benchmark_metrics(result):
-            value = result["metrics"][name]["value"]
-            # 1.96 standard errors, since the harness gives no interval.
-            error = result["metrics"][name]["stderr"]
-            low, high = (None if error is None else value + z * error for z in (-1.96, 1.96))
             cells = [result["task"], name.replace(",none", ""), result["shots"]]
-            rows.append([*cells, Estimate(value, low, high, 0), result["limit"] or "all"])
+            rows.append([*cells, _benchmark_value(result, name), result["rows"]])
         usual = LEADERBOARD.get(result["task"])
         if usual and result["shots"] == usual[0] and usual[1] in result["metrics"]:
             leaderboard.append(result["metrics"][usual[1]]["value"])
     if len(leaderboard) == len(LEADERBOARD):
         mean = sum(leaderboard) / len(leaderboard)
         rows.append(["Open LLM Leaderboard", "mean", None, mean, None])
-    columns = [Column("task"), Column("metric"), Column("shots", 0), percent("value %")]
+    columns = [Column("task"), Column("metric"), Column("shots", 0)]
+    columns.append(percent("value %", brackets=True))
     return Table("lm-eval", [*columns, Column("rows", 0)], rows)
+
+
+def _benchmark_value(result: Mapping[str, Any], name: str) -> Estimate:
+    """A metric of a task with 1.96 standard errors, since the harness gives no interval. A share of
+    0 or 1, whose standard error is 0, has Wilson's interval."""
+    value, error = result["metrics"][name]["value"], result["metrics"][name]["stderr"]
+    if error == 0.0 and value in (0.0, 1.0) and result["rows"]:
+        return proportion(value * result["rows"], result["rows"])
+    low, high = (value + z * error if error else None for z in (-1.96, 1.96))
+    return Estimate(value, low, high, result["rows"] or 0)
 
 
 def benchmark_metrics(result: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from irl_align.errors import UserError
 from irl_align.evaluation.inference import prompt_format
 from irl_align.hub.card import policy_card, reward_card
 from irl_align.hub.check import adapter_options, check_scores
-from irl_align.hub.facts import KINDS, UNKNOWN, Artefact, Facts, Licence, derive, ratio_interval
+from irl_align.hub.facts import KINDS, UNKNOWN, Artefact, Facts, Licence, derive
 from irl_align.hub.pairs import write_pairs
 from irl_align.hub.results import Measured
 from irl_align.hub.weights import chat_template, edit_json, keep_attention, save_plain
@@ -37,7 +37,7 @@ from irl_align.utils.files import (
     file_checksum,
     files_of,
 )
-from irl_align.utils.statistics import Estimate
+from irl_align.utils.statistics import Estimate, clustered_share
 
 logger = logging.getLogger(__name__)
 CHECKED = 256  # at most as many held-out demonstrations are scored by the export and by the run
@@ -146,14 +146,13 @@ def _accuracy(reward: RewardModel, pairs: Dataset) -> dict[str, Estimate]:
         column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids"), None
     )
     right = ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).tolist()
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for source, key, value in zip(
         column(pairs, "source"), column(pairs, "prompt_key"), right, strict=True
     ):
-        groups[source][key].append(value)
+        groups[source].append((value, key))
     return {
-        source: ratio_interval([sum(v) for v in by.values()], [len(v) for v in by.values()])
-        for source, by in sorted(groups.items())
+        source: clustered_share(*zip(*rows, strict=True)) for source, rows in sorted(groups.items())
     }
 
 

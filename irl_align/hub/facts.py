@@ -5,14 +5,12 @@ This module reads run folders and cards, never models.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 from huggingface_hub import DatasetCard, hf_hub_download, metadata_load
 
@@ -22,7 +20,6 @@ from irl_align.errors import UserError
 from irl_align.policy.roles import SFT, START, Role
 from irl_align.training.run_folder import RERUN, Run, RunView
 from irl_align.utils.files import read_json
-from irl_align.utils.statistics import Estimate
 
 KINDS = ("reward", "policy", "pairs")
 # Licences under which a derived work may have another licence if it keeps the notice.
@@ -220,22 +217,6 @@ def _data_card(name: str) -> tuple[Card | None, dict[str, Any], str]:
     except (UserError, ValueError):
         return None, {}, ""
     return card, hub.data.to_dict(), hub.text
-
-
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """sum(a) / sum(b) over independent groups, with its 95% interval by linearisation.
-
-    numerators, denominators: one number per group (G). The variance is that of a ratio of sums,
-    (G / (G - 1)) sum_g (a_g - R b_g)^2 / (sum b)^2, which allows for rows that depend on each other
-    within a group. A single group has no bounds.
-    """
-    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
-    ratio, groups = float(a.sum() / b.sum()), len(a)
-    if groups < 2:
-        return Estimate(ratio, None, None, groups)
-    spread = float(((a - ratio * b) ** 2).sum()) * groups / (groups - 1)
-    half = 1.96 * math.sqrt(spread) / float(b.sum())
-    return Estimate(ratio, ratio - half, ratio + half, groups)
 
 
 class Licence(NamedTuple):

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from irl_align.hub.facts import Artefact, Facts, card_name, ratio_interval
-from irl_align.policy.roles import DEMONSTRATIONS, Role
-from irl_align.utils.statistics import Estimate
+from irl_align.evaluation.compare.policies import gold_estimate, reward_reports
+from irl_align.hub.facts import Artefact, Facts, card_name
+from irl_align.policy.roles import DEMONSTRATIONS
+from irl_align.reward.health import SHORTCUTS, accuracies
+from irl_align.utils.statistics import Estimate, few_clusters
 from irl_align.utils.text_table import metric_name
 
-AUDIT = {
-    "length": "length alone",
-    "truncation": "missing EOS alone",
-    "logprob_sum": "summed log-prob under SFT",
-    "logprob_mean": "mean log-prob under SFT",
-}
-"""Shortcut of the reward's audit -> its name in the table."""
 TEXT_METRICS = ("bleu", "chrf")  # of completions against references, where there are any
-# Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
-RATIOS = {"slot_error_rate": ("slot_errors", "slots")}
 
 
 @dataclass(frozen=True)
@@ -73,24 +65,28 @@ def eval_result(facts: Facts, task: str, metric: str, name: str, value: float) -
 def accuracy_table(facts: Facts, artefact: Artefact, measured: Measured) -> dict[str, Any]:
     """Accuracy of a reward on held-out pairs.
 
-    rows: a table by source, by shortcut of its audit and by iteration. held_out: pair loss and
-    calibration error, None where the run did not measure them. fresh: accuracy against samples of
-    the policy that was improved on the reward.
+    rows: a table by source, by shortcut of its audit, by iteration, and on samples of the policy
+    that was improved on the reward. held_out: pair loss and calibration error, None where the run
+    did not measure them. note: what is said of few prompts, or None.
     """
-    k = artefact.iteration
-    report = facts.view.record(Role.reward(k))
-    audit, held_out = report.get("audit", {}), report.get("held_out", {})
+    report = dict(reward_reports(facts.view)).get(artefact.iteration)
+    shares = dict(measured.held_out)
+    if report is not None:
+        others = accuracies({**report, "by_source": {}})
+        shares |= {name: one for name, one in others.items() if name != "held-out pairs"}
+    shortcuts = SHORTCUTS.values()
     rows = [
-        [f"this reward, {source}", percent(value)] for source, value in measured.held_out.items()
+        [name if name in shortcuts else f"this reward, {name}", *_share_cells(one)]
+        for name, one in shares.items()
     ]
-    rows += [[name, share(audit[key])] for key, name in AUDIT.items() if key in audit]
-    rows += [
-        [f"this reward, on samples of iteration {number}", share(older["accuracy"])]
-        for number, older in report.get("older", {}).items()
-    ]
-    fresh = facts.view.record(Role.vitals(k + 1)).get("fresh_accuracy")
+    held_out = {} if report is None else report["held_out"]
     measured_loss = held_out if held_out.get("loss") is not None else None
-    return {"rows": rows, "held_out": measured_loss, "fresh": fresh}
+    return {"rows": rows, "held_out": measured_loss, "note": few_clusters(shares.values())}
+
+
+def _share_cells(share: Estimate) -> list[str]:
+    """A share with its interval, its pairs and its prompts."""
+    return [percent(share), f"{share.n:,}", f"{share.clusters or share.n:,}"]
 
 
 def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
@@ -112,7 +108,7 @@ def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
     for record in sorted(records, key=lambda r: (r["policy"], -r["temperature"])):
         number, temperature = record["policy"], f"{record['temperature']:g}"
         samples = facts.view.answers(number).get(record["temperature"], [])
-        gold = _interval(headline, samples, record)
+        gold = gold_estimate(headline, record, samples)
         if gold is not None and number == artefact.weights:
             name = f"{headline}, T={temperature}"
             results.append(eval_result(facts, "text-generation", headline, name, gold.mean))
@@ -136,22 +132,6 @@ def _kl(record: Mapping[str, Any]) -> str:
     return f"{round(record['kl'], 2) + 0.0:.2f} ± {1.96 * record['kl_se']:.2f}"  # + 0.0: no -0.00
 
 
-def _interval(
-    metric: str, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]
-) -> Estimate | None:
-    """A corpus metric with its interval from its rows; no bounds where the rows do not give it."""
-    value = record.get("metrics", {}).get(metric)
-    if value is None:
-        return None
-    top, bottom = RATIOS.get(metric, (metric, ""))
-    numbers = [(row.get(top), row.get(bottom) if bottom else 1.0) for row in rows]
-    if numbers and not any(None in pair for pair in numbers):
-        interval = ratio_interval(*zip(*numbers, strict=True))
-        if math.isclose(interval.mean, value, rel_tol=1e-6, abs_tol=1e-9):
-            return interval
-    return Estimate(value, None, None, len(rows))
-
-
 def share(value: float | None) -> str:
     """A share in percent."""
     return "-" if value is None else f"{value:.1%}"
@@ -161,4 +141,4 @@ def percent(estimate: Estimate) -> str:
     """A share in percent, with its interval if there is one."""
     if estimate.low is None or estimate.high is None:
         return f"{estimate.mean:.1%}"
-    return f"{estimate.mean:.1%} ({max(0.0, estimate.low):.1%} to {estimate.high:.1%})"
+    return f"{estimate.mean:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from irl_align.data.columns import column
-from irl_align.reward.losses import pair_metrics
+from irl_align.reward.health import audit_share
+from irl_align.utils.statistics import Estimate, clustered_share
+from irl_align.utils.text_table import share_text
 
 CLOSE = 0.05  # a shortcut within this distance of the reward's accuracy, and above chance, warns
 LEANING = 0.2  # a correlation with length within prompts of at least this size warns
@@ -24,20 +25,29 @@ Values = Sequence[float] | np.ndarray
 
 def shortcut_audit(
     pairs: Dataset, chosen_logps: Sequence[np.ndarray], rejected_logps: Sequence[np.ndarray]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Accuracy of each shortcut on pairs, in its better direction: in [0.5, 1], ties count half.
 
     chosen_logps, rejected_logps: per-token log-probs under the SFT model, one array a row.
+    `intervals` holds the accuracies' intervals, over the pairs' prompts as clusters.
     """
     chosen, rejected = (
         [len(ids) for ids in column(pairs, f"{s}_ids")] for s in ("chosen", "rejected")
     )
     both = list(zip(chosen_logps, rejected_logps, strict=True))
+    differences: dict[str, Values] = {
+        "length": np.array(chosen) - np.array(rejected),
+        "truncation": column(pairs, "rejected_truncated"),
+        "logprob_sum": [c.sum() - r.sum() for c, r in both],
+        "logprob_mean": [c.mean() - r.mean() for c, r in both],
+    }
+    prompts = column(pairs, "prompt_key")
+    shares = {name: _accuracy(values, prompts) for name, values in differences.items()}
     return {
-        "length": _accuracy(np.array(chosen) - np.array(rejected)),
-        "truncation": _accuracy(column(pairs, "rejected_truncated")),
-        "logprob_sum": _accuracy([c.sum() - r.sum() for c, r in both]),
-        "logprob_mean": _accuracy([c.mean() - r.mean() for c, r in both]),
+        "pairs": len(prompts),
+        "prompts": len(set(prompts)),
+        **{name: share.mean for name, share in shares.items()},
+        "intervals": {name: [share.low, share.high] for name, share in shares.items()},
     }
 
 
@@ -52,14 +62,14 @@ def within_prompts(prompts: Sequence[str], first: Values, second: Values) -> flo
     return None if scale < 1e-12 else float(x @ y) / scale
 
 
-def shortcut_warnings(audit: Mapping[str, Any], accuracy: float) -> list[str]:
+def shortcut_warnings(audit: Mapping[str, Any], accuracy: Estimate) -> list[str]:
     """One line for each surface shortcut (length, truncation) that is close to the reward's
     accuracy, and one for a reward that correlates with length within prompts."""
     lines = [
-        f"shortcut audit: {name} alone separates {audit[name]:.1%} of the held-out pairs, the "
-        f"reward {accuracy:.1%}: it may have learned the {name}"
+        f"shortcut audit: {name} alone separates {share_text(audit_share(audit, name))} of the "
+        f"held-out pairs, the reward {share_text(accuracy)}: it may have learned the {name}"
         for name in ("length", "truncation")
-        if audit[name] > 0.5 + CLOSE and audit[name] >= accuracy - CLOSE
+        if audit[name] > 0.5 + CLOSE and audit[name] >= accuracy.mean - CLOSE
     ]
     leaning = audit.get("length_correlation")
     if leaning is not None and abs(leaning) >= LEANING:
@@ -77,6 +87,7 @@ def _centred(values: np.ndarray, number: np.ndarray) -> np.ndarray:
     return centred
 
 
-def _accuracy(difference: Sequence[float] | np.ndarray) -> float:
-    accuracy = float(pair_metrics(torch.as_tensor(np.asarray(difference, float)))["accuracy"])
-    return max(accuracy, 1.0 - accuracy)
+def _accuracy(difference: Values, prompts: Sequence[str]) -> Estimate:
+    """Share of differences (B,) above 0, or below 0 if that is more."""
+    right = 0.5 * (1.0 + np.sign(np.asarray(difference, float)))
+    return clustered_share((right if right.mean() >= 0.5 else 1.0 - right).tolist(), prompts)

@@ -29,6 +29,7 @@ from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import RewardFunction
 from irl_align.reward.settings import RewardSettings
 from irl_align.utils import distributed
+from irl_align.utils.statistics import clustered_share
 
 SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
 """Columns of prompt and completion, of the preferred and of the rejected side."""
@@ -171,9 +172,19 @@ def margins(reward: RewardFunction, pairs: Dataset, scale: float = 1.0) -> Tenso
     return scale * (chosen - rejected)
 
 
-def margin_report(margin: Tensor) -> dict[str, float]:
-    """Held-out accuracy, mean margin, Bradley-Terry loss and calibration of margins (B,)."""
+def margin_report(margin: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+    """Held-out accuracy, mean margin, Bradley-Terry loss and calibration of margins (B,).
+
+    prompts: (B,) keys of the pairs' prompts, the clusters of the accuracy's interval.
+    """
     if not len(margin):
         return {"pairs": 0}
     report = {name: float(value) for name, value in pair_metrics(margin).items()}
-    return {"pairs": len(margin), **report, "calibration_error": calibration_error(margin)}
+    share = clustered_share((0.5 * (1.0 + margin.double().sign())).tolist(), prompts)
+    return {
+        "pairs": len(margin),
+        "prompts": share.clusters,
+        **report,
+        "accuracy_interval": [share.low, share.high],
+        "calibration_error": calibration_error(margin),
+    }

@@ -48,11 +48,13 @@ def measure_reward(
         latest = pairs[-1].held_out
         chosen, rejected = _scores(function, latest)
         margin = reward.scale * (chosen - rejected)
-        sources = np.asarray(latest["source"])
+        sources, keys = (np.asarray(latest[name]) for name in ("source", "prompt_key"))
         report: dict[str, Any] = {
-            "held_out": margin_report(margin),
+            "held_out": margin_report(margin, keys.tolist()),
             "by_source": {
-                str(source): margin_report(margin[torch.as_tensor(sources == source)])
+                str(source): margin_report(
+                    margin[torch.as_tensor(sources == source)], keys[sources == source].tolist()
+                )
                 for source in sorted(set(sources))
             },
             **_older_report(context, function, reward, before, pairs[:-1]),
@@ -63,7 +65,7 @@ def measure_reward(
             context.models.logprobs(initial, audited[prompt], audited[completion])
             for prompt, completion in SIDES
         ]
-        audit: dict[str, float | None] = {**shortcut_audit(audited, *logps)}
+        audit = shortcut_audit(audited, *logps)
         audit["length_correlation"] = length_correlation(latest, rejected.numpy())
         return {**report, "audit": audit}
 
@@ -85,12 +87,13 @@ def _older_report(
 ) -> dict[str, Any]:
     """Reports on the held-out pairs of older iterations, of r_k (`function`) and of r_{k-1}."""
     older = {str(i): p.held_out for i, p in enumerate(pairs)}
+    keys = {i: column(rows, "prompt_key") for i, rows in older.items()}
     own = {i: margins(function, rows, reward.scale) for i, rows in older.items()}
-    report: dict[str, Any] = {"older": {i: margin_report(margin) for i, margin in own.items()}}
+    report: dict[str, Any] = {"older": {i: margin_report(own[i], keys[i]) for i in older}}
     if before is not None:
         function = spread(context.models.load_reward(before))
         past = {i: margins(function, rows, before.scale) for i, rows in older.items()}
-        report["older_before"] = {i: margin_report(margin) for i, margin in past.items()}
+        report["older_before"] = {i: margin_report(past[i], keys[i]) for i in older}
         report["agreement"] = {i: _correlation(own[i], past[i]) for i in older}
     return report
 
@@ -203,9 +206,9 @@ def vital_signs(
 
 def _fresh_report(
     context: RunContext, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
-) -> dict[str, float]:
-    """Accuracy of the reward on pairs (held-out demonstration, fresh sample), and the samples' mean
-    reward."""
+) -> dict[str, Any]:
+    """Report of the reward on pairs (held-out demonstration, fresh sample), its accuracy, and the
+    samples' mean reward."""
     pairs = policy_pairs(
         rows,
         samples,
@@ -215,8 +218,10 @@ def _fresh_report(
         truncated="keep",
     )
     chosen, rejected = _scores(spread(context.models.load_reward(reward)), pairs.rows)
-    accuracy = margin_report(reward.scale * (chosen - rejected))["accuracy"]
-    return {"fresh_accuracy": accuracy, "reward_score": float(rejected.double().mean())}
+    keys = column(pairs.rows, "prompt_key")
+    report = margin_report(reward.scale * (chosen - rejected), keys)
+    score = float(rejected.double().mean())
+    return {"fresh": report, "fresh_accuracy": report["accuracy"], "reward_score": score}
 
 
 def _mean_score(context: RunContext, reward: Reward, drawn: PromptSamples) -> float:

@@ -8,8 +8,9 @@ from typing import Any
 from irl_align.config.loop import SignOptions
 from irl_align.policy.roles import signs_in, signs_key
 from irl_align.reward.audit import shortcut_warnings
-from irl_align.reward.health import audited_accuracy, policy_pair_loss
+from irl_align.reward.health import accuracy, audited_accuracy, policy_pair_loss
 from irl_align.training.context import RunContext
+from irl_align.utils.text_table import share_text
 
 logger = logging.getLogger(__name__)
 ROUNDING = 1e-6  # of a float32 mean: a reward that learned nothing has loss ln 2 up to this
@@ -30,8 +31,9 @@ def judge_reward(context: RunContext, k: int, report: dict[str, Any]) -> str | N
         fall = before - now["accuracy"]
         if fall > bounds.older_drop:
             forgets.append(
-                f"older pairs: accuracy on iteration {older} fell by {fall:.1%}, more than "
-                f"{bounds.older_drop:.1%}: the reward forgets; widen pairs.window or init warm"
+                f"older pairs: accuracy on iteration {older} fell by {fall:.1%} to "
+                f"{share_text(accuracy(now))}, more than {bounds.older_drop:.1%}: the reward "
+                "forgets; widen pairs.window or init warm"
             )
     signs = shortcut_warnings(report["audit"], audited_accuracy(report)) + forgets
     loss, own = report["held_out"]["loss"], policy_pair_loss(report)
@@ -79,12 +81,13 @@ def judge_fresh(context: RunContext, k: int, vitals: dict[str, Any]) -> str | No
     Then there is nothing left to learn from this reward: the reason to stop, if the recipe says so.
     """
     bounds = context.recipe.loop.signs
-    accuracy = vitals.get("fresh_accuracy")
-    if accuracy is None or accuracy > bounds.fresh_accuracy:
+    fresh = accuracy(vitals.get("fresh", {}))
+    if fresh is None or fresh.mean > bounds.fresh_accuracy:
         return None
     sign = (
-        f"fresh samples: the reward tells demonstrations from the new policy's samples in "
-        f"{accuracy:.1%}, at most {bounds.fresh_accuracy:.1%}: nothing is left to learn from it"
+        "fresh samples: the reward tells demonstrations from the new policy's samples in "
+        f"{share_text(fresh)}, at most {bounds.fresh_accuracy:.1%}: nothing is left to learn from "
+        "it"
     )
     _log_signs(context, "fresh", k + 1, [sign])
     return f"iteration {k}: {sign}" if bounds.action == "stop" else None

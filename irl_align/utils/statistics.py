@@ -1,12 +1,13 @@
-"""Intervals, paired tests and probabilities of improvement over seeds, by scipy.
+"""Intervals, paired tests and probabilities of improvement over seeds, and shares over clusters.
 
-Values are one number per seed. With one seed there is no interval and no test: they are None.
+By scipy. Over seeds, values are one number per seed. What the values cannot tell is None: with one
+seed, and where all seeds gave the same value, there is no interval and no t-test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ Method = Literal["t", "bootstrap"]
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 ROUNDING = 1e-12  # rounding error of values, as a share of the largest
+FEW_CLUSTERS = 30  # with fewer, the variance between clusters is itself known roughly only
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Estimate:
     low: float | None
     high: float | None
     n: int
+    clusters: int | None = None
+    """Groups of dependent values, such as the pairs of one prompt; None for independent values."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,23 @@ class Difference:
     p_sign_flip: float | None
     """Exact test over all 2^n signs of the differences. With n pairs it is at least 2^(1-n)."""
 
+    @property
+    def p(self) -> float | None:
+        """p of the t-test, or of the sign-flip test where the differences are equal."""
+        return self.p_sign_flip if self.p_t is None else self.p_t
+
 
 def estimate(values: Sequence[float], method: Method = "t") -> Estimate:
     """Mean of at least one value with its 95% interval.
 
     t: mean ± t_{n-1} s / sqrt(n), which suits few seeds that are about normal. bootstrap:
     percentiles of resampled means (Efron 1979), which assumes no distribution but is too narrow for
-    fewer than about ten seeds.
+    fewer than about ten seeds. Equal values show no spread, so they have no interval.
     """
     data = np.asarray(values, dtype=np.float64)
     mean, n = float(data.mean()), len(data)
-    if n < 2:
+    if n < 2 or np.ptp(data) == 0.0:
         return Estimate(mean, None, None, n)
-    if np.ptp(data) == 0.0:  # scipy returns NaN
-        return Estimate(mean, mean, mean, n)
     if method == "t":
         interval = _stats().ttest_1samp(data, 0.0).confidence_interval(CONFIDENCE)
     else:
@@ -97,7 +104,8 @@ def probability_of_improvement(
     """P(X better than Y) for one run of each, where a tie counts half, with a bootstrap interval.
 
     (1 / NM) sum_ij S(x_i, y_j), the Mann-Whitney statistic (arXiv:2108.13264, section 4.3). Both
-    sides are resampled.
+    sides are resampled. At 0 and 1 resampling shows no spread; there the interval is Wilson's for
+    min(N, M) independent comparisons.
     """
 
     def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -110,21 +118,32 @@ def probability_of_improvement(
     mean, n = float(statistic(x, y)), min(len(x), len(y))
     if n < 2:
         return Estimate(mean, None, None, n)
+    if mean in (0.0, 1.0):
+        return Estimate(mean, *_wilson(mean, n, _normal_quantile()), n)
     interval = _bootstrap((x, y), statistic)
     return Estimate(mean, float(interval.low), float(interval.high), n)
 
 
-def proportion(successes: float, n: float) -> Estimate:
-    """A share of n independent rows with its 95% Wilson interval; n may be an effective number."""
-    z = float(_stats().norm.ppf(0.5 + CONFIDENCE / 2))
+def proportion(successes: float, n: int) -> Estimate:
+    """A share of n independent rows with its 95% Wilson interval."""
     share = successes / n
-    # (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), Wilson 1927
+    return Estimate(share, *_wilson(share, n, _normal_quantile()), n)
+
+
+def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
+    """(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), Wilson 1927."""
     centre = share + z * z / (2 * n)
     spread = z * float(np.sqrt(share * (1.0 - share) / n + z * z / (4 * n * n)))
     scale = 1.0 + z * z / n
-    return Estimate(
-        share, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale), int(n)
-    )
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _normal_quantile() -> float:
+    return float(_stats().norm.ppf(0.5 + CONFIDENCE / 2))
+
+
+def _t_quantile(groups: int) -> float:
+    return float(_stats().t.ppf(0.5 + CONFIDENCE / 2, groups - 1))
 
 
 def _bootstrap(data: tuple[np.ndarray, ...], statistic: Any) -> Any:
@@ -146,32 +165,75 @@ def _bootstrap(data: tuple[np.ndarray, ...], statistic: Any) -> Any:
 def clustered_share(outcomes: Sequence[float], clusters: Sequence[str]) -> Estimate:
     """Mean of outcomes in [0, 1] whose rows are correlated within a cluster (pairs of one prompt).
 
-    Wilson's interval for the number of independent rows that would have the clusters' variance:
-    n_eff = p(1 - p) / V, with V the ratio estimator's variance (Dean and Pagano 2015).
+    The interval is that of `clustered_ratio`.
     """
-    values = np.asarray(outcomes, dtype=np.float64)
-    share, n = float(values.mean()), len(values)
-    variance, groups = _clustered_variance(values, clusters)
+    _, number = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
+    result = clustered_ratio(
+        np.bincount(number, weights=np.asarray(outcomes, dtype=np.float64)), np.bincount(number)
+    )
+    return replace(result, n=len(outcomes))
+
+
+def clustered_ratio(
+    numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray
+) -> Estimate:
+    """sum(a) / sum(b) over G independent clusters, with its 95% interval; n is sum(b).
+
+    numerators, denominators: one number per cluster (G). The variance is that of a ratio of sums,
+    V = G/(G-1) sum_g (a_g - R b_g)² / (sum b)². Where the a_g are counts (or halves, of ties) from
+    0 to b_g, the interval is Wilson's for the number of independent rows that would have this
+    variance, n_eff = R(1 - R) / V (Dean and Pagano 2015), with the t quantile of G - 1 degrees of
+    freedom. At 0 and 1, where V is 0 whatever the truth is, n_eff is G. Other ratios have
+    R ± t sqrt(V), and no interval where V is 0. One cluster has no interval.
+    """
+    a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    total, groups = float(b.sum()), len(a)
+    ratio = float(a.sum()) / total
+    n = round(total)
     if groups < 2:
-        return Estimate(share, None, None, n)
+        return Estimate(ratio, None, None, n, groups)
+    variance = float(((a - ratio * b) ** 2).sum()) / total**2 * groups / (groups - 1)
+    t = _t_quantile(groups)
+    if ((a < 0.0) | (a > b) | (2.0 * a % 1.0 != 0.0)).any():
+        half = t * float(np.sqrt(variance))
+        if half == 0.0:
+            return Estimate(ratio, None, None, n, groups)
+        return Estimate(ratio, ratio - half, ratio + half, n, groups)
     effective = float(groups)
-    if variance > 0.0:
-        effective = min(max(share * (1.0 - share) / variance, 1.0), float(n))
-    interval = proportion(share * effective, effective)
-    return Estimate(share, interval.low, interval.high, n)
+    if 0.0 < ratio < 1.0:
+        most = max(total, 1.0)
+        effective = (
+            min(max(ratio * (1.0 - ratio) / variance, 1.0), most) if variance > 0.0 else most
+        )
+    return Estimate(ratio, *_wilson(ratio, effective, t), n, groups)
+
+
+def few_clusters(estimates: Iterable[Estimate | None], what: str = "prompts") -> str | None:
+    """A sentence if an estimate rests on fewer than FEW_CLUSTERS clusters; None otherwise."""
+    counts = [e.clusters for e in estimates if e is not None and e.clusters is not None]
+    if min(counts, default=FEW_CLUSTERS) >= FEW_CLUSTERS:
+        return None
+    return (
+        f"accuracies over fewer than {FEW_CLUSTERS} {what} (the fewest: {min(counts)}) have rough "
+        "intervals; close values cannot be distinguished"
+    )
 
 
 def clustered_difference(differences: Sequence[float], clusters: Sequence[str]) -> Difference:
-    """Mean of per-row differences with a t interval and test over clusters."""
+    """Mean of per-row differences with a t interval and test over clusters.
+
+    Equal differences have neither; they have the exact sign-flip test, whose p is 2^(1-C).
+    """
     values = np.asarray(differences, dtype=np.float64)
     mean, n = float(values.mean()), len(values)
     variance, groups = _clustered_variance(values, clusters)
     if groups < 2:
         return Difference(mean, None, None, n, None, None)
     error = float(np.sqrt(variance))
-    if error == 0.0:
-        return Difference(mean, mean, mean, n, 1.0 if mean == 0.0 else 0.0, None)
-    half = float(_stats().t.ppf(0.5 + CONFIDENCE / 2, groups - 1)) * error
+    if error <= ROUNDING * abs(mean):  # no spread to test against, unless there is no difference
+        p_t, p_sign_flip = (1.0, 1.0) if mean == 0.0 else (None, 2.0 ** (1 - groups))
+        return Difference(mean, None, None, n, p_t, p_sign_flip)
+    half = _t_quantile(groups) * error
     p = 2.0 * float(_stats().t.sf(abs(mean) / error, groups - 1))
     return Difference(mean, mean - half, mean + half, n, p, None)
 

@@ -47,7 +47,11 @@ def p_value(p: float | None) -> str | None:
 
 def estimate_cell(fields: Mapping[str, Any] | None) -> Estimate | None:
     """The estimate whose fields a JSON file holds, perhaps among others; None if there is none."""
-    return None if fields is None else Estimate(*(fields[k] for k in ("mean", "low", "high", "n")))
+    if fields is None:
+        return None
+    return Estimate(
+        fields["mean"], fields["low"], fields["high"], fields["n"], fields.get("clusters")
+    )
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,13 @@ class Column:
     grouped: bool = False
     """Whether commas separate the thousands."""
     brackets: bool = False
-    """Whether an interval is written as [low, high]; otherwise as ± half its width."""
+    """Whether an interval is written as [low, high] with its n; otherwise as ± half its width."""
 
     def text(self, cell: Cell) -> str:
-        """A cell as people read it: `20.5`, `20.5±1.2` or `20.5 [19.1, 21.8]`."""
+        """A cell as people read it: `20.5`, `20.5±1.2` or `20.5 [19.1, 21.8]`.
+
+        An estimate over clusters has its n: `83.3 [50.1, 95.2] n=12/3` for 12 pairs of 3 prompts.
+        """
         if cell is None:
             return MISSING
         if isinstance(cell, str) or self.decimals is None:
@@ -76,10 +83,11 @@ class Column:
         if not isinstance(cell, Estimate):
             return self._number(cell, "+" if self.signed else "")
         mean = self._number(cell.mean, "+" if self.signed else "")
+        if self.brackets:
+            bounds = "" if cell.low is None or cell.high is None else f" {self.bounds(cell)}"
+            return mean + bounds + _counts(cell)
         if cell.low is None or cell.high is None:
             return mean
-        if self.brackets:
-            return f"{mean} {self.bounds(cell)}"
         return f"{mean}±{self._number((cell.high - cell.low) / 2)}"
 
     def bounds(self, estimate: Estimate) -> str:
@@ -96,6 +104,19 @@ class Column:
 def percent(name: str, *, unit: str = "", signed: bool = False, brackets: bool = False) -> Column:
     """A column of shares, which are written in percent with one decimal."""
     return Column(name, 1, 100.0, unit, signed=signed, brackets=brackets)
+
+
+def share_text(estimate: Estimate | None) -> str:
+    """A share in percent with its interval and n: `83.3% [50.1%, 95.2%] n=12/3`."""
+    return percent("", unit="%", brackets=True).text(estimate)
+
+
+def _counts(estimate: Estimate) -> str:
+    """The n of an estimate over clusters, with the number of clusters if it is another."""
+    if estimate.clusters is None:
+        return ""
+    clusters = "" if estimate.clusters == estimate.n else f"/{estimate.clusters}"
+    return f" n={estimate.n}{clusters}"
 
 
 @dataclass(frozen=True)

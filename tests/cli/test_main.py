@@ -114,8 +114,8 @@ def test_train_prints_readable_lines_and_tables(tmp_path: Path) -> None:
     for title in ("results", "vital signs", "rewards of tiny-seed0", "costs of tiny-seed0"):
         assert title in ended.out
     rows = [line.split() for line in ended.out.splitlines()]
-    # In the results and in the vital signs; SFT's before the iteration, and beside it at the end.
-    for policy, times in ((["SFT"], 4), (["tiny", "1"], 2)):
+    # In the parts of the results and of the vital signs; SFT's before the iteration and at the end.
+    for policy, times in ((["SFT"], 7), (["tiny", "1"], 4)):
         assert sum(row[: len(policy)] == policy for row in rows) == times
     assert ended.out.splitlines()[-2].startswith("policy: ")
 
@@ -186,7 +186,10 @@ def test_score_of_pairs_tells_accuracy(
     scored = [json.loads(line) for line in output.read_text().splitlines()]
     wins = sum(row["chosen_score"] > row["rejected_score"] for row in scored) + 0.5
     assert scored[-1]["chosen_score"] == scored[-1]["rejected_score"]
-    assert ended.err.splitlines()[-1] == f"accuracy {wins / 4:.1%} of 4 pairs"
+    accuracy, note = ended.err.splitlines()[-2:]
+    assert accuracy.startswith(f"accuracy {wins / 4:.1%} [")
+    assert accuracy.endswith("%] n=4/2 (n=pairs/prompts)")
+    assert note.startswith("note: accuracies over fewer than 30 prompts (the fewest: 2)")
 
 
 def test_generate(select: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

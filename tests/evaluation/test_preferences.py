@@ -70,7 +70,8 @@ def test_evaluate_compares_a_reward_with_baselines(
     assert (accuracy["longer wins"], accuracy["shorter wins"]) == (0.75, 0.25)
     assert run.reward is not None
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=False)) for pair in PAIRS]
-    assert accuracy["reward"] == score_rows(run.reward, rows, "cpu")[1]
+    scored = score_rows(run.reward, rows, "cpu")[1]
+    assert scored is not None and accuracy["reward"] == scored.mean
     sums, means = by_hand(run)
     assert accuracy["SFT log-prob, sum"] == sums
     assert accuracy["SFT log-prob, mean"] == means
@@ -256,8 +257,10 @@ def test_evaluate_reports_accuracy_by_each_column_of_the_subset(
     }
     assert {k: v["n"] for k, v in longer["domain"].items()} == {"food": 3, "rooms": 2}
     by_axis = next(grid for grid in preference_report_tables(report) if ", by axis:" in grid.title)
-    assert [column.name for column in by_axis.columns] == ["group", "pairs", *report["scorers"]]
-    assert [row[:2] for row in by_axis.texts()] == [["naturalness", "2"], ["quality", "3"]]
+    assert [column.name for column in by_axis.columns] == ["group", *report["scorers"]]
+    shown = {row[0]: row[-1].rpartition(" ")[2] for row in by_axis.texts()}
+    assert shown == {"naturalness": "n=2", "quality": "n=3"}
+    assert "accuracies over fewer than 30 prompts (the fewest: 1)" in " ".join(out.split())
     assert "joined, by axis: accuracy %" in out and "joined, by domain: accuracy %" in out
 
 

@@ -94,8 +94,9 @@ def test_preference_reward_trained_on_another_card(
 
 def test_preference_notes_say_where_the_excess_share_means_little() -> None:
     trained = {"card": "c", "split": "train", "pairs": 3, "dropped": 2, "shared_prompts": 0}
-    own = {"mean": 0.5, "low": 0.4}
-    scorers = {"trained on preferences": {"overall": own}, "SFT log-prob, mean": {}}
+    own = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 99, "clusters": 50}
+    groups = dict[str, Any](subsets={}, axes={}, margins={})
+    scorers = {"trained on preferences": {"overall": own, **groups}, "SFT log-prob, mean": groups}
     report = {"card": "toy", "only": None, "dropped": 0, "section_gaps": {}}
     report |= {"scorers": scorers, "trained_on": trained}
     assert preference_notes(report) == [

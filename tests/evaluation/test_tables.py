@@ -40,6 +40,7 @@ def evaluation(accuracy: float, wins: float, **of: Any) -> dict[str, Any]:
                 "task": "arc_challenge",
                 "shots": 25,
                 "limit": None,
+                "rows": 9,
                 "metrics": {"acc,none": {"value": 0.3}, "acc_norm,none": {"value": 0.4}},
             },
             {"task": "own", "shots": None, "limit": 9, "metrics": {"acc,none": {"value": 0.7}}},
@@ -80,17 +81,22 @@ def test_evaluations_over_seeds(tmp_path: Path) -> None:
     lines = {tuple(line[:2]): line[2:] for line in grid.texts()}
     accuracy = "preference, pairs, test, reward %"
     assert lines["a", accuracy] == ["62.0±2.5", "-", "-"]
-    assert lines["b", accuracy] == ["72.0±2.5", "+10.0±0.0", "-"]
-    assert lines["b", "wins, chat, against start % greedy"][0] == "60.0±0.0"
+    assert lines["b", accuracy] == ["72.0±2.5", "+10.0", "-"]
+    assert lines["b", "wins, chat, against start % greedy"][0] == "60.0"
     # Judged by a run of seed 1 in every seed: another judge than seed 1's own, so not in all.
     assert not any("judge" in metric for _, metric in lines)
+    equal = "the same difference in all seeds, which gives no interval and no t-test: "
+    (line,) = [line for line in notes(analysis) if line.startswith(equal)]
+    assert "b (preference/pairs/test/reward)" in line
+    few = "3 seeds are few: the sign-flip test cannot give p below 0.25, t intervals rely on normal"
+    assert any(line.startswith(few) for line in notes(analysis))
     message = "b: not evaluated in all of its runs: wins/judge-seed1/against start@1, "
     assert any(message in line for line in notes(analysis))
     rows = list(csv.DictReader(io.StringIO(to_csv(analysis))))
-    (line,) = [
+    (cells,) = [
         r for r in rows if (r["policy"], r["measure"]) == ("b", "preference/pairs/test/reward")
     ]
-    assert float(line["mean"]) == pytest.approx(0.72) and line["seeds"] == "3"
+    assert float(cells["mean"]) == pytest.approx(0.72) and cells["seeds"] == "3"
 
 
 def test_what_some_runs_lack_or_was_of_another_policy_is_no_mean(tmp_path: Path) -> None:

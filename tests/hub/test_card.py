@@ -1,7 +1,6 @@
 """Cards: metadata by the Hub's own classes, numbers by the run's records, snippets that run."""
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from irl_align.hub.facts import Facts, derive
 from irl_align.hub.results import Measured, gold_table
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.train import train
+from irl_align.utils.statistics import clustered_ratio
 
 pytestmark = pytest.mark.timeout(240)
 PROMPT, ANSWER = "name[the red lion], food[thai]", "The red lion serves thai food."
@@ -102,7 +102,11 @@ def test_reward_card_has_the_numbers_of_the_run(folder: Callable[[str], Path]) -
     report, data = recorded["reward/0"], recorded["data"]
     evaluation = section(text, "Evaluation")
     for name, key in {"length alone": "length", "mean log-prob under SFT": "logprob_mean"}.items():
-        assert f"| {name} | {report['audit'][key]:.1%} |" in evaluation
+        audit = report["audit"]
+        low, high = audit["intervals"][key]
+        share = f"{audit[key]:.1%} ({low:.1%} to {high:.1%})"
+        assert f"| {name} | {share} | {audit['pairs']} | {audit['prompts']} |" in evaluation
+    assert "Note: accuracies over fewer than 30 prompts" in evaluation
     row = re.search(r"demonstration/policy \| ([\d.]+)% \(([\d.]+)% to ([\d.]+)%\)", evaluation)
     assert row is not None
     value, low, high = map(float, row.groups())
@@ -159,12 +163,9 @@ def test_policy_card_has_a_table_with_intervals_and_baselines(
     assert f"| {texts['bleu']:.1f} | {texts['chrf']:.1f} |" in rows[3]
     samples = (run.folder / "samples" / "policy-1-t1.jsonl").read_text().splitlines()
     errors = [json.loads(line) for line in samples]
-    rate = sum(row["slot_errors"] for row in errors) / sum(row["slots"] for row in errors)
-    residuals = [row["slot_errors"] - rate * row["slots"] for row in errors]
-    n = len(errors)
-    spread = math.sqrt(sum(r * r for r in residuals) * n / (n - 1))
-    high = rate + 1.96 * spread / sum(row["slots"] for row in errors)
-    assert f"{rate:.1%} (" in rows[3] and f" to {high:.1%})" in rows[3]
+    counts = ([row[name] for row in errors] for name in ("slot_errors", "slots"))
+    share = clustered_ratio(*counts)
+    assert f"{share.mean:.1%} ({share.low:.1%} to {share.high:.1%})" in rows[3]
 
 
 def test_gold_table_leaves_out_numbers_that_are_not_finite() -> None:

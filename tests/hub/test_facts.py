@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from support.shared_runs import shared_run
 
 from irl_align.errors import UserError
-from irl_align.hub.facts import Facts, combine, derive, ratio_interval
+from irl_align.hub.facts import Facts, combine, derive
 
 
 def facts_with(recipe: dict[str, Any], front: dict[str, Any]) -> Facts:
@@ -51,20 +50,6 @@ def test_facts_of_a_run_whose_data_card_is_gone(tmp_path: Path) -> None:
     assert facts.data_name == "gone"
     with pytest.raises(UserError, match="found no such folder"):
         Facts.of(tmp_path / "none")
-
-
-def test_ratio_interval_equals_the_interval_by_hand() -> None:
-    # Accuracies of three prompts with 2, 1 and 3 pairs: 1 of 2, 1 of 1, 1 of 3; R = 1/2.
-    # Residuals 0, 1/2, -1/2; variance (3/2)(1/2) / 36; standard error 0.144338.
-    actual = ratio_interval([1, 1, 1], [2, 1, 3])
-    assert actual.mean == 0.5 and actual.high is not None and actual.low is not None
-    assert actual.high - actual.mean == pytest.approx(1.96 * 0.1443376, abs=1e-6)
-    assert actual.mean - actual.low == pytest.approx(actual.high - actual.mean)
-    # Rows of one pair each: the usual interval of a mean, s / sqrt(n) with n - 1.
-    rows = [1.0, 0.0, 0.0, 1.0, 1.0]
-    error = torch.tensor(rows).std() / 5**0.5
-    assert ratio_interval(rows, [1] * 5).high == pytest.approx(0.6 + 1.96 * float(error))
-    assert ratio_interval([1], [1]).low is None
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from support.synthetic_runs import audit_record
 
 from irl_align.reward.audit import shortcut_audit, shortcut_warnings, within_prompts
+from irl_align.utils.statistics import Estimate, clustered_share
 
 
 def test_shortcut_audit_by_hand() -> None:
@@ -13,13 +15,20 @@ def test_shortcut_audit_by_hand() -> None:
             "chosen_ids": [[3], [3, 4], [3, 4], [3, 4]],
             "rejected_ids": [[3, 4], [3, 4, 5], [3, 4], [5]],
             "rejected_truncated": [True, False, True, True],
+            "prompt_key": ["a", "a", "b", "b"],
         }
     )
     chosen = [np.array(x, np.float32) for x in ([-1.0], [-1, -1], [-2, -2], [-3, -1])]
     rejected = [np.array(x, np.float32) for x in ([-1, -1], [-1, -1, -3], [-1, -2], [-3.5])]
     audit = shortcut_audit(pairs, chosen, rejected)
+    # Shorter wins, no, ... by prompt: 2 of 2 and 1/2 of 2.
+    share = clustered_share([1.0, 1.0, 0.5, 0.0], ["a", "a", "b", "b"])
+    intervals = audit.pop("intervals")
+    assert intervals["length"] == [share.low, share.high] and share.low is not None
     assert audit == pytest.approx(
         {
+            "pairs": 4,
+            "prompts": 2,
             # chosen longer: no, no, tie, yes = 1.5 of 4, so shorter wins 2.5 of 4
             "length": 0.625,
             # only rejected ones are truncated: three are separated, one is a tie
@@ -44,11 +53,13 @@ def test_shortcut_audit_by_hand() -> None:
 def test_shortcut_warnings_name_close_shortcuts(
     audit: dict[str, float], accuracy: float, named: list[str]
 ) -> None:
-    lines = shortcut_warnings({**audit, "logprob_sum": 0.99, "logprob_mean": 0.99}, accuracy)
+    recorded = audit_record(**audit, logprob_sum=0.99, logprob_mean=0.99)
+    lines = shortcut_warnings(recorded, Estimate(accuracy, 0.4, 1.0, 100, 50))
     assert [line.split()[2] for line in lines] == named
     for line, name in zip(lines, named, strict=True):
-        assert f"{audit[name]:.1%}" in line
-        assert f"{accuracy:.1%}" in line
+        low, high = recorded["intervals"][name]
+        assert f"{name} alone separates {audit[name]:.1%} [{low:.1%}, {high:.1%}] n=100/50" in line
+        assert f"the reward {accuracy:.1%} [40.0%, 100.0%] n=100/50:" in line
 
 
 def test_within_prompts_by_hand() -> None:
@@ -72,6 +83,6 @@ def test_within_prompts_by_hand() -> None:
     ],
 )
 def test_shortcut_warnings_name_a_correlation_with_length(leaning: float | None, text: str) -> None:
-    audit = {"length": 0.5, "truncation": 0.5, "length_correlation": leaning}
-    lines = shortcut_warnings(audit, 0.9)
+    audit = {**audit_record(), "length_correlation": leaning}
+    lines = shortcut_warnings(audit, Estimate(0.9, None, None, 100, 50))
     assert len(lines) == bool(text) and all(text in line for line in lines)

@@ -29,6 +29,7 @@ from irl_align.reward.fit import (
 from irl_align.reward.forward import score_head
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
+from irl_align.utils.statistics import clustered_share
 
 MakeModel = Callable[[str], PreTrainedModel]
 BATCH = {"per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
@@ -239,11 +240,11 @@ def test_fit_reward_learns_a_separable_relation(
 ) -> None:
     # Neither side's tokens alone separate them: the reward must compare with the prompt.
     ours, held_out = reward(**options), toy_pairs(200, seed=2)
-    before = margin_report(margins(ours, held_out))
+    before = margin_report(margins(ours, held_out), [""] * len(held_out))
     args = {**BATCH, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_steps": 100}
     columns = pair_columns(toy_pairs(600, seed=1))
     metrics = fit_reward(ours, columns, loss, args, training(tmp_path))
-    report = margin_report(margins(ours, held_out))
+    report = margin_report(margins(ours, held_out), [""] * len(held_out))
     assert before["accuracy"] < 0.65
     assert report["accuracy"] > 0.95
     assert metrics["steps"] == 100
@@ -334,19 +335,23 @@ def test_margins_with_scale_undo_the_normaliser(
 
 def test_margin_report_by_hand() -> None:
     margin = torch.tensor([math.log(3), 0.0, -math.log(3), math.log(3)])
-    report = margin_report(margin)
+    report = margin_report(margin, ["a", "a", "b", "b"])
     assert report.pop("calibration_error") == pytest.approx(
         # ten bins of one pair: |0.5 - 0.5|, then 0.75 against 1, 0 and 1
         (0.0 + 0.25 + 0.75 + 0.25) / 4,
         abs=1e-6,
     )
+    share = clustered_share([1.0, 0.5, 0.0, 1.0], ["a", "a", "b", "b"])
+    assert report.pop("accuracy_interval") == [share.low, share.high]
     assert report == pytest.approx(
         {
             "pairs": 4,
+            "prompts": 2,
             "accuracy": 2.5 / 4,
             "margin": math.log(3) / 4,
             "loss": (2 * math.log(4 / 3) + math.log(2) + math.log(4)) / 4,
         },
         abs=1e-6,
     )
-    assert margin_report(torch.zeros(0)) == {"pairs": 0}
+    assert margin_report(torch.zeros(0), []) == {"pairs": 0}
+    assert margin_report(torch.ones(3), ["a"] * 3)["accuracy_interval"] == [None, None]

@@ -67,9 +67,8 @@ def synthetic_run(
             run.link(Role.evaluation(k, 1.0), stage)
             if k:
                 run.log(f"reward/{k - 1}", reward_record(0.70 + 0.05 * k))
-            run.log(
-                f"vitals/{k}", {"fresh_accuracy": 0.6, "demonstration_logp": -30.0} if k else {}
-            )
+            vitals = {"fresh": accuracy_record(0.6), "demonstration_logp": -30.0} if k else {}
+            run.log(f"vitals/{k}", vitals)
             for temperature, value in zip((1.0, 0.0), at, strict=True):
                 signs = {"kl": float(k), "entropy": 1.5, "truncated": 0.0}
                 run.log(
@@ -93,10 +92,25 @@ def synthetic_run(
     return folder
 
 
+def accuracy_record(accuracy: float, **others: float | None) -> dict[str, Any]:
+    """What `margin_report` gives of 100 pairs of 50 prompts with this accuracy."""
+    interval = [max(0.0, accuracy - 0.1), min(1.0, accuracy + 0.1)]
+    counts = {"pairs": 100, "prompts": 50}
+    return {**counts, "accuracy": accuracy, "accuracy_interval": interval, "loss": 0.5, **others}
+
+
+def audit_record(**shares: float) -> dict[str, Any]:
+    """What `shortcut_audit` gives of 100 pairs of 50 prompts; other shares are 0.5."""
+    names = ("length", "truncation", "logprob_sum", "logprob_mean")
+    known = {**dict.fromkeys(names, 0.5), **shares}
+    intervals = {name: [share - 0.1, share + 0.1] for name, share in known.items()}
+    return {"pairs": 100, "prompts": 50, **known, "intervals": intervals}
+
+
 def reward_record(accuracy: float) -> dict[str, Any]:
     """What measure_reward logs of an iteration's reward."""
-    held = {"accuracy": accuracy, "loss": 0.5, "margin": 1.0, "calibration_error": 0.02}
-    audit = {"length": 0.55, "truncation": 0.5, "logprob_sum": 0.6, "logprob_mean": 0.58}
+    held = accuracy_record(accuracy, margin=1.0, calibration_error=0.02)
+    audit = audit_record(length=0.55, logprob_sum=0.6, logprob_mean=0.58)
     return {"held_out": held, "older": {}, "audit": audit, "by_source": {}}
 
 

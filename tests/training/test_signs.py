@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.synthetic_runs import accuracy_record, audit_record
 from support.tiny_runs import tiny_recipe
 
 from irl_align.config.loop import SignOptions
@@ -98,8 +99,8 @@ def test_judge_policy_and_judge_reward_report_numbers_that_are_not_finite(tmp_pa
     assert logged["signs/policy-1"] == ["entropy: not finite", "kl: not finite"]
     assert judge_policy(context, 0, good, {**good, "entropy": None}) is None
 
-    audit = {"length": 0.5, "truncation": 0.5}
-    fit = {"held_out": {"accuracy": 0.0, "loss": None}, "audit": audit, "older": {}}
+    held_out = accuracy_record(0.0, loss=None)
+    fit = {"held_out": held_out, "audit": audit_record(), "older": {}}
     assert judge_reward(context, 0, fit) == "iteration 0: the reward is unfit"
     assert logged["signs/reward-0"][0].startswith("held-out pair loss is not finite")
 
@@ -111,15 +112,16 @@ def test_judge_reward_reports_a_reward_that_forgets(action: str, tmp_path: Path)
     recipe = tiny_recipe(tmp_path, f"loop.signs.action={action}")
     context: Any = SimpleNamespace(recipe=recipe, run=run)
     fit = {
-        "held_out": {"accuracy": 0.8, "loss": 0.4},
-        "audit": {"length": 0.5, "truncation": 0.5},
-        "older": {"0": {"accuracy": 0.66}},
-        "older_before": {"0": {"accuracy": 0.7}},
+        "held_out": accuracy_record(0.8),
+        "audit": audit_record(),
+        "older": {"0": accuracy_record(0.66)},
+        "older_before": {"0": accuracy_record(0.7)},
     }
     assert judge_reward(context, 1, fit) is None and logged["signs/reward-1"] == []
-    stop = judge_reward(context, 1, {**fit, "older": {"0": {"accuracy": 0.64}}})
+    stop = judge_reward(context, 1, {**fit, "older": {"0": accuracy_record(0.64)}})
     [sign] = logged["signs/reward-1"]
-    assert sign.startswith("older pairs: accuracy on iteration 0 fell by 6.0%, more than 5.0%")
+    fell = "fell by 6.0% to 64.0% [54.0%, 74.0%] n=100/50, more than 5.0%"
+    assert sign.startswith(f"older pairs: accuracy on iteration 0 {fell}")
     assert stop == (f"iteration 1: {sign}" if action == "stop" else None)
 
 
@@ -130,18 +132,19 @@ def test_judge_reward_uses_the_pairs_that_reject_policy_samples(tmp_path: Path) 
     context: Any = SimpleNamespace(
         recipe=tiny_recipe(tmp_path, f"loop.signs.unfit_loss={LN2}"), run=run
     )
-    own = {"accuracy": 0.71, "loss": 0.6}
+    own = accuracy_record(0.71, loss=0.6)
     fit = {
-        "held_out": {"accuracy": 0.81, "loss": 0.5},
+        "held_out": accuracy_record(0.81),
         "by_source": {"demonstration/policy": own},
-        "audit": {"length": 0.70, "truncation": 0.5},
+        "audit": audit_record(length=0.70),
         "older": {},
     }
     assert judge_reward(context, 0, fit) is None
     [sign] = logged["signs/reward-0"]
-    assert "length alone separates 70.0% of the held-out pairs, the reward 71.0%" in sign
+    assert "length alone separates 70.0% [60.0%, 80.0%] n=100/50 of the held-out" in sign
+    assert "the reward 71.0% [61.0%, 81.0%] n=100/50" in sign
     own.update(accuracy=0.5, loss=0.7)
-    fit["audit"] = {"length": 0.5, "truncation": 0.5}
+    fit["audit"] = audit_record()
     assert judge_reward(context, 0, fit) is None
     [sign] = logged["signs/reward-0"]
     assert sign.startswith("held-out pair loss is 0.7000 on pairs that reject policy samples")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from irl_align.policy.roles import Role
+from irl_align.reward.health import accuracy
 from irl_align.training.run_folder import RunView
+from irl_align.utils.statistics import Estimate, clustered_ratio
 
 VITALS = ("kl", "kl_bound", "entropy", "length", "truncated")
 AT_ENTROPY, BEYOND_ENTROPY = "first-at-entropy", "beyond-entropy"
 """They follow a gold metric's name in place of a temperature: the value of the first policy sampled
 at a policy's entropy, and the policy's value at temperature 1 minus that."""
+
+
+# Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
+RATIOS = {"slot_error_rate": ("slot_errors", "slots")}
 
 
 def by_method(views: Sequence[RunView]) -> dict[str, list[RunView]]:
@@ -62,12 +69,41 @@ def policy_measures(view: RunView, number: int) -> dict[str, float]:
         measures |= gold_measures(record, record["temperature"])
         if record["temperature"] == 1.0:
             measures |= {name: record.get(name) for name in VITALS}
-    vitals, fit = view.record(Role.vitals(number)), view.record(Role.reward(number - 1))
-    for name in ("fresh_accuracy", "demonstration_logp", "reward_gain"):
+    vitals = view.record(Role.vitals(number))
+    for name in ("demonstration_logp", "reward_gain"):
         measures[name] = vitals.get(name)
     measures |= _beyond_entropy(view, number)
-    measures["reward_accuracy"] = fit.get("held_out", {}).get("accuracy")
+    measures |= {name: share.mean for name, share in policy_accuracies(view, number).items()}
     return {name: float(value) for name, value in measures.items() if value is not None}
+
+
+def policy_accuracies(view: RunView, number: int) -> dict[str, Estimate]:
+    """Accuracies of the reward that policy `number` was improved on: on held-out pairs, and on the
+    policy's fresh samples."""
+    reports = {
+        "reward_accuracy": view.record(Role.reward(number - 1)).get("held_out", {}),
+        "fresh_accuracy": view.record(Role.vitals(number)).get("fresh", {}),
+    }
+    return {name: share for name, own in reports.items() if (share := accuracy(own))}
+
+
+def gold_estimate(
+    metric: str, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Estimate | None:
+    """A corpus metric of an evaluation with its interval, one cluster per prompt.
+
+    rows: the evaluation's samples. No bounds where the rows do not add up to the metric.
+    """
+    value = record.get("metrics", {}).get(metric)
+    if value is None:
+        return None
+    top, bottom = RATIOS.get(metric, (metric, ""))
+    numbers = [(row.get(top), row.get(bottom) if bottom else 1.0) for row in rows]
+    if numbers and not any(None in pair for pair in numbers):
+        interval = clustered_ratio(*zip(*numbers, strict=True))
+        if math.isclose(interval.mean, value, rel_tol=1e-6, abs_tol=1e-9):
+            return interval
+    return Estimate(value, None, None, len(rows), len(rows) or None)
 
 
 def gold_measures(record: Mapping[str, Any], temperature: float) -> dict[str, Any]:
@@ -97,14 +133,14 @@ def _beyond_entropy(view: RunView, number: int) -> dict[str, Any]:
 
 
 def reward_reports(view: RunView) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(iteration, report of its reward). To the held-out report are added `fresh`, the accuracy on
+    """(iteration, report of its reward). To the held-out report are added `fresh`, the report on
     samples of the next policy, and `normaliser`, (mean, std) of the demonstrations' scores."""
     for k, record in view.records("reward").items():
         yield (
             k,
             {
                 **record,
-                "fresh": view.record(Role.vitals(k + 1)).get("fresh_accuracy"),
+                "fresh": view.record(Role.vitals(k + 1)).get("fresh"),
                 "normaliser": view.record(Role.reward_fit(k)).get("normaliser", (None, None)),
             },
         )

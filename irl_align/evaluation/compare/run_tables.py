@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from irl_align.evaluation.compare.policies import (
@@ -11,17 +12,29 @@ from irl_align.evaluation.compare.policies import (
     evaluated_policies,
     evaluation_key,
     evaluations,
+    gold_estimate,
     gold_measures,
+    policy_accuracies,
     policy_label,
     policy_measures,
     reward_reports,
 )
 from irl_align.policy.roles import DEMONSTRATIONS, stage_role
-from irl_align.reward.health import audited_accuracy
+from irl_align.reward.health import accuracies
 from irl_align.training.run_folder import RunView
+from irl_align.utils.statistics import few_clusters
 from irl_align.utils.text_table import Cell, Column, Table, metric_name, percent
 
-DECIMALS = {"bleu": 1, "chrf": 1, "length": 1, "kl": 2, "kl_bound": 2, "entropy": 2, "seconds": 0}
+DECIMALS = {
+    "prompts": 0,
+    "bleu": 1,
+    "chrf": 1,
+    "length": 1,
+    "kl": 2,
+    "kl_bound": 2,
+    "entropy": 2,
+    "seconds": 0,
+}
 DECIMALS |= {"demonstration_logp": 2, "reward_gain": 2, "matched_temperature": 2}
 """Decimals of the metrics that are not shares. Shares are written in percent, with one decimal."""
 VITAL_SIGNS = (
@@ -29,24 +42,15 @@ VITAL_SIGNS = (
     *("reward_accuracy", "fresh_accuracy"),
 )
 RESULTS, VITALS = "results", "vital signs, at temperature 1"
-SHARE, TWO_DECIMALS = percent("", unit="%"), Column("", 2)
-HEALTH = [
+TWO_DECIMALS = Column("", 2)
+ACCURACIES = [
+    Column("measured on"),
     percent("accuracy", unit="%"),
-    Column("loss", 4),
-    Column("margin", 3),
-    *(
-        percent(name, unit="%")
-        for name in (
-            "calibration error",
-            "older pairs",
-            "fresh samples",
-            "length only",
-            "EOS only",
-            "SFT log-prob",
-        )
-    ),
+    percent("interval", unit="%"),
+    Column("pairs", 0),
+    Column("prompts", 0),
 ]
-DRIFT = [
+HEALTH = [Column("loss", 4), Column("margin", 3), percent("calibration error", unit="%")] + [
     Column(name, 2)
     for name in ("correlation with length", "agreement with older", "score mean", "score std")
 ]
@@ -114,8 +118,10 @@ def policy_tables(views: Sequence[RunView]) -> list[Table]:
     records = [record for view in views for record in view.metrics]
     headline = next((str(r["headline"]) for r in records if "headline" in r), "length")
     shown = shown_measures({m for _, row in rows for m in row}, (headline, *METRICS))
-    results = {m: measure_column(m, unit_in_cells=True) for m in shown}
-    vitals = {m: measure_column(m, unit_in_cells=True) for m in VITAL_SIGNS}
+    results, vitals = (
+        {m: measure_column(m, unit_in_cells=True, brackets=True) for m in measures}
+        for measures in (["prompts", *shown], VITAL_SIGNS)
+    )
     return [measures_table(RESULTS, rows, results), measures_table(VITALS, rows, vitals)]
 
 
@@ -130,65 +136,68 @@ def _policies(views: Sequence[RunView]) -> Iterator[tuple[str, dict[str, Cell]]]
         if record and stage["key"] not in seen:
             seen.add(stage["key"])
             own = {"length": record["length"], "truncated": record.get("truncated")}
-            yield "demonstrations", own | _results(record, 1.0)
+            yield "demonstrations", own | _results(record, 1.0, [])
         for number in evaluated_policies(view):
             key = evaluation_key(view, number)
             if key not in seen:
                 seen.add(key)
                 measures: dict[str, Cell] = {**policy_measures(view, number)}
+                measures |= policy_accuracies(view, number)
+                answers = view.answers(number)
                 for one in evaluations(view, number):
-                    measures |= _results(one, one["temperature"])
+                    rows = answers.get(one["temperature"], [])
+                    measures |= _results(one, one["temperature"], rows)
                 yield f"{policy_label(view, number)}{seed}", measures
 
 
-def _results(record: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """The gold metrics of an evaluation, or the length of the samples if the data has no gold."""
-    if "headline" in record:
-        return gold_measures(record, temperature)
-    return {f"length@{temperature:g}": record["length"]}
+def _results(
+    record: Mapping[str, Any], temperature: float, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Cell]:
+    """The gold metrics of an evaluation with their intervals over its prompts, or the length of the
+    samples if the data has no gold."""
+    prompts: dict[str, Cell] = {"prompts": len(rows)} if rows else {}
+    if "headline" not in record:
+        return {**prompts, f"length@{temperature:g}": record["length"]}
+    for name, measure in zip(record["metrics"], gold_measures(record, temperature), strict=True):
+        estimate = gold_estimate(name, record, rows)
+        prompts[measure] = None if estimate is None else replace(estimate, clusters=None)
+    return prompts
 
 
 def reward_tables(views: Sequence[RunView], title: str) -> list[Table]:
-    """Held-out health of each iteration's reward next to shortcuts, and its drift.
+    """Accuracies of each iteration's reward next to those of shortcuts, and its health.
 
-    The accuracy in round brackets is on the pairs that the shortcuts are judged on, if these are
-    not all pairs. Several runs have a column for the run.
+    Several runs have a column for the run.
     """
     labels = [Column("run"), Column("iteration")] if len(views) > 1 else [Column("iteration")]
-    health, drift = [], []
+    shares, health = list[list[Cell]](), list[list[Cell]]()
     for view in views:
         for k, report in reward_reports(view):
-            label = [view.folder.name, str(k)] if len(views) > 1 else [str(k)]
-            health.append([*label, *_health(report)])
+            label: list[Cell] = [view.folder.name, str(k)] if len(views) > 1 else [str(k)]
+            for name, one in accuracies(report).items():
+                interval = ACCURACIES[2].bounds(one)
+                shares.append([*label, name, one.mean, interval, one.n, one.clusters])
+            held = report["held_out"]
             agreement = map(TWO_DECIMALS.text, report.get("agreement", {}).values())
             length = report["audit"].get("length_correlation")
-            drift.append([*label, length, _listed(agreement), *report["normaliser"]])
+            cells = [held["loss"], held["margin"], held["calibration_error"], length]
+            health.append([*label, *cells, ", ".join(agreement) or None, *report["normaliser"]])
     return [
-        Table(title, [*labels, *HEALTH], health),
-        Table("reward drift; scores are those of demonstrations", [*labels, *DRIFT], drift),
+        Table(f"{title}: accuracies", [*labels, *ACCURACIES], shares),
+        Table(f"{title}: health; scores are those of demonstrations", [*labels, *HEALTH], health),
     ]
 
 
-def _health(report: Mapping[str, Any]) -> list[Cell]:
-    """Cells of HEALTH."""
-    held, audit = report["held_out"], report["audit"]
-    accuracy, audited = held["accuracy"], audited_accuracy(report)
-    shown = SHARE.text(accuracy)
-    return [
-        shown if audited == accuracy else f"{shown} ({SHARE.text(audited)})",
-        held["loss"],
-        held["margin"],
-        held["calibration_error"],
-        _listed(SHARE.text(older["accuracy"]) for older in report["older"].values()),
-        report["fresh"],
-        audit["length"],
-        audit["truncation"],
-        max(audit["logprob_sum"], audit["logprob_mean"]),
+def accuracy_notes(views: Sequence[RunView]) -> list[str]:
+    """A note if accuracies of the runs' rewards rest on few prompts."""
+    shares = [
+        share
+        for view in views
+        for _, report in reward_reports(view)
+        for share in accuracies(report).values()
     ]
-
-
-def _listed(texts: Iterable[str]) -> str | None:
-    return ", ".join(texts) or None
+    note = few_clusters(shares)
+    return [] if note is None else [note]
 
 
 def costs_table(view: RunView) -> Table:

@@ -22,7 +22,7 @@ from irl_align.evaluation.compare.run_tables import (
     measures_table,
     shown_measures,
 )
-from irl_align.utils.statistics import Estimate
+from irl_align.utils.statistics import CONFIDENCE, Estimate
 from irl_align.utils.text_table import (
     Cell,
     Column,
@@ -238,7 +238,8 @@ def notes(analysis: Analysis) -> list[str]:
         "bootstrap": f"in brackets: 95% bootstrap interval of the mean over {len(seeds)} seeds",
         None: f"one seed ({seeds[0]}): there are no intervals and no tests",
     }
-    lines = [intervals[analysis["interval"]], *_partial_notes(analysis), *_ranking_note(analysis)]
+    lines = [intervals[analysis["interval"]], *_few_seeds_notes(analysis)]
+    lines += [*_partial_notes(analysis), *_ranking_note(analysis)]
     if any(m.endswith(BEYOND_ENTROPY) for r in analysis["rows"] for m in r["against_baseline"]):
         lines.append(
             "beyond entropy: at T=1, minus what the first policy reaches at the same entropy per "
@@ -271,6 +272,32 @@ def notes(analysis: Analysis) -> list[str]:
     ]
     lines += [f"not compared: {line}" for line in analysis["missing"]]
     lines += [f"differs: {line}" for line in analysis["differences"]]
+    return lines
+
+
+def _few_seeds_notes(analysis: Analysis) -> list[str]:
+    """What few seeds, and seeds with equal values, cannot tell."""
+    seeds, lines = len(analysis["seeds"]), list[str]()
+    least = 2.0 ** (1 - seeds)  # p of the exact sign-flip test
+    if seeds > 1 and least > 1.0 - CONFIDENCE:
+        lines.append(
+            f"{seeds} seeds are few: the sign-flip test cannot give p below {least:g}, t intervals "
+            "rely on normal differences between seeds, and bootstrap intervals are too narrow"
+        )
+    equal = [
+        f"{row['label']} ({measure})"
+        for row in analysis["rows"]
+        for measure, one in row["against_baseline"].items()
+        if one["n"] > 1
+        and one["low"] is None
+        and one["mean"]
+        and "probability_of_improvement" in one
+    ]
+    if equal:
+        lines.append(
+            "the same difference in all seeds, which gives no interval and no t-test: "
+            f"{', '.join(equal)}"
+        )
     return lines
 
 

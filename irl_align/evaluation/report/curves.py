@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from irl_align.evaluation.compare.costs import method_costs
@@ -17,8 +17,9 @@ from irl_align.evaluation.compare.run_tables import measure_column
 from irl_align.evaluation.compare.tables import headline_measures
 from irl_align.evaluation.report.figures import Bars, Dots, Plot, Point, Series
 from irl_align.evaluation.tables import read_evaluation
+from irl_align.reward.health import accuracies
 from irl_align.training.run_folder import RunView
-from irl_align.utils.statistics import estimate
+from irl_align.utils.statistics import Estimate, estimate
 from irl_align.utils.text_table import metric_name
 
 SIGNS = {
@@ -26,16 +27,15 @@ SIGNS = {
     "entropy": "entropy per token, nats",
     "length": "length, tokens",
 }
-HEALTH: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "held-out pairs": lambda report: report["held_out"]["accuracy"],
-    "fresh samples": lambda report: report["fresh"],
-    "oldest pairs": lambda report: report["older"].get("0", {}).get("accuracy"),
-    "length only": lambda report: report["audit"]["length"],
-    "SFT log-prob": lambda report: max(
-        (v for v in (report["audit"]["logprob_sum"], report["audit"]["logprob_mean"]) if v),
-        default=None,
-    ),
+HEALTH = {
+    "held-out pairs": "held-out pairs",
+    "fresh samples": "fresh samples",
+    "pairs of iteration 0": "oldest pairs",
+    "length alone": "length alone",
+    "summed log-prob under SFT": "summed log-prob under SFT",
+    "mean log-prob under SFT": "mean log-prob under SFT",
 }
+"""Key of `accuracies` -> its name in the figure."""
 UPDATES = {
     "reward": "reward per completion",
     "kl": "KL to the reference, nats",
@@ -132,11 +132,14 @@ def reward_health(views: Sequence[RunView]) -> list[Plot]:
     """One figure per method: the accuracy of each iteration's reward and of shortcuts."""
     figures = []
     for name, own in by_method(views).items():
-        reports = [report for view in own for report in reward_reports(view)]
+        reports = [(k, accuracies(report)) for view in own for k, report in reward_reports(view)]
         series = []
-        for at, (what, value) in enumerate(HEALTH.items()):
-            values = [(k, value(report)) for k, report in reports]
-            points = _over_seeds((k, 100.0 * v) for k, v in values if v is not None)
+        for at, (key, what) in enumerate(HEALTH.items()):
+            shares = [(k, own_shares[key]) for k, own_shares in reports if key in own_shares]
+            if len(own) == 1:
+                points = [Point(float(k), *_percent(share)) for k, share in shares]
+            else:
+                points = _over_seeds((k, 100.0 * share.mean) for k, share in shares)
             series.append(Series(what, points, at))
         series = [one for one in series if one.points]
         if series:
@@ -144,6 +147,12 @@ def reward_health(views: Sequence[RunView]) -> list[Plot]:
             label = "accuracy %"
             figures.append(Plot(f"reward-{name}", title, "iteration", label, series, whole_x=True))
     return figures
+
+
+def _percent(share: Estimate) -> tuple[float, float | None, float | None, str]:
+    """Mean, bounds and n of a share, in percent."""
+    low, high = (None if end is None else 100.0 * end for end in (share.low, share.high))
+    return 100.0 * share.mean, low, high, f"{share.n} pairs of {share.clusters} prompts"
 
 
 def cost_bars(views: Sequence[RunView]) -> list[Bars]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.aggregate import FILE, analyse, compare_runs, read_comparison
-from irl_align.evaluation.compare.run_tables import reward_tables, run_ending
+from irl_align.evaluation.compare.run_tables import accuracy_notes, reward_tables, run_ending
 from irl_align.evaluation.compare.tables import notes, tables_by_section
 from irl_align.evaluation.report.browser import (
     BUDGET,
@@ -138,7 +138,12 @@ def _sections(views: Sequence[RunView], analysis: dict[str, Any]) -> list[Sectio
         Section("Results", standings(analysis), results, notes(analysis), gold),
         Section("Learning curves", learning_curves(views, analysis)),
         Section("Gold against KL", gains, tables["Gold against KL"]),
-        Section("Reward health", reward_health(views), [t for t in rewards if t.rows]),
+        Section(
+            "Reward health",
+            reward_health(views),
+            [t for t in rewards if t.rows],
+            accuracy_notes(views),
+        ),
         Section("Evaluations", best_of_curves(views), evaluations, evaluation_lines),
         Section("PPO", ppo_curves(views, analysis["headline"]), tables["PPO"]),
         Section("Cost", cost_bars(views), tables["Cost"]),

@@ -87,7 +87,7 @@ def test_bleu_at_the_same_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ended = irl_align(capsys, "compare", *(run.folder for run in runs), "--at-kl", 1)
     assert ended.status == 0
     table = (tmp_path / "comparison/comparison.md").read_text(encoding="utf-8")
-    assert "| m, policy-1 | 1 | 2 of 2 | 30.0±0.0 | 2.15±0.00 | 59.0±0.0 |" in table
+    assert "| m, policy-1 | 1 | 2 of 2 | 30.0 | 2.15 | 59.0 |" in table
 
 
 @pytest.mark.parametrize("kl", ["nan", "inf", "0", "-1"])
