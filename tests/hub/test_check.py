@@ -1,6 +1,7 @@
 """Exported rewards read as texts by irl-align, transformers and its pipeline, with chat templates
 and tokenizers of many models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from transformers import (
 
 from irl_align.config.model import LoraOptions, QuantizationOptions
 from irl_align.data.encoding import encode_completions, encode_prompts
+from irl_align.data.rows import prompt_text
 from irl_align.data.tokenizer import prepare_tokenizer
 from irl_align.errors import UserError
-from irl_align.hub.check import chat_ids, check_scores
+from irl_align.hub.check import chat_ids, chats, check_scores
 from irl_align.hub.weights import edit_json, save_plain, scored_template
 from irl_align.models.lora import quantization_config
 from irl_align.reward.model import RewardModel
@@ -31,6 +33,11 @@ from irl_align.reward.settings import RewardSettings
 
 PROMPTS = ["Where is The Punter?", "Name a pub.", "food = French, price = high"]
 ANSWERS = ["It is near the river.", "the Punter", "Alimentum serves\nFrench food."]
+TALK = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Which food?"},
+]
 CHAT = RewardSettings(template="chat", mean=0.4, std=1.7)
 TRL_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 SIZES = {
@@ -75,14 +82,19 @@ class Exported:
         for name, weight in reward.model.named_parameters():
             if "lora_B" in name:
                 weight.data.normal_(std=0.1)
-        prompts = encode_prompts(PROMPTS, tokenizer, settings)
-        answers = encode_completions(PROMPTS, ANSWERS, prompts, tokenizer, settings)
+        self.prompts = [*PROMPTS[:2], TALK if settings.template == "chat" else PROMPTS[2]]
+        prompts = encode_prompts(self.prompts, tokenizer, settings)
+        answers = encode_completions(self.prompts, ANSWERS, prompts, tokenizer, settings)
         self.scores = reward.score_ids(prompts, answers)
         self.ids = [
             [*x, *y] for x, y in zip(prompts, reward.as_read(prompts, answers), strict=True)
         ]
-        columns = {"prompt": PROMPTS, "messages": [""] * 3, "completion": ANSWERS}
-        self.rows = Dataset.from_dict({**columns, "prompt_ids": prompts, "completion_ids": answers})
+        texts = {
+            "prompt": [prompt_text(prompt) for prompt in self.prompts],
+            "messages": ["" if isinstance(p, str) else json.dumps(p) for p in self.prompts],
+            "completion": ANSWERS,
+        }
+        self.rows = Dataset.from_dict({**texts, "prompt_ids": prompts, "completion_ids": answers})
         self.folder = folder / "reward"
         save_plain(reward, self.folder)
         if lora is not None:
@@ -106,8 +118,11 @@ def test_check_scores_of_a_chat_reward_are_those_of_the_run(
     difference = exported.check()
     assert difference is not None and difference < 1e-5
     tokenizer = AutoTokenizer.from_pretrained(exported.folder)
-    ids = chat_ids(tokenizer, PROMPTS, ANSWERS)
+    ids = chat_ids(tokenizer, exported.prompts, ANSWERS)
     assert ids == exported.ids
+    talks = chats(exported.prompts, ANSWERS)
+    texts = [trl.apply_chat_template({"messages": talk}, tokenizer)["text"] for talk in talks]
+    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == exported.ids  # as in TRL
     end = tokenizer.convert_tokens_to_ids(FAMILIES[family].end)
     assert [row[-1] for row in ids] == [end] * 3
 

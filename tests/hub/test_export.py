@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -209,10 +210,16 @@ def test_export_of_every_iteration(tmp_path: Path) -> None:
     assert weights == (shared_run("select").policy / "model.safetensors").read_bytes()
 
 
-def test_exported_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
+def test_exported_pairs_are_a_dataset_and_a_data_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(shared_run("contrast").folder, "pairs", tmp_path / "pairs")
-    cache = str(tmp_path / "cache")
-    actual = datasets.load_dataset(str(tmp_path / "pairs"), "pairs", cache_dir=cache)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = (tmp_path / "pairs" / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    known: dict[str, Any] = {"REPO": str(tmp_path / "pairs")}
+    exec(snippet, known)
+    actual, samples = known["pairs"], known["samples"]
     record = shared_run("contrast").view().metrics
     made = next(r for r in record if r["key"] == "pairs/0")
     assert len(actual["train"]) == made["train"]["pairs"]
@@ -227,9 +234,6 @@ def test_exported_pairs_are_a_dataset_and_a_data_card(tmp_path: Path) -> None:
     card = load_card(tmp_path / "pairs" / "README.md")
     rows = load_preferences(card, "validation")
     assert {row["subset"] for row in rows} == {"demonstration/policy"}
-    samples = datasets.load_dataset(
-        str(tmp_path / "pairs"), "samples", split="test", cache_dir=cache
-    )
     assert set(samples["samples"]) == {f"policy-{k}-t{t}" for k in (0, 1) for t in (0, 1)}
     assert {"prompt", "completion", "slot_errors"} <= set(samples.column_names)
 
