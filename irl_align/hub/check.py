@@ -26,8 +26,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from irl_align.data.columns import column, prompts_of
 from irl_align.data.rows import Message, Prompt, as_messages
 from irl_align.errors import UserError
-from irl_align.hub.weights import has_capped_attention
-from irl_align.models.loading import load_config
+from irl_align.models.loading import has_capped_attention, load_config
 from irl_align.models.lora import is_adapter, saved_quantization
 from irl_align.models.packing import TOKENS_PER_BATCH, Ids, batches_by_tokens, pad_right
 from irl_align.reward.forward import bounded_and_normalised

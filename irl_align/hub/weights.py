@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from irl_align.data.encoding import Templated, encode_prompts
-from irl_align.models.loading import load_config
+from irl_align.models.loading import has_capped_attention, load_config
 from irl_align.models.lora import has_adapter
 from irl_align.reward.forward import score_head
 from irl_align.reward.model import RewardModel
@@ -73,11 +73,6 @@ def keep_attention(folder: Path) -> None:
     """Have other tools load a model with the attention that irl-align loads it with."""
     if has_capped_attention(load_config(folder)):
         edit_json(folder / "config.json", attn_implementation="eager")
-
-
-def has_capped_attention(config: PreTrainedConfig) -> bool:
-    """Whether attention scores are capped (Gemma 2): torch's own kernel leaves that out."""
-    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def edit_json(file: Path, **values: Any) -> None:

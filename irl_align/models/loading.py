@@ -116,8 +116,8 @@ def load_model(
             f"{path}: *.safetensors: {len(missing)} weights of {type(model).__name__} are missing "
             f"({', '.join(missing[:4])}); expected all of them"
         )
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")  # torch's own kernel leaves the cap out (Gemma 2)
+    if has_capped_attention(model.config):
+        model.set_attn_implementation("eager")
     loaded: PreTrainedModel = (model if quantized else model.to(device)).eval()
     return loaded
 
@@ -204,6 +204,11 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     except Exception as error:
         raise UserError(_load_message(path, "model", error)) from error
     return config
+
+
+def has_capped_attention(config: PreTrainedConfig) -> bool:
+    """Whether attention scores are capped (Gemma 2): torch's own kernel leaves that out."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
