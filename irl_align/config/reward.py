@@ -39,7 +39,9 @@ class PairOptions(Options):
     window: Annotated[str, Field(pattern=r"^(latest|all|last-[1-9][0-9]*)$")] = "all"
     """Iterations whose pairs the reward is fitted on: latest, all, or last-K for the last K."""
     truncated: Literal["drop", "keep"] = "drop"
-    """What to do with a policy sample that has no EOS: drop its pair, or keep it (without EOS)."""
+    """What to do with a policy sample that has no end of text: drop its pair, or keep it as it is.
+    A demonstration longer than generation.max_new_tokens makes no pair in either case, since no
+    sample can be as long."""
     demonstrations_per_prompt: PositiveInt | None = None
     """Largest number of demonstrations of one prompt that make pairs. Null uses all of them."""
 

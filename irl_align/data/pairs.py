@@ -50,11 +50,15 @@ class Sample(Protocol):
 
     @property
     def truncated(self) -> bool:
-        """Whether it lacks an EOS."""
+        """Whether it lacks the end of text."""
 
     @property
     def logprobs(self) -> np.ndarray:
         """(T,) log-probs under the distribution that was sampled from."""
+
+    @property
+    def stop(self) -> int | None:
+        """The stop id that was sampled, if the end of text stands in its place."""
 
 
 class Sampled(Protocol):
@@ -88,6 +92,7 @@ def policy_pairs(
     generator: str,
     sampling: Sampled,
     truncated: Truncated = "drop",
+    max_tokens: int | None = None,
     demonstrations_per_prompt: int | None = None,
     seed: int = 0,
     source: PairSource = "demonstration/policy",
@@ -97,15 +102,20 @@ def policy_pairs(
     demonstrations: rows of encode_demonstrations. samples: prompt key -> its samples; a prompt
     without samples makes no pair. A prompt with D demonstrations and N samples makes max(D, N)
     pairs, which use every demonstration and every sample as evenly as possible. Truncated samples
-    are first dropped, or kept without EOS. Pairs of equal ids are dropped. Raises UserError when no
-    pair is left.
+    are first dropped, or kept without an end. max_tokens: the samples' limit; longer demonstrations
+    are dropped, since a reward that sees long texts on one side only learns to count tokens. Pairs
+    of equal ids are dropped. Raises UserError when no pair is left, or when demonstrations and
+    finished samples end in different ids.
     """
     rows: list[PairRow] = []
-    dropped = Counter({"identical": 0, "truncated": 0})
+    dropped = Counter({"identical": 0, "truncated": 0, "overlong": 0})
     for key, group in by_prompt(demonstrations).items():
         rng = random.Random(f"{seed}/{source}/{iteration}/{key}")
         rng.shuffle(group)
-        chosen = [list(row["completion_ids"]) for row in group[:demonstrations_per_prompt]]
+        chosen = [list(row["completion_ids"]) for row in group]
+        fitting = [ids for ids in chosen if max_tokens is None or len(ids) <= max_tokens]
+        dropped["overlong"] += len(chosen) - len(fitting)
+        chosen = fitting[:demonstrations_per_prompt]
         rejected = _usable(samples.get(key, ()), truncated, dropped)
         rows += _matched(key, list(group[0]["prompt_ids"]), chosen, rejected, rng, dropped)
     return finish_pairs(rows, dropped, source, iteration, generator, sampling)
@@ -233,7 +243,8 @@ def _matched(
             continue
         rows.append(pair_row(key, prompt_ids, better, prompt_ids, list(sample.token_ids), index))
         rows[-1]["rejected_truncated"] = bool(sample.truncated)
-        rows[-1]["rejected_logp"] = float(sample.logprobs.sum(dtype=np.float64))
+        if sample.stop is None:  # else the log-prob is not that of the pair's ids
+            rows[-1]["rejected_logp"] = float(sample.logprobs.sum(dtype=np.float64))
     return rows
 
 
@@ -266,10 +277,21 @@ def finish_pairs(
     generator: str,
     sampling: Sampled | None,
 ) -> Pairs:
-    """Pairs with the columns that all rows share. Raises UserError where there is no row."""
+    """Pairs with the columns that all rows share.
+
+    Raises UserError where there is no row, or where finished texts do not end in the same id.
+    """
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         raise UserError(f"pairs.sources: {source} gives no pair (left out: {why})")
+    preferred = {row["chosen_ids"][-1] for row in rows}
+    finished = {row["rejected_ids"][-1] for row in rows if not row["rejected_truncated"]}
+    if len(preferred | finished) > 1:
+        raise UserError(
+            f"pairs.sources: {source}: preferred texts end in the token ids {sorted(preferred)}, "
+            f"finished rejected ones in {sorted(finished)}; expected one id, or the reward would "
+            "only read it: make eos_token of the model's tokenizer the end of its answers"
+        )
     constant = {
         "source": source,
         "iteration": iteration,

@@ -244,7 +244,7 @@ def _load_message(path: str | Path, what: str, error: Exception) -> str:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a completion: the tokenizer's EOS, and those of the generation config."""
+    """Ids that end a completion: the tokenizer's EOS, then the others of the generation config."""
     return _all_eos(getattr(model.generation_config, "eos_token_id", None), tokenizer)
 
 
@@ -257,4 +257,5 @@ def folder_eos_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _all_eos(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     listed = configured if isinstance(configured, list) else [configured]
-    return sorted({int(tokenizer.eos_token_id), *(int(i) for i in listed if i is not None)})
+    end = int(tokenizer.eos_token_id)
+    return [end, *sorted({int(i) for i in listed if i is not None} - {end})]

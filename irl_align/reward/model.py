@@ -20,6 +20,7 @@ from transformers import (
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from irl_align.config.model import LoraOptions
+from irl_align.data.tokenizer import text_end
 from irl_align.errors import UserError
 from irl_align.models.lm_head import has_plain_logits
 from irl_align.models.loading import evaluating, load_model, load_tokenizer, seeded
@@ -70,6 +71,11 @@ class RewardModel(TextScoring):
         """The tokenizer of texts and the template, saved with the weights."""
         pad = self.model.config.pad_token_id if self.foreign else None
         return TextFormat(self.tokenizer, self.settings, self.foreign, pad)
+
+    @property
+    def text_end(self) -> int:
+        """Id that ends finished texts. Raises UserError: see data.tokenizer.text_end."""
+        return text_end(self.tokenizer, self.settings.template).id
 
     @classmethod
     def from_policy(
@@ -230,8 +236,8 @@ class RewardModel(TextScoring):
         """
         if not self.settings.echo:
             return completions
-        eos = self.tokenizer.eos_token_id
-        read = [[*y, *x, eos] for x, y in zip(prompts, completions, strict=True)]
+        end = self.text_end
+        read = [[*y, *x, end] for x, y in zip(prompts, completions, strict=True)]
         longest = max((len(x) + len(y) for x, y in zip(prompts, read, strict=True)), default=0)
         context = context_length(self.model)
         if context is not None and longest > context:

@@ -201,15 +201,11 @@ def _pooled_attention(packed: PackedRows, rows: Tensor) -> Tensor:
 
 def _eos_id(reward: RewardModel) -> int:
     """EOS for prefixes. Raises UserError: there is none, or the model takes no masks by token."""
-    config, eos = reward.model.config, reward.tokenizer.eos_token_id
+    config = reward.model.config
     if not can_pack(reward.model, 0):
         raise UserError(
             "reward model: eos_prefixes needs a model that takes a mask and positions per token; "
             f"{config.model_type} with {config._attn_implementation} attention is not known to: "
             "expected eos_prefixes: false"
         )
-    if eos is None:
-        raise UserError(
-            "reward model: eos_prefixes, but its tokenizer has no EOS token; expected one"
-        )
-    return int(eos)
+    return reward.text_end

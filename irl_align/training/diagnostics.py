@@ -199,7 +199,7 @@ def vital_signs(
             report["kl_bound"] = best_of_n_kl_bound(policy.ranking.n)
         return report
     prompts, completions = unchanged.flat()
-    ids = [completion.token_ids for completion in completions]
+    ids = [completion.sampled_ids for completion in completions]
     reference = context.models.logprobs(initial, prompts, ids)
     return report | kl_report([c.logprobs for c in completions], reference)
 
@@ -216,6 +216,7 @@ def _fresh_report(
         generator="",
         sampling=context.sampler.sampling(1, 1.0),
         truncated="keep",
+        max_tokens=context.recipe.generation.max_new_tokens,
     )
     chosen, rejected = _scores(spread(context.models.load_reward(reward)), pairs.rows)
     keys = column(pairs.rows, "prompt_key")

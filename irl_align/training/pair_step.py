@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from irl_align.config.reward import PairSource
 from irl_align.data.cards import import_object
-from irl_align.data.columns import by_prompt_key
+from irl_align.data.columns import by_prompt_key, column
 from irl_align.data.contrast import contrast_pairs
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.pairs import Pairs, load_pairs, policy_pairs, sample_pairs, save_pairs, stats
@@ -54,6 +54,8 @@ def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> Iter
     generation = context.recipe.generation
     if generation.temperature == 0:
         logger.warning("generation.temperature is 0: all samples of a prompt are the same")
+    if iteration.k == 0:
+        _warn_of_long_demonstrations(data, generation.max_new_tokens)
     sampling = context.sampler.sampling(generation.samples_per_prompt, generation.temperature)
     used = {side for source in options.sources for side in source.split("/")}
     samplers = {"policy": iteration.policy, "init": start, "sft": iteration.initial}
@@ -100,6 +102,22 @@ def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> Iter
     return IterationPairs(stage.key, stage.path)
 
 
+def _warn_of_long_demonstrations(data: Data, limit: int) -> None:
+    lengths = [
+        len(ids) for use in USES.values() for ids in column(getattr(data, use), "completion_ids")
+    ]
+    if long := sum(length > limit for length in lengths):
+        logger.warning(
+            "%d of %d demonstrations (%.0f%%) are longer than generation.max_new_tokens, %d: they "
+            "make no pairs with samples. The longest has %d tokens.",
+            long,
+            len(lengths),
+            100 * long / len(lengths),
+            limit,
+            max(lengths),
+        )
+
+
 @dataclass(frozen=True)
 class _Part:
     """What the pairs of one part (train or held_out) are made of."""
@@ -128,8 +146,13 @@ class _Part:
         }
         samples = self.samples[rejected].by_key
         if chosen == "demonstration":
-            limit = options.demonstrations_per_prompt
-            return policy_pairs(self.rows, samples, demonstrations_per_prompt=limit, **common)
+            return policy_pairs(
+                self.rows,
+                samples,
+                max_tokens=self.sampling.max_new_tokens,
+                demonstrations_per_prompt=options.demonstrations_per_prompt,
+                **common,
+            )
         prompts = by_prompt_key(self.rows, "prompt_ids")
         return sample_pairs(prompts, self.samples[chosen].by_key, samples, **common)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat_templates import FAMILIES, chat_tokenizer
+from support.tiny_tokenizers import FAMILIES as KINDS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -27,7 +29,6 @@ from irl_align.data.tokenizer import (
     train_tokenizer,
 )
 from irl_align.errors import UserError
-from tests.support.chat_templates import FAMILIES, chat_tokenizer
 
 TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
 OPTIONS = DataOptions(card="own")
@@ -238,23 +239,24 @@ def test_chat_ids_equal_those_of_the_whole_conversation(chat: PreTrainedTokenize
     assert encoded["prompt_ids"] + encoded["completion_ids"] + newline == whole
 
 
-@pytest.mark.parametrize("sentencepiece", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_encode_demonstrations_ends_each_completion_with_its_only_end_of_turn(
-    family: str, sentencepiece: bool
+    family: str, kind: str
 ) -> None:
-    tokenizer, kind = chat_tokenizer(family, sentencepiece), FAMILIES[family]
+    tokenizer, own = chat_tokenizer(family, kind), FAMILIES[family]
     prepare_tokenizer(tokenizer, "chat")
     rows = [{"prompt": TALK, "completion": "Good bye."}, {"prompt": "Hi", "completion": "Hello"}]
     encoded = encode_demonstrations(rows, tokenizer, card("chat"), OPTIONS).rows
     assert len(encoded) == 2
     for row, ids in zip(rows, encoded["completion_ids"], strict=True):
-        assert ids[-1] == kind.special.index(kind.end) and ids.count(ids[-1]) == 1
+        assert ids[-1] == tokenizer.convert_tokens_to_ids(own.end) and ids.count(ids[-1]) == 1
         assert decode_batch(tokenizer, [ids])[0].strip() == row["completion"]
     turns = [*TALK, {"role": "assistant", "content": "Good bye."}]
     written = tokenizer.apply_chat_template(turns, tokenize=False)
-    own = tokenizer.decode(encoded["prompt_ids"][0] + encoded["completion_ids"][0])
-    assert own + kind.after == written
+    whole = tokenizer(written, add_special_tokens=False).input_ids
+    ids = encoded["prompt_ids"][0] + encoded["completion_ids"][0]
+    assert ids == whole[: len(ids)] and len(whole) - len(ids) <= len(own.after)
 
 
 def test_encode_prompts_adds_no_second_bos_to_a_chat_template(

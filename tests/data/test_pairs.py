@@ -28,10 +28,10 @@ SAMPLING = SimpleNamespace(temperature=0.7, plain=False)
 PLAIN = SimpleNamespace(temperature=1.0, plain=True)
 
 
-def sample(*tokens: int, truncated: bool = False) -> SimpleNamespace:
+def sample(*tokens: int, truncated: bool = False, stop: int | None = None) -> SimpleNamespace:
     ids = list(tokens) if truncated else [*tokens, EOS]
     logprobs = -np.asarray(ids, np.float32)
-    return SimpleNamespace(token_ids=ids, truncated=truncated, logprobs=logprobs)
+    return SimpleNamespace(token_ids=ids, truncated=truncated, logprobs=logprobs, stop=stop)
 
 
 def make(demos: object, samples: dict[str, list[SimpleNamespace]], **options: object) -> object:
@@ -60,7 +60,7 @@ def test_policy_pairs_fills_every_column() -> None:
         "rejected_logp": None,  # those of temperature 0.7 are not the model's own
         "prompt_key": prompt_key("ab"),
     }
-    assert dropped == {"identical": 0, "truncated": 0}
+    assert dropped == {"identical": 0, "overlong": 0, "truncated": 0}
 
 
 def test_policy_pairs_keeps_log_probs_of_the_models_own_distribution() -> None:
@@ -128,7 +128,7 @@ def test_policy_pairs_counts_identical_pairs() -> None:
     pairs, dropped = make(
         [demo("x", 5), demo("y", 5)], {"x": [sample(5)], "y": [sample(6)], "z": [sample(1)]}
     )
-    assert len(pairs) == 1 and dropped == {"identical": 1, "truncated": 0}
+    assert len(pairs) == 1 and dropped == {"identical": 1, "overlong": 0, "truncated": 0}
 
 
 def test_policy_pairs_drops_or_keeps_truncated_samples() -> None:
@@ -142,10 +142,43 @@ def test_policy_pairs_drops_or_keeps_truncated_samples() -> None:
     assert (pairs[0]["chosen_ids"], pairs[0]["rejected_ids"]) == ([5, EOS], [5])
 
 
+def test_policy_pairs_drops_demonstrations_that_no_sample_could_be_as_long_as() -> None:
+    demos = [demo("x", 5, 5, 5), demo("x", 6), demo("y", *range(40, 49))]
+    samples = {"x": [sample(1), sample(2)], "y": [sample(3)]}
+    pairs, dropped = make(demos, samples, max_tokens=3)
+    assert sorted(pairs["rejected_ids"]) == [[1, EOS], [2, EOS]] and dropped["overlong"] == 2
+    assert pairs["chosen_ids"][:] == [[6, EOS]] * 2
+    pairs, dropped = make(demos, samples, max_tokens=10)  # the end of text counts
+    assert len(pairs) == 3 and dropped["overlong"] == 0
+    pairs, dropped = make(demos, samples, max_tokens=9)
+    assert len(pairs) == 2 and dropped["overlong"] == 1
+    with pytest.raises(UserError, match=r"gives no pair \(left out: 0 identical, 3 overlong, 0 tr"):
+        make(demos, samples, max_tokens=1)
+
+
+def test_policy_pairs_refuses_texts_that_end_in_different_ids() -> None:
+    other = sample(7)
+    other.token_ids[-1] = EOS + 1
+    with pytest.raises(UserError, match=r"texts end in the token ids \[2\], .* in \[2, 3\]; exp"):
+        make([demo("x", 5), demo("y", 5)], {"x": [other], "y": [sample(7)]})
+    other.truncated = True  # then its last id is no end
+    assert len(make([demo("x", 5)], {"x": [other]}, truncated="keep").rows) == 1
+
+
+def test_policy_pairs_has_no_log_prob_of_a_sample_that_another_stop_id_ended() -> None:
+    samples = {"x": [sample(1), sample(3, stop=9)]}
+    pairs, _ = make([demo("x", 5)], samples, sampling=PLAIN)
+    known = {
+        ids[0]: logp
+        for ids, logp in zip(pairs["rejected_ids"], pairs["rejected_logp"], strict=True)
+    }
+    assert known == {1: -1.0 - EOS, 3: None}
+
+
 def test_policy_pairs_refuses_to_return_no_pair() -> None:
     with pytest.raises(UserError, match=r"demonstration/policy gives no pair \(left out: 1 identi"):
         make([demo("x", 5)], {"x": [sample(5)]})
-    with pytest.raises(UserError, match=r"left out: 0 identical, 2 truncated"):
+    with pytest.raises(UserError, match=r"left out: 0 identical, 0 overlong, 2 truncated"):
         make([demo("x", 5)], {"x": [sample(5, truncated=True), sample(truncated=True)]})
 
 
@@ -248,6 +281,7 @@ def test_stats_counts_pairs_and_drops() -> None:
         "pairs": 2,
         "pairs/demonstration/policy": 2,
         "dropped/identical": 1,
+        "dropped/overlong": 0,
         "dropped/truncated": 0,
         "mean_chosen_tokens": 2.5,  # 2 and 3, EOS included
         "mean_rejected_tokens": 2.5,  # 4 and 1

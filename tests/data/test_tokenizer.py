@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from support.chat_templates import FAMILIES, chat_tokenizer
+from support.tiny_tokenizers import FAMILIES as KINDS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,7 +18,6 @@ from irl_align.data.tokenizer import (
     train_tokenizer,
 )
 from irl_align.errors import UserError
-from tests.support.chat_templates import FAMILIES, chat_tokenizer
 
 TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
 OPTIONS = DataOptions(card="own")
@@ -110,18 +111,18 @@ def test_decode_batch_leaves_special_tokens_out(scratch: PreTrainedTokenizerFast
 # ---------------------------------------------------------------- where a text ends
 
 
-@pytest.mark.parametrize("sentencepiece", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prepare_tokenizer_makes_the_end_of_a_turn_eos(
-    family: str, sentencepiece: bool, tmp_path: Path
+    family: str, kind: str, tmp_path: Path
 ) -> None:
-    tokenizer, kind = chat_tokenizer(family, sentencepiece), FAMILIES[family]
+    tokenizer, own = chat_tokenizer(family, kind), FAMILIES[family]
     before = text_end(tokenizer, "chat")
-    assert before.token == kind.end and before.id == kind.special.index(kind.end)
+    assert before.token == own.end and before.id == tokenizer.convert_tokens_to_ids(own.end)
     prepare_tokenizer(tokenizer, "chat")
-    assert tokenizer.eos_token == kind.end and tokenizer.pad_token not in (None, kind.end)
+    assert tokenizer.eos_token == own.end and tokenizer.pad_token not in (None, own.end)
     check_tokenizer(tokenizer, "chat")
-    assert text_end(tokenizer, "chat") == before._replace(after=kind.after)
+    assert text_end(tokenizer, "chat") == before._replace(after=own.after)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.eos_token_id == before.id
@@ -130,7 +131,7 @@ def test_prepare_tokenizer_makes_the_end_of_a_turn_eos(
 
 def test_text_end_is_eos_without_a_chat_template() -> None:
     tokenizer = chat_tokenizer("gemma")
-    assert text_end(tokenizer, "Q: {prompt}\nA:") == (1, "<eos>", "")
+    assert text_end(tokenizer, "Q: {prompt}\nA:") == (tokenizer.eos_token_id, "<eos>", "")
     prepare_tokenizer(tokenizer, "Q: {prompt}\nA:")
     assert tokenizer.eos_token == "<eos>"
 
@@ -140,7 +141,7 @@ def test_text_end_is_eos_where_a_chat_template_writes_no_token(written: str) -> 
     tokenizer = chat_tokenizer("gemma")
     tokenizer.add_tokens(["\n\n"])  # as Gemma's vocabulary has them
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + written + "{% endfor %}"
-    assert text_end(tokenizer, "chat") == (1, "<eos>", "")
+    assert text_end(tokenizer, "chat") == (tokenizer.eos_token_id, "<eos>", "")
 
 
 def test_prepare_tokenizer_makes_an_end_that_is_no_special_token_special() -> None:

@@ -174,7 +174,7 @@ class _Sampler:
             {
                 "index": number,
                 "finish_reason": "length" if completion.truncated else "stop",
-                "token_ids": completion.token_ids,
+                "token_ids": completion.sampled_ids,
                 "logprobs": {
                     "content": [{"logprob": float(value)} for value in completion.logprobs]
                 },

@@ -1,18 +1,10 @@
 """Chat templates of the families that users bring, each with a tiny tokenizer and its stop ids."""
 
-import json
 from dataclasses import dataclass
-from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-TEXTS = [
-    "The Punter is a cheap pub near the river.",
-    "Alimentum serves Italian food in the city centre.",
-    "name = Loch Fyne, food = French, price = high",
-    "user assistant system model Hello answer",
-]
+from support.tiny_tokenizers import tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,7 +13,7 @@ class ChatFamily:
 
     template: str
     special: tuple[str, ...]
-    """Special tokens, by id from 0."""
+    """Special tokens."""
     eos: str
     """The tokenizer's EOS, which is not always the end of a turn."""
     pad: str | None
@@ -124,47 +116,15 @@ FAMILIES = {
 """Families by name, with the features that differ between them in the published models."""
 
 
-def chat_tokenizer(family: str, sentencepiece: bool = False) -> PreTrainedTokenizerFast:
-    """A new tokenizer of a family, as its publisher saves it: byte-level, or of SentencePiece's
-    kind with byte fallback (Llama-2, Gemma, Mistral)."""
-    kind = FAMILIES[family]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_backend(kind.special, sentencepiece)),
-        eos_token=kind.eos,
-        pad_token=kind.pad,
-        bos_token=kind.bos,
-        unk_token="<unk>" if "<unk>" in kind.special else None,
-        clean_up_tokenization_spaces=False,
+def chat_tokenizer(family: str, kind: str = "byte-level") -> PreTrainedTokenizerFast:
+    """A tokenizer of a family, as its publisher saves it; kind: of tiny_tokenizers.FAMILIES."""
+    own = FAMILIES[family]
+    return tiny_tokenizer(
+        kind,
+        own.special,
+        eos=own.eos,
+        pad=own.pad,
+        bos=own.bos,
+        template=own.template,
+        prefix=family != "gemma",
     )
-    tokenizer.chat_template = kind.template
-    return tokenizer
-
-
-@cache
-def _backend(special: tuple[str, ...], sentencepiece: bool) -> str:
-    """JSON of a trained BPE tokenizer."""
-    backend = Tokenizer(models.BPE())
-    if sentencepiece:
-        backend.normalizer = normalizers.Replace(" ", "▁")
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-    else:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(special) + 256 + 64,
-        special_tokens=list(special),
-        initial_alphabet=[] if sentencepiece else pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    if not sentencepiece:
-        return backend.to_str()
-    content = json.loads(backend.to_str())
-    learned = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
-    spelled = [f"<0x{byte:02X}>" for byte in range(256)]  # any other character, byte by byte
-    tokens = [*learned[: len(special)], *spelled, *learned[len(special) :]]
-    content["model"]["vocab"] = {token: number for number, token in enumerate(tokens)}
-    content["model"]["byte_fallback"] = True
-    return json.dumps(content)

@@ -355,7 +355,8 @@ def test_options_of_the_explicit_reward(
 
     counts = metrics(result.folder)["pairs/0"]["train"]
     demonstrations = len(column(data / "reward.parquet", "prompt"))
-    assert counts["pairs/demonstration/policy"] + counts["dropped/identical"] >= demonstrations
+    dropped = counts["dropped/identical"] + counts["dropped/overlong"]
+    assert counts["pairs/demonstration/policy"] + dropped >= demonstrations
     for source in ("demonstration/contrast", "demonstration/init", "sft/init"):
         assert counts[f"pairs/{source}"] > 0
     assert counts["rejected_truncated"] > 0  # kept, except where they would be preferred

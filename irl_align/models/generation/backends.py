@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -81,7 +81,7 @@ class LiveGenerator:
     Args:
         vllm: the run's vLLM.
         model: the policy; from a policy with a LoRA adapter, vLLM gets only the adapter.
-        eos_token_ids: any of these ends a completion.
+        eos_token_ids: any of these ends a completion; the first is the end of text.
         shared: folder for the weights that the servers see too; None for a folder in memory.
     """
 
@@ -89,7 +89,7 @@ class LiveGenerator:
         self,
         vllm: VLLMGenerator,
         model: PreTrainedModel,
-        eos_token_ids: Collection[int],
+        eos_token_ids: Sequence[int],
         shared: Path | None = None,
     ) -> None:
         self.vllm = vllm

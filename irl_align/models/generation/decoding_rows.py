@@ -5,12 +5,13 @@ Dimensions: B rows in a batch, P prompt tokens, T completion tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from irl_align.errors import UserError
-from irl_align.models.generation.protocol import Completion
+from irl_align.models.generation.protocol import Completion, completed
 
 
 @dataclass
@@ -48,7 +49,7 @@ class DecodingRows:
         columns: np.ndarray = self.prompt_length + self.count - 1
         return columns
 
-    def append(self, tokens: np.ndarray, logprobs: np.ndarray, eos: np.ndarray) -> np.ndarray:
+    def append(self, tokens: np.ndarray, logprobs: np.ndarray, eos: Sequence[int]) -> np.ndarray:
         """Add one token (B,) to each live row; return the numbers of the rows that it completes.
 
         Raises UserError where a log-prob is not finite.
@@ -64,13 +65,13 @@ class DecodingRows:
         self.tokens[live, self.count[live]] = tokens
         self.logprobs[live, self.count[live]] = logprobs
         self.count[live] += 1
-        stopped = (tokens[:, None] == eos).any(axis=1)
+        stopped = np.isin(tokens, eos)
         done: np.ndarray = live[stopped | (self.count[live] == self.limit[live])]
         self.live[done] = False
         return done
 
-    def completion(self, row: int, eos: np.ndarray) -> Completion:
+    def completion(self, row: int, eos: Sequence[int]) -> Completion:
         """The completion of a row that is done."""
         count = self.count[row]
         tokens = self.tokens[row, :count].tolist()
-        return Completion(tokens, self.logprobs[row, :count].copy(), tokens[-1] not in eos)
+        return completed(tokens, self.logprobs[row, :count].copy(), eos)

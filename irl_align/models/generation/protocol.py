@@ -28,7 +28,7 @@ class Sampling:
         temperature: 0 for greedy, else at least 0.01.
         top_p: keep the smallest set of most likely tokens with this probability; 1 keeps all.
         top_k: keep this many most likely tokens; 0 keeps all. Applied before ``top_p``.
-        max_new_tokens: most tokens in a completion, EOS included.
+        max_new_tokens: most tokens in a completion, the end of text included.
         backend: transformers, vllm or vllm-server, which draw different random numbers.
         engine: vLLM's own options, as JSON.
         seed: decides every random number, together with the prompt's ids and the sample's index.
@@ -81,17 +81,42 @@ class Completion:
     """One completion, as the policy sampled it.
 
     Attributes:
-        token_ids: T ids. The last one is an EOS id if and only if the policy stopped there.
-        logprobs: (T,) float32, natural log-probabilities of ``token_ids`` under the distribution
+        token_ids: T ids, as rewards and pairs read them. The last one is the end of text if and
+            only if the policy stopped there, by whichever stop id.
+        logprobs: (T,) float32, natural log-probabilities of ``sampled_ids`` under the distribution
             that was sampled from, after temperature, top-k and top-p; for greedy sampling, under
             the model's own distribution at temperature 1.
-        truncated: whether the limit on new tokens, or the model's context, came before an EOS. A
-            truncated completion has no EOS, and none may be appended: the policy did not sample it.
+        truncated: whether the limit on new tokens, or the model's context, came before a stop id. A
+            truncated completion has no end of text, and none may be appended: the policy did not
+            sample it.
+        stop: the stop id that the policy sampled, if ``token_ids`` has the end of text in its
+            place; else None.
     """
 
     token_ids: list[int]
     logprobs: np.ndarray
     truncated: bool
+    stop: int | None = None
+
+    @property
+    def sampled_ids(self) -> list[int]:
+        """T ids, as the policy sampled them: its log-probs, ratios and KL are those of these ids.
+
+        To a reward all stop ids are one event, the end of the text. They are different actions of
+        the policy, which ``token_ids`` alone would give the log-prob of an action it did not take.
+        """
+        return self.token_ids if self.stop is None else [*self.token_ids[:-1], self.stop]
+
+
+def completed(token_ids: list[int], logprobs: np.ndarray, eos: Sequence[int]) -> Completion:
+    """The completion of T sampled ids with their log-probs (T,).
+
+    eos: ids that end a completion, the end of text first; it replaces the others.
+    """
+    last = token_ids[-1]
+    if last not in eos or last == eos[0]:
+        return Completion(token_ids, logprobs, truncated=last not in eos)
+    return Completion([*token_ids[:-1], int(eos[0])], logprobs, truncated=False, stop=last)
 
 
 def check_prompts(

@@ -31,6 +31,7 @@ _SCHEMA = pa.schema(
         "token_ids": pa.list_(pa.int32()),
         "logprobs": pa.list_(pa.float32()),
         "truncated": pa.bool_(),
+        "stop": pa.int32(),  # Completion.stop
     }
 )
 
@@ -80,13 +81,13 @@ class StoredSamples:
             index, group = -1, list[Completion]()
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=_SCHEMA.names):
                 columns = (batch.column(name).to_pylist() for name in _SCHEMA.names)
-                for prompt, ids, logprobs, truncated in zip(*columns, strict=True):
+                for prompt, ids, logprobs, truncated, stop in zip(*columns, strict=True):
                     if prompt != index and group:
                         yield index, group
                         group = []
                     index = prompt
                     values = np.asarray(logprobs, dtype=np.float32)
-                    group.append(Completion(ids, values, truncated))
+                    group.append(Completion(ids, values, truncated, stop))
             if group:
                 yield index, group
 
@@ -170,6 +171,7 @@ def _write(path: Path, groups: Iterable[tuple[int, Sequence[Completion]]]) -> No
                         "token_ids": completion.token_ids,
                         "logprobs": completion.logprobs,
                         "truncated": completion.truncated,
+                        "stop": completion.stop,
                     }
                 )
                 if len(rows) == ROWS_AT_ONCE:

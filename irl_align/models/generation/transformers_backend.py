@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,8 @@ class TransformersGenerator:
 
     Args:
         model: the policy. It is in eval mode while it samples; its training flags are restored.
-        eos_token_ids: any of these ends a completion.
+        eos_token_ids: any of these ends a completion. The first is the end of text, which replaces
+            the others (see ``completed``).
         pad_token_id: fills the left of shorter prompts; masked out.
         max_batch_tokens: most cache positions of a batch, rows times columns. Prompts that are
             prefilled, and one layer's copy while the batch is refilled, need memory besides these.
@@ -67,14 +68,14 @@ class TransformersGenerator:
     def __init__(
         self,
         model: PreTrainedModel,
-        eos_token_ids: Collection[int],
+        eos_token_ids: Sequence[int],
         pad_token_id: int,
         max_batch_tokens: int = 32_768,
         max_batch_rows: int = MOST_ROWS,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         self.model = model
-        self.eos = np.asarray(sorted(eos_token_ids), dtype=np.int64)
+        self.eos = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_rows = max_batch_rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,14 +65,14 @@ class VLLMGenerator:
         """Key of the policy that samples come from; None before the first sync."""
         self.sync_seconds: list[float] = []
         """Duration of every sync, its comparison included; the first one starts vLLM."""
-        self._eos: frozenset[int] = frozenset()
+        self._eos: list[int] = []
         self._vocab_size = 0
 
     def sync(
         self,
         path: Path,
         key: str,
-        eos_token_ids: Collection[int],
+        eos_token_ids: Sequence[int],
         load: Callable[[], PreTrainedModel],
     ) -> None:
         """Sample from the policy in a folder; does nothing if the key is that of the last sync.
@@ -80,14 +80,14 @@ class VLLMGenerator:
         Args:
             path: a model in transformers' format, or a LoRA adapter.
             key: names the weights: other weights, another key.
-            eos_token_ids: any of these ends a completion.
+            eos_token_ids: any of these ends a completion; the first is the end of text.
             load: returns the learner's model of this policy, whose log-probs are compared.
 
         Raises:
             UserError: vLLM cannot load the policy, or its log-probs differ from the learner's and
                 do not agree after a restart of vLLM either.
         """
-        self._eos = frozenset(eos_token_ids)
+        self._eos = list(eos_token_ids)
         if key == self.key:
             return
         self.key = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from irl_align.errors import UserError
-from irl_align.models.generation.protocol import Completion, Sampling
+from irl_align.models.generation.protocol import Completion, Sampling, completed
 from irl_align.models.generation.vllm_worker import EXTENSION
 from irl_align.models.lora import ADAPTER_CONFIG, base_of, is_adapter
 from irl_align.utils.files import read_json
@@ -243,7 +243,7 @@ class Engine(Protocol):
 
 
 def requests(
-    prompts: Sequence[np.ndarray], sampling: Sampling, eos: Collection[int]
+    prompts: Sequence[np.ndarray], sampling: Sampling, eos: Sequence[int]
 ) -> Iterator[Request]:
     """Requests for all samples, created one at a time."""
     common = {
@@ -271,7 +271,7 @@ def prompt_seed(seed: int, prompt: np.ndarray) -> int:
     return int.from_bytes(name.digest(), "little") >> 2  # room for + i below 2^63
 
 
-def completion(request: Request, sample: RawSample, eos: Collection[int]) -> Completion:
+def completion(request: Request, sample: RawSample, eos: Sequence[int]) -> Completion:
     """Our Completion of vLLM's sample. Raises UserError where its log-probs are not finite."""
     ids, logprobs = list(sample[0]), np.asarray(sample[1], dtype=np.float32)
     if not ids or len(ids) != len(logprobs):
@@ -282,4 +282,4 @@ def completion(request: Request, sample: RawSample, eos: Collection[int]) -> Com
             f"prompt {request.index}: the policy's logits are NaN or infinite at completion token "
             f"{int(finite.argmin())}, expected finite ones; did training diverge?"
         )
-    return Completion(ids, logprobs, ids[-1] not in eos)
+    return completed(ids, logprobs, eos)

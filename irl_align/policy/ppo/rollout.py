@@ -34,8 +34,11 @@ class RolloutBatch:
 
     prompts: list[list[int]]
     completions: list[list[int]]
+    """Ids as the reward reads them."""
+    actions: list[list[int]]
+    """Ids as they were sampled, which log-probs are of: they may end in another stop id."""
     logps: Tensor
-    """(B, T) log-probs from the sampler, 0 on padding."""
+    """(B, T) log-probs of the actions from the sampler, 0 on padding."""
     mask: Tensor
     """(B, T) 1 on completion tokens."""
     truncated: Tensor
@@ -141,7 +144,9 @@ def collate(prompts: list[list[int]], completions: Sequence[Completion]) -> Roll
     logps = torch.zeros_like(mask)
     logps[mask.bool()] = torch.from_numpy(np.concatenate([c.logprobs for c in completions])).float()
     truncated = torch.tensor([c.truncated for c in completions])
-    return RolloutBatch(prompts, [c.token_ids for c in completions], logps, mask, truncated)
+    texts = [c.token_ids for c in completions]
+    actions = [c.sampled_ids for c in completions]
+    return RolloutBatch(prompts, texts, actions, logps, mask, truncated)
 
 
 def score(

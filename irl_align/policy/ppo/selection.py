@@ -67,7 +67,7 @@ class Selection:
             held_out.prompts,
             held_out.completions,
         )
-        packed = self.learner.pack(samples.prompts, samples.completions)
+        packed = self.learner.pack(samples.prompts, samples.actions)
         own, _ = self.learner.infer(packed, logps=True, values=False)
         assert own is not None
         with actors.as_reference():

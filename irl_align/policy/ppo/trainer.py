@@ -187,7 +187,7 @@ class PPOTrainer:
         not the learner's."""
         draws = torch.Generator().manual_seed(self.training.seed + number)
         scores = score(samples, self.actors.reward, self.actors.policy, self.options, draws)
-        packed = self.learner.pack(samples.prompts, samples.completions)
+        packed = self.learner.pack(samples.prompts, samples.actions)
         critic = self.options.advantage == "gae"
         logps, values = None, None
         if critic or not self.own_logps:

@@ -43,7 +43,8 @@ class Echo:
 
 def completion(prompt: int, n: int) -> Completion:
     ids = [prompt, n, *range(n)]
-    return Completion(ids, np.linspace(-1, -prompt - 1 / 3, len(ids), dtype=np.float32), n == 1)
+    values = np.linspace(-1, -prompt - 1 / 3, len(ids), dtype=np.float32)
+    return Completion(ids, values, n == 1, stop=7 if n == 2 else None)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,7 @@ def check(got: StoredSamples, prompts: list[list[int]], n: int) -> None:
         for index, one in enumerate(group):
             expected = completion(prompt[1], index)
             assert (one.token_ids, one.truncated) == (expected.token_ids, expected.truncated)
+            assert one.stop == expected.stop
             assert one.logprobs.dtype == np.float32
             assert one.logprobs.tobytes() == expected.logprobs.tobytes()
 

@@ -331,17 +331,22 @@ def test_completions_end_at_the_context(models: dict[str, PreTrainedModel]) -> N
     assert [len(completion.token_ids) for [completion] in groups] == [3] + [30] * 7
 
 
-def test_every_eos_id_ends_a_completion_and_stays_in_it() -> None:
+def test_every_stop_id_ends_a_completion_and_becomes_the_end_of_text() -> None:
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[EOS, 9, 12]] = torch.tensor([0.2, 0.2, 0.6]).log()
-    generator = TransformersGenerator(with_fixed_logits(logits), {EOS, 9}, PAD)
+    generator = TransformersGenerator(with_fixed_logits(logits), [9, EOS], PAD)
     [group] = generate(generator, [[4, 4]], Sampling(n=200, max_new_tokens=3))
     for completion in group:
         *before, last = completion.token_ids
         assert set(before) <= {12}
-        assert completion.truncated == (last not in (EOS, 9))
+        assert completion.truncated == (last != 9)
         assert not completion.truncated or len(completion.token_ids) == 3
-    assert {completion.token_ids[-1] for completion in group} == {EOS, 9, 12}
+        assert completion.sampled_ids[:-1] == before
+        expected = [logits[number].item() for number in completion.sampled_ids]
+        assert completion.logprobs.tolist() == pytest.approx(expected, abs=1e-6)
+    assert {completion.token_ids[-1] for completion in group} == {9, 12}
+    assert {completion.sampled_ids[-1] for completion in group} == {EOS, 9, 12}
+    assert {completion.stop for completion in group} == {EOS, None}
 
 
 def test_stream_yields_each_prompt_once_before_all_are_done(llama: PreTrainedModel) -> None:

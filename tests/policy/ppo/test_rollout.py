@@ -67,6 +67,29 @@ def test_collate_refuses_samples_without_tokens() -> None:
         collate([], [])
 
 
+def test_collate_separates_what_is_scored_from_what_was_sampled() -> None:
+    """The reward reads the end of text; ratios and KL are of the stop id that was sampled."""
+    values = np.array([-0.5, -2.0], np.float32)
+    samples = [Completion([4, EOS], values, False, stop=9), Completion([4, EOS], values, False)]
+    batch = collate([[3], [3]], samples)
+    assert batch.completions == [[4, EOS], [4, EOS]] and batch.actions == [[4, 9], [4, EOS]]
+    assert batch.logps.tolist() == [[-0.5, -2.0]] * 2
+
+
+def test_log_probs_agree_where_another_stop_id_ends_samples(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The trainer refuses a first update whose log-probs are not those of the reference."""
+    chosen = options(**SMALL)
+    policy = small_llama(12)
+    cast = actors(policy, REWARD, tiny_tokenizer, PROMPTS, chosen)
+    stops = [EOS, *range(3, 9)]
+    cast = replace(cast, generator=TransformersGenerator(cast.policy, stops, PAD))
+    [first, *_] = train(tmp_path, cast, chosen)["history"]
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert first["eos_rate"] > 0.5
+
+
 # --- scores and credit ----------------------------------------------------------------------------
 
 
