@@ -187,12 +187,14 @@ def test_a_second_recipe_reuses_what_it_shares(best: Result, spin: Result) -> No
 def test_the_window_decides_how_many_pairs_are_fitted(
     spin: Result, run: Callable[..., Result]
 ) -> None:
-    # 154 training demonstrations make 154 pairs an iteration, 32 in a batch.
-    pairs = metrics(spin.folder)["pairs/0"]["train"]["pairs"]
+    # Of 154 training demonstrations 34 are longer than the samples' limit of 64 tokens, and the
+    # others make one pair each in an iteration, 32 in a batch.
+    counts = metrics(spin.folder)["pairs/0"]["train"]
+    assert (counts["pairs"], counts["dropped/overlong"]) == (120, 34)
     steps = stage_records(spin.folder)["reward/1"]["metrics"]["steps"]
-    assert (pairs, steps) == (154, math.ceil(154 / 32))  # latest
+    assert steps == math.ceil(120 / 32)  # latest
     both = run("last-2", *SPIN, "loop.iterations=2", "pairs.window=last-2")
-    assert stage_records(both.folder)["reward/1"]["metrics"]["steps"] == math.ceil(308 / 32)
+    assert stage_records(both.folder)["reward/1"]["metrics"]["steps"] == math.ceil(240 / 32)
     assert metrics(both.folder)["stage/reward/0"]["reused"] is False  # the window is a setting
 
 

@@ -266,7 +266,7 @@ def without_eos_after(cast: Actors, draws: int) -> Actors:
 
     def act(number: int) -> None:
         if number > draws:
-            cast.generator.eos[:] = 10**6  # type: ignore[attr-defined]
+            cast.generator.eos[:] = [10**6]  # type: ignore[attr-defined]
 
     return before_each_draw(cast, act)
 
@@ -298,6 +298,6 @@ def test_train_refuses_a_first_rollout_without_eos(
 ) -> None:
     chosen = options(missing_eos="replace")
     cast = actors(small_llama(12), REWARD, tiny_tokenizer, PROMPTS, chosen, max_new_tokens=1)
-    cast.generator.eos[:] = 10**6  # type: ignore[attr-defined]  # an EOS that never comes
+    cast.generator.eos[:] = [10**6]  # type: ignore[attr-defined]  # an EOS that never comes
     with pytest.raises(UserError, match="all 16 samples of a rollout are without EOS; raise"):
         train(tmp_path / "work", cast, chosen)
