@@ -77,7 +77,8 @@ class GenerationOptions(Options):
     top_k: NonNegativeInt = 0
     """Top-k sampling for the negatives. 0 turns it off."""
     max_new_tokens: PositiveInt = 128
-    """Longest sample, in tokens, EOS included."""
+    """Longest sample, in tokens, its end included. Longer demonstrations make no pairs with
+    samples."""
     samples_per_prompt: PositiveInt = 1
     """Policy samples per prompt for the pairs."""
     max_batch_tokens: PositiveInt = 16384
