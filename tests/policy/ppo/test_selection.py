@@ -146,7 +146,7 @@ def test_train_keeps_the_start_if_no_held_out_sample_ends(
     stream = cast.generator.stream
 
     def never_ending(prompts: Any, sampling: Any) -> Any:
-        cast.generator.eos[:] = 10**6 if len(prompts) == 4 else eos  # type: ignore[attr-defined]
+        cast.generator.eos[:] = [10**6] if len(prompts) == 4 else eos  # type: ignore[attr-defined]
         return stream(prompts, sampling)
 
     cast.generator.stream = never_ending  # type: ignore[method-assign]
