@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from irl_align.models.generation.backends import resolve_backend
 from irl_align.models.generation.offline import saved_sampler
 from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.samples import SampleSet
+from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
 from irl_align.policy.roles import SFT, START
 from irl_align.reward.foreign import PairClassifier, load_text_reward
@@ -242,7 +244,10 @@ def generate_rows(
     if policy.reward is not None:
         reward = RewardModel.from_pretrained(policy.reward, where)
         samples = SampleSet(prompts, groups)
-        scores = rank_samples(samples, sample_rewards(samples, reward), policy.score)
+        logprobs = None
+        if policy.score != "reward" and not candidates.plain:
+            logprobs = partial(completion_logprobs, load_model(policy.model, where))
+        scores = rank_samples(samples, sample_rewards(samples, reward), policy.score, logprobs)
         # The best of each of a prompt's n groups of best_of samples.
         best = scores.reshape(-1, sampling.n, policy.best_of).argmax(2)
         groups = [

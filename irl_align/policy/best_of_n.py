@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from irl_align.data.columns import column
 from irl_align.errors import UserError
 from irl_align.models.generation.protocol import Completion
 from irl_align.models.generation.samples import Samples
+from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import save_model
 from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.models.trl import Training
 from irl_align.policy import Policy, Ranking, Stage, UpdateContext, UpdateRequest
 from irl_align.policy.roles import Role
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.ranking import rank_samples, sample_rewards
+from irl_align.reward.ranking import Logprobs, rank_samples, sample_rewards
 from irl_align.utils import distributed
 
 
@@ -61,7 +63,11 @@ class BestOfN:
 
         def build(work: Path) -> dict[str, Any]:
             stored = None if rewards is None else np.load(rewards.path / "rewards.npy")
-            scores = rank_samples(candidates, stored, options.score)
+            logprobs: Logprobs | None = None
+            if options.score != "reward" and not sampling.plain:
+                of_policy = partial(completion_logprobs, context.models.load_policy(policy.path))
+                logprobs = partial(distributed.over_sequences, of_policy)
+            scores = rank_samples(candidates, stored, options.score, logprobs)
             model = context.models.load_trainable(start.path)
             label = f"best of {options.n} ({options.use}) {request.iteration}"
             own = start == policy and sampling.plain

@@ -5,27 +5,37 @@ Samples are read a bounded number at a time, and only their scores are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from irl_align.models.generation.protocol import Completion
 from irl_align.models.generation.samples import ROWS_AT_ONCE, Samples
+from irl_align.models.packing import Ids
 from irl_align.reward.distributed import spread
 from irl_align.reward.protocol import RewardFunction
+
+Logprobs = Callable[[Ids, Ids], Sequence[np.ndarray]]
+"""Prompts and completions -> log-probs (T,) of each completion's tokens under a policy."""
 
 
 def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
     """Reward of every sample, (M * N,) float32 in the order of SampleSet.flat."""
-    rewards: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples.prompts)
+    return _over_samples(samples, lambda p, c: spread(reward).score_ids(p, c).numpy())
+
+
+def _over_samples(samples: Samples, score: Callable[[Ids, Ids], np.ndarray]) -> np.ndarray:
+    """A number for every sample, (M * N,), from a function of prompts (B,) and completions (B,)."""
+    scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples.prompts)
     waiting: dict[int, list[Completion]] = {}
 
-    def score() -> None:
+    def score_waiting() -> None:
         order = sorted(waiting)
         prompts = [samples.prompts[i] for i in order for _ in waiting[i]]
-        completions = [c.token_ids for i in order for c in waiting[i]]
-        scores = spread(reward).score_ids(prompts, completions).numpy()
+        values = score(prompts, [c.token_ids for i in order for c in waiting[i]])
         ends = np.cumsum([len(waiting[i]) for i in order])[:-1]
-        for index, values in zip(order, np.split(scores, ends), strict=True):
-            rewards[index] = values
+        for index, part in zip(order, np.split(values, ends), strict=True):
+            scores[index] = part
         waiting.clear()
 
     count = 0
@@ -33,19 +43,22 @@ def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
         waiting[index] = group
         count += len(group)
         if count >= ROWS_AT_ONCE:
-            score()
+            score_waiting()
             count = 0
     if waiting:
-        score()
-    return np.concatenate(rewards) if rewards else np.zeros(0, np.float32)
+        score_waiting()
+    return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
 
-def rank_samples(samples: Samples, rewards: np.ndarray | None, score: str) -> np.ndarray:
+def rank_samples(
+    samples: Samples, rewards: np.ndarray | None, score: str, logprobs: Logprobs | None = None
+) -> np.ndarray:
     """Score (M, N) of every sample, higher is better; truncated samples get -inf.
 
     rewards: (M * N,) from :func:`sample_rewards`. score: `reward`, `logprob` (mean per token under
-    the sampler) or `both`, the sum of the two after scaling each to variance 1 over all samples
-    that are not truncated.
+    the policy) or `both`, the sum of the two after scaling each to variance 1 over all samples that
+    are not truncated. logprobs: the policy's; None if the samples are plain, so that they have
+    them.
     """
     ended: list[list[bool]] = [[]] * len(samples.prompts)
     means: list[list[float]] = [[]] * len(samples.prompts)
@@ -60,9 +73,17 @@ def rank_samples(samples: Samples, rewards: np.ndarray | None, score: str) -> np
             raise ValueError(f"score {score} needs a reward")
         parts.append(rewards.astype(np.float64))
     if score in ("logprob", "both"):
-        parts.append(np.array([mean for group in means for mean in group]))
+        stored = np.array([mean for group in means for mean in group])
+        parts.append(stored if logprobs is None else _mean_logprobs(samples, logprobs))
     for part in parts:
         deviation = part[finished].std() if len(parts) > 1 and finished.any() else 1.0
         total += part / (deviation or 1.0)
     total[~finished] = -np.inf
     return total.reshape(len(samples.prompts), -1)
+
+
+def _mean_logprobs(samples: Samples, logprobs: Logprobs) -> np.ndarray:
+    """Mean log-prob per token of every sample under a policy, (M * N,)."""
+    return _over_samples(
+        samples, lambda p, c: np.array([float(row.mean()) for row in logprobs(p, c)])
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,8 @@ class Sampler:
             rewards = None
             if ranking.score != "logprob":
                 rewards = sample_rewards(candidates, self.models.load_reward(ranking.reward))
-            scores = rank_samples(candidates, rewards, ranking.score)
+            own = None if many.plain else partial(self.models.logprobs, base)
+            scores = rank_samples(candidates, rewards, ranking.score, own)
             best = scores.reshape(len(prompts), sampling.n, ranking.n).argmax(2)
             chosen: dict[int, list[Completion]] = {
                 i: [group[g * ranking.n + int(j)] for g, j in enumerate(best[i])]

@@ -84,6 +84,17 @@ def test_rank_by_mean_logprob_needs_no_reward() -> None:
     assert got.tolist() == [[-1.5, -3.0, -INF], [-3.0, -1.0, -3.0]]
 
 
+def test_rank_by_mean_logprob_of_the_policy_and_not_of_top_p() -> None:
+    """A policy gives -1 to every token but 9, so that the log-probs of its sampler do not rank."""
+
+    def of_policy(prompts: Any, completions: Any) -> list[np.ndarray]:
+        assert [list(p) for p in prompts] == [list(p) for p in SAMPLES.prompts for _ in range(3)]
+        return [np.array([-5.0 if i == 9 else -1.0 for i in row]) for row in completions]
+
+    got = rank_samples(SAMPLES, None, "logprob", of_policy)
+    assert got.tolist() == [[-1.0, -3.0, -INF], [-1.0, -1.0, -1.0]]
+
+
 def test_rank_by_both_brings_each_to_variance_1_over_the_finished() -> None:
     rewards, logps = [-3.0, 1.0, 12.0, -15.0, 22.0], [-1.5, -3.0, -3.0, -1.0, -3.0]
 
