@@ -346,10 +346,14 @@ UNSET = ("reward.args={}", "reward.schedule={}")
 
 @pytest.mark.timeout(300)
 def test_ppo_in_the_loop_reports_gold_of_its_rollouts(tmp_path: Path) -> None:
-    """Two outer iterations; every rollout judged by the card's gold, which changes nothing."""
+    """Two outer iterations; every rollout judged by the card's gold, which changes nothing. A
+    reward of 9 for samples without EOS is a warning sign of the run, and top-p is not PPO's."""
     recipe = (
         "policy_update={kind: ppo, batch_size: 16, episodes: 32, credit: abc, n: 2}",
         "policy_update.advantage=reinforce",
+        "policy_update.missing_eos=replace",
+        "policy_update.missing_eos_value=9.0",
+        "generation.top_p=0.9",
         "loop.iterations=2",
     )
     run_recipe(tiny_recipe(tmp_path, *recipe))
@@ -363,6 +367,14 @@ def test_ppo_in_the_loop_reports_gold_of_its_rollouts(tmp_path: Path) -> None:
             assert 0.0 <= record["gold_fully_right"] <= 1.0
             assert 0.0 < record["attention_mass"] <= 1.0 and 0.0 <= record["padding"] < 0.3
             assert record["eos_rate"] + record["truncated"] == pytest.approx(1.0)
+        last = history[-1]
+        assert metrics(run)[f"signs/ppo-{k - 1}"]["signs"] == last["alarms"]
+        pays = any(alarm.startswith("samples without EOS") for alarm in last["alarms"])
+        assert pays == (0.0 < last["truncated"] < 1.0)
+        assert records[f"policy-{k}"]["settings"]["sampling"]["top_p"] == 1.0
+        kl = records[f"samples/held_out-all-tokens/policy-{k}/t1"]
+        assert kl["settings"]["sampling"]["top_p"] == 1.0
+        assert f"samples/held_out/policy-{k}/t1" in records  # with top-p, for all else
     first, second = records["policy-1"], records["policy-2"]
     assert second["inputs"]["start"] == first["key"]
     assert second["inputs"]["reference"] == first["inputs"]["reference"]  # pi_0

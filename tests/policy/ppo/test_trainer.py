@@ -64,6 +64,31 @@ def test_trainer_solves_a_bandit(
     assert sum(last) / 4 > 0.95
 
 
+@pytest.mark.parametrize("missing_eos", ["replace", "relative"])
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_trainer_unlearns_to_stop_only_if_never_stopping_pays(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, missing_eos: str, scale: float
+) -> None:
+    """All samples score between -3 and -2.6, or a hundredth of it: with -1 for those without EOS
+    their share goes from 34 to 97%, and an alarm says so at once."""
+    chosen = options(
+        **{"batch_size": 64, "episodes": 64 * 10, "kl_coef": 0.0, "evaluate_every": 100},
+        **{"advantage": "rloo", "n": 4},
+        missing_eos=missing_eos,
+        missing_eos_value=-scale if missing_eos == "replace" else None,
+    )
+    reward = Scripted(lambda prompt, row: scale * (0.2 * min(row.count(5), 2) - 3.0))
+    cast = cast_of(tiny_tokenizer, chosen, reward)
+    cast = replace(cast, sampling=replace(cast.sampling, max_new_tokens=12))
+    history = train(tmp_path / "work", cast, chosen)["history"]
+    named = [any("without EOS" in alarm for alarm in record["alarms"]) for record in history]
+    before, after = history[0]["truncated"], history[-1]["truncated"]
+    if missing_eos == "replace":
+        assert after > 0.9 and all(named)
+    else:
+        assert after < 0.5 * before and not any(named)
+
+
 @pytest.mark.parametrize("credit", ["sparse", "red"])
 def test_trainer_solves_a_copy_task(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, credit: str
