@@ -12,11 +12,14 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from irl_align.config.model import LoraOptions, ScratchOptions
 from irl_align.errors import UserError
@@ -24,9 +27,12 @@ from irl_align.models.lora import (
     add_adapter,
     base_of,
     has_adapter,
+    head_in,
     is_adapter,
+    is_foreign,
     load_adapter,
     merge_adapter,
+    merge_foreign,
     require_bitsandbytes,
     save_adapter,
     saved_quantization,
@@ -96,7 +102,7 @@ def load_model(
             options["quantization_config"] = quantization
         if loader is not AutoModelForCausalLM:
             options.setdefault("num_labels", 1)
-            fresh = (*fresh, "score.weight")
+            fresh = (*fresh, "score.weight") if head_in(folder) else fresh
         model = load_model(base, device, loader, fresh=fresh, **options)
         return _with_adapter(model, folder, merge)
     options.setdefault("dtype", torch.float32)
@@ -106,9 +112,13 @@ def load_model(
         require_bitsandbytes(f"{path}: a model in 4 bits")
         options["device_map"] = {"": device}
     try:
+        if loader is AutoModelForSequenceClassification:
+            offer_classifier(_auto_config(path, **options))
         model, report = loader.from_pretrained(
             str(path), use_safetensors=True, output_loading_info=True, **options
         )
+    except UserError:
+        raise
     except Exception as error:  # transformers, safetensors and the hub raise many kinds
         raise UserError(_load_message(path, "model", error)) from error
     if missing := sorted(set(report["missing_keys"]) - set(fresh)):
@@ -118,12 +128,18 @@ def load_model(
         )
     if has_capped_attention(model.config):
         model.set_attn_implementation("eager")
+    name_backbone(model)
+    _keep_valid_generation(model)
     loaded: PreTrainedModel = (model if quantized else model.to(device)).eval()
-    return loaded
+    # transformers puts an adapter on the Hub into its base.
+    return merge_adapter(loaded) if has_adapter(loaded) else loaded
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
     """The base model with the adapter of a folder, a reward's head and our config entries."""
+    if is_foreign(folder):
+        merged: PreTrainedModel = merge_foreign(model, folder).eval()
+        return merged
     if head := load_adapter(model, folder):
         _load_head(model, head, folder)
     config = read_json(folder / "config.json", "a model's config", "write the adapter again")
@@ -142,6 +158,67 @@ def _load_head(model: PreTrainedModel, head: dict[str, Tensor], folder: Path) ->
         own.load_state_dict(head)
     except RuntimeError as error:
         raise UserError(f"{folder}: the reward's head: {' '.join(str(error).split())}") from error
+
+
+def name_backbone(model: PreTrainedModel) -> None:
+    """Make ``model.base_model`` the backbone where the class does not name it (Llama 4's text).
+
+    Raises UserError: the model has no backbone apart from its output layer.
+    """
+    if model.base_model is model and isinstance(getattr(model, "model", None), torch.nn.Module):
+        model.base_model_prefix = "model"
+    if model.base_model is model:
+        raise UserError(
+            f"model: a {model.config.model_type} has no backbone apart from its output layer; "
+            "expected a causal language model such as llama, mistral, qwen3, gpt_neox or gpt2"
+        )
+
+
+def offer_classifier(config: PreTrainedConfig) -> None:
+    """Give AutoModelForSequenceClassification a class for any causal model's config.
+
+    transformers lacks one for some architectures (Granite). It is their backbone with a head, as
+    transformers' generic class makes it. Raises UserError: the model has no such backbone.
+    """
+    causal: Any = getattr(AutoModelForCausalLM, "_model_mapping").get(type(config), None)  # noqa: B009
+    known = getattr(AutoModelForSequenceClassification, "_model_mapping")  # noqa: B009
+    if type(config) in known or causal is None:
+        return
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    name_backbone(model)
+    parent = next(each for each in causal.__mro__[1:] if issubclass(each, PreTrainedModel))
+    name = causal.__name__.replace("ForCausalLM", "") + "ForSequenceClassification"
+    fields = {"config_class": type(config), "base_model_prefix": model.base_model_prefix}
+    made = type(name, (GenericForSequenceClassification, parent), fields)
+    AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
+
+
+def check_classifier(config: PreTrainedConfig) -> None:
+    """Raise UserError if an explicit reward cannot be a head on this architecture; no weights."""
+    offer_classifier(config)
+    head = None
+    with torch.device("meta"), contextlib.suppress(ValueError):  # no such class
+        model = AutoModelForSequenceClassification.from_config(config)
+        head = getattr(model, "score", None)
+    if head is None:
+        raise UserError(
+            f"reward.kind: explicit needs a score on the last hidden state, and the sequence "
+            f"classifier of a {config.model_type} has none; expected another architecture, or kind "
+            "implicit"
+        )
+
+
+def _keep_valid_generation(model: PreTrainedModel) -> None:
+    """Drop sampling settings that transformers would refuse to save; samplers do not read them."""
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        return
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in ids})
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -185,9 +262,10 @@ def check_adapter(
 
     option: the recipe option that the message names.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        name_backbone(model)
         try:
             add_adapter(model, options, str(path))
         except UserError as error:
@@ -197,12 +275,21 @@ def check_adapter(
 # --- configs and tokenizers -----------------------------------------------------------------------
 
 
-def load_config(path: str | Path) -> PreTrainedConfig:
-    """Config of a model's folder or Hub id. Raises UserError when there is none."""
+def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
+    """Config of a model's folder or Hub id; that of the base for an adapter without one.
+
+    Raises UserError when there is none.
+    """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        return _auto_config(base_of(path) if is_foreign(path) else path, **options)
     except Exception as error:
         raise UserError(_load_message(path, "model", error)) from error
+
+
+def _auto_config(path: str | Path, **options: Any) -> PreTrainedConfig:
+    names = ("revision", "trust_remote_code")
+    hub = {"trust_remote_code": False, **{n: options[n] for n in names if n in options}}
+    config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), **hub)
     return config
 
 
@@ -212,8 +299,13 @@ def has_capped_attention(config: PreTrainedConfig) -> bool:
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer. Raises UserError when the folder or Hub id has none."""
+    """Load a tokenizer, for an adapter without one that of its base.
+
+    Raises UserError when the folder or Hub id has none.
+    """
     options.setdefault("trust_remote_code", False)
+    if is_foreign(path) and not list(Path(path).glob("tokenizer*")):
+        path = base_of(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **options)
         # For a folder with only config.json some architectures make a tokenizer without a text.
@@ -224,6 +316,31 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that embeddings need for all tokens, those that were added included."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of a model's input embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def require_embeddings(
+    path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError if a token of the tokenizer has no row in the model's embeddings."""
+    rows = embedding_rows(model)
+    without = [token for token, number in tokenizer.get_vocab().items() if number >= rows]
+    if without:
+        raise UserError(
+            f"{path}: the embeddings have {rows} rows, and {len(without)} tokens of the tokenizer "
+            f"have none ({', '.join(map(repr, sorted(without)[:3]))}); expected a row for "
+            "each: give the tokenizer that the model was trained with, or resize the embeddings"
+        )
+
+
 def _load_message(path: str | Path, what: str, error: Exception) -> str:
     cause = " ".join(str(error).split())[:300] or type(error).__name__
     if "custom code" in cause:
@@ -232,8 +349,22 @@ def _load_message(path: str | Path, what: str, error: Exception) -> str:
             "trust_remote_code next to this model's path if you trust it"
         )
     folder = Path(path)
+    inside = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    whole = {"config.json"} <= {*inside} and any(name.endswith(".safetensors") for name in inside)
+    if folder.suffix == ".gguf" or (not whole and any(n.endswith(".gguf") for n in inside)):
+        return (
+            f"{path}: found GGUF, the format of llama.cpp, expected the {what} that it was "
+            "converted from: config.json, *.safetensors and tokenizer files"
+        )
+    if "Padding_idx" in cause:
+        return (
+            f"{path}: config.json: pad_token_id has no row in the embeddings; expected an id below "
+            "vocab_size, or null"
+        )
+    if isinstance(error, ValueError) and whole and what == "model":
+        return f"{path}: transformers cannot load this model: {cause}"
     if folder.is_dir():
-        files = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        files = ", ".join(inside[:8]) or "nothing"
         return (
             f"{path}: no usable {what} in this folder (it holds {files}); expected config.json, "
             f"*.safetensors and tokenizer files, all complete: {cause}"

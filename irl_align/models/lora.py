@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -38,6 +44,11 @@ _REWRITE = "write the adapter again"
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds an adapter, and not a whole model."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter as peft and TRL write it: without the model's config."""
+    return is_adapter(folder) and not (Path(folder) / "config.json").is_file()
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -149,6 +160,30 @@ def load_adapter(
     return head
 
 
+def merge_foreign(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The base model with an adapter of any kind of peft merged into its weights.
+
+    Raises UserError: the adapter is incomplete, or of another model.
+    """
+    try:
+        head_in(folder)  # peft would read pickled weights in place of missing ones
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except UserError:
+        raise
+    except Exception as error:  # peft and torch raise many kinds
+        raise UserError(_other_model(folder, model, str(error))) from error
+    return merged
+
+
+def head_in(folder: Path) -> bool:
+    """Whether an adapter has a reward's head. Raises UserError: its weights cannot be read."""
+    try:
+        with safe_open(folder / _WEIGHTS, "pt") as weights:
+            return any(name.startswith(f"{_PREFIX}{_HEAD}.") for name in weights.keys())  # noqa: SIM118
+    except Exception as error:  # safetensors raises many kinds
+        raise _incomplete(folder, error) from error
+
+
 def _inject(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
     """Put peft's layers into the model, in float32, and in the model's mode (they have dropout).
 
@@ -171,11 +206,15 @@ def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
         return LoraConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS)
     except Exception as error:  # peft and safetensors raise many kinds
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder / _WEIGHTS}: no complete adapter: {cause}; expected {ADAPTER_CONFIG} and "
-            f"{_WEIGHTS}"
-        ) from error
+        raise _incomplete(folder, error) from error
+
+
+def _incomplete(folder: Path, error: Exception) -> UserError:
+    cause = " ".join(str(error).split())[:200]
+    return UserError(
+        f"{folder / _WEIGHTS}: no complete adapter: {cause}; expected {ADAPTER_CONFIG} and "
+        f"{_WEIGHTS}"
+    )
 
 
 def _other_model(folder: Path, model: PreTrainedModel, cause: str) -> str:
@@ -324,6 +363,8 @@ def quantization_config(options: QuantizationOptions) -> BitsAndBytesConfig:
 
 def saved_quantization(folder: Path) -> BitsAndBytesConfig | None:
     """Quantization of the base that an adapter was trained on; None if that was not in 4 bits."""
+    if is_foreign(folder):
+        return None
     config = read_json(folder / "config.json", "a model's config", _REWRITE)
     settings = config.get("quantization_config")
     return None if settings is None else BitsAndBytesConfig.from_dict(settings)

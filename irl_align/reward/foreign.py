@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,7 +19,13 @@ from irl_align.data.decoding import TokenFormat
 from irl_align.data.rows import Completion, Prompt, exchanges, is_one_turn, prompt_text
 from irl_align.data.tokenizer import tokenizer_name
 from irl_align.errors import UserError
-from irl_align.models.loading import load_model, load_tokenizer
+from irl_align.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    offer_classifier,
+    require_embeddings,
+)
 from irl_align.models.lora import is_adapter
 from irl_align.models.packing import (
     TOKENS_PER_BATCH,
@@ -52,6 +57,7 @@ def load_text_reward(
         return RewardModel.from_pretrained(path, device, template, **options)
     model = load_model(path, device, AutoModelForSequenceClassification, **options)
     tokenizer = load_tokenizer(path)
+    require_embeddings(path, model, tokenizer)
     saved = getattr(model.config, CONFIG_KEY, None)
     return PairClassifier(
         model, tokenizer, settings_of(path, saved, tokenizer.chat_template, template)
@@ -89,7 +95,8 @@ def _is_causal(path: str | Path) -> bool:
     """
     with torch.device("meta"):
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config = load_config(path)
+            offer_classifier(config)
             empty = AutoModelForSequenceClassification.from_config(config)
         except (OSError, ValueError) as error:
             raise UserError(

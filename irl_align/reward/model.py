@@ -23,7 +23,13 @@ from irl_align.config.model import LoraOptions
 from irl_align.data.tokenizer import text_end
 from irl_align.errors import UserError
 from irl_align.models.lm_head import has_plain_logits
-from irl_align.models.loading import evaluating, load_model, load_tokenizer, seeded
+from irl_align.models.loading import (
+    evaluating,
+    load_model,
+    load_tokenizer,
+    require_embeddings,
+    seeded,
+)
 from irl_align.models.lora import (
     DEFAULT_ADAPTER,
     add_adapter,
@@ -146,6 +152,7 @@ class RewardModel(TextScoring):
                 f"{'is present' if head is not None else 'is missing'}; expected a "
                 "causal sequence classifier with one label"
             )
+        require_embeddings(path, model, tokenizer)
         saved = getattr(model.config, CONFIG_KEY, None)
         settings = settings_of(path, saved, tokenizer.chat_template, template)
         if settings.lm_coef and not model.config.tie_word_embeddings:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedConfig
 
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import Card, load_card
@@ -20,16 +21,23 @@ from irl_align.data.tokenizer import check_tokenizer, prepare_tokenizer, train_t
 from irl_align.errors import UserError
 from irl_align.models.loading import (
     check_adapter,
+    check_classifier,
+    embedding_rows,
     eos_ids,
+    load_config,
     load_model,
     load_tokenizer,
     save_model,
     scratch_model,
+    seeded,
+    vocabulary_size,
 )
+from irl_align.models.lora import base_of, is_adapter
 from irl_align.models.packing import context_length
 from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.policy import Policy
 from irl_align.policy.roles import DATA, SFT, START, Role
+from irl_align.reward.model import require_plain_logits
 from irl_align.training.context import RunContext
 from irl_align.training.extra_prompts import extra_prompts, unread_prompts
 from irl_align.training.iteration import Data, RawData
@@ -87,6 +95,9 @@ def prepare(context: RunContext, raw: RawData) -> tuple[Data, Policy]:
     stage = _start_model(context, raw)
     start = Policy(stage.path / "model", stage.key)
     context.models.start_from(start)
+    if not stage.missing:
+        config = load_config(start.path, trust_remote_code=recipe.model.trust_remote_code)
+        check_model(recipe, config, start.path)
     for option, lora in (("model", recipe.model.lora), ("reward", recipe.reward.lora)):
         if lora is not None and not stage.missing:
             check_adapter(start.path, lora, f"{option}.lora", recipe.model.trust_remote_code)
@@ -97,6 +108,20 @@ def prepare(context: RunContext, raw: RawData) -> tuple[Data, Policy]:
     sums = encoded.metrics.get("token_checksums", dict.fromkeys(USES, encoded.key))
     parts = {use: _encoded_rows(encoded, use) for use in USES}
     return Data(raw, checksums=sums, context=encoded.metrics.get("context"), **parts), start
+
+
+def check_model(recipe: Recipe, config: PreTrainedConfig, folder: Path | None) -> None:
+    """Raise UserError, before any training, if the model cannot do what the loop asks of it.
+
+    folder: of the model, if its weights are there.
+    """
+    if not recipe.loop.iterations:
+        return
+    if recipe.reward.kind == "explicit":
+        check_classifier(config)
+    if recipe.reward.lm_coef and folder is not None:
+        remote = recipe.model.trust_remote_code
+        require_plain_logits(load_model(folder, trust_remote_code=remote))
 
 
 def _encoded_rows(stage: Stage, use: str) -> Dataset:
@@ -164,13 +189,15 @@ def _start_model(context: RunContext, raw: RawData) -> Stage:
         inputs = {"tokenizer_rows": raw.checksums["sft"]}
     elif Path(options.path).exists():
         inputs = {"model": file_checksum(Path(options.path))}
+        if is_adapter(options.path) and Path(base := base_of(options.path)).exists():
+            inputs["base"] = file_checksum(Path(base))
     else:
         inputs = {"model": f"{options.path}@{options.revision or 'main'}"}
     return context.stage(START, "start", settings, inputs, build, main_only=True)
 
 
 def _make_start(context: RunContext, card: Card, rows: Sequence[Any]) -> tuple[Any, Any, bool]:
-    """The start model, its tokenizer, and whether new special tokens resized its embeddings."""
+    """The start model, its tokenizer, and whether its embeddings grew for the tokenizer."""
     options = context.recipe.model
     if options.from_scratch is not None:
         tokenizer: Any = train_tokenizer(
@@ -187,12 +214,15 @@ def _make_start(context: RunContext, card: Card, rows: Sequence[Any]) -> tuple[A
     if options.chat_template is not None:
         tokenizer.chat_template = read_template(options.chat_template)
     stops = set() if tokenizer.eos_token_id is None else set(eos_ids(model, tokenizer))
-    resized = prepare_tokenizer(tokenizer, card.template)
+    prepare_tokenizer(tokenizer, card.template)
     end = int(tokenizer.eos_token_id)
     if others := sorted(stops - {end}):  # other tools stop there as well
         model.generation_config.eos_token_id = [end, *others]
+    needed = vocabulary_size(tokenizer)
+    resized = needed > embedding_rows(model)  # many models have more rows than tokens
     if resized:
-        model.resize_token_embeddings(len(tokenizer))
+        with seeded(derive_seed(context.recipe.seed, "weights") % 2**63):
+            model.resize_token_embeddings(needed)
     return model, tokenizer, resized
 
 

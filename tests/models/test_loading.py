@@ -1,5 +1,7 @@
 """Models and tokenizers on disk: loaded as they were saved, and errors of one line."""
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.rows import same_weights, save
 from support.tiny_models import TINY_ARCHITECTURES
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -20,12 +25,16 @@ from transformers import (
 from irl_align.config.model import ScratchOptions
 from irl_align.errors import UserError
 from irl_align.models.loading import (
+    check_classifier,
+    load_config,
     load_model,
     load_tokenizer,
     pick_device,
+    require_embeddings,
     save_model,
     scratch_model,
     seeded,
+    vocabulary_size,
 )
 from irl_align.models.packing import context_length
 
@@ -193,3 +202,156 @@ def test_seeded_restores_the_random_state_after_the_block(seed: int) -> None:
         inside = torch.rand(2)
     assert torch.equal(torch.cat([first, torch.rand(2)]), expected)
     assert torch.equal(inside, torch.rand(2, generator=torch.Generator().manual_seed(seed)))
+
+
+# --- models, adapters and tokenizers of others ----------------------------------------------------
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+IDS = torch.tensor([[5, 6, 7, 9]])
+
+
+def small(kind: str, **options: object) -> PreTrainedModel:
+    with seeded(0):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **{**SIZES, **options})
+        ).eval()
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere2", "llama4_text", "xglm"])
+def test_check_classifier_gives_every_causal_model_a_head_on_its_backbone(
+    kind: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = small(kind)
+    check_classifier(model.config)
+    folder = save(model, tiny_tokenizer, tmp_path / kind)
+    policy = load_model(folder)
+    options = {"fresh": ("score.weight",), "num_labels": 1}
+    scorer = load_model(folder, "cpu", AutoModelForSequenceClassification, **options)
+    assert policy.base_model is not policy
+    torch.testing.assert_close(scorer.base_model(IDS)[0], policy.base_model(IDS)[0])
+    again = load_model(
+        save(scorer, tiny_tokenizer, tmp_path / "reward"), "cpu", AutoModelForSequenceClassification
+    )
+    torch.testing.assert_close(again(IDS).logits, scorer(IDS).logits)
+
+
+def test_check_classifier_refuses_a_classifier_with_another_head() -> None:
+    config = AutoConfig.for_model("modernbert-decoder", **SIZES, cls_token_id=1, sep_token_id=2)
+    with pytest.raises(UserError, match="classifier of a modernbert-decoder has none; expected"):
+        check_classifier(config)
+
+
+def peft_folder(
+    model: PreTrainedModel, folder: Path, base: Path, **options: object
+) -> torch.Tensor:
+    """Write an adapter as peft does, without a config.json; returns the logits with it."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **options))
+    with seeded(1), torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+    assert not (folder / "config.json").exists()
+    with torch.no_grad():
+        logits: torch.Tensor = adapted.eval()(input_ids=IDS).logits
+    return logits
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_load_model_merges_an_adapter_that_peft_wrote(
+    options: dict[str, object], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = save(small("llama"), tiny_tokenizer, tmp_path / "base")
+    want = peft_folder(small("llama"), tmp_path / "adapter", base, task_type="CAUSAL_LM", **options)
+    model = load_model(tmp_path / "adapter")
+    torch.testing.assert_close(model(input_ids=IDS).logits, want)
+    assert load_config(tmp_path / "adapter").model_type == "llama"
+    assert load_tokenizer(tmp_path / "adapter").get_vocab() == tiny_tokenizer.get_vocab()
+    save_model(model, tiny_tokenizer, tmp_path / "whole")
+    torch.testing.assert_close(load_model(tmp_path / "whole")(input_ids=IDS).logits, want)
+
+
+def test_load_model_takes_a_reward_adapter_only_with_its_head(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = save(small("llama"), tiny_tokenizer, tmp_path / "base")
+    loader = AutoModelForSequenceClassification
+    scorer = load_model(base, "cpu", loader, fresh=("score.weight",), num_labels=1)
+    want = peft_folder(scorer, tmp_path / "reward", base, task_type="SEQ_CLS")
+    torch.testing.assert_close(load_model(tmp_path / "reward", "cpu", loader)(IDS).logits, want)
+    peft_folder(small("llama"), tmp_path / "policy", base, task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match=r"1 weights of .* are missing \(score\.weight\)"):
+        load_model(tmp_path / "policy", "cpu", loader)
+
+
+def test_load_model_refuses_adapters_that_are_damaged_or_of_another_model(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    other = save(small("llama", hidden_size=64), tiny_tokenizer, tmp_path / "other")
+    peft_folder(small("llama"), tmp_path / "adapter", other, task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="the adapter does not fit its base model, found a Llama"):
+        load_model(tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: no complete adapter"):
+        load_model(tmp_path / "adapter")
+
+
+def test_save_model_writes_what_a_generation_config_that_is_invalid_leaves(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = save(small("llama"), tiny_tokenizer, tmp_path / "model")
+    file = folder / "generation_config.json"
+    settings = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    save_model(load_model(folder), tiny_tokenizer, tmp_path / "again")
+    again = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert again["eos_token_id"] == [2, 5]
+    assert "temperature" not in again
+
+
+def test_require_embeddings_names_tokens_without_a_row(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model, tokenizer = small("llama"), copy.deepcopy(tiny_tokenizer)
+    require_embeddings("m", model, tokenizer)
+    tokenizer.add_tokens(["<tool>"])
+    assert vocabulary_size(tokenizer) == 321
+    with pytest.raises(UserError, match=r"m: the embeddings have 320 rows.*'<tool>'"):
+        require_embeddings("m", model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "model.safetensors").rename(f / "q4.gguf"), "found GGUF, the format of"),
+        (lambda f: edit_config(f, pad_token_id=400), "pad_token_id has no row in the embeddings"),
+        (lambda f: edit_config(f, hidden_act="none"), "cannot load|no usable model"),
+    ],
+)
+def test_load_model_says_what_is_wrong_with_a_model_of_others(
+    change: Callable[[Path], object],
+    message: str,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    folder = save(small("llama"), tiny_tokenizer, tmp_path / "model")
+    change(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))

@@ -16,7 +16,7 @@ from irl_align.models.generation.protocol import Generator
 from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.generation.vllm_backend import VLLMGenerator
 from irl_align.models.generation.vllm_common import EngineSettings
-from irl_align.models.loading import eos_ids, folder_eos_ids, load_model
+from irl_align.models.loading import eos_ids, folder_eos_ids, load_model, require_embeddings
 
 
 def with_backend(options: GenerationOptions, backend: str | None) -> GenerationOptions:
@@ -47,6 +47,7 @@ def saved_sampler(
         raise UserError(f"{path}: the tokenizer has no EOS token, so samples never end")
     if backend == "transformers":
         model, pad = load_model(path, device), tokenizer.pad_token_id
+        require_embeddings(path, model, tokenizer)
         yield TransformersGenerator(
             model,
             eos_token_ids=eos_ids(model, tokenizer),

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.loading import load_tokenizer
+from irl_align.models.loading import load_tokenizer, offer_classifier
 from irl_align.models.lora import (
     DEFAULT_ADAPTER,
     AdapterSwitch,
@@ -112,6 +112,7 @@ def _scorer(policy: PreTrainedModel, head: dict[str, Tensor]) -> PreTrainedModel
     """A sequence classifier of the policy's architecture whose backbone is the policy's own."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    offer_classifier(config)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, policy.base_model)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from irl_align.config.model import LoraOptions, ModelOptions, ScratchOptions
 from irl_align.errors import UserError
+from irl_align.models.loading import load_config, name_backbone
 from irl_align.models.lora import add_adapter
 from irl_align.training.plan.memory import Shape
 
@@ -53,10 +54,10 @@ def shape_of_recipe(options: ModelOptions, vocabulary: int | None = None) -> Sha
 
     vocabulary: size of a trained tokenizer, which may be smaller than the recipe's vocab_size.
     """
-    return shape_of(_config(options, vocabulary))
+    return shape_of(model_config(options, vocabulary))
 
 
-def scratch_config(options: ScratchOptions, vocabulary: int | None = None) -> PreTrainedConfig:
+def scratchmodel_config(options: ScratchOptions, vocabulary: int | None = None) -> PreTrainedConfig:
     """The config of models.loading.scratch_model, without special tokens."""
     shape = options.model_dump(exclude={"architecture"})
     if options.num_key_value_heads is None:
@@ -67,27 +68,27 @@ def scratch_config(options: ScratchOptions, vocabulary: int | None = None) -> Pr
     )
 
 
-def _config(options: ModelOptions, vocabulary: int | None = None) -> PreTrainedConfig:
+def model_config(options: ModelOptions, vocabulary: int | None = None) -> PreTrainedConfig:
+    """Config of a recipe's model. Raises UserError where it is not known."""
     if options.from_scratch is not None:
-        return scratch_config(options.from_scratch, vocabulary)
+        return scratchmodel_config(options.from_scratch, vocabulary)
     path, revision = str(options.path), options.revision
     if path in PUBLISHED and not Path(path).exists():
         return AutoConfig.for_model(**PUBLISHED[path])
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision)
-    except Exception as error:  # transformers and the hub raise many kinds
-        cause = " ".join(str(error).split())[:200]
+        return load_config(path, revision=revision, trust_remote_code=options.trust_remote_code)
+    except UserError as error:
         raise UserError(
-            f"model.path: {path}: found no config.json, which gives the model's shape; "
-            f"expected a folder, a model on the Hub, or one of {', '.join(PUBLISHED)}: {cause}"
+            f"model.path: {error}; the plan needs config.json of a folder, a model on the Hub, or "
+            f"one of {', '.join(PUBLISHED)}"
         ) from error
-    return config
 
 
 def adapter_size(options: ModelOptions, lora: LoraOptions) -> int:
     """Parameters of an adapter of a recipe's model. Raises UserError where it adapts no layer."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(options))
+        model = AutoModelForCausalLM.from_config(model_config(options))
+        name_backbone(model)
         add_adapter(model, lora, str(options.path))
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
@@ -103,6 +104,7 @@ def _shape(text: str) -> Shape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(own)
+        name_backbone(model)
         config: Any = own.get_text_config(decoder=True)
         heads = config.num_attention_heads
         width = config.hidden_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from irl_align.config.schema import Recipe
@@ -12,9 +13,10 @@ from irl_align.training.plan.costs import Cost, Costs, disk_of
 from irl_align.training.plan.data import Counts, count_data, local_data
 from irl_align.training.plan.devices import GIB, Device
 from irl_align.training.plan.memory import Shape
-from irl_align.training.plan.model_shapes import shape_of_recipe
+from irl_align.training.plan.model_shapes import model_config, shape_of_recipe
 from irl_align.training.plan.stage_costs import StageCosts
 from irl_align.training.plan.walk import planned_stages, quiet
+from irl_align.training.prepare import check_model
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,15 @@ class Plan:
 def make_plan(recipe: Recipe, assumptions: Assumptions) -> Plan:
     """The plan of a recipe that runs to its last iteration.
 
-    Raises UserError where the sizes of its data or its model are not known.
+    Raises UserError where the sizes of its data or its model are not known, or the model cannot do
+    what the loop asks of it.
     """
     with quiet():  # the run logs warnings about its data
         raw = local_data(recipe)
         counts = count_data(recipe, raw)
     shape = shape_of_recipe(recipe.model, counts.vocabulary)
+    path = Path(recipe.model.path) if recipe.model.path is not None else None
+    check_model(recipe, model_config(recipe.model), path if path and path.is_dir() else None)
     costs = Costs(recipe, shape, counts, on_cpu=assumptions.device.name == "cpu")
     cost_of = StageCosts(recipe, counts, costs).of
     stages, store = planned_stages(recipe, raw)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
+from support.rows import save
 from support.shared_runs import shared_run
 from support.tiny_runs import (
     BEST,
@@ -16,6 +17,7 @@ from support.tiny_runs import (
     tiny_recipe,
     write_recipe,
 )
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from irl_align.config.recipe import load_recipe
 from irl_align.config.resources import recipe_files, recipes_dir
@@ -195,6 +197,31 @@ def test_a_card_without_counts_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no number of rows of split train") as caught:
         counts_of(hub_recipe(f"data.card={card}"))
     assert "expected about: {train: ROWS} in the card, or data.path" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "message"),
+    [
+        ("modernbert-decoder", "reward.lm_coef=0", "reward.kind: explicit needs a score"),
+        ("gemma2", "reward.lm_coef=0.5", "reward.lm_coef: a gemma2 computes its logits"),
+    ],
+)
+def test_a_model_that_cannot_do_the_job_is_refused_by_plan_and_before_sft(
+    kind: str, option: str, message: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+    widths = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    config = AutoConfig.for_model(kind, **sizes, **ids, **widths, sep_token_id=2)
+    folder = save(AutoModelForCausalLM.from_config(config), tiny_tokenizer, tmp_path / "model")
+    limits = ("data.max_prompt_tokens=200", "data.max_completion_tokens=200")
+    overrides = ("model.from_scratch=null", f"model.path={folder}", option, *limits)
+    recipe = tiny_recipe(tmp_path, *overrides, "loop.iterations=1")
+    with pytest.raises(UserError, match=message):
+        make_plan(recipe, A100)
+    with pytest.raises(UserError, match=message):
+        train(recipe)
+    assert not list((tmp_path / "runs/store").glob("sft-*"))
 
 
 def test_local_data_of_a_model_out_of_reach_is_counted_by_words(tmp_path: Path) -> None:
