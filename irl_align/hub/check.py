@@ -114,6 +114,12 @@ def plain_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
     """An exported reward, or its adapter with its base, as the code of its card loads it."""
     if not is_adapter(folder):
         whole: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        if type(whole).__module__.startswith("irl_align."):  # see offer_classifier
+            raise UserError(
+                f"{folder}: transformers has no sequence classifier of a "
+                f"{whole.config.model_type}, so the code of a card could not load this "
+                "reward; use it with irl-align score"
+            )
         return whole
     with suppress_seqcls_warning():  # the base has no head; it is the adapter's
         model = AutoPeftModelForSequenceClassification.from_pretrained(

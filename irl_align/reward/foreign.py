@@ -98,7 +98,7 @@ def _is_causal(path: str | Path) -> bool:
             config = load_config(path)
             offer_classifier(config)
             empty = AutoModelForSequenceClassification.from_config(config)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             raise UserError(
                 f"{path}: config.json: not a reward model: {' '.join(str(error).split())[:200]}; "
                 "expected one of AutoModelForSequenceClassification"
