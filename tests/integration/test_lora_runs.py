@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.snippets import run_snippet
 from support.tiny_runs import BEST, SPIN, metrics, stage_folder, stage_records, tiny_recipe
 
 from irl_align.errors import UserError
@@ -139,15 +140,6 @@ PROMPTS = ["name[the red lion], food[thai], area[suburbs]", "name[Blue Heron], p
 ANSWERS = ["The red lion serves thai food in the suburbs.", "the blue heron is cheap."]
 
 
-def run_snippet(folder: Path) -> dict[str, Any]:
-    """What the first Python code of an exported card defines."""
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    code = next(part for part in card.split("```") if part.startswith("python\n"))
-    scope: dict[str, Any] = {"REPO": str(folder), "prompt": PROMPTS[0]}
-    exec(code.removeprefix("python\n"), scope)
-    return scope
-
-
 def base_model(run: Result) -> str:
     return base_of(run.policy)
 
@@ -185,7 +177,7 @@ def test_a_policy_is_exported_merged_or_as_an_adapter(
     export(run.folder, "policy", tmp_path / "merged")
     export(run.folder, "policy", tmp_path / "alone", form=Form(True, base_model(run)))
     for kind in ("merged", "alone"):
-        scope = run_snippet(tmp_path / kind)
+        scope = run_snippet(tmp_path / kind, prompt=PROMPTS[0])
         assert isinstance(scope["answer"], str)
         model = scope["model"].eval()
         model = model.get_base_model() if kind == "alone" else model
