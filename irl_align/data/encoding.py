@@ -117,6 +117,27 @@ def encode_completions(
     return encoder.completion_ids("completion", completions, prompts, rendered, prompt_ids)
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+) -> str:
+    """Messages in the tokenizer's chat template, with the definitions of tools in the first one.
+
+    The template may raise any error.
+    """
+    first, *later = cast(list[dict[str, Any]], messages)
+    tools = first.get("tools")
+    conversation = [{name: first[name] for name in first if name != "tools"}, *later]
+    text = tokenizer.apply_chat_template(
+        conversation,
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return str(text)
+
+
 def training_texts(rows: Iterable[Demonstration], card: Card) -> list[str]:
     """Distinct rendered prompts and completions, to train a tokenizer on."""
     texts: dict[str, None] = {}
@@ -248,13 +269,8 @@ class _Encoder:
 
     def _chat(self, messages: list[Message], prompt_only: bool) -> str:
         """Messages in the chat template; `prompt_only` adds the start of the assistant's turn."""
-        first, *later = cast(list[dict[str, Any]], messages)
-        tools = first.get("tools")
-        conversation = [{name: first[name] for name in first if name != "tools"}, *later]
         try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, tools=tools, tokenize=False, add_generation_prompt=prompt_only
-            )
+            return chat_text(self.tokenizer, messages, add_generation_prompt=prompt_only)
         except Exception as error:  # a template may raise anything that Python may
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
@@ -262,7 +278,6 @@ class _Encoder:
                 f"render a row of data.card {self.card.name} with the roles {roles}: "
                 f"{' '.join(str(error).split())}"
             ) from error
-        return str(text)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts, with nothing added and nothing cut."""

@@ -9,7 +9,7 @@ import json
 from typing import Any, cast
 
 from irl_align.config.yaml import show
-from irl_align.data.rows import Completion, Message, Prompt, as_messages
+from irl_align.data.rows import Message, Prompt, as_messages
 from irl_align.data.sources import Raw
 
 MAX_TEXT = 10_000_000  # characters; the longest contexts have a million tokens
@@ -65,11 +65,6 @@ def unlearned(raw: Raw, column: str) -> set[int]:
         if 0 in (weight, train):  # false is 0, and null is not
             places.add(place)
     return places
-
-
-def answer_of(message: Message) -> Completion:
-    """The completion that a message of the assistant is: its text, if it is nothing more."""
-    return message["content"] if set(message) == {"role", "content"} else [message]
 
 
 def _message(raw: Raw, column: str, turn: Any) -> Message:

@@ -10,7 +10,6 @@ from typing import Any
 from irl_align.config.yaml import show
 from irl_align.data.cards import LABELLED, MESSAGES, TEXT, TRANSCRIPTS, Card
 from irl_align.data.messages import (
-    answer_of,
     read_messages,
     read_text,
     read_tools,
@@ -23,6 +22,7 @@ from irl_align.data.rows import (
     Message,
     Preference,
     Prompt,
+    answer_of,
     as_messages,
 )
 from irl_align.data.sources import FaultyRow, Raw

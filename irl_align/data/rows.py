@@ -108,8 +108,13 @@ def is_one_turn(prompt: Prompt) -> bool:
     return isinstance(prompt, str) or [turn["role"] for turn in prompt] == ["user"]
 
 
-def exchange(prompt: Prompt | None, completion: Completion | None) -> tuple[Prompt, str]:
-    """A prompt and the text of its answer.
+def answer_of(message: Message) -> Completion:
+    """The completion that a message of the assistant is: its text, if it is nothing more."""
+    return message["content"] if set(message) == {"role", "content"} else [message]
+
+
+def exchange(prompt: Prompt | None, completion: Completion | None) -> tuple[Prompt, Completion]:
+    """A prompt and its answer: a text, or one message if the answer also calls functions.
 
     A completion of several messages ends with the answer; its other turns belong to the prompt, or
     repeat it. Without a completion the prompt is the whole conversation, and the other way round.
@@ -127,12 +132,12 @@ def exchange(prompt: Prompt | None, completion: Completion | None) -> tuple[Prom
             "and at the end a text of the assistant"
         )
     asked = turns[:-1] if prompt is None or len(turns) != len(own) + 1 else prompt
-    return asked, turns[-1]["content"]
+    return asked, answer_of(turns[-1])
 
 
 def exchanges(
     prompts: Sequence[Prompt], completions: Sequence[Completion] | None
-) -> tuple[list[Prompt], list[str]]:
+) -> tuple[list[Prompt], list[Completion]]:
     """Prompts and answers of B rows by exchange. Raises UserError that names the row."""
     given = [None] * len(prompts) if completions is None else completions
     pairs = []

@@ -15,8 +15,8 @@ from irl_align.config.generation import GenerationOptions
 from irl_align.data.decoding import decode_answers
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.loading import before_answer
-from irl_align.data.messages import read_messages
-from irl_align.data.rows import Prompt, exchange
+from irl_align.data.messages import read_messages, read_tools, with_tools
+from irl_align.data.rows import Completion, Prompt, exchange
 from irl_align.data.sources import file_rows
 from irl_align.errors import UserError
 from irl_align.models.generation.backends import resolve_backend
@@ -91,7 +91,8 @@ def read_rows(
 ) -> list[Row]:
     """Rows of a JSON, CSV or parquet file that all have the fields of one of `shapes`.
 
-    A field is a text or a list of messages; `messages` is a list. read: row_exchanges or
+    A field is a text or a list of messages; `messages` is a list. `tools` may define functions that
+    the assistant can call. read: row_exchanges or
     row_prompt, which must be able to read each row. Raises UserError that names the file and row.
     """
     expected = ", or ".join(" and ".join(shape) for shape in shapes)
@@ -105,6 +106,8 @@ def read_rows(
                 f"{raw.place}: found the fields {fields}; expected {expected}, the same in all rows"
             )
         row = dict(raw.values)
+        if "tools" in row:
+            row["tools"] = read_tools(raw, "tools")
         for field in fitting[0]:
             if isinstance(row[field], list):
                 row[field] = read_messages(raw, field)
@@ -122,14 +125,16 @@ def read_rows(
     return rows
 
 
-def row_exchanges(row: Row) -> list[tuple[Prompt, str]]:
+def row_exchanges(row: Row) -> list[tuple[Prompt, Completion]]:
     """Prompts and answers of a row: of chosen and rejected, of completion, or of messages.
 
     Raises UserError: there is no answer.
     """
+    given = [row.get("completion", row.get("messages"))]
     if "chosen" in row and "rejected" in row:
-        return [exchange(row.get("prompt"), row[side]) for side in ("chosen", "rejected")]
-    return [exchange(row.get("prompt"), row.get("completion", row.get("messages")))]
+        given = [row["chosen"], row["rejected"]]
+    pairs = [exchange(row.get("prompt"), completion) for completion in given]
+    return [(with_tools(prompt, row.get("tools") or []), answer) for prompt, answer in pairs]
 
 
 def row_prompt(row: Row) -> Prompt:
@@ -140,7 +145,7 @@ def row_prompt(row: Row) -> Prompt:
     prompt: Prompt = row["prompt"] if "prompt" in row else before_answer(row["messages"])
     if not prompt:
         raise UserError("found no prompt, expected text or messages before an answer")
-    return prompt
+    return with_tools(prompt, row.get("tools") or [])
 
 
 def resolve_policy(path: Path) -> SavedPolicy:

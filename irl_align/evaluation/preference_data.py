@@ -16,7 +16,7 @@ from irl_align.data.cards import Card, load_card
 from irl_align.data.columns import column
 from irl_align.data.encoding import encode_preferences
 from irl_align.data.loading import load_preferences
-from irl_align.data.rows import Preference, completion_text, prompt_key
+from irl_align.data.rows import Preference, prompt_key
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer
 from irl_align.reward.conversations import encode_conversations
@@ -116,7 +116,7 @@ def _encode_conversations(
     rows, every = pairs.rows, [True] * len(pairs.rows)
     prompts = [row["prompt"] for row in rows]
     better, worse = (
-        encode_conversations(prompts, list(map(completion_text, side)), every, tokenizer, pad)
+        encode_conversations(prompts, side, every, tokenizer, pad)
         for side in ([row["chosen"] for row in rows], [row["rejected"] for row in rows])
     )
     # Both sides are divided at the first token that either answer changes.

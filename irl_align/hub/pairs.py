@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,23 @@ def _columns(rows: Dataset, form: TokenFormat, by_key: Mapping[str, Prompt]) -> 
         "rejected_prompt": prompts["rejected_prompt_ids"],
     }
     if not all(isinstance(prompt, str) for prompt in columns["prompt"]):
+        tools = [as_messages(prompt)[0].get("tools") for prompt in columns["prompt"]]
+        if any(tools):
+            columns["tools"] = [json.dumps(own or []) for own in tools]
         for name in ("prompt", "rejected_prompt"):
-            columns[name] = [as_messages(prompt) for prompt in columns[name]]
+            columns[name] = list(map(_plain_messages, columns[name]))
         for side in answers:
             columns[side] = [[{"role": "assistant", "content": text}] for text in answers[side]]
     kept = ("source", "iteration", "sample_index", "rejected_truncated", "temperature")
     return {**columns, **{name: column(rows, name) for name in (*kept, "prompt_key")}}
+
+
+def _plain_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt as messages of texts, which fit in a table: calls of functions are JSON."""
+    return [
+        {k: json.dumps(v) if k == "tool_calls" else v for k, v in turn.items() if k != "tools"}
+        for turn in as_messages(prompt)
+    ]
 
 
 def _known_prompts(
@@ -106,6 +118,8 @@ def _write_samples(folder: Path, facts: Facts) -> int:
     if not rows:
         return 0
     folder.mkdir()
+    if not all(isinstance(row["prompt"], str) for row in rows):
+        rows = [{**row, "prompt": _plain_messages(row["prompt"])} for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
     for file in dict.fromkeys(row["samples"] for row in rows):

@@ -14,8 +14,17 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from irl_align.data.decoding import PROBE
-from irl_align.data.encoding import Templated, encode_prompts
-from irl_align.data.rows import Message, Prompt, as_messages, lowered, prompt_key
+from irl_align.data.encoding import Templated, chat_text, encode_prompts
+from irl_align.data.rows import (
+    Completion,
+    Message,
+    Prompt,
+    as_answer,
+    as_messages,
+    completion_text,
+    lowered,
+    prompt_key,
+)
 from irl_align.data.tokenizer import text_end, tokenizer_name
 from irl_align.errors import UserError
 
@@ -37,11 +46,11 @@ class Rendered(NamedTuple):
 
 def render_conversations(
     prompts: Sequence[Prompt],
-    answers: Sequence[str],
+    answers: Sequence[Completion],
     finished: Sequence[bool],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Rendered]:
-    """Text of each conversation; nothing is written after an answer that is not finished.
+    """Text of each conversation with its answer; an answer that is not finished has nothing after.
 
     Raises UserError: the template renders neither the conversation nor its prompt.
     """
@@ -52,9 +61,9 @@ def render_conversations(
         if key not in probes:
             probes[key] = _probe(tokenizer, as_messages(prompt))
         (before, _, after), whole = probes[key]
-        text = before + answer + after
+        text = before + completion_text(answer) + after
         if whole:  # the template may trim the answer
-            text = _render(tokenizer, _with_answer(as_messages(prompt), answer))
+            text = _render(tokenizer, [*as_messages(prompt), *as_answer(answer)])
         start = _shared(before, text)
         end = max(start, len(text) - _shared(after[::-1], text[::-1]))
         rendered.append(Rendered(text[:start], text[start:end], text[end:] if is_finished else ""))
@@ -63,7 +72,7 @@ def render_conversations(
 
 def encode_conversations(
     prompts: Sequence[Prompt],
-    answers: Sequence[str],
+    answers: Sequence[Completion],
     finished: Sequence[bool],
     tokenizer: PreTrainedTokenizerBase,
     pad: int | None,
@@ -74,8 +83,9 @@ def encode_conversations(
     before it. Other parameters and errors are those of render_conversations.
     """
     prompt_ids, completion_ids = [], []
-    for part in render_conversations(prompts, answers, finished, tokenizer):
-        whole = without_padding(_whole_ids(tokenizer, part), pad)
+    parts = render_conversations(prompts, answers, finished, tokenizer)
+    for part, answer in zip(parts, answers, strict=True):
+        whole = without_padding(_whole_ids(tokenizer, part, isinstance(answer, str)), pad)
         at = _shared(_ids(tokenizer, part.before), whole)
         prompt_ids.append(whole[:at])
         completion_ids.append(whole[at:])
@@ -106,8 +116,8 @@ def encode_samples(
     completion_ids = []
     parts = render_conversations(prompts, answers, finished, tokenizer)
     for prompt, part, ids, is_finished in zip(prompts, parts, prompt_ids, finished, strict=True):
-        start = _render(tokenizer, as_messages(prompt), add_generation_prompt=True)
-        whole = _whole_ids(tokenizer, part)
+        start = _render(tokenizer, as_messages(prompt), prompt_only=True)
+        whole = _whole_ids(tokenizer, part, is_text=True)
         rest = whole[len(ids) :] if whole[: len(ids)] == ids else None
         if rest is None:  # a token spans the end of the prompt, which the policy cannot write
             rest = _ids(tokenizer, part.text[len(start) :])
@@ -117,9 +127,9 @@ def encode_samples(
     return prompt_ids, completion_ids
 
 
-def _whole_ids(tokenizer: PreTrainedTokenizerBase, part: Rendered) -> list[int]:
-    """Ids of a conversation; the name of a special token in the answer is encoded as text."""
-    if not any(token in part.answer for token in tokenizer.all_special_tokens):
+def _whole_ids(tokenizer: PreTrainedTokenizerBase, part: Rendered, is_text: bool) -> list[int]:
+    """Ids of a conversation; the name of a special token in an answer of text is no token."""
+    if not is_text or not any(token in part.answer for token in tokenizer.all_special_tokens):
         return _ids(tokenizer, part.text)
     spelled = _ids(tokenizer, part.answer, split_special_tokens=True)
     return [*_ids(tokenizer, part.before), *spelled, *_ids(tokenizer, part.after)]
@@ -136,21 +146,17 @@ def _probe(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple
     """What a template writes around an answer, and whether it renders answers at all."""
     failure: Exception | str = "it leaves the answer out"
     try:
-        text = _render(tokenizer, _with_answer(messages, PROBE))
+        text = _render(tokenizer, [*messages, *as_answer(PROBE)])
         if PROBE in text:
             return Rendered(*text.partition(PROBE)), True
     except UserError as error:
         failure = error
     try:  # a template of prompts only
-        before = _render(tokenizer, messages, add_generation_prompt=True)
+        before = _render(tokenizer, messages, prompt_only=True)
     except UserError as error:
         raise failure if isinstance(failure, UserError) else error from None
     logger.warning("reward: an answer is put after its prompt and before EOS: %s", failure)
     return Rendered(before, PROBE, str(tokenizer.eos_token or "")), False
-
-
-def _with_answer(messages: list[Message], answer: str) -> list[Message]:
-    return [*messages, {"role": "assistant", "content": answer}]
 
 
 def _shared(one: Sequence[Any], two: Sequence[Any]) -> int:
@@ -166,10 +172,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[
     return ids
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
-    conversation: list[Any] = list(messages)
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt_only: bool = False
+) -> str:
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
+        return chat_text(tokenizer, messages, prompt_only)
     except Exception as error:  # a template may raise anything that Python may
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(

@@ -16,7 +16,14 @@ from transformers import (
 )
 
 from irl_align.data.decoding import TokenFormat
-from irl_align.data.rows import Completion, Prompt, exchanges, is_one_turn, prompt_text
+from irl_align.data.rows import (
+    Completion,
+    Prompt,
+    completion_text,
+    exchanges,
+    is_one_turn,
+    prompt_text,
+)
 from irl_align.data.tokenizer import tokenizer_name
 from irl_align.errors import UserError
 from irl_align.models.loading import (
@@ -152,7 +159,7 @@ class PairClassifier:
         """Raises UserError: a prefix has no score of its own."""
         raise no_prefix_scores(self.model)
 
-    def _scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Tensor:
+    def _scores(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Tensor:
         rows = self._encode(prompts, answers)
         lengths = [len(ids) for ids in rows["input_ids"]]
         # Some models (RoBERTa) reserve positions; only their tokenizers know the usable length.
@@ -166,7 +173,7 @@ class PairClassifier:
                 scores[batch] = self.model(**inputs).logits[:, 0].float().cpu()
         return scores
 
-    def _encode(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, Any]:
+    def _encode(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> dict[str, Any]:
         """The tokenizer's inputs, by name."""
         template = self.settings.template
         if template == "chat":
@@ -180,4 +187,4 @@ class PairClassifier:
                 "prompt of the data is a conversation; expected a reward with a chat template"
             )
         asked = [template.format(prompt=prompt_text(prompt)) for prompt in prompts]
-        return dict(self.tokenizer(asked, list(answers)))
+        return dict(self.tokenizer(asked, [completion_text(answer) for answer in answers]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from irl_align.data.encoding import Templated, encode_completions, encode_prompts
-from irl_align.data.rows import Completion, Prompt, exchanges
+from irl_align.data.rows import Completion, Prompt, completion_text, exchanges
 from irl_align.errors import UserError
 from irl_align.models.packing import Ids
 from irl_align.reward.conversations import encode_conversations, encode_samples
@@ -81,7 +81,7 @@ class TextFormat:
     def encode(
         self,
         prompts: Sequence[Prompt],
-        answers: Sequence[str],
+        answers: Sequence[Completion],
         finished: Sequence[bool] | None = None,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and answers as token ids.
@@ -95,7 +95,8 @@ class TextFormat:
             given = finished or every
             return encode_conversations(prompts, answers, given, self.tokenizer, self.pad)
         if finished is not None:
-            return encode_samples(prompts, answers, finished, self.tokenizer, self.template)
+            texts = [completion_text(answer) for answer in answers]
+            return encode_samples(prompts, texts, finished, self.tokenizer, self.template)
         prompt_ids = encode_prompts(prompts, self.tokenizer, self.template)
         ids = encode_completions(prompts, answers, prompt_ids, self.tokenizer, self.template)
         return prompt_ids, ids
@@ -118,9 +119,11 @@ class TextScoring(RewardFunction, Protocol):
         """
         return self.score_ids(*self.text_format().encode(*exchanges(prompts, completions)))
 
-    def prefix_scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Tensor]:
+    def prefix_scores(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion] | None = None
+    ) -> list[Tensor]:
         """Reward after every token of each text, the empty completion first: (T + 1,) per row."""
-        return self.prefix_scores_ids(*self.text_format().encode(prompts, answers))
+        return self.prefix_scores_ids(*self.text_format().encode(*exchanges(prompts, completions)))
 
 
 def require_finite(name: str, values: Tensor) -> None:

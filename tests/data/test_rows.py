@@ -48,6 +48,12 @@ def test_exchange_divides_a_row_before_its_answer(
     assert exchange(prompt, completion) == expected
 
 
+def test_exchange_keeps_what_an_answer_holds_besides_its_text() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    assert exchange("Hi", [call]) == ("Hi", [call])
+    assert exchange(None, [ASK, call]) == ([ASK], [call])
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "roles"),
     [

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align import RewardModel
 from irl_align.config.recipe import load_recipe
+from irl_align.data.cards import load_card
+from irl_align.data.loading import load_preferences
 from irl_align.hub.card import reward_card
 from irl_align.hub.export import export
 from irl_align.hub.facts import Facts, derive
@@ -330,3 +332,9 @@ def test_export_of_a_reward_on_a_chat_model_reads_its_template_and_names_both_li
         assert row["rejected_prompt"] == row["prompt"] and len(row["rejected"]) == 1
     samples = [row for rows in run.view().samples().values() for row in rows]
     assert all(row["prompt"][0]["content"] == "Be brief." for row in samples)
+    card = load_card(tmp_path / "pairs" / "README.md")
+    read = load_preferences(card, "validation")
+    assert [turn["role"] for turn in read[0]["prompt"]] == ["system", "user"]
+    assert read[0]["chosen"].startswith("It is ")
+    table = pq.read_table(next((tmp_path / "pairs" / "samples").glob("policy-1-*"))).to_pylist()
+    assert table[0]["prompt"][0] == {"role": "system", "content": "Be brief."}

@@ -1,6 +1,7 @@
 """Conversations as rewards read them, against apply_chat_template."""
 
 import copy
+from typing import Any
 
 import pytest
 from support.chat_templates import FAMILIES, chat_tokenizer
@@ -56,6 +57,26 @@ def test_encode_conversations_equals_the_snippet_of_a_model_card(
         expected = tokenizer.apply_chat_template(whole(prompt, answer), return_dict=False)
         assert [*before, *after] == expected
         assert answer not in tokenizer.decode(before) and answer in tokenizer.decode(after)
+
+
+def test_encode_conversations_keeps_tools_and_their_calls() -> None:
+    """The first message of a prompt holds the definitions, and the answer is a whole message."""
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}<tool>{{ t.name }}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<|im_start|>call {{ c.name }}{% endfor %}<|im_end|>"
+        "{% endfor %}"
+    )
+    tools: list[Any] = [{"name": "add"}]
+    call: Any = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    prompt: Any = [{"role": "user", "content": "1 plus 1?", "tools": tools}]
+    [before], [after] = encode_conversations([prompt], [[call]], [True], tokenizer, None)
+    chat = [{"role": "user", "content": "1 plus 1?"}, call]
+    expected = tokenizer.apply_chat_template(chat, tools=tools, return_dict=False)
+    assert [*before, *after] == expected
+    assert tokenizer.decode(expected).startswith("<tool>add<|im_start|>user: 1 plus 1?<|im_end|>")
+    assert tokenizer.decode(after) == "<|im_start|>call add<|im_end|>"
 
 
 def test_encode_conversations_leaves_out_a_pad_token_at_the_end() -> None:

@@ -438,7 +438,12 @@ FOUR_TURNS = (
 @pytest.fixture
 def chat_card(tmp_path: Path) -> Path:
     """Thirty conversations of four turns, and their card."""
-    texts = [("user", "hi"), ("assistant", "yes?"), ("user", "count {}"), ("assistant", "it is {}")]
+    texts = [
+        ("user", "hi {}"),
+        ("assistant", "yes?"),
+        ("user", "count {}"),
+        ("assistant", "it is {}"),
+    ]
     rows = [
         {"messages": [{"role": role, "content": text.format(i)} for role, text in texts]}
         for i in range(30)
