@@ -486,7 +486,9 @@ def test_run_ppo_gives_a_reward_of_another_project_the_conversation(
                 scores.append(float(plain(input_ids=ids).logits))
         assert min(abs(answer["reward"] - score) for score in scores) < 1e-4
     # Its template renders no other text, and one that is made here keeps its own.
-    refused = command(capsys, tmp_path, policy, reward, chat_card, "seed=9", template="Q {prompt}")
+    refused = command(
+        capsys, tmp_path, policy, reward, chat_card, "name=other", template="Q {prompt}"
+    )
     assert "a conversation needs template: chat" in the_line(refused)
 
 
