@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from datasets import Dataset
@@ -30,6 +30,7 @@ from irl_align.data.rows import (
     is_one_turn,
     prompt_key,
     prompt_text,
+    template_input,
 )
 from irl_align.data.tokenizer import text_end, tokenizer_name
 from irl_align.errors import UserError
@@ -126,9 +127,7 @@ def chat_text(
 
     The template may raise any error.
     """
-    first, *later = cast(list[dict[str, Any]], messages)
-    tools = first.get("tools")
-    conversation = [{name: first[name] for name in first if name != "tools"}, *later]
+    conversation, tools = template_input(messages)
     text = tokenizer.apply_chat_template(
         conversation,
         tools=tools,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from irl_align.errors import UserError
 
@@ -76,6 +76,12 @@ def opening(prompt: Prompt) -> Prompt:
 def as_messages(prompt: Prompt) -> list[Message]:
     """The prompt as a conversation: a text is one turn of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def template_input(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """What apply_chat_template takes: the messages without `tools`, and the tools if any."""
+    first, *later = cast(Sequence[dict[str, Any]], messages)
+    return [{name: first[name] for name in first if name != "tools"}, *later], first.get("tools")
 
 
 def as_answer(completion: Completion) -> list[Message]:

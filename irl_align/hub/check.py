@@ -24,7 +24,7 @@ from transformers import (
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from irl_align.data.columns import column, prompts_of
-from irl_align.data.rows import Message, Prompt, as_messages
+from irl_align.data.rows import Prompt, as_answer, as_messages, template_input
 from irl_align.errors import UserError
 from irl_align.models.loading import has_capped_attention, load_config
 from irl_align.models.lora import is_adapter, saved_quantization
@@ -42,48 +42,97 @@ LIMIT_4_BIT = 0.1
 """The same where the base has 4 bits, whose kernels depend on the number of rows."""
 
 
-def chats(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[Message]]:
-    """Prompts with their completions as the assistant's turn, as the code of a card builds them."""
-    return [
-        [*as_messages(prompt), {"role": "assistant", "content": completion}]
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+@dataclass(frozen=True)
+class RunScores:
+    """Scores of B demonstrations' texts by the run's own reward."""
+
+    prompts: list[Prompt]
+    completions: list[str]
+    ids: list[list[int]]
+    """Token ids that are scored, of prompt and completion."""
+    scores: Tensor
+    """(B,)"""
+
+    @classmethod
+    def of(cls, reward: RewardModel, rows: Dataset) -> RunScores:
+        """Scores of encoded demonstrations by a reward that is not yet exported."""
+        prompts, completions = prompts_of(rows), column(rows, "completion")
+        ids = read_ids(reward, prompts, completions)
+        return cls(prompts, completions, ids, reward.score(prompts, completions))
+
+    def require_equal(self, way: str, ids: Ids, scores: Tensor, rounding: float) -> float:
+        """Largest difference of other scores (B,) of the same texts.
+
+        ids: token ids that they were read as. rounding: difference that is allowed where these are
+        equal, relative to the largest score. Raises UserError: a difference is larger.
+        """
+        difference = (scores - self.scores).abs()
+        scale = max(1.0, float(self.scores.abs().max()))
+        other = torch.tensor([list(a) != b for a, b in zip(ids, self.ids, strict=True)])
+        wrong = (difference > torch.where(other, TOLERANCE, rounding) * scale).nonzero().flatten()
+        largest = float(difference.max())
+        if len(wrong):
+            cause = "the weights give other scores for the same tokens"
+            if other[wrong].any():
+                cause = (
+                    "the tokenizer divides prompt and answer differently where they are one text; "
+                    "a template that ends in a newline or a special token often prevents it"
+                )
+            raise UserError(
+                f"export: through {way}, {len(wrong)} of {len(scores)} held-out demonstrations "
+                f"have scores up to {largest:.2g} away from the run's (row {int(wrong[0])} first): "
+                f"{cause}; expected equal scores. `irl-align score` on the run's own folder is "
+                "not affected"
+            )
+        if largest > TOLERANCE * scale:
+            logger.warning("export: scores through %s differ by up to %.1e", way, largest)
+        return largest
 
 
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str]
-) -> Ids:
-    """Token ids of chats by the tokenizer's chat template."""
+def read_ids(
+    reward: RewardModel, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> list[list[int]]:
+    """Token ids that a reward reads of texts, in one row each."""
+    prompt_ids, completion_ids = reward.text_format().encode(prompts, completions)
+    read = reward.as_read(prompt_ids, completion_ids)
+    return [[*prompt, *rest] for prompt, rest in zip(prompt_ids, read, strict=True)]
+
+
+def chat_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    **options: Any,
+) -> list[Any]:
+    """Chats by the tokenizer's template, as the code of a card builds them: token ids, or texts
+    with tokenize=False."""
     render: Callable[..., Any] = tokenizer.apply_chat_template
-    ids: Ids = render(chats(prompts, completions), return_dict=False)
-    return ids
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        chat, tools = template_input([*as_messages(prompt), *as_answer(completion)])
+        rows.append(render(chat, tools=tools, return_dict=False, **options))
+    return rows
 
 
-def check_scores(
-    folder: Path, reward: RewardModel, rows: Dataset, expected: Tensor
-) -> float | None:
-    """Largest difference between scores of texts by an exported reward and those of the run (B,).
+def check_scores(folder: Path, reward: RewardModel, run: RunScores) -> float | None:
+    """Largest difference between scores of texts by an exported reward and those of the run.
 
-    reward: the folder's, as irl-align loads it. rows: B demonstrations with their token ids. Texts
-    are read in every way that the card shows: by irl-align, by the tokenizer on the text of the
-    chat template, by `apply_chat_template`, and, unless it is an adapter, by the pipeline of
-    transformers. None if transformers alone cannot give the score, which then has a log-prob term.
-    Raises UserError: one of the ways gives other scores.
+    reward: the folder's, as irl-align loads it. Texts are read in every way that the card shows: by
+    irl-align, by the tokenizer on the text of the chat template, by `apply_chat_template`, and,
+    unless it is an adapter, by the pipeline of transformers. None if transformers alone cannot give
+    the score, which then has a log-prob term. Raises UserError: one of the ways gives other scores.
     """
-    prompts, completions = prompts_of(rows), column(rows, "completion")
-    tokenizer = reward.tokenizer
-    read = joined(reward, column(rows, "prompt_ids"), column(rows, "completion_ids"))
-    check = _Check(read, expected, reward)
-    by_product = joined(reward, *reward.text_format().encode(prompts, completions))
-    check.require_equal("irl-align", by_product, reward.score(prompts, completions))
+    tokenizer, (prompts, completions) = reward.tokenizer, (run.prompts, run.completions)
+    rounding = LIMIT_4_BIT if getattr(reward.model, "is_quantized", False) else LIMIT
+    by_product = read_ids(reward, prompts, completions)
+    run.require_equal("irl-align", by_product, reward.score(prompts, completions), rounding)
     if reward.settings.lm_coef:
         return None
     model: Any = plain_model(folder, tokenizer)
     model.to(reward.model.device)
-    render: Callable[..., Any] = tokenizer.apply_chat_template
-    texts = render(chats(prompts, completions), tokenize=False)
+    texts = chat_texts(tokenizer, prompts, completions, tokenize=False)
     by_text = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    by_chat = chat_ids(tokenizer, prompts, completions)
+    by_chat = chat_texts(tokenizer, prompts, completions)
     ways = [
         ("the text of its chat template", by_text, plain_logits(model, by_text)),
         ("apply_chat_template", by_chat, plain_logits(model, by_chat)),
@@ -94,7 +143,7 @@ def check_scores(
         logits = torch.tensor([result["score"] for result in results])
         ways.append(("transformers' pipeline", by_text, logits))
     return max(
-        check.require_equal(way, ids, bounded_and_normalised(logits, reward.settings))
+        run.require_equal(way, ids, bounded_and_normalised(logits, reward.settings), rounding)
         for way, ids, logits in ways
     )
 
@@ -128,49 +177,6 @@ def plain_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
     adapted: PreTrainedModel = model.get_base_model()
     adapted.config.pad_token_id = tokenizer.pad_token_id
     return adapted
-
-
-def joined(reward: RewardModel, prompt_ids: Ids, completion_ids: Ids) -> list[list[int]]:
-    """Token ids of prompts and what the reward reads after them, each as one row."""
-    read = reward.as_read(prompt_ids, completion_ids)
-    return [[*prompt, *rest] for prompt, rest in zip(prompt_ids, read, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Check:
-    """Compares scores of B rows with those of the run."""
-
-    ids: list[list[int]]
-    """Token ids that the run scored."""
-    expected: Tensor
-    """The run's scores (B,)."""
-    reward: RewardModel
-
-    def require_equal(self, way: str, ids: Ids, scores: Tensor) -> float:
-        """Largest difference of two scores. Raises UserError where it is not a rounding error."""
-        difference = (scores - self.expected).abs()
-        scale = max(1.0, float(self.expected.abs().max()))
-        rounding = LIMIT_4_BIT if getattr(self.reward.model, "is_quantized", False) else LIMIT
-        other = torch.tensor([list(a) != b for a, b in zip(ids, self.ids, strict=True)])
-        limit = torch.where(other, TOLERANCE, rounding) * scale
-        wrong = (difference > limit).nonzero().flatten()
-        largest = float(difference.max())
-        if len(wrong):
-            cause = "the weights give other scores for the same tokens"
-            if other[wrong].any():
-                cause = (
-                    "the tokenizer divides prompt and answer differently where they are one text; "
-                    "a template that ends in a newline or a special token often prevents it"
-                )
-            raise UserError(
-                f"export: through {way}, {len(wrong)} of {len(scores)} held-out demonstrations "
-                f"have scores up to {largest:.2g} away from the run's (row {int(wrong[0])} first): "
-                f"{cause}; expected equal scores. `irl-align score` on the run's own folder is "
-                "not affected"
-            )
-        if largest > TOLERANCE * scale:
-            logger.warning("export: scores through %s differ by up to %.1e", way, largest)
-        return largest
 
 
 @torch.no_grad()

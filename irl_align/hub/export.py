@@ -17,7 +17,7 @@ from irl_align.data.pairs import load_pairs
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import prompt_format
 from irl_align.hub.card import policy_card, reward_card
-from irl_align.hub.check import adapter_options, check_scores
+from irl_align.hub.check import RunScores, adapter_options, check_scores
 from irl_align.hub.facts import KINDS, UNKNOWN, Artefact, Facts, Licence, derive
 from irl_align.hub.pairs import write_pairs
 from irl_align.hub.results import Measured
@@ -119,7 +119,7 @@ def _write_reward(
     reward = RewardModel.from_pretrained(artefact.path, pick_device("auto"), merge=base is None)
     if base is None:
         _require_whole(reward.model, artefact.path)
-    ours = reward.score_ids(column(rows, "prompt_ids"), column(rows, "completion_ids"), None)
+    own = RunScores.of(reward, rows)
     save_plain(reward, folder)
     if base is not None:  # until the check is done: the base's folder in this store
         _name_base(folder, base_of(artefact.path), None)
@@ -127,7 +127,7 @@ def _write_reward(
     pairs = load_pairs(facts.pairs()[artefact.iteration] / "held_out.parquet")
     measured = Measured(
         rows=len(rows),
-        difference=check_scores(folder, reward, rows, ours),
+        difference=check_scores(folder, reward, own),
         held_out=_accuracy(reward, pairs),
         pairs=len(pairs),
         source_checksum=file_checksum(artefact.path),

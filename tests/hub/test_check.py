@@ -21,11 +21,10 @@ from transformers import (
 )
 
 from irl_align.config.model import LoraOptions, QuantizationOptions
-from irl_align.data.encoding import encode_completions, encode_prompts
-from irl_align.data.rows import prompt_text
+from irl_align.data.rows import as_messages, prompt_text
 from irl_align.data.tokenizer import prepare_tokenizer
 from irl_align.errors import UserError
-from irl_align.hub.check import chat_ids, chats, check_scores
+from irl_align.hub.check import RunScores, chat_texts, check_scores
 from irl_align.hub.weights import edit_json, save_plain, scored_template
 from irl_align.models.lora import quantization_config
 from irl_align.reward.model import RewardModel
@@ -34,7 +33,7 @@ from irl_align.reward.settings import RewardSettings
 PROMPTS = ["Where is The Punter?", "Name a pub.", "food = French, price = high"]
 ANSWERS = ["It is near the river.", "the Punter", "Alimentum serves\nFrench food."]
 TALK = [
-    {"role": "user", "content": "Hello"},
+    {"role": "user", "content": "Hello", "tools": [{"type": "function", "name": "find"}]},
     {"role": "assistant", "content": "Yes?"},
     {"role": "user", "content": "Which food?"},
 ]
@@ -83,18 +82,12 @@ class Exported:
             if "lora_B" in name:
                 weight.data.normal_(std=0.1)
         self.prompts = [*PROMPTS[:2], TALK if settings.template == "chat" else PROMPTS[2]]
-        prompts = encode_prompts(self.prompts, tokenizer, settings)
-        answers = encode_completions(self.prompts, ANSWERS, prompts, tokenizer, settings)
-        self.scores = reward.score_ids(prompts, answers)
-        self.ids = [
-            [*x, *y] for x, y in zip(prompts, reward.as_read(prompts, answers), strict=True)
-        ]
         texts = {
             "prompt": [prompt_text(prompt) for prompt in self.prompts],
             "messages": ["" if isinstance(p, str) else json.dumps(p) for p in self.prompts],
             "completion": ANSWERS,
         }
-        self.rows = Dataset.from_dict({**texts, "prompt_ids": prompts, "completion_ids": answers})
+        self.run = RunScores.of(reward, Dataset.from_dict(texts))
         self.folder = folder / "reward"
         save_plain(reward, self.folder)
         if lora is not None:
@@ -103,7 +96,7 @@ class Exported:
 
     def check(self) -> float | None:
         reward = RewardModel.from_pretrained(self.folder, merge=False)
-        return check_scores(self.folder, reward, self.rows, self.scores)
+        return check_scores(self.folder, reward, self.run)
 
 
 # --- chat templates -------------------------------------------------------------------------------
@@ -118,11 +111,14 @@ def test_check_scores_of_a_chat_reward_are_those_of_the_run(
     difference = exported.check()
     assert difference is not None and difference < 1e-5
     tokenizer = AutoTokenizer.from_pretrained(exported.folder)
-    ids = chat_ids(tokenizer, exported.prompts, ANSWERS)
-    assert ids == exported.ids
-    talks = chats(exported.prompts, ANSWERS)
+    ids = chat_texts(tokenizer, exported.prompts, ANSWERS)
+    assert ids == exported.run.ids
+    talks = [
+        [*as_messages(prompt), {"role": "assistant", "content": answer}]
+        for prompt, answer in zip(exported.prompts, ANSWERS, strict=True)
+    ]
     texts = [trl.apply_chat_template({"messages": talk}, tokenizer)["text"] for talk in talks]
-    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == exported.ids  # as in TRL
+    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == exported.run.ids  # as in TRL
     end = tokenizer.convert_tokens_to_ids(FAMILIES[family].end)
     assert [row[-1] for row in ids] == [end] * 3
 
@@ -153,6 +149,15 @@ def test_check_scores_reads_a_reward_as_its_settings_say(
     exported = Exported(tmp_path, chat_tokenizer("chatml"), settings)
     difference = exported.check()
     assert difference is not None and difference < 1e-5
+
+
+def test_check_scores_gives_tools_to_the_template(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = "{{ tools | tojson if tools }}" + str(tokenizer.chat_template)
+    exported = Exported(tmp_path, tokenizer)
+    difference = exported.check()
+    assert difference is not None and difference < 1e-5
+    assert ["find" in tokenizer.decode(row) for row in exported.run.ids] == [False, False, True]
 
 
 def test_check_scores_gives_no_difference_where_transformers_lacks_a_term(tmp_path: Path) -> None:
@@ -205,7 +210,8 @@ def test_check_scores_agree_or_the_export_is_refused(
     tokenizer = tiny_tokenizer(family, (), eos="</s>", bos="<s>", pad="<pad>", prefix=prefix)
     exported = Exported(tmp_path, tokenizer, RewardSettings(template=template))
     assert (
-        chat_ids(AutoTokenizer.from_pretrained(exported.folder), PROMPTS, ANSWERS) == exported.ids
+        chat_texts(AutoTokenizer.from_pretrained(exported.folder), PROMPTS, ANSWERS)
+        == exported.run.ids
     ) == agrees
     if agrees:
         difference = exported.check()

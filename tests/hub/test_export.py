@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 from irl_align.data.cards import load_card
 from irl_align.data.encoding import encode_completions, encode_prompts
 from irl_align.data.loading import load_preferences
-from irl_align.hub.check import chat_ids
+from irl_align.hub.check import chat_texts
 from irl_align.hub.export import export
 from irl_align.reward.model import RewardModel
 
@@ -80,7 +80,7 @@ def test_exported_chat_template_gives_the_ids_of_training(reward: Path) -> None:
     ours = RewardModel.from_pretrained(reward)
     prompts = encode_prompts(RESTAURANTS, tokenizer, ours.settings)
     ends = encode_completions(RESTAURANTS, ANSWERS, prompts, tokenizer, ours.settings)
-    assert chat_ids(tokenizer, RESTAURANTS, ANSWERS) == [
+    assert chat_texts(tokenizer, RESTAURANTS, ANSWERS) == [
         p + c for p, c in zip(prompts, ends, strict=True)
     ]
     assert prompts[0][0] == tokenizer.bos_token_id and ends[0][-1] == tokenizer.eos_token_id

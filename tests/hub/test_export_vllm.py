@@ -13,7 +13,7 @@ from support.tiny_runs import BEST, tiny_recipe
 from support.vllm_models import needs_vllm
 from transformers import AutoTokenizer
 
-from irl_align.hub.check import chat_ids, chats
+from irl_align.hub.check import chat_texts
 from irl_align.hub.export import export
 from irl_align.reward.model import RewardModel
 from irl_align.training.train import train
@@ -61,8 +61,8 @@ def test_vllm_classifies_with_the_runs_scores(tmp_path: Path) -> None:
     )
     assert options is not None and "logit_mean" in options[3]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = tokenizer.apply_chat_template(chats(PROMPTS, ANSWERS), tokenize=False)
-    rows = [chat_ids(tokenizer, PROMPTS, ANSWERS), texts]
+    texts = chat_texts(tokenizer, PROMPTS, ANSWERS, tokenize=False)
+    rows = [chat_texts(tokenizer, PROMPTS, ANSWERS), texts]
     command = [sys.executable, "-c", SCORES, str(folder), *options.groups(), json.dumps(rows)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
     assert done.returncode == 0, done.stderr[-3000:]

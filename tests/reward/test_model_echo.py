@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from irl_align.config.recipe import load_recipe
 from irl_align.data.encoding import encode_completions, encode_prompts
 from irl_align.errors import UserError
-from irl_align.hub.check import chat_ids
+from irl_align.hub.check import chat_texts
 from irl_align.hub.weights import chat_template
 from irl_align.models.packing import pack_rows
 from irl_align.models.trl import Training
@@ -156,7 +156,7 @@ def test_chat_template_writes_the_second_prompt(
     first = encode_prompts(prompts, tiny_tokenizer, ours.settings)
     second = encode_completions(prompts, answers, first, tiny_tokenizer, ours.settings)
     read = [[*x, *y] for x, y in zip(first, ours.as_read(first, second), strict=True)]
-    assert chat_ids(tiny_tokenizer, prompts, answers) == read
+    assert chat_texts(tiny_tokenizer, prompts, answers) == read
 
 
 @pytest.mark.parametrize(
