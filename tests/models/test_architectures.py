@@ -187,5 +187,5 @@ def test_rewards_equal_plain_forwards(folder: Path, tmp_path: Path) -> None:
         return logits[0, 0]
 
     expected = torch.stack([reward(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
-    assert float(expected.std()) > 0.1
+    assert float(expected.std()) > 0.03
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-6)
