@@ -30,7 +30,8 @@ class DataOptions(Options):
     is replaced by that of another prompt. The seed chooses them."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the training prompts that neither SFT nor the reward is trained on. The loop's
-    diagnostics and the selection of checkpoints use them."""
+    diagnostics and the selection of checkpoints use them. Prompts that the model reads as the same
+    token ids are one prompt."""
     reward_data: Literal["same", "disjoint"] = "same"
     """same: the reward is fitted on the demonstrations of SFT. disjoint: it is fitted on
     demonstrations of other prompts."""

@@ -62,7 +62,7 @@ def contrast_pairs(
         if edit is None or encode is None:
             raise UserError("pairs.contrast: found edit, but the data card names no edit")
         chains = list(_edit_chains(known, per_demonstration, edits, draw, edit))
-        rows = _chain_rows(chains, encode, _Crossing(known, draw) if crossed else None)
+        rows = _chain_rows(known, chains, encode, _Crossing(known, draw) if crossed else None)
     if context is not None:
         rows = [row for row in rows if _tokens(row) <= context]
     wanted = per_demonstration * edits * (1 + crossed) * sum(map(len, known.groups.values()))
@@ -229,19 +229,24 @@ def word_distance(a: str, b: str) -> int:
 
 
 def _chain_rows(
+    known: _Demonstrations,
     chains: Sequence[_Chain],
     encode: Callable[[list[Prompt]], list[list[int]]],
     crossing: _Crossing | None,
 ) -> list[PairRow]:
     encoded = iter(encode([chain.after(text) for chain in chains for text in chain.edits]))
+    answers: dict[tuple[int, ...], set[tuple[int, ...]]] = {
+        tuple(group[0]["prompt_ids"]): known.answers[key] for key, group in known.groups.items()
+    }
     rows = []
     for chain in chains:
         before, before_ids = last_text(chain.prompt), chain.prompt_ids
         text, index = chain.completion, chain.index
         for after in chain.edits:
             ids = next(encoded)
-            # An edit of casing or white space may be lost in encoding, so that x' equals x.
-            if ids != before_ids:
+            # An edit of casing or white space may be lost in encoding, so that x' equals x, or a
+            # prompt that y demonstrates.
+            if ids != before_ids and tuple(text) not in answers.get(tuple(ids), ()):
                 rows.append(pair_row(chain.key, before_ids, text, ids, text, index))
                 other = None
                 if crossing is not None:

@@ -8,7 +8,7 @@ text again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from irl_align.data.rows import (
     prompt_text,
     template_input,
 )
+from irl_align.data.splits import merged_keys
 from irl_align.data.tokenizer import text_end, tokenizer_name
 from irl_align.errors import UserError
 
@@ -100,6 +101,32 @@ def encode_prompts(
     """Ids of the rendered prompts, with exactly one BOS if the tokenizer adds one."""
     encoder = _Encoder(tokenizer, card)
     return encoder.prompt_ids(encoder.render(prompts))
+
+
+def same_prompts(
+    prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase | None, card: Card
+) -> dict[str, str]:
+    """Key of a prompt -> the key that it shares with prompts of the same ids (`merged_keys`).
+
+    tokenizer: None stands for one that keeps every difference of rendered texts, as one that is
+    trained from scratch does. A prompt that the template cannot render is like no other prompt.
+    """
+    distinct = list({prompt_key(prompt): prompt for prompt in prompts}.values())
+    if tokenizer is None:
+        return merged_keys(distinct, (_cased(prompt_text(prompt), card) for prompt in distinct))
+    read: Iterable[Hashable]
+    try:
+        read = map(tuple, encode_prompts(distinct, tokenizer, card))
+    except UserError:
+        read = [_ids_or_key(prompt, tokenizer, card) for prompt in distinct]
+    return merged_keys(distinct, read)
+
+
+def _ids_or_key(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, card: Card) -> Hashable:
+    try:
+        return tuple(encode_prompts([prompt], tokenizer, card)[0])
+    except UserError:  # encoding the rows reports it
+        return prompt_key(prompt)
 
 
 def encode_completions(
@@ -173,13 +200,14 @@ class _Encoder:
             f"{side}_ids": self.completion_ids(side, answers[side], prompts, rendered, prompt_ids)
             for side in sides
         }
+        same = merged_keys(prompts, map(tuple, prompt_ids))
         return {
             "prompt": [prompt_text(prompt) for prompt in prompts],
             "messages": ["" if isinstance(p, str) else json.dumps(p) for p in prompts],
             **{side: [_cased(text, self.card) for text in texts[side]] for side in sides},
             "prompt_ids": prompt_ids,
             **ids,
-            "prompt_key": [prompt_key(prompt) for prompt in prompts],
+            "prompt_key": [same.get(key, key) for key in map(prompt_key, prompts)],
         }
 
     def render(self, prompts: Sequence[Prompt]) -> list[str]:

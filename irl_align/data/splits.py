@@ -1,18 +1,25 @@
-"""The division of rows by prompt: each prompt's part depends only on a hash of it and the seed."""
+"""The division of rows by prompt: each prompt's part depends only on a hash of it and the seed.
+
+Prompts that a model cannot tell apart, such as two of different case under `lowercase`, are one
+prompt: they have one key, the smallest of theirs.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
-from irl_align.data.rows import Demonstration, Preference, opening, prompt_key
+from irl_align.data.rows import Demonstration, Preference, Prompt, opening, prompt_key, prompt_text
 from irl_align.errors import UserError
 
+NONE_MERGED: Mapping[str, str] = MappingProxyType({})
 Row = TypeVar("Row", Demonstration, Preference)
 
 
@@ -27,20 +34,27 @@ class Division:
     held_out: list[Demonstration]
     """For measuring and selecting rewards."""
 
-    def counts(self) -> dict[str, int]:
-        """Rows and distinct prompts of each part."""
+    def counts(self, same: Mapping[str, str] = NONE_MERGED) -> dict[str, int]:
+        """Rows and distinct prompts of each part; `same` as in `divide`."""
         numbers = {}
         for part, rows in vars(self).items():
+            keys = {prompt_key(row["prompt"]) for row in rows}
             numbers[f"{part}_rows"] = len(rows)
-            numbers[f"{part}_prompts"] = len({prompt_key(row["prompt"]) for row in rows})
+            numbers[f"{part}_prompts"] = len({same.get(key, key) for key in keys})
         return numbers
 
 
-def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Division:
+def divide(
+    rows: Sequence[Demonstration],
+    options: DataOptions,
+    seed: int,
+    same: Mapping[str, str] = NONE_MERGED,
+) -> Division:
     """Divide demonstrations by prompt.
 
-    The order of the rows does not matter. A part of a smaller share is a subset of the same part of
-    a larger one. Raises UserError where a part is empty.
+    same: key of an opening -> the key that it shares with the openings that the model reads as
+    the same (`merged_keys`). The order of the rows does not matter. A part of a smaller share is a
+    subset of the same part of a larger one. Raises UserError where a part is empty.
     """
     sft: list[Demonstration] = []
     reward: list[Demonstration] = []
@@ -48,6 +62,7 @@ def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Di
     disjoint = options.reward_data == "disjoint"
     for row in rows:
         key = prompt_key(opening(row["prompt"]))
+        key = same.get(key, key)
         if unit_hash(seed, "share", key) >= options.share:
             continue
         if unit_hash(seed, "held_out", key) < options.held_out:
@@ -66,10 +81,25 @@ def divide(rows: Sequence[Demonstration], options: DataOptions, seed: int) -> Di
     return division
 
 
+def merged_keys(prompts: Iterable[Prompt], read: Iterable[Hashable]) -> dict[str, str]:
+    """Key of a prompt -> the smallest key of the prompts that are read as the same; only where
+    that is another key.
+
+    read: what the model reads of each prompt, such as its token ids.
+    """
+    keys = list(map(prompt_key, prompts))
+    smallest: dict[Hashable, str] = {}
+    read = list(read)
+    for key, what in zip(keys, read, strict=True):
+        smallest[what] = min(key, smallest.get(what, key))
+    return {k: smallest[what] for k, what in zip(keys, read, strict=True) if smallest[what] != k}
+
+
 def carve(card: Card, split: str, rows: list[Row]) -> list[Row]:
     """The rows of `split` among those of the split that it is carved from.
 
-    Each carved split has an interval of the hashes, and its base split has the rest.
+    Each carved split has an interval of the hashes, and its base split has the rest. The tokenizer
+    is not known here, so prompts that differ only in case, white space or Unicode's form are one.
     """
     base = card.splits[split].carved_from or split
     bounds: dict[str, tuple[float, float]] = {}
@@ -81,9 +111,17 @@ def carve(card: Card, split: str, rows: list[Row]) -> list[Row]:
     if not bounds:
         return rows
     low, high = bounds.get(split, (taken, 1.0))
-    keys = [prompt_key(opening(row["prompt"])) for row in rows]
-    hashes = [unit_hash(0, "carve", key) for key in keys]
-    return [row for row, place in zip(rows, hashes, strict=True) if low <= place < high]
+    prompts = [opening(row["prompt"]) for row in rows]
+    same = merged_keys(prompts, (_plain(prompt) for prompt in prompts))
+    keys = map(prompt_key, prompts)
+    hashes = [unit_hash(0, "carve", same.get(key, key)) for key in keys]
+    return [row for row, number in zip(rows, hashes, strict=True) if low <= number < high]
+
+
+def _plain(prompt: Prompt) -> str:
+    """A prompt without differences of case, white space and Unicode's form."""
+    text = unicodedata.normalize("NFKC", prompt_text(prompt)).casefold()
+    return " ".join(text.split())
 
 
 def choose_prompts(keys: Iterable[str], count: int | None, seed: int) -> set[str]:

@@ -21,6 +21,7 @@ from irl_align.utils.text_table import Cell, Column, Table, p_value, percent
 
 FEW_VALUES = 6  # more values of the data's margin are grouped by thirds
 PREFERENCE_REWARD = "trained on preferences"
+SEEN_AXIS = "prompts of the run's training"
 BASELINES = ("longer wins", "shorter wins", "SFT log-prob, sum", "SFT log-prob, mean")
 
 # RewardBench (arXiv:2403.13787): section -> subset -> its number of pairs, which is its weight.
@@ -122,6 +123,7 @@ def preference_report(
         "prompts": len(set(pairs.prompts)),
         "dropped": pairs.dropped,
         "only": list(pairs.only) or None,
+        "seen": sum(one == "seen" for one in pairs.axes.get(SEEN_AXIS, ())),
         "section_gaps": section_gaps(pairs.subsets),
         "scorers": scorers,
     }
@@ -273,6 +275,9 @@ def preference_notes(report: Mapping[str, Any]) -> list[str]:
     groups = [one for _, own in _grouped({"": scorer}) for one in own[""].values()]
     note = few_clusters(Estimate(**one) for one in [scorer["overall"], *groups])
     notes = [] if note is None else [note]
+    if report["seen"]:
+        seen = f"{report['seen']} of {report['pairs']} pairs"
+        notes.append(f"{seen} have a prompt that the run was trained on")
     if report["dropped"]:
         notes.append(f"{report['dropped']} pairs too long for a model, left out")
     missing, unknown = (report["section_gaps"].get(k) for k in ("missing", "unknown"))

@@ -15,8 +15,7 @@ import torch
 from datasets import Dataset
 
 from irl_align.config.schema import Recipe
-from irl_align.data.columns import column
-from irl_align.data.rows import prompt_key
+from irl_align.data.columns import column, read_parquet
 from irl_align.data.splits import data_checksum
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import first_policy, prompt_format
@@ -30,6 +29,7 @@ from irl_align.evaluation.preference_data import (
 from irl_align.evaluation.preference_tables import (
     BASELINES,
     PREFERENCE_REWARD,
+    SEEN_AXIS,
     PairSet,
     excess_share,
     preference_report,
@@ -38,6 +38,7 @@ from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_model, load_tokenizer, pick_device
 from irl_align.models.lora import quantization_config
 from irl_align.models.trl import Training
+from irl_align.policy.roles import DATA
 from irl_align.reward.fit import SIDES, fit_reward, pair_columns
 from irl_align.reward.losses import calibration_error
 from irl_align.reward.model import RewardModel
@@ -184,17 +185,30 @@ def evaluate_preferences(
         column(rows, "margin"),
         len(pairs.rows) - len(rows),
         pairs.only,
-        axes_of(pairs.card, subsets),
+        axes_of(pairs.card, subsets) | _seen(scorers, encoded),
     )
     report = preference_report(described, margins, calibration)
     if train is not None and trained_on is not None:
-        trained_prompts = {prompt_key(row["prompt"]) for row in train.rows}
-        shared = sum(key in trained_prompts for key in described.prompts)
+        trained = set(map(tuple, column(encode(train, *next(iter(encoded))), "prompt_ids")))
+        shared = sum(tuple(ids) in trained for ids in column(rows, "prompt_ids"))
         report["trained_on"] = {**trained_on, "shared_prompts": shared}
         best = report["scorers"][PREFERENCE_REWARD]["overall"]["mean"]
         for scorer in report["scorers"].values():
             scorer["excess_share"] = excess_share(scorer["overall"]["mean"], best)
     return report
+
+
+def _seen(scorers: Scorers, encoded: Mapping[ModelInput, Dataset]) -> dict[str, list[str]]:
+    """Whether each pair's prompt is among those that the run was trained on, as an axis of the
+    pairs; none if there is no run, or no such prompt."""
+    if scorers.view is None:
+        return {}
+    folder = scorers.view.folder / scorers.view.stages[str(DATA)]["path"]
+    files = [path for use in ("sft", "reward") if (path := folder / f"{use}.parquet").is_file()]
+    trained = {tuple(ids) for path in files for ids in column(read_parquet(path), "prompt_ids")}
+    rows = encoded.get((first_policy(scorers.view)[0], False))
+    known = [tuple(ids) in trained for ids in column(rows, "prompt_ids")] if rows else []
+    return {SEEN_AXIS: ["seen" if one else "unseen" for one in known]} if any(known) else {}
 
 
 def _preference_reward(

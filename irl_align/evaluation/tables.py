@@ -20,6 +20,7 @@ from irl_align.utils.text_table import Cell, Column, Table, estimate_cell, metri
 
 FILE = "evaluation.json"
 OPPONENTS = ("start", "demonstrations")
+UNSEEN = {"": "", "_unseen": ", prompts not in training"}
 OWN_REWARDS = ("reward", "implicit reward")
 LEADERBOARD: dict[str, tuple[int, str]] = {
     "arc_challenge": (25, "acc_norm,none"),
@@ -69,9 +70,10 @@ def evaluation_notes(evaluation: Mapping[str, Any]) -> list[str]:
 def _judge_table(report: Mapping[str, Any]) -> Table:
     """Win rates by a reward, one row per temperature."""
     rows = report["rows"]
-    sides = [side for side in OPPONENTS if any(f"wins_against_{side}" in row for row in rows)]
+    names = {f"{side}{part}": side + words for side in OPPONENTS for part, words in UNSEEN.items()}
+    sides = [side for side in names if any(f"wins_against_{side}" in row for row in rows)]
     columns = [Column("policy"), Column("samples", 0)]
-    columns += [percent(f"against {side}", brackets=True) for side in sides]
+    columns += [percent(f"against {names[side]}", brackets=True) for side in sides]
     columns += [Column("judge's score", 3), Column("distinct bigrams", 3)]
     cells: list[list[Cell]] = []
     for row in rows:

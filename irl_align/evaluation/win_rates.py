@@ -96,7 +96,10 @@ def _own_reward(view: RunView, reward: Path) -> str:
 
 
 def _wins(reward: RewardModel | PairClassifier, samples: LastSamples) -> dict[str, Any]:
-    """Win rates against every opponent, mean score and diversity of samples."""
+    """Win rates against every opponent, mean score and diversity of samples.
+
+    If training has seen some of the prompts, there are also win rates on the unseen ones.
+    """
     prompts = [row["prompt"] for row in samples.rows]
     keys = [prompt_id(row) for row in samples.rows]
     texts = [row["completion"] for row in samples.rows]
@@ -116,8 +119,13 @@ def _wins(reward: RewardModel | PairClassifier, samples: LastSamples) -> dict[st
         # The same text may score slightly differently in another batch.
         same = [texts[i] == other for i, other in zip(compared, other_texts, strict=True)]
         outcome = 0.5 * (1.0 + np.sign(np.where(same, 0.0, difference)))
-        share = clustered_share(outcome.tolist(), [keys[i] for i in compared])
-        report[f"wins_against_{name}"] = asdict(share)
+        unseen = [samples.rows[i].get("seen") is False for i in compared]
+        parts = {"": [True] * len(compared), "_unseen": unseen}
+        for part, chosen in parts.items():
+            own = [(o, keys[i]) for o, i, use in zip(outcome, compared, chosen, strict=True) if use]
+            if own:
+                share = clustered_share(*zip(*own, strict=True))
+                report[f"wins_against_{name}{part}"] = asdict(share)
     return report
 
 

@@ -118,6 +118,14 @@ def gold_table(facts: Facts, artefact: Artefact) -> GoldTable:
         cells = [label, temperature, "" if gold is None else percent(gold)]
         cells += ["" if value is None else f"{value:.1f}" for value in values]
         rows.append([*cells, _kl(record), f"{record['length']:.1f}"])
+        if "unseen" in record:
+            unseen = [row for row in samples if not row.get("seen")]
+            apart = gold_estimate(headline, record["unseen"], unseen)
+            values = [record["unseen"]["metrics"].get(name) for name in texts]
+            name = f"{label}, {record['unseen']['prompts']:,} prompts that are not in training"
+            cells = [name, temperature, "" if apart is None else percent(apart)]
+            cells += ["" if value is None else f"{value:.1f}" for value in values]
+            rows.append([*cells, "", ""])
     title = metric_name(headline)
     columns = ["policy", "temperature", title or "gold", *map(metric_name, texts)]
     columns += ["KL to pi_0", "tokens"]

@@ -16,7 +16,7 @@ from irl_align.data.cards import Card, import_object
 from irl_align.data.columns import by_prompt_key, column, prompts_of
 from irl_align.data.decoding import decode_answers
 from irl_align.data.rows import Prompt, prompt_text
-from irl_align.data.splits import choose_prompts
+from irl_align.data.splits import choose_prompts, data_checksum
 from irl_align.policy.roles import DEMONSTRATIONS, Role
 from irl_align.reward.distributed import spread
 from irl_align.tasks.bleu import reference_metrics
@@ -46,6 +46,8 @@ class _Prompts:
     """evaluation.prompts."""
     gold: str | None
     """Import path of the gold metric."""
+    seen: frozenset[str]
+    """Keys of the prompts that are in the training data as well."""
     card: Card
     """Card of the data."""
 
@@ -57,7 +59,10 @@ class _Prompts:
     @property
     def settings(self) -> dict[str, Any]:
         """Part of the settings of every stage that evaluates."""
-        return {"gold": self.gold, "prompts": self.limit}
+        settings: dict[str, Any] = {"gold": self.gold, "prompts": self.limit}
+        if self.seen:
+            settings["seen"] = data_checksum([{"keys": sorted(self.seen)}])
+        return settings
 
 
 def evaluate_policy(context: RunContext, iteration: Iteration) -> None:
@@ -70,7 +75,8 @@ def evaluate_policy(context: RunContext, iteration: Iteration) -> None:
     keys = choose_prompts(data.evaluation["prompt_key"], options.prompts, context.recipe.seed)
     rows = data.evaluation.filter(lambda key: key in keys, input_columns="prompt_key")
     gold = data.card.gold if options.gold else None
-    prompts = _Prompts(rows, data.checksums["evaluation"], options.prompts, gold, data.card)
+    seen = frozenset(key for key, known in by_prompt_key(rows, "seen").items() if known)
+    prompts = _Prompts(rows, data.checksums["evaluation"], options.prompts, gold, seen, data.card)
     if k == 0:
         _evaluate_demonstrations(context, prompts)
     # A selecting policy samples at its own temperature only.
@@ -262,7 +268,28 @@ def _gold(
     """Gold metrics of one text per prompt key; the texts are written to work/samples.jsonl.
 
     references: the demonstrations are references; adds BLEU and chrF, also without a gold metric.
+    If training has seen some of the prompts, `seen` and `unseen` have the metrics of each kind.
     """
+    report, lines = _measured(prompts, keys, texts, references)
+    if prompts.seen:
+        lines = [
+            {**line, "seen": key in prompts.seen} for key, line in zip(keys, lines, strict=True)
+        ]
+        for part, wanted in (("seen", True), ("unseen", False)):
+            at = [i for i, key in enumerate(keys) if (key in prompts.seen) == wanted]
+            if at:
+                own, _ = _measured(
+                    prompts, [keys[i] for i in at], [texts[i] for i in at], references
+                )
+                report[part] = {"prompts": len(at), "metrics": own.get("metrics", {})}
+    atomic_write(work / "samples.jsonl", to_lines(lines))
+    return report
+
+
+def _measured(
+    prompts: _Prompts, keys: Sequence[str], texts: Sequence[str], references: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Gold metrics of one text per prompt key, and a line for each text with its own numbers."""
     rows = prompts.rows
     by_key: dict[str, list[str]] = {}
     prompt_of = prompts.by_key
@@ -289,5 +316,4 @@ def _gold(
     if references:
         gold = report.get("metrics", {})
         report["metrics"] = {**gold, **reference_metrics(texts, [by_key[k] for k in keys], gold)}
-    atomic_write(work / "samples.jsonl", to_lines(lines))
-    return report
+    return report, lines

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from irl_align.config.model import ModelOptions
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import Card, load_card
-from irl_align.data.columns import column, read_parquet
-from irl_align.data.encoding import encode_demonstrations, training_texts
+from irl_align.data.columns import by_prompt_key, column, read_parquet
+from irl_align.data.encoding import encode_demonstrations, same_prompts, training_texts
 from irl_align.data.loading import load_demonstrations, load_preferences
 from irl_align.data.noise import with_noise
-from irl_align.data.rows import Demonstration
+from irl_align.data.rows import Demonstration, opening
 from irl_align.data.splits import data_checksum, divide
 from irl_align.data.tokenizer import check_tokenizer, prepare_tokenizer, train_tokenizer
 from irl_align.errors import UserError
@@ -45,8 +47,17 @@ from irl_align.training.keys import checksum, derive_seed
 from irl_align.training.store import Stage
 from irl_align.utils.files import file_checksum
 
+logger = logging.getLogger(__name__)
 USES = ("sft", "reward", "held_out", "evaluation")
-_COLUMNS = ("prompt", "messages", "completion", "prompt_ids", "completion_ids", "prompt_key")
+_COLUMNS = (
+    "prompt",
+    "messages",
+    "completion",
+    "prompt_ids",
+    "completion_ids",
+    "prompt_key",
+    "seen",
+)
 
 
 def recipe_card(recipe: Recipe) -> Card:
@@ -55,10 +66,14 @@ def recipe_card(recipe: Recipe) -> Card:
     return card if edit is None else card.model_copy(update={"edit": edit})
 
 
-def load_data(recipe: Recipe) -> RawData:
+def load_data(recipe: Recipe, needs_tokenizer: bool = True) -> RawData:
     """Load the texts that a recipe reads, and divide the demonstrations by use.
 
-    Raises UserError: data cannot be read, or a part of it would be empty.
+    Prompts that the model's tokenizer encodes as the same ids are in the same part.
+    needs_tokenizer: if it is False and the tokenizer cannot be loaded, only prompts of the same
+    text count as the same.
+
+    Raises UserError: data cannot be read, a part of it would be empty, or there is no tokenizer.
     """
     options, card = recipe.data, recipe_card(recipe)
     seed = derive_seed(recipe.seed, "data")
@@ -66,7 +81,10 @@ def load_data(recipe: Recipe) -> RawData:
     def load(split: str) -> list[Demonstration]:
         return load_demonstrations(card, split, options.path, options.task, recipe.seed)
 
-    division, noisy = with_noise(divide(load("train"), options, seed), options.noise, seed)
+    train = load("train")
+    tokenizer = _known_tokenizer(recipe, needs_tokenizer)
+    same = same_prompts((opening(row["prompt"]) for row in train), tokenizer, card)
+    division, noisy = with_noise(divide(train, options, seed, same), options.noise, seed)
     rows = {
         "sft": division.sft,
         "reward": division.reward,
@@ -81,12 +99,39 @@ def load_data(recipe: Recipe) -> RawData:
         card,
         rows,
         {use: data_checksum(texts) for use, texts in rows.items()},
-        division.counts(),
+        division.counts(same),
         noisy,
         [] if pairs is None else load_preferences(load_card(pairs.card), pairs.split, pairs.path),
         extra,
         unread,
     )
+
+
+def _known_tokenizer(recipe: Recipe, needed: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a recipe's model; None if it is trained from scratch, or is not needed and
+    cannot be loaded."""
+    if recipe.model.from_scratch is not None:
+        return None
+    try:
+        return model_tokenizer(recipe.model)
+    except UserError:
+        if needed:
+            raise
+        return None
+
+
+def model_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.path`, with `model.chat_template` if it is set.
+
+    Raises UserError: it cannot be loaded.
+    """
+    assert options.path is not None
+    tokenizer = load_tokenizer(
+        options.path, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    if options.chat_template is not None:
+        tokenizer.chat_template = read_template(options.chat_template)
+    return tokenizer
 
 
 def prepare(context: RunContext, raw: RawData) -> tuple[Data, Policy]:
@@ -105,6 +150,14 @@ def prepare(context: RunContext, raw: RawData) -> tuple[Data, Policy]:
     encoded = _encode(context, raw, start)
     texts = {"checksums": dict(raw.checksums), "licence": raw.card.license, "noisy": raw.noisy}
     context.log(DATA, {**texts, **encoded.metrics})
+    if seen := encoded.metrics.get("evaluation_seen"):
+        logger.warning(
+            "evaluation: %d of the %d prompts of split %s are in the training data as well; "
+            "results are also reported for seen and unseen prompts apart",
+            seen,
+            encoded.metrics["evaluation_prompts"],
+            recipe.evaluation.split,
+        )
     sums = encoded.metrics.get("token_checksums", dict.fromkeys(USES, encoded.key))
     parts = {use: _encoded_rows(encoded, use) for use in USES}
     return Data(raw, checksums=sums, context=encoded.metrics.get("context"), **parts), start
@@ -138,9 +191,14 @@ def _encode(context: RunContext, raw: RawData, start: Policy) -> Stage:
         limit = context_length(context.models.load_policy(start.path))
         sums = dict[str, str]()
         metrics: dict[str, Any] = {**raw.counts, "context": limit, "token_checksums": sums}
+        trained = set[tuple[int, ...]]()
         for use, texts in raw.rows.items():
             encoded = encode_demonstrations(texts, context.tokenizer, card, options, limit)
-            encoded.rows.to_parquet(str(work / f"{use}.parquet"))
+            known = [tuple(ids) in trained for ids in column(encoded.rows, "prompt_ids")]
+            rows = encoded.rows.add_column("seen", known)
+            if use in ("sft", "reward"):
+                trained |= set(map(tuple, column(encoded.rows, "prompt_ids")))
+            rows.to_parquet(str(work / f"{use}.parquet"))
             metrics[f"{use}_overlong"] = encoded.dropped
             prompts, completions = (
                 column(encoded.rows, name) for name in ("prompt_ids", "completion_ids")
@@ -148,7 +206,8 @@ def _encode(context: RunContext, raw: RawData, start: Policy) -> Stage:
             metrics[f"{use}_tokens"] = sum(map(len, completions))
             pairs = zip(prompts, completions, strict=True)
             sums[use] = checksum([ids for pair in pairs for ids in pair])
-        return metrics
+        seen = by_prompt_key(rows, "seen")  # of the last use, evaluation
+        return {**metrics, "evaluation_prompts": len(seen), "evaluation_seen": sum(seen.values())}
 
     limits = ("max_prompt_tokens", "max_completion_tokens", "overlong")
     return context.stage(
@@ -210,9 +269,7 @@ def _make_start(context: RunContext, card: Card, rows: Sequence[Any]) -> tuple[A
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,
     }
-    tokenizer, model = load_tokenizer(options.path, **hub), load_model(options.path, **hub)
-    if options.chat_template is not None:
-        tokenizer.chat_template = read_template(options.chat_template)
+    tokenizer, model = model_tokenizer(options), load_model(options.path, **hub)
     stops = set() if tokenizer.eos_token_id is None else set(eos_ids(model, tokenizer))
     prepare_tokenizer(tokenizer, card.template)
     end = int(tokenizer.eos_token_id)

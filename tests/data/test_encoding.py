@@ -19,6 +19,7 @@ from irl_align.data.encoding import (
     encode_demonstrations,
     encode_preferences,
     encode_prompts,
+    same_prompts,
     training_texts,
 )
 from irl_align.data.rows import prompt_key
@@ -201,6 +202,36 @@ TALK = [
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "Bye"},
 ]
+
+
+def test_same_prompts_merges_what_the_template_or_lowercase_makes_equal(
+    chat: PreTrainedTokenizerFast,
+) -> None:
+    texts = ["Hi there", "hi there", " hi there\n", "else"]
+    keys = [prompt_key(text) for text in texts]
+    assert same_prompts(texts, chat, card("chat")) == {}
+    chat.chat_template = CHAT.replace("m.content", "(m.content | trim)")
+    smallest = min(keys[1:3])
+    assert same_prompts(texts, chat, card("chat")) == {
+        key: smallest for key in keys[1:3] if key != smallest
+    }
+    smallest = min(keys[:2])
+    for tokenizer in (chat, None):  # no tokenizer is one that is trained on the data
+        assert same_prompts(texts, tokenizer, card(lowercase=True)) == {
+            key: smallest for key in keys[:2] if key != smallest
+        }
+
+
+def test_encode_demonstrations_gives_prompts_of_the_same_ids_one_key(
+    scratch: PreTrainedTokenizerFast,
+) -> None:
+    rows = [{"prompt": prompt, "completion": "y"} for prompt in ("Ab", "c", "aB", "ab")]
+    encoded = encode_demonstrations(
+        rows, scratch, card(lowercase=True), DataOptions(card="own")
+    ).rows
+    first, other, *same = encoded["prompt_key"]
+    assert same == [first, first] != [other, other] and other == prompt_key("c")
+    assert first == min(map(prompt_key, ("Ab", "aB", "ab")))
 
 
 def test_chat_prompts_equal_the_template_by_hand(chat: PreTrainedTokenizerFast) -> None:

@@ -215,6 +215,19 @@ def test_carved_splits_partition_the_prompts(tmp_path: Path) -> None:
     assert abs(len(prompts["test"]) / 1000 - 0.3) < 0.063
 
 
+def test_carved_splits_keep_the_spellings_of_a_prompt_together(tmp_path: Path) -> None:
+    spellings = ("Prompt {}", "prompt {}", "  Prompt {}", "PROMPT  {}")
+    rows = [{"question": s.format(n), "answer": "a"} for s in spellings for n in range(60)]
+    (tmp_path / "demos.jsonl").write_text(lines(rows))
+    carved = "{train: {files: demos.*}, validation: {from: train, share: 0.3}}"
+    card = write_card(tmp_path, DEMOS.replace("{train: {files: demos.*}}", carved))
+    train, validation = (
+        {" ".join(str(row["prompt"]).lower().split()) for row in load_demonstrations(card, split)}
+        for split in ("train", "validation")
+    )
+    assert train and validation and not train & validation
+
+
 # ---------------------------------------------------------------- conversations and preferences
 
 TALK = [

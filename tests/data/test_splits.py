@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from irl_align.config.data import DataOptions
 from irl_align.data.rows import prompt_key
-from irl_align.data.splits import choose_prompts, data_checksum, divide
+from irl_align.data.splits import choose_prompts, data_checksum, divide, merged_keys
 from irl_align.errors import UserError
 
 
@@ -63,6 +63,41 @@ def test_divide_nests_smaller_shares_part_by_part(seed: int, one: float, other: 
     for part in ("sft", "reward", "held_out"):
         names = [prompts_of(getattr(division, part)) for division in (small, large, whole)]
         assert names[0] <= names[1] <= names[2]
+
+
+def test_divide_keeps_prompts_together_that_are_read_as_the_same() -> None:
+    """Three spellings of each prompt; in the middle of the rows the spelling changes."""
+    texts = [spelling(f"Prompt {n}") for spelling in (str, str.lower, str.upper) for n in range(60)]
+    rows = [{"prompt": text, "completion": "c"} for text in texts]
+    same = merged_keys(texts, map(str.lower, texts))
+    values = options(reward_data="disjoint", share=0.9)
+    parts = divide(rows, values, 0, same)
+    read = [
+        {p.lower() for p in prompts_of(getattr(parts, x))} for x in ("sft", "reward", "held_out")
+    ]
+    assert not read[0] & read[1] and not read[0] & read[2] and not read[1] & read[2]
+    names = ("sft", "reward", "held_out")
+    assert [parts.counts(same)[f"{name}_prompts"] for name in names] == list(map(len, read))
+    apart = divide(rows, values, 0)
+    assert {p.lower() for p in prompts_of(apart.sft)} & {
+        p.lower() for p in prompts_of(apart.held_out)
+    }
+    # A prompt that has no other spelling is where it would be without the others.
+    alone = [{"prompt": "alone", "completion": "c"}, *rows]
+    part = {
+        name: "alone" in prompts_of(getattr(divide(alone, values, 0, same), name)) for name in names
+    }
+    assert part == {
+        name: "alone" in prompts_of(getattr(divide(alone, values, 0), name)) for name in names
+    }
+
+
+def test_merged_keys_gives_the_smallest_key_in_any_order() -> None:
+    texts, read = ["A", "a", "b", "A"], [1, 1, 2, 1]
+    first = min(prompt_key("A"), prompt_key("a"))
+    other = max(prompt_key("A"), prompt_key("a"))
+    assert merged_keys(texts, read) == {other: first}
+    assert merged_keys(texts[::-1], read[::-1]) == {other: first}
 
 
 def test_divide_does_not_depend_on_other_prompts() -> None:

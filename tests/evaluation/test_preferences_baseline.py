@@ -97,7 +97,7 @@ def test_preference_notes_say_where_the_excess_share_means_little() -> None:
     own = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 99, "clusters": 50}
     groups = dict[str, Any](subsets={}, axes={}, margins={})
     scorers = {"trained on preferences": {"overall": own, **groups}, "SFT log-prob, mean": groups}
-    report = {"card": "toy", "only": None, "dropped": 0, "section_gaps": {}}
+    report = {"card": "toy", "only": None, "dropped": 0, "section_gaps": {}, "seen": 0}
     report |= {"scorers": scorers, "trained_on": trained}
     assert preference_notes(report) == [
         "toy: the reward on preferences was trained on 3 pairs of c, train, 2 too long and left "

@@ -121,7 +121,10 @@ def compare_runs(
 
 def _directions(measures: Sequence[str], known: Mapping[str, bool]) -> dict[str, bool]:
     """Measure -> whether lower is better; without measures of unknown direction (lm-eval's)."""
-    directions = {m: known[m.partition("@")[0]] for m in measures if m.partition("@")[0] in known}
+    metrics = {
+        m: m.partition("@")[0].removesuffix("/seen").removesuffix("/unseen") for m in measures
+    }
+    directions = {m: known[metric] for m, metric in metrics.items() if metric in known}
     return directions | {m: False for m in measures if m.startswith(("preference/", "wins/"))}
 
 

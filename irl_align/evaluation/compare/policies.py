@@ -17,6 +17,8 @@ AT_ENTROPY, BEYOND_ENTROPY = "first-at-entropy", "beyond-entropy"
 at a policy's entropy, and the policy's value at temperature 1 minus that."""
 
 
+PARTS = ("unseen", "seen")
+"""Evaluation prompts by whether they are in the training data as well."""
 # Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
 RATIOS = {"slot_error_rate": ("slot_errors", "slots")}
 
@@ -107,8 +109,16 @@ def gold_estimate(
 
 
 def gold_measures(record: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """The gold metrics of an evaluation, by measure."""
-    return {f"{name}@{temperature:g}": v for name, v in record.get("metrics", {}).items()}
+    """The gold metrics of an evaluation, by measure.
+
+    `bleu/unseen@1` is over the prompts that are not in the training data, `bleu/seen@1` over those
+    that are; both are there only if training has seen some of the prompts.
+    """
+    measures = {f"{name}@{temperature:g}": v for name, v in record.get("metrics", {}).items()}
+    for part in PARTS:
+        for name, value in record.get(part, {}).get("metrics", {}).items():
+            measures[f"{name}/{part}@{temperature:g}"] = value
+    return measures
 
 
 def _beyond_entropy(view: RunView, number: int) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 from irl_align.evaluation.compare.policies import (
     AT_ENTROPY,
     BEYOND_ENTROPY,
+    PARTS,
     evaluated_policies,
     evaluation_key,
     evaluations,
     gold_estimate,
-    gold_measures,
     policy_accuracies,
     policy_label,
     policy_measures,
@@ -41,6 +41,7 @@ VITAL_SIGNS = (
     *("kl", "entropy", "length", "truncated"),
     *("reward_accuracy", "fresh_accuracy"),
 )
+RESULTS_APART = "results, unseen and seen prompts"
 RESULTS, VITALS = "results", "vital signs, at temperature 1"
 TWO_DECIMALS = Column("", 2)
 ACCURACIES = [
@@ -73,15 +74,16 @@ def measure_column(
 ) -> Column:
     """The column of a measure, whose name is `slot error rate % greedy` for `slot_error_rate@0`."""
     metric, _, temperature = measure.partition("@")
-    is_share = metric not in DECIMALS
+    base, *parts = metric.split("/")
+    is_share = base not in DECIMALS
     if name is None:
-        name = ", ".join(metric.split("/")) if metric.startswith(EVALUATED) else metric
+        name = ", ".join([metric_name(base), *map(metric_name, parts)])
         unit = " %" if is_share and not unit_in_cells else ""
-        name = f"{metric_name(name)}{unit} {AT.get(temperature, f'T={temperature}')}".strip()
+        name = f"{name}{unit} {AT.get(temperature, f'T={temperature}')}".strip()
     if is_share:
         unit = "%" if unit_in_cells else ""
         return percent(name, unit=unit, signed=signed, brackets=brackets)
-    return Column(name, DECIMALS[metric], signed=signed, brackets=brackets)
+    return Column(name, DECIMALS[base], signed=signed, brackets=brackets)
 
 
 def shown_measures(measures: Iterable[str], metrics: Sequence[str]) -> list[str]:
@@ -118,11 +120,24 @@ def policy_tables(views: Sequence[RunView]) -> list[Table]:
     records = [record for view in views for record in view.metrics]
     headline = next((str(r["headline"]) for r in records if "headline" in r), "length")
     shown = shown_measures({m for _, row in rows for m in row}, (headline, *METRICS))
-    results, vitals = (
-        {m: measure_column(m, unit_in_cells=True, brackets=True) for m in measures}
-        for measures in (["prompts", *shown], VITAL_SIGNS)
-    )
-    return [measures_table(RESULTS, rows, results), measures_table(VITALS, rows, vitals)]
+    apart = shown_measures({m for _, row in rows for m in row}, by_part((headline, *METRICS)))
+    counts = [f"prompts/{part}" for part in PARTS]
+    tables = [(RESULTS, ["prompts", *shown]), (VITALS, list(VITAL_SIGNS))]
+    if apart:
+        tables.insert(1, (RESULTS_APART, [*counts, *apart]))
+    return [
+        measures_table(
+            title,
+            rows,
+            {m: measure_column(m, unit_in_cells=True, brackets=True) for m in measures},
+        )
+        for title, measures in tables
+    ]
+
+
+def by_part(metrics: Sequence[str]) -> list[str]:
+    """The metrics over unseen and over seen prompts."""
+    return [f"{metric}/{part}" for metric in metrics for part in PARTS]
 
 
 def _policies(views: Sequence[RunView]) -> Iterator[tuple[str, dict[str, Cell]]]:
@@ -155,13 +170,21 @@ def _results(
 ) -> dict[str, Cell]:
     """The gold metrics of an evaluation with their intervals over its prompts, or the length of the
     samples if the data has no gold."""
-    prompts: dict[str, Cell] = {"prompts": len(rows)} if rows else {}
+    cells: dict[str, Cell] = {"prompts": len(rows)} if rows else {}
     if "headline" not in record:
-        return {**prompts, f"length@{temperature:g}": record["length"]}
-    for name, measure in zip(record["metrics"], gold_measures(record, temperature), strict=True):
-        estimate = gold_estimate(name, record, rows)
-        prompts[measure] = None if estimate is None else replace(estimate, clusters=None)
-    return prompts
+        cells[f"length@{temperature:g}"] = record["length"]
+    samples: dict[str, tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] = {"": (record, rows)}
+    for part in PARTS:
+        own = [row for row in rows if row.get("seen") == (part == "seen")]
+        if part in record:
+            samples[f"/{part}"] = (record[part], own)
+            cells[f"prompts/{part}"] = record[part]["prompts"]
+    for part, (measured, answers) in samples.items():
+        for name in measured.get("metrics", {}):
+            estimate = gold_estimate(name, measured, answers)
+            if estimate is not None:
+                cells[f"{name}{part}@{temperature:g}"] = replace(estimate, clusters=None)
+    return cells
 
 
 def reward_tables(views: Sequence[RunView], title: str) -> list[Table]:

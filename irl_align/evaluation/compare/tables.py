@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from irl_align.evaluation.compare.cost_tables import (
@@ -16,8 +17,10 @@ from irl_align.evaluation.compare.run_tables import (
     EVALUATED,
     METRICS,
     RESULTS,
+    RESULTS_APART,
     VITAL_SIGNS,
     VITALS,
+    by_part,
     measure_column,
     measures_table,
     shown_measures,
@@ -40,7 +43,7 @@ Analysis = Mapping[str, Any]
 def tables_by_section(analysis: Analysis) -> dict[str, list[Table]]:
     """The tables by section, without those that have no rows."""
     builders: dict[str, Sequence[Callable[[Analysis], Table]]] = {
-        "Results": (results, vital_signs, against_baseline, ranking, evaluated),
+        "Results": (results, results_apart, vital_signs, against_baseline, ranking, evaluated),
         "Gold against KL": (gain_fits, same_kl),
         "PPO": (learning_speed,),
         "Cost": (costs, memory_by_part, tokens_by_part, costs_by_iteration),
@@ -73,6 +76,14 @@ def results(analysis: Analysis) -> Table:
     """Gold of every row at every temperature; length where there is no gold."""
     measures = headline_measures(analysis) or ["length"]
     return _policies_table(analysis, RESULTS, {m: _column(analysis, m) for m in measures})
+
+
+def results_apart(analysis: Analysis) -> Table:
+    """Gold on the evaluation prompts that training has not seen, and on those that it has."""
+    measures = {measure for row in analysis["rows"] for measure in row["estimates"]}
+    shown = shown_measures(measures, by_part((str(analysis["headline"]), *METRICS, "chrf")))
+    table = _policies_table(analysis, RESULTS_APART, {m: _column(analysis, m) for m in shown})
+    return table if shown else replace(table, rows=[])
 
 
 def headline_measures(analysis: Analysis) -> list[str]:

@@ -15,7 +15,7 @@ from irl_align.training.run_folder import RunView
 BUDGET = 2_500_000  # bytes of samples in a page
 CREDITED = 8  # samples of the first and of the last update that stored samples
 CREDIT_BUDGET = 1_000_000  # bytes of samples with credit, of all methods
-FIELDS = ("prompt", "completion", "demonstrations")
+FIELDS = ("prompt", "completion", "demonstrations", "seen")
 PER_TOKEN = ("credit", "advantage", "kl")
 Item = TypeVar("Item")
 

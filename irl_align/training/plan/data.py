@@ -51,7 +51,7 @@ def local_data(recipe: Recipe) -> RawData | None:
     """The data of a recipe, if it is local. Raises UserError where it is, but cannot be read."""
     card = load_card(recipe.data.card)
     local = card.is_task or recipe.data.path is not None or card.source is None
-    return load_data(recipe) if local else None
+    return load_data(recipe, needs_tokenizer=False) if local else None
 
 
 def count_data(recipe: Recipe, raw: RawData | None) -> Counts:
