@@ -19,6 +19,8 @@ from irl_align.data.cards import Card
 from irl_align.data.rows import Demonstration, Preference, Prompt, opening, prompt_key, prompt_text
 from irl_align.errors import UserError
 
+_PARTS = (("sft", "share"), ("held_out", "held_out"), ("reward", "reward_share"))
+"""Part of a division -> the option of `data` that sets its size."""
 NONE_MERGED: Mapping[str, str] = MappingProxyType({})
 Row = TypeVar("Row", Demonstration, Preference)
 
@@ -56,12 +58,39 @@ def divide(
     the same (`merged_keys`). The order of the rows does not matter. A part of a smaller share is a
     subset of the same part of a larger one. Raises UserError where a part is empty.
     """
+    for starts in _starts(rows):
+        division = _divided(rows, starts, options, seed, same)
+        empty = [(part, option) for part, option in _PARTS if not getattr(division, part)]
+        if not empty:
+            return division
+    part, option = empty[0]
+    raise UserError(
+        f"data.{option}: of {len(rows)} demonstrations none is left for {part}; "
+        f"expected at least one: give more demonstrations or change data.{option}"
+    )
+
+
+def _starts(rows: Sequence[Row]) -> tuple[list[Prompt], list[Prompt]]:
+    """What divides rows: the openings of conversations; or whole prompts, if openings leave a part
+    empty because many conversations open alike."""
+    prompts: list[Prompt] = [row["prompt"] for row in rows]
+    return [opening(prompt) for prompt in prompts], prompts
+
+
+def _divided(
+    rows: Sequence[Demonstration],
+    starts: Sequence[Prompt],
+    options: DataOptions,
+    seed: int,
+    same: Mapping[str, str],
+) -> Division:
+    """Demonstrations divided by a hash of their starts."""
     sft: list[Demonstration] = []
     reward: list[Demonstration] = []
     held_out: list[Demonstration] = []
     disjoint = options.reward_data == "disjoint"
-    for row in rows:
-        key = prompt_key(opening(row["prompt"]))
+    for row, start in zip(rows, starts, strict=True):
+        key = prompt_key(start)
         key = same.get(key, key)
         if unit_hash(seed, "share", key) >= options.share:
             continue
@@ -71,14 +100,7 @@ def divide(
             reward.append(row)
         else:
             sft.append(row)
-    division = Division(sft, reward if disjoint else sft, held_out)
-    for part, option in (("sft", "share"), ("held_out", "held_out"), ("reward", "reward_share")):
-        if not getattr(division, part):
-            raise UserError(
-                f"data.{option}: of {len(rows)} demonstrations none is left for {part}; "
-                f"expected at least one: give more demonstrations or change data.{option}"
-            )
-    return division
+    return Division(sft, reward if disjoint else sft, held_out)
 
 
 def merged_keys(prompts: Iterable[Prompt], read: Iterable[Hashable]) -> dict[str, str]:
@@ -110,12 +132,17 @@ def carve(card: Card, split: str, rows: list[Row]) -> list[Row]:
         taken += part.share
     if not bounds:
         return rows
-    low, high = bounds.get(split, (taken, 1.0))
-    prompts = [opening(row["prompt"]) for row in rows]
-    same = merged_keys(prompts, (_plain(prompt) for prompt in prompts))
-    keys = map(prompt_key, prompts)
-    hashes = [unit_hash(0, "carve", same.get(key, key)) for key in keys]
-    return [row for row, number in zip(rows, hashes, strict=True) if low <= number < high]
+    intervals = {**bounds, base: (taken, 1.0)}
+    for starts in _starts(rows):
+        same = merged_keys(starts, map(_plain, starts))
+        hashes = [unit_hash(0, "carve", same.get(k, k)) for k in map(prompt_key, starts)]
+        parts = {
+            name: [row for row, number in zip(rows, hashes, strict=True) if low <= number < high]
+            for name, (low, high) in intervals.items()
+        }
+        if all(parts.values()):
+            break
+    return parts[split]
 
 
 def _plain(prompt: Prompt) -> str:

@@ -1,14 +1,17 @@
 """The division by prompt: disjoint, nested and independent of the order of rows."""
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.own_card import DEMOS, write_card
 
 from irl_align.config.data import DataOptions
 from irl_align.data.rows import prompt_key
-from irl_align.data.splits import choose_prompts, data_checksum, divide, merged_keys
+from irl_align.data.splits import carve, choose_prompts, data_checksum, divide, merged_keys
 from irl_align.errors import UserError
 
 
@@ -158,3 +161,46 @@ def test_choose_prompts_nests_smaller_counts(keys: set[str], seed: int, count: i
     assert len(chosen) == min(count, len(keys)) and chosen <= keys
     assert chosen <= choose_prompts(sorted(keys, reverse=True), count + 1, seed)
     assert choose_prompts(keys, None, seed) == keys
+
+
+def chats(greetings: int) -> list[dict[str, Any]]:
+    """Sixty conversations of different questions that open with so many greetings."""
+    turns = (("user", "hi {1}"), ("assistant", "yes?"), ("user", "question {0}"))
+    return [
+        {
+            "prompt": [
+                {"role": role, "content": text.format(n, n % greetings)} for role, text in turns
+            ],
+            "completion": f"c{n}",
+        }
+        for n in range(60)
+    ]
+
+
+@pytest.mark.parametrize(("greetings", "apart"), [(1, False), (30, True)])
+def test_divide_keeps_conversations_that_open_alike_together_if_all_parts_have_rows(
+    greetings: int, apart: bool
+) -> None:
+    parts = divide(chats(greetings), options(), 0)
+    assert parts.sft and parts.held_out
+    sft, held_out = (
+        {row["prompt"][0]["content"] for row in part} for part in (parts.sft, parts.held_out)
+    )
+    assert sft.isdisjoint(held_out) == apart
+
+
+@pytest.mark.parametrize(("greetings", "apart"), [(1, False), (30, True)])
+def test_carve_gives_every_split_rows_of_its_own(
+    greetings: int, apart: bool, tmp_path: Path
+) -> None:
+    card = write_card(
+        tmp_path,
+        DEMOS.replace(
+            "{train: {files: demos.*}}", "{train: {files: demos.*}, dev: {from: train, share: 0.3}}"
+        ),
+    )
+    rows = chats(greetings)
+    train, dev = (carve(card, split, rows) for split in ("train", "dev"))
+    assert train and dev and sorted(map(str, train + dev)) == sorted(map(str, rows))
+    openings = ({row["prompt"][0]["content"] for row in part} for part in (train, dev))
+    assert set.isdisjoint(*openings) == apart
