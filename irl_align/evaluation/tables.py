@@ -107,7 +107,8 @@ def _temperature(row: Mapping[str, Any]) -> str:
 def _judge_notes(evaluation: Mapping[str, Any]) -> Iterator[str]:
     """Notes on few prompts, and on every comparison in which some pairs have no verdict."""
     by_reward = [row for report in evaluation["judged"] for row in report["rows"]]
-    shares = [estimate_cell(row.get(f"wins_against_{s}")) for row in by_reward for s in OPPONENTS]
+    sides = [f"wins_against_{side}{part}" for side in OPPONENTS for part in UNSEEN]
+    shares = [estimate_cell(row.get(side)) for row in by_reward for side in sides]
     by_chat = [row for report in evaluation["judged_by_chat"] for row in report["rows"]]
     note = few_clusters([*shares, *(estimate_cell(row["win_rate"]) for row in by_chat)])
     if note is not None:

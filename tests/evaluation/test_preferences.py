@@ -15,6 +15,7 @@ from support.shared_runs import shared_run
 from support.tiny_runs import irl_align, stage_folder, the_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from irl_align.data.columns import read_parquet
 from irl_align.evaluation import preferences
 from irl_align.evaluation.evaluate import IDENTITY, merged
 from irl_align.evaluation.inference import score_rows
@@ -107,6 +108,25 @@ def by_hand(run: Result) -> tuple[float, float]:
             totals.append([float(chosen_logps.sum()), float(chosen_logps.mean())])
         wins += np.greater(totals[0], totals[1])
     return float(wins[0] / 4), float(wins[1] / 4)
+
+
+def test_evaluate_reports_pairs_whose_prompts_the_run_was_trained_on_apart(
+    run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = read_parquet(stage_folder(run.folder, "data") / "sft.parquet")["prompt"][0]
+    (tmp_path / "toy.md").write_text(CARD)
+    write_pairs(tmp_path / "pairs.jsonl", [*PAIRS, (trained, "a a", "a", "b", 1.0)])
+    output = tmp_path / "evaluation.json"
+    ended = irl_align(
+        capsys, "evaluate", run.folder, "--card", tmp_path / "toy.md", "--output", output
+    )
+    (report,) = json.loads(output.read_text())["sets"]
+    groups = report["scorers"]["longer wins"]["axes"]["prompts of the run's training"]
+    assert {name: (one["mean"], one["n"]) for name, one in groups.items()} == {
+        "seen": (1.0, 1),
+        "unseen": (0.75, 4),
+    }
+    assert "1 of 5 pairs have a prompt that the run was trained on" in " ".join(ended.out.split())
 
 
 def test_evaluate_compares_an_implicit_reward_with_other_rewards(

@@ -11,7 +11,13 @@ from support.synthetic_runs import synthetic_run
 
 from irl_align.evaluation.compare.aggregate import AnalysisOptions, analyse, compare_runs
 from irl_align.evaluation.compare.tables import comparison_tables, notes, to_csv
-from irl_align.evaluation.tables import evaluated_runs, evaluation_measures
+from irl_align.evaluation.tables import (
+    benchmark_table,
+    evaluated_runs,
+    evaluation_measures,
+    evaluation_notes,
+    evaluation_tables,
+)
 from irl_align.training.run_folder import Run, RunView
 
 
@@ -111,3 +117,24 @@ def test_what_some_runs_lack_or_was_of_another_policy_is_no_mean(tmp_path: Path)
     assert not [g for g in comparison_tables(analysis) if g.title.startswith("evaluations")]
     (line,) = [line for line in notes(analysis) if "not evaluated in all" in line]
     assert line.startswith("not compared: a: ") and "preference/pairs/test/reward" in line
+
+
+def test_benchmark_table_gives_a_share_of_all_rows_wilsons_interval() -> None:
+    metrics = {"acc,none": {"value": 1.0, "stderr": 0.0}}
+    result = {"task": "own", "shots": 0, "limit": None, "rows": 5, "metrics": metrics}
+    ((*_, value, rows),) = benchmark_table([result]).texts()
+    # 5 / (5 + 1.96^2) is the lower bound.
+    assert (value, rows) == ("100.0 [56.6, 100.0]", "5")
+
+
+def test_judge_tables_have_win_rates_on_unseen_prompts_and_say_that_prompts_are_few() -> None:
+    measured = evaluation(0.7, 0.65)
+    (row,) = measured["judged"][0]["rows"]
+    row |= {"samples": 60, "judge_score": 0.5, "distinct_bigrams": 0.5}
+    row["wins_against_start_unseen"] = {**share(0.5), "n": 12, "clusters": 12}
+    measured |= {"sets": [], "judged_by_chat": [], "benchmarks": []}
+    (table,) = evaluation_tables(measured)
+    assert table.columns[3].name == "against start, prompts not in training"
+    assert table.texts()[0][3] == "50.0 [40.0, 60.0] n=12"
+    (note,) = evaluation_notes(measured)
+    assert note.startswith("judges: accuracies over fewer than 30 prompts (the fewest: 12)")

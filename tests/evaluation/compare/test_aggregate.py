@@ -14,6 +14,7 @@ from irl_align.cli.show import show_comparison
 from irl_align.errors import UserError
 from irl_align.evaluation.compare.aggregate import AnalysisOptions, analyse, compare_runs
 from irl_align.evaluation.compare.costs import sharing
+from irl_align.evaluation.compare.run_tables import policy_tables
 from irl_align.evaluation.compare.tables import (
     comparison_tables,
     headline_measures,
@@ -36,6 +37,33 @@ def three_seeds(root: Path) -> list[RunView]:
             errors = [(start, start / 2), (start + change, start / 2)]
             folders.append(synthetic_run(root, name, seed, errors))
     return views(*folders)
+
+
+def test_results_on_unseen_and_seen_prompts_are_apart(tmp_path: Path) -> None:
+    folders = []
+    for seed in (1, 2, 3):
+        run = synthetic_run(tmp_path, "m", seed, [(0.3, 0.2), (0.2, 0.1)])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for record in lines:
+            if record["key"] in ("evaluation/0/t1", "evaluation/1/t1"):
+                value = record["metrics"]["slot_error_rate"]
+                for part, change in (("unseen", 0.05), ("seen", -0.1)):
+                    own = {"slot_error_rate": value + change + 0.01 * seed}
+                    record[part] = {"prompts": 10, "metrics": own}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(run)
+    analysis = analyse(compare_runs(views(*folders)))
+    (table,) = [t for t in comparison_tables(analysis) if t.title.startswith("results, unseen")]
+    names = ["slot error rate, unseen % T=1", "slot error rate, seen % T=1"]
+    assert [column.name for column in table.columns] == ["policy", *names]
+    assert table.texts()[-1] == ["m", "27.0±2.5", "12.0±2.5"]
+    assert analysis["lower_is_better"]["slot_error_rate/unseen@1"] is True
+    (shown,) = [t for t in policy_tables(views(folders[0])) if t.title.startswith("results, unse")]
+    assert shown.texts()[-1] == ["m 1", "10", "10", "26.0%", "11.0%"]
+    assert not any(
+        table.title.startswith("results, unseen")
+        for table in comparison_tables(analyse(compare_runs(three_seeds(tmp_path / "other"))))
+    )
 
 
 def row(analysis: dict[str, Any], label: str) -> dict[str, Any]:
