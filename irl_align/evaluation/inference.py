@@ -18,6 +18,7 @@ from irl_align.data.loading import before_answer
 from irl_align.data.messages import read_messages, read_tools, with_tools
 from irl_align.data.rows import Completion, Prompt, exchange
 from irl_align.data.sources import file_rows
+from irl_align.data.tokenizer import set_text_end
 from irl_align.errors import UserError
 from irl_align.models.generation.backends import resolve_backend
 from irl_align.models.generation.offline import saved_sampler
@@ -241,6 +242,7 @@ def generate_rows(
     options = options or GenerationOptions()
     backend = resolve_backend(options, where)
     tokenizer = load_tokenizer(policy.model)
+    set_text_end(tokenizer, form.template)
     prompts = encode_prompts(asked, tokenizer, form)
     options = options.model_copy(update={"max_new_tokens": sampling.max_new_tokens})
     candidates = replace(sampling, n=sampling.n * policy.best_of)

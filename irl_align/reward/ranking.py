@@ -24,15 +24,21 @@ def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
     return _over_samples(samples, lambda p, c: spread(reward).score_ids(p, c).numpy())
 
 
-def _over_samples(samples: Samples, score: Callable[[Ids, Ids], np.ndarray]) -> np.ndarray:
-    """A number for every sample, (M * N,), from a function of prompts (B,) and completions (B,)."""
+def _over_samples(
+    samples: Samples, score: Callable[[Ids, Ids], np.ndarray], sampled: bool = False
+) -> np.ndarray:
+    """A number for every sample, (M * N,), from a function of prompts (B,) and completions (B,).
+
+    sampled: the completions are Completion.sampled_ids, as log-probs read them, not token_ids.
+    """
     scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples.prompts)
     waiting: dict[int, list[Completion]] = {}
 
     def score_waiting() -> None:
         order = sorted(waiting)
         prompts = [samples.prompts[i] for i in order for _ in waiting[i]]
-        values = score(prompts, [c.token_ids for i in order for c in waiting[i]])
+        completions = [c for i in order for c in waiting[i]]
+        values = score(prompts, [c.sampled_ids if sampled else c.token_ids for c in completions])
         ends = np.cumsum([len(waiting[i]) for i in order])[:-1]
         for index, part in zip(order, np.split(values, ends), strict=True):
             scores[index] = part
@@ -85,5 +91,7 @@ def rank_samples(
 def _mean_logprobs(samples: Samples, logprobs: Logprobs) -> np.ndarray:
     """Mean log-prob per token of every sample under a policy, (M * N,)."""
     return _over_samples(
-        samples, lambda p, c: np.array([float(row.mean()) for row in logprobs(p, c)])
+        samples,
+        lambda p, c: np.array([float(row.mean()) for row in logprobs(p, c)]),
+        sampled=True,
     )

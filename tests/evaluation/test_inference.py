@@ -142,12 +142,15 @@ def parrot(tokenizer: PreTrainedTokenizerFast, text: str) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.mark.parametrize(
+    ("family", "template"), [("chatml", THINK), ("gemma", FAMILIES["gemma"].template)]
+)
 def test_generate_of_another_projects_chat_model_gives_the_answer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, template: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By its own chat template, and without the think block that the template writes."""
-    tokenizer = chat_tokenizer("chatml")
-    tokenizer.chat_template = THINK
+    """By its own chat template and its end, which is not Gemma's EOS, and without a think block."""
+    tokenizer = chat_tokenizer(family)
+    tokenizer.chat_template = template
     model = save(parrot(tokenizer, NEAR["content"]), tokenizer, tmp_path / "model")
     path = write(tmp_path / "rows.jsonl", {"messages": [ASK]}, {"messages": [ASK, FAR]})
     options = ("--input", path, "--temperature", 0, "--max-new-tokens", 48)
@@ -155,7 +158,7 @@ def test_generate_of_another_projects_chat_model_gives_the_answer(
     assert ended.status == 0, ended.err
     rows = [json.loads(line) for line in ended.out.splitlines()]
     assert [row["completion"] for row in rows] == [NEAR["content"]] * 2
-    assert rows[1]["messages"] == [ASK, FAR]
+    assert rows[1]["messages"] == [ASK, FAR] and not any(row["truncated"] for row in rows)
     path.write_text(json.dumps({"prompt": ASK["content"]}))
     plain = irl_align(capsys, "generate", model, *options, "--template", "{prompt}")
     assert json.loads(plain.out)["completion"] != NEAR["content"]

@@ -20,6 +20,7 @@ from support.vllm_models import (
     build,
     ids,
     largest_gap,
+    learner_logprobs,
     needs_vllm,
     ragged_prompts,
     save,
@@ -150,6 +151,22 @@ def test_samples_end_at_eos_or_are_truncated(llama: Llama) -> None:
         assert completion.truncated == (completion.token_ids[-1] != EOS)
         assert not completion.truncated or len(completion.token_ids) == 30
     assert 0 < sum(c.truncated for c in flat) < len(flat)
+
+
+def test_samples_stop_at_every_stop_id_and_end_in_the_first(llama: Llama) -> None:
+    sampler, model = llama
+    stops = [EOS, *range(100, 130)]
+    sampler.sync(Path("unread"), "shared", stops, lambda: model)  # the same weights
+    prompts = ragged_prompts(20)
+    samples = generate(sampler, prompts, Sampling(n=4, max_new_tokens=30))
+    sampler.sync(Path("unread"), "shared", [EOS], lambda: model)
+    rows = [(p, c) for p, group in zip(prompts, samples, strict=True) for c in group]
+    assert {c.stop is None for _, c in rows} == {True, False}
+    for prompt, completion in rows:
+        assert completion.truncated == (completion.token_ids[-1] != EOS)
+        assert not set(completion.token_ids[:-1]) & set(stops)
+        [own] = learner_logprobs(model, [prompt], [completion.sampled_ids])
+        assert np.abs(own - completion.logprobs).max() < TOLERANCE
 
 
 def test_sample_frequencies_match_the_models_probabilities(
