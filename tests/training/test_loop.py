@@ -185,7 +185,7 @@ def test_a_second_recipe_reuses_what_it_shares(best: Result, spin: Result) -> No
 
 
 def test_the_window_decides_how_many_pairs_are_fitted(
-    spin: Result, run: Callable[..., Result]
+    spin: Result, run: Callable[..., Result], caplog: pytest.LogCaptureFixture
 ) -> None:
     # Of 154 training demonstrations 34 are longer than the samples' limit of 64 tokens, and the
     # others make one pair each in an iteration, 32 in a batch.
@@ -194,6 +194,7 @@ def test_the_window_decides_how_many_pairs_are_fitted(
     steps = stage_records(spin.folder)["reward/1"]["metrics"]["steps"]
     assert steps == math.ceil(120 / 32)  # latest
     both = run("last-2", *SPIN, "loop.iterations=2", "pairs.window=last-2")
+    assert caplog.text.count("are longer than generation.max_new_tokens, 64: they make no") == 1
     assert stage_records(both.folder)["reward/1"]["metrics"]["steps"] == math.ceil(240 / 32)
     assert metrics(both.folder)["stage/reward/0"]["reused"] is False  # the window is a setting
 
