@@ -22,11 +22,14 @@ SHORTCUTS = {
 
 
 def accuracy(report: Mapping[str, Any]) -> Estimate | None:
-    """Accuracy of a `margin_report`; None if it has no pairs."""
+    """Accuracy of a `margin_report`; None if it has no pairs.
+
+    The runs whose results are recorded with the documents have no intervals.
+    """
     if "accuracy" not in report:
         return None
-    low, high = report["accuracy_interval"]
-    return Estimate(report["accuracy"], low, high, report["pairs"], report["prompts"])
+    low, high = report.get("accuracy_interval", (None, None))
+    return Estimate(report["accuracy"], low, high, report["pairs"], report.get("prompts"))
 
 
 def audit_share(audit: Mapping[str, Any], shortcut: str) -> Estimate:
