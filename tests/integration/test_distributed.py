@@ -44,6 +44,7 @@ OPTIONS = (
     "policy_update.keep=last",
 )
 DPO = (
+    "name=dpo",
     *ALL,
     "reward.args.adam_epsilon=1.0e-4",
     "policy_update={kind: best_of_n, n: 4, use: dpo, prompts: 22}",
@@ -52,7 +53,7 @@ DPO = (
     "policy_update.args.learning_rate=1.0e-5",
 )
 # Some 150 pairs by 32: the last piece of an epoch has fewer rows in one process than in the other.
-SPIN_TOO = (*SPIN, *ALL, "reward.schedule.learning_rate=[1.0e-5]")
+SPIN_TOO = ("name=spin", *SPIN, *ALL, "reward.schedule.learning_rate=[1.0e-5]")
 NOISE = ("runtime", "per_second", "seconds", "flos", "padding", "num_tokens")
 
 
@@ -162,7 +163,8 @@ def same(one: Path, two: Path, files: int) -> None:
     for name, path in mine.items():
         records = [json.loads((p / "stage.json").read_text()) for p in (path, theirs[name])]
         ours, others = (numbers(record["metrics"]) for record in records)
-        if "dpo" in name or "implicit" in name:  # TRL's monitors are means of pieces' means
+        # TRL's monitors of pairs are means of pieces' means, and the last piece may be uneven.
+        if any(kind in name for kind in ("dpo", "implicit", "reward")):
             ours, others = (
                 {k: v for k, v in leaves.items() if "/history/" not in k or k.endswith("/loss")}
                 for leaves in (ours, others)
