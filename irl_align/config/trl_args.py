@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -36,7 +36,7 @@ _RESERVED_BY_REASON = {
     "the tokenizer's own is used": "eos_token pad_token",
     "irl-align hands over token ids and their loss mask": (
         "completion_only_loss assistant_only_loss dataset_text_field dataset_kwargs "
-        "dataset_num_proc remove_unused_columns label_names length_column_name"
+        "dataset_num_proc remove_unused_columns label_names length_column_name shuffle_dataset"
     ),
     "rows are not packed: without flash attention they would see each other": (
         "packing packing_strategy eval_packing padding_free"
@@ -63,11 +63,60 @@ _RESERVED_BY_REASON = {
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
         "hub_revision"
     ),
-    "accelerate sets it": "local_rank parallelism_config",
+    "accelerate launch sets it; see docs/scaling.md": (
+        "local_rank parallelism_config accelerator_config fsdp fsdp_config deepspeed ddp_backend "
+        "ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "ddp_static_graph average_tokens_across_devices"
+    ),
+    "no loss reads it here; DPO has label_smoothing": "label_smoothing_factor",
+    "irl-align calls the layers of a model, which a compiled model would not see": (
+        "torch_compile torch_compile_backend torch_compile_mode"
+    ),
+    "TRL is removing it": "use_liger_kernel liger_kernel_config",
+    "training never uses a cache": "use_cache",
+    "a step's batch is that of the recipe on every machine": "auto_find_batch_size",
+    "irl-align has its own log, progress bars and counts of tokens and memory": (
+        "log_level log_level_replica log_on_each_node disable_tqdm skip_memory_metrics "
+        "include_num_input_tokens_seen"
+    ),
+    "use the recipe's report_to, and the tracker's own settings": (
+        "project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    ),
+    "it would outlast its stage; the recipe's seed makes runs repeatable": "full_determinism",
+    "rows are token ids already; dataloader_num_workers is enough": (
+        "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
+        "dataloader_multiprocessing_context"
+    ),
+    "optimisers of projected gradients (GaLore, APOLLO) are not supported": "optim_target_modules",
+    "a loss that is not finite stops a run": "debug",
 }
 RESERVED: dict[str, str] = {
     name: reason for reason, names in _RESERVED_BY_REASON.items() for name in names.split()
 }
+
+# Fields that some trainers of irl-align do not read, since a part of the trainer is its own.
+_UNREAD: dict[str, dict[str, str]] = {
+    "RewardConfig": {"pad_to_multiple_of": "pairs are packed into rows"},
+    "DPOConfig": {"pad_to_multiple_of": "pairs are padded to the longest of their batch"},
+    "iqlearn": dict.fromkeys(("loss_type", "router_aux_loss_coef"), "IQLearn has its own loss"),
+}
+# Types of fields that TRL itself gives too wide, and checks late or not at all.
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+_NARROWER: dict[tuple[str, str], Any] = {
+    ("SFTConfig", "loss_type"): Literal["nll", "dft"],
+    ("DPOConfig", "loss_type"): list[Literal[DPO_LOSSES]],  # type: ignore[valid-type]
+    ("DPOConfig", "f_divergence_type"): Literal[
+        "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
+    ],
+    ("", "train_sampling_strategy"): Literal["random", "sequential", "group_by_length"],
+    ("", "lr_scheduler_kwargs"): dict[str, Any] | None,
+    ("", "gradient_checkpointing_kwargs"): dict[Literal["use_reentrant"], bool] | None,
+    ("", "pad_to_multiple_of"): int | Literal["auto"] | None,
+}
+_LARGEST = 2**31 - 1  # of any number: larger ones overflow in torch
 
 # Ranges that TRL does not check: other values fail late, or train nonsense.
 _ABOVE_ZERO = {
@@ -78,6 +127,8 @@ _ABOVE_ZERO = {
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "pad_to_multiple_of",
+    "discopop_tau",
 }
 _AT_LEAST_ZERO = {
     "learning_rate",
@@ -86,7 +137,11 @@ _AT_LEAST_ZERO = {
     "max_grad_norm",
     "adam_epsilon",
     "label_smoothing",
-    "label_smoothing_factor",
+    "dataloader_num_workers",
+    "neftune_noise_alpha",
+    "ld_alpha",
+    "router_aux_loss_coef",
+    "center_rewards_coefficient",
 }
 
 
@@ -117,15 +172,16 @@ def args_problems(raw: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         if config is None or not isinstance(options, dict):
             continue  # the schema reports what is wrong
         args, schedule = options.get("args"), options.get("schedule")
+        unread = _UNREAD.get("iqlearn" if options.get("kind") == "iqlearn" else config, {})
         for name, value in args.items() if isinstance(args, dict) else ():
-            problem = _problem(config, name, value)
+            problem = _problem(config, name, value, unread)
             if problem:
                 yield (group, "args", name), problem
         if group != "reward" or not isinstance(schedule, dict):
             continue
         for name, values in schedule.items():
             for i, value in enumerate(values if isinstance(values, list) else ()):
-                problem = _problem(config, name, value)
+                problem = _problem(config, name, value, unread)
                 if problem and name in _hints(config) and name not in RESERVED:
                     yield (group, "schedule", name, i), problem
                 elif problem:  # the name is wrong: report it once
@@ -196,7 +252,12 @@ def _hints(config: str) -> dict[str, Any]:
 
     cls = getattr(trl, config)
     hints = typing.get_type_hints(cls)
-    return {field.name: _enum_or_type(hints[field.name]) for field in dataclasses.fields(cls)}
+    return {
+        field.name: _NARROWER.get((config, field.name))
+        or _NARROWER.get(("", field.name))
+        or _enum_or_type(hints[field.name])
+        for field in dataclasses.fields(cls)
+    }
 
 
 def _enum_or_type(hint: Any) -> Any:
@@ -215,10 +276,13 @@ def _adapter(config: str, name: str) -> TypeAdapter[Any] | None:
         return None
 
 
-def _problem(config: str, name: str, value: Any) -> str | None:
-    """What is wrong with ``name: value`` as an option of ``trl.<config>``; None if it is right."""
-    if name in RESERVED:
-        return f"a recipe cannot set it: {RESERVED[name]}"
+def _problem(config: str, name: str, value: Any, unread: Mapping[str, str]) -> str | None:
+    """What is wrong with ``name: value`` as an option of ``trl.<config>``; None if it is right.
+
+    unread: fields that this trainer does not read, with the reason.
+    """
+    if reason := RESERVED.get(name) or unread.get(name):
+        return f"a recipe cannot set it: {reason}"
     hints = _hints(config)
     if name not in hints:
         guess = nearest_arg(config, name)
@@ -233,12 +297,21 @@ def _problem(config: str, name: str, value: Any) -> str | None:
         guess = nearest(value, _choices(hints[name])) if isinstance(value, str) else None
         hint = f"; did you mean {guess}?" if guess else ""
         return f"found {show(value)}, expected {describe(hints[name])}{hint}"
-    if isinstance(value, int | float):
-        if name in _ABOVE_ZERO and value <= 0:
-            return f"found {show(value)}, expected {describe(hints[name])} above 0"
-        if name in _AT_LEAST_ZERO and value < 0:
-            return f"found {show(value)}, expected {describe(hints[name])} at least 0"
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and (limit := _beyond(name, number)):
+            return f"found {show(number)}, expected {describe(hints[name])} {limit}"
     return None
+
+
+def _beyond(name: str, number: float) -> str | None:
+    """The limit of a field, in words, that a number is beyond; None if it is within it."""
+    if not abs(number) <= _LARGEST:  # also NaN
+        return f"of at most {_LARGEST}"
+    if name == "max_steps" and number < 1 and number != -1:
+        return "above 0, or -1 for no limit"
+    if name in _ABOVE_ZERO and number <= 0:
+        return "above 0"
+    return "at least 0" if name in _AT_LEAST_ZERO and number < 0 else None
 
 
 def _choices(hint: Any) -> list[str]:

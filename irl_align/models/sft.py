@@ -15,8 +15,8 @@ from irl_align.models.trl import (
     Training,
     as_dataset,
     run_trainer,
-    training_args,
 )
+from irl_align.models.trl_options import training_args
 
 
 def sft_columns(

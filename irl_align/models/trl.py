@@ -35,13 +35,11 @@ from irl_align.models.batch_sharding import (
     PieceDataset,
     PieceLoader,
     PieceSampler,
-    split_batch,
 )
 from irl_align.models.lora import has_adapter, kept_precision, load_trained, save_trained
 from irl_align.models.sharding import is_finite, reset_deepspeed
 from irl_align.utils import distributed
 from irl_align.utils.files import is_sealed, seal
-from irl_align.utils.hardware import use_bf16
 
 T = TypeVar("T")
 # Batches of similar length waste no padding; recipes may choose another sampling strategy.
@@ -64,53 +62,6 @@ class Training:
     label: str = "train"
     tensorboard: Path | None = None
     """Folder of TensorBoard's events, if report_to names it."""
-
-
-def training_args(config_class: type, options: Mapping[str, Any], training: Training) -> Any:
-    """A TRL config from a recipe's args and the settings that irl-align decides.
-
-    Defaults differ from TRL's so that a CPU works out of the box: no bf16 on a CPU unless it is
-    asked for and native, and no gradient checkpointing. Checkpoints are for resume: four per
-    training, of which the last two are kept. The recipe's batch of a step is split among the
-    processes. Raises UserError for args that TRL refuses, or a batch that cannot be split.
-    """
-    on_cpu = training.device.type == "cpu"
-    merged: dict[str, Any] = {
-        "gradient_checkpointing": False,
-        "save_steps": 0.25,
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        **({"bf16": False, "dataloader_pin_memory": False} if on_cpu else {}),
-        **options,
-        "output_dir": str(training.work / "scratch"),
-        "save_strategy": "steps",
-        "seed": training.seed,
-        "data_seed": training.seed,
-        "report_to": list(training.report_to) or "none",
-        "run_name": training.run_name or None,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "use_cpu": on_cpu,
-        "max_length": None,  # tokenising has checked the rows against the limits
-    }
-    if merged.get("bf16") and not merged.get("fp16"):  # TRL refuses both together
-        merged["bf16"] = use_bf16(True, on_cpu)
-    split = None
-    if distributed.count() > 1:
-        merged["average_tokens_across_devices"] = True  # as in one process
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        fields: Any = config_class.__dataclass_fields__  # type: ignore[attr-defined]
-        rows, steps = (merged.get(name, fields[name].default) for name in names)
-        split = split_batch(rows, steps, distributed.count(), config_class.__name__)
-        merged |= dict(zip(names, (split.rows, split.steps), strict=True))
-    try:
-        args = config_class(**merged)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(
-            f"recipe: args of {config_class.__name__}: {' '.join(str(error).split())}"
-        ) from error
-    args.batch_split = split
-    return args
 
 
 class LengthGroups(Sampler[int]):
@@ -161,8 +112,15 @@ class Guarded:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with kept_precision(kwargs["model"]):
-            super().__init__(*args, **kwargs)
+        config = kwargs["args"]
+        try:
+            with kept_precision(kwargs["model"]):
+                super().__init__(*args, **kwargs)
+        except (ValueError, TypeError, ImportError) as error:  # options that do not fit the model
+            raise UserError(
+                f"{config.run_name or 'recipe'}: args of {type(config).__name__}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         trainer: Any = self
@@ -197,12 +155,24 @@ class Guarded:
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The trainer's own loader; with several processes, this one's pieces of every step."""
+        """The trainer's own loader; with several processes, this one's pieces of every step.
+
+        Raises UserError: no batch is full, and dataloader_drop_last drops the others.
+        """
         trainer: Any = self
         args = trainer.args
-        if args.batch_split is None:
-            loader: DataLoader[Any] = super().get_train_dataloader()  # type: ignore[misc]
-            return loader
+        whole = args.batch_split is None
+        loader = super().get_train_dataloader() if whole else self._pieces()  # type: ignore[misc]
+        if not len(loader):
+            raise UserError(
+                f"{args.run_name or 'training'}: dataloader_drop_last leaves no batch of "
+                f"{len(trainer.train_dataset)} rows; lower per_device_train_batch_size"
+            )
+        return loader
+
+    def _pieces(self) -> DataLoader[Any]:
+        trainer: Any = self
+        args = trainer.args
         order = self._get_train_sampler()
         if isinstance(order, RandomSampler):  # as accelerate makes it in one process
             order = SeedableRandomSampler(order.data_source, data_seed=args.data_seed)

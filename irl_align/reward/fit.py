@@ -21,8 +21,8 @@ from irl_align.models.trl import (
     as_dataset,
     inside_forward,
     run_trainer,
-    training_args,
 )
+from irl_align.models.trl_options import training_args
 from irl_align.reward.forward import whole_rewards
 from irl_align.reward.losses import PAIR_LOSSES, calibration_error, pair_metrics
 from irl_align.reward.model import RewardModel

@@ -31,8 +31,8 @@ from irl_align.models.trl import (
     Training,
     as_dataset,
     run_trainer,
-    training_args,
 )
+from irl_align.models.trl_options import training_args
 from irl_align.reward.fit import SIDES
 from irl_align.reward.losses import implicit_reward, mixture_logp
 from irl_align.reward.protocol import TextFormat, TextScoring, require_finite
@@ -173,8 +173,9 @@ class PairDPOTrainer(Guarded, DPOTrainer):
     """TRL's DPOTrainer on token ids, with precomputed reference log-probs."""
 
     def __init__(self, *args: Any, expect_ln2: bool, **kwargs: Any) -> None:
-        self.expect_ln2 = expect_ln2
         super().__init__(*args, **kwargs)
+        # A mixture of experts may add its own loss, which balances them.
+        self.expect_ln2 = expect_ln2 and not self.aux_loss_enabled
         if distributed.count() > 1:  # TRL's monitors gather rows, whose number may differ
             self.accelerator.gather = gather_rows
 
@@ -222,7 +223,7 @@ def fit_implicit(
     """Train `model` in place on pairs; returns training metrics.
 
     ref_logps: (2, B) from :func:`reference_logps`. expect_ln2: whether the reference is the model
-    itself; then the first loss must be ln 2 (with the sigmoid loss and no label smoothing).
+    itself; then the first loss must be ln 2 (with the sigmoid loss only, and no noise).
     """
     lengths = [
         max(len(p) + len(c), len(q) + len(d))
@@ -234,7 +235,8 @@ def fit_implicit(
     args = training_args(
         DPOConfig, {**LENGTH_GROUPS, **options, "precompute_ref_log_probs": True}, training
     )
-    plain = args.loss_type == ["sigmoid"] and not args.label_smoothing
+    plain = args.loss_type == ["sigmoid"] and not args.label_smoothing and args.loss_weights is None
+    plain &= not (args.neftune_noise_alpha or args.ld_alpha or args.use_weighting)
     trained = to_train(model)
     trainer = PairDPOTrainer(
         model=trained,

@@ -20,7 +20,8 @@ from irl_align.data.cards import import_object, load_card
 from irl_align.data.loading import check_source
 from irl_align.errors import UserError
 from irl_align.models.loading import pick_device
-from irl_align.models.trl import Training, training_args
+from irl_align.models.trl import Training
+from irl_align.models.trl_options import check_args, training_args
 from irl_align.policy import Policy
 from irl_align.training.context import RunContext
 from irl_align.training.run_folder import FollowedRun, Run
@@ -135,6 +136,7 @@ def check_trainers(recipe: Recipe, device: torch.device) -> None:
         first = {name: each[0] for name, each in options.get("schedule", {}).items()}
         training = Training(Path(recipe.output_dir), recipe.seed, device)
         try:
-            training_args(getattr(trl, config), {**options.get("args", {}), **first}, training)
+            merged = {**options.get("args", {}), **first}
+            check_args(training_args(getattr(trl, config), merged, training))
         except UserError as error:
             raise UserError(f"{group}: {error}") from error

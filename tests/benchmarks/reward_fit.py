@@ -20,7 +20,8 @@ from trl import RewardConfig
 from irl_align.config.recipe import load_recipe
 from irl_align.data.pairs import load_pairs
 from irl_align.models.attention import short_attention
-from irl_align.models.trl import Training, training_args
+from irl_align.models.trl import Training
+from irl_align.models.trl_options import training_args
 from irl_align.reward.fit import SIDES, fit_reward, pair_columns
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings

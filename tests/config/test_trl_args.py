@@ -129,5 +129,7 @@ def test_args_problems_accepts_the_defaults_of_trl() -> None:
             for field in dataclasses.fields(getattr(trl, name))
             if field.name not in trl_args.RESERVED and field.default is not dataclasses.MISSING
         }
-        assert len(args) > 40
+        if group == "reward":
+            del args["pad_to_multiple_of"]  # pairs are packed
+        assert len(args) > 25
         assert list(trl_args.args_problems({group: {"args": args}})) == []

@@ -19,7 +19,8 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 
 from irl_align.errors import UserError
 from irl_align.models.sft import fit_sft, sft_columns
-from irl_align.models.trl import LengthGroups, Training, last_checkpoint, training_args
+from irl_align.models.trl import LengthGroups, Training, last_checkpoint
+from irl_align.models.trl_options import training_args
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.model import RewardModel

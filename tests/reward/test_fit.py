@@ -16,7 +16,8 @@ from trl import RewardConfig
 
 from irl_align.errors import UserError
 from irl_align.models.packing import can_pack
-from irl_align.models.trl import Training, as_dataset, training_args
+from irl_align.models.trl import Training, as_dataset
+from irl_align.models.trl_options import training_args
 from irl_align.reward.fit import (
     PairCollator,
     PairRewardTrainer,

@@ -1,0 +1,287 @@
+"""Every option of TRL that a recipe may set acts, or is refused in one line."""
+
+import dataclasses
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from support.tiny_models import cached_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
+
+from irl_align.config.trl_args import DPO_LOSSES, args_problems
+from irl_align.errors import UserError
+from irl_align.models.loading import seeded
+from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.trl import Training
+from irl_align.models.trl_options import check_args, training_args
+from irl_align.reward.fit import fit_reward, pair_columns
+from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.model import RewardModel
+from irl_align.reward.settings import RewardSettings
+
+GROUPS = {
+    "SFTConfig": {"sft": {}},
+    "RewardConfig": {"reward": {}},
+    "DPOConfig": {"reward": {"kind": "implicit"}},
+    "iqlearn": {"policy_update": {"kind": "iqlearn"}},
+}
+Args = dict[str, Any]
+BASE: Args = {
+    "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+    "optim": "adamw_torch", "logging_steps": 1, "bf16": False,
+    "save_steps": 100,
+}  # fmt: skip
+EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+FOUR = {"max_steps": 4}
+# Field -> options that it needs, and a value that changes a training.
+EFFECTS: dict[str, tuple[Args, Any]] = {
+    "per_device_train_batch_size": ({}, 3),
+    "num_train_epochs": (EPOCHS, 2.0),
+    "max_steps": ({}, 3),
+    "learning_rate": ({}, 0.1),
+    "lr_scheduler_type": ({}, "constant"),
+    "lr_scheduler_kwargs": ({"lr_scheduler_type": "cosine"}, {"num_cycles": 0.9}),
+    "warmup_steps": ({}, 2),
+    "optim": ({}, "sgd"),
+    "optim_args": ({**SGD, "max_steps": 3}, "momentum=0.9"),
+    "weight_decay": ({}, 0.5),
+    "adam_beta1": ({}, 0.1),
+    "adam_beta2": ({"max_steps": 3}, 0.1),
+    "adam_epsilon": ({}, 1e-1),
+    "gradient_accumulation_steps": ({}, 2),
+    "max_grad_norm": (SGD, 1e-4),
+    "neftune_noise_alpha": ({}, 5.0),
+    "logging_strategy": (FOUR, "no"),
+    "logging_steps": (FOUR, 10),
+    "logging_first_step": ({**FOUR, "logging_steps": 10}, True),
+    "save_steps": ({"max_steps": 4}, 2),
+    "save_total_limit": ({"save_steps": 1}, 1),
+    "gradient_checkpointing": ({}, True),
+    "gradient_checkpointing_kwargs": ({"gradient_checkpointing": True}, {"use_reentrant": True}),
+    "dataloader_drop_last": (EPOCHS, True),
+    "train_sampling_strategy": ({}, "sequential"),
+}
+OWN: dict[str, dict[str, tuple[Args, Any]]] = {
+    "SFTConfig": {"loss_type": ({}, "dft"), "router_aux_loss_coef": ({}, 5.0)},
+    "RewardConfig": {
+        "disable_dropout": ({}, False),
+        "center_rewards_coefficient": ({}, 0.5),
+    },
+    "DPOConfig": {
+        "beta": ({}, 2.0),
+        "loss_type": ({}, ["ipo"]),
+        "loss_weights": ({"loss_type": ["sigmoid", "ipo"]}, [1.0, 0.1]),
+        "label_smoothing": ({**SGD, "loss_type": ["robust"]}, 0.3),
+        "ld_alpha": ({}, 0.3),
+        "f_divergence_type": ({"max_steps": 3}, "js_divergence"),
+        "f_alpha_divergence_coef": (
+            {"max_steps": 3, "f_divergence_type": "alpha_divergence"},
+            2.0,
+        ),
+        "use_weighting": ({**SGD, "learning_rate": 10.0, "max_grad_norm": 0.0}, True),
+        "discopop_tau": ({"loss_type": ["discopop"], "max_steps": 3}, 0.5),
+        "disable_dropout": ({}, False),
+        "router_aux_loss_coef": ({}, 5.0),
+    },
+}
+# Their effect is on speed, memory or precision of a device, and not on what is learnt.
+ON_DEVICES = {
+    "bf16", "fp16", "tf32", "torch_empty_cache_steps", "dataloader_num_workers",
+    "dataloader_pin_memory", "activation_offloading", "pad_to_multiple_of",
+}  # fmt: skip
+ROWS = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12], [5, 9]]
+SIDE = [[13, 2], [14, 15, 16, 2], [17, 18, 2], [19, 2], [20, 21, 2]]
+OTHER = [[22, 2], [23, 24, 2], [25, 2], [26, 27, 28, 2], [29, 2]]
+
+
+def problem(group: str, name: str, value: Any) -> str | None:
+    raw = {key: {**options, "args": {name: value}} for key, options in GROUPS[group].items()}
+    problems = [text for _, text in args_problems(raw)]
+    return problems[0] if problems else None
+
+
+def fields(group: str) -> dict[str, Any]:
+    config = getattr(trl, "SFTConfig" if group == "iqlearn" else group)
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(config)
+    }
+
+
+def accepted(group: str) -> set[str]:
+    """Fields of a config that a recipe may set."""
+    refused = "a recipe cannot set it"
+    return {n for n, v in fields(group).items() if refused not in (problem(group, n, v) or "")}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_field_of_trl_acts_or_is_refused(group: str) -> None:
+    # A field that a new version of TRL adds fails here: add it to EFFECTS, or refuse it.
+    own = {} if group == "iqlearn" else OWN[group]
+    known = {*EFFECTS, *own, *ON_DEVICES} & fields(group).keys()
+    assert accepted(group) - known == set()
+    assert known - accepted(group) <= {"loss_type", "router_aux_loss_coef", "pad_to_multiple_of"}
+
+
+@cache
+def model(kind: str) -> PreTrainedModel:
+    sizes = {"vocab_size": 320, "pad_token_id": 0, "initializer_range": 0.2}
+    shape = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    configs = {
+        "llama": lambda: LlamaConfig(**sizes, **shape),
+        "mixtral": lambda: MixtralConfig(**sizes, **shape, num_local_experts=2),
+        "gpt2": lambda: GPT2Config(**sizes, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5),
+    }
+    with seeded(0):
+        return AutoModelForCausalLM.from_config(configs[kind]())
+
+
+KINDS = {"router_aux_loss_coef": "mixtral", "disable_dropout": "gpt2"}
+
+
+def result(group: str, args: Args, folder: Path, kind: str) -> dict[str, Any]:
+    """What a training with these args leaves behind: weights, records and checkpoints."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    base, tokenizer = model(kind), cached_tokenizer()
+    training = Training(folder, 1, torch.device("cpu"), run_name="r", label="r")
+    both = {"prompt_ids": ROWS, "chosen_ids": SIDE, "rejected_ids": OTHER}
+    pairs = Dataset.from_dict({**both, "rejected_prompt_ids": ROWS})
+    with seeded(0):
+        trained = AutoModelForCausalLM.from_config(base.config)
+        trained.load_state_dict(base.state_dict())
+        if group == "SFTConfig":
+            metrics = fit_sft(trained, tokenizer, sft_columns(ROWS, SIDE), args, training)
+        elif group == "RewardConfig":
+            trained.save_pretrained(folder / "start")
+            reward = RewardModel.from_policy(folder / "start", tokenizer, RewardSettings(), 0)
+            trained = reward.model
+            metrics = fit_reward(reward, pair_columns(pairs), "bradley_terry", args, training)
+        else:
+            logps = reference_logps([(1.0, trained.eval())], pairs)
+            metrics = fit_implicit(
+                trained, tokenizer, pairs, logps, args, training, expect_ln2=True
+            )
+    hook = getattr(trained.base_model, "_gradient_checkpointing_func", None)
+    if hook is None:
+        layers = [m for m in trained.modules() if hasattr(m, "_gradient_checkpointing_func")]
+        hook = layers[0]._gradient_checkpointing_func if layers else None
+    return {
+        "weights": torch.cat([weight.detach().flatten() for weight in trained.parameters()]),
+        "records": [
+            sorted(record.keys() | {record["step"]}, key=str) for record in metrics["history"]
+        ],
+        "checkpoints": sorted(path.name for path in (folder / "scratch").glob("checkpoint-*")),
+        "checkpointing": (trained.is_gradient_checkpointing, str(getattr(hook, "keywords", None))),
+    }
+
+
+def differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two trainings differ by more than rounding."""
+    if not torch.allclose(a["weights"], b["weights"], rtol=1e-5, atol=1e-6):
+        return True
+    return any(a[name] != b[name] for name in a.keys() - {"weights"})
+
+
+CASES = [
+    (group, name, needs, value)
+    for group, own in OWN.items()
+    for name, (needs, value) in {**EFFECTS, **own}.items()
+]
+
+
+@pytest.mark.parametrize(("group", "name", "needs", "value"), CASES)
+def test_an_accepted_field_changes_the_training(
+    group: str, name: str, needs: Args, value: Any, tmp_path: Path
+) -> None:
+    assert problem(group, name, value) is None
+    kind = KINDS.get(name, "llama")
+    args = {**BASE, **needs}
+    plain = without(group, tuple(sorted(args.items(), key=str)), kind, tmp_path)
+    assert differ(plain, result(group, {**args, name: value}, tmp_path / "with", kind))
+
+
+_PLAIN: dict[str, dict[str, Any]] = {}
+
+
+def without(group: str, args: Any, kind: str, folder: Path) -> dict[str, Any]:
+    """The training without the field; one for all fields that need the same options."""
+    key = f"{group} {args} {kind}"
+    if key not in _PLAIN:
+        _PLAIN[key] = result(group, dict(args), folder / "without", kind)
+        if len(_PLAIN) == 1:  # two equal trainings do not differ
+            assert not differ(_PLAIN[key], result(group, dict(args), folder / "again", kind))
+    return _PLAIN[key]
+
+
+@pytest.mark.parametrize(
+    ("group", "args", "message"),
+    [
+        ("SFTConfig", {"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ("SFTConfig", {"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ("SFTConfig", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
+        ("SFTConfig", {"lr_scheduler_kwargs": {"cycles": 1}}, "unexpected keyword .*cycles"),
+        ("RewardConfig", {"optim": "galore_adamw"}, "galore_torch"),
+        ("RewardConfig", {"optim": "sgd", "optim_args": "momentum"}, "optim sgd, lr_scheduler"),
+        ("RewardConfig", {"adam_beta1": 2.0}, "Invalid beta parameter"),
+        ("SFTConfig", {"fp16": True}, "fp16 needs a GPU"),
+        ("SFTConfig", {"tf32": True}, "tf32 requires"),
+        ("DPOConfig", {"loss_weights": [1.0, 2.0]}, "loss_weights. must have the same"),
+        ("DPOConfig", {"label_smoothing": 0.1}, "label_smoothing: found 0.1, but only loss_type"),
+        ("DPOConfig", {"discopop_tau": 0.1}, "but only loss_type discopop reads it"),
+        (
+            "DPOConfig",
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+            "the limit at 1 is f_divergence_type reverse_kl",
+        ),
+    ],
+)
+def test_check_args_refuses_before_any_training(
+    group: str, args: Args, message: str, tmp_path: Path
+) -> None:
+    assert all(problem(group, name, value) is None for name, value in args.items())
+    training = Training(tmp_path, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match=message) as error:
+        check_args(training_args(getattr(trl, group), args, training))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "args", "message"),
+    [
+        (
+            "SFTConfig",
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+            "r: dataloader_drop_last leaves no batch of 5 rows",
+        ),
+        ("SFTConfig", {"router_aux_loss_coef": 0.1}, "r: args of SFTConfig: .*Mixture-of-Experts"),
+    ],
+)
+def test_a_training_refuses_in_one_line_what_its_rows_or_model_do_not_allow(
+    group: str, args: Args, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        result(group, {**BASE, **EPOCHS, **args}, tmp_path / "work", "llama")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("loss", DPO_LOSSES)
+def test_every_accepted_loss_of_dpo_trains(loss: str, tmp_path: Path) -> None:
+    smoothing = {"label_smoothing": 0.2} if loss in ("robust", "exo_pair") else {}
+    args = {**BASE, "max_steps": 1, "loss_type": [loss], **smoothing}
+    result("DPOConfig", args, tmp_path / "work", "llama")
