@@ -97,7 +97,10 @@ RESERVED: dict[str, str] = {
 # Fields that some trainers of irl-align do not read, since a part of the trainer is its own.
 _UNREAD: dict[str, dict[str, str]] = {
     "RewardConfig": {"pad_to_multiple_of": "pairs are packed into rows"},
-    "DPOConfig": {"pad_to_multiple_of": "pairs are padded to the longest of their batch"},
+    "DPOConfig": {
+        "pad_to_multiple_of": "pairs are padded to the longest of their batch",
+        "ld_alpha": "the reference's log-probs are summed before, over all tokens alike",
+    },
     "iqlearn": dict.fromkeys(("loss_type", "router_aux_loss_coef"), "IQLearn has its own loss"),
 }
 # Types of fields that TRL itself gives too wide, and checks late or not at all.
@@ -139,7 +142,6 @@ _AT_LEAST_ZERO = {
     "label_smoothing",
     "dataloader_num_workers",
     "neftune_noise_alpha",
-    "ld_alpha",
     "router_aux_loss_coef",
     "center_rewards_coefficient",
 }

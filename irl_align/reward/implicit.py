@@ -236,7 +236,7 @@ def fit_implicit(
         DPOConfig, {**LENGTH_GROUPS, **options, "precompute_ref_log_probs": True}, training
     )
     plain = args.loss_type == ["sigmoid"] and not args.label_smoothing and args.loss_weights is None
-    plain &= not (args.neftune_noise_alpha or args.ld_alpha or args.use_weighting)
+    plain &= not (args.neftune_noise_alpha or args.use_weighting)
     trained = to_train(model)
     trainer = PairDPOTrainer(
         model=trained,

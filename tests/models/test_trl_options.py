@@ -84,7 +84,6 @@ OWN: dict[str, dict[str, tuple[Args, Any]]] = {
         "loss_type": ({}, ["ipo"]),
         "loss_weights": ({"loss_type": ["sigmoid", "ipo"]}, [1.0, 0.1]),
         "label_smoothing": ({**SGD, "loss_type": ["robust"]}, 0.3),
-        "ld_alpha": ({}, 0.3),
         "f_divergence_type": ({"max_steps": 3}, "js_divergence"),
         "f_alpha_divergence_coef": (
             {"max_steps": 3, "f_divergence_type": "alpha_divergence"},
