@@ -29,6 +29,7 @@ from irl_align.training.stages import BuiltStages
 from irl_align.training.store import Store
 from irl_align.training.trackers import LoopTrackers
 from irl_align.utils import distributed
+from irl_align.utils.files import require_writable_folder
 from irl_align.utils.hardware import environment
 
 
@@ -46,6 +47,9 @@ def open_run(
     replace, inputs: see ``Run.open``. Raises UserError: the recipe cannot be run here, a finished
     run of other settings is in its folder, or another process has the run.
     """
+    output = Path(recipe.output_dir)
+    for folder in (output, output / "store", run_folder(recipe)):
+        require_writable_folder(folder, "output_dir")
     check_trackers(recipe)
     check_data(recipe)
     device = distributed.own_device(pick_device(recipe.device))

@@ -50,6 +50,20 @@ def require_writable(path: Path, option: str) -> None:
         raise UserError(f"{option}: {path}: nothing can be written in {folder}")
 
 
+def require_writable_folder(path: Path, option: str) -> None:
+    """Raise UserError before any work where no folder can be written at ``path``."""
+    try:
+        nearest = next(
+            each for each in (path.absolute(), *path.absolute().parents) if each.exists()
+        )
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise UserError(f"{option}: {path}: {error.strerror}; choose another folder") from error
+    if not nearest.is_dir():
+        raise UserError(f"{option}: {path}: {nearest} is a file, expected a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{option}: {path}: nothing can be written in {nearest}; choose another")
+
+
 def partial_name(name: str) -> str:
     """Fixed name of an unfinished file, so that the next try overwrites what a kill left."""
     return f".{name}.partial"

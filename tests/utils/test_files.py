@@ -10,7 +10,13 @@ import torch
 
 from irl_align.errors import UserError
 from irl_align.utils import files
-from irl_align.utils.files import atomic_folder, atomic_write, file_checksum, to_json
+from irl_align.utils.files import (
+    atomic_folder,
+    atomic_write,
+    file_checksum,
+    require_writable_folder,
+    to_json,
+)
 
 
 def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -96,3 +102,18 @@ def test_to_json_is_strict() -> None:
     assert to_json(value) == expected
     with pytest.raises(TypeError, match="Path"):
         to_json({"file": Path("x")})
+
+
+def test_require_writable_folder_refuses_a_file_a_name_too_long_and_a_locked_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_writable_folder(tmp_path / "new/below", "output_dir")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^output_dir: .*file is a file, expected a folder"):
+        require_writable_folder(tmp_path / "file/store", "output_dir")
+    with pytest.raises(UserError, match="File name too long"):
+        require_writable_folder(tmp_path / ("a" * 300), "output_dir")
+    monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root
+    with pytest.raises(UserError, match="nothing can be written in"):
+        require_writable_folder(tmp_path, "output_dir")
