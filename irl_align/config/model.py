@@ -125,6 +125,9 @@ class SFTOptions(Options):
     """False: the start model is pi_0, without SFT."""
     full: bool = False
     """With model.lora: SFT trains all weights, and the adapters are added to pi_0."""
+    turns: Literal["all", "demonstration"] = "all"
+    """Which turns of a conversation SFT learns: all of the assistant's up to the demonstration, or
+    the demonstration only. Pairs are made with the demonstration (turn in the data card)."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of trl.SFTConfig."""
 

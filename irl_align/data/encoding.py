@@ -3,13 +3,19 @@
 The ids of a prompt start with the tokenizer's BOS if the tokenizer adds one; the ids of a
 completion end with the id of data.tokenizer.text_end. Ids that a policy sampled are never made from
 text again.
+
+Special tokens come from the template, never from the text of a row: a row that has the text of one
+is faulty, as is one of which the chat template does not write everything.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from irl_align.config.data import DataOptions
 from irl_align.data.cards import Card
+from irl_align.data.messages import SPOKEN
 from irl_align.data.rows import (
     Completion,
     Demonstration,
@@ -28,13 +35,16 @@ from irl_align.data.rows import (
     as_messages,
     completion_text,
     is_one_turn,
+    place_of,
     prompt_key,
     prompt_text,
-    template_input,
 )
+from irl_align.data.sources import FaultyRow, fault_at
 from irl_align.data.splits import merged_keys
-from irl_align.data.tokenizer import text_end, tokenizer_name
+from irl_align.data.tokenizer import chat_text, text_end, tokenizer_name
 from irl_align.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Templated(Protocol):
@@ -72,11 +82,10 @@ def encode_demonstrations(
 
     Rows keep their order. context: the model's positions, the limit for prompt and completion
     together. Raises UserError: a row is too long and options.overlong is error, or no row is left;
-    the chat template is missing or cannot render a row; a completion holds the text of a special
-    token.
+    the chat template is missing; a row is faulty and card.faulty is error.
     """
-    encoder = _Encoder(tokenizer, card)
-    return _fitting(encoder.columns(rows, ["completion"]), ["completion"], card, options, context)
+    kept, columns = _Encoder(tokenizer, card).columns(rows, ["completion"], card.faulty == "drop")
+    return _fitting(kept, columns, ["completion"], card, options, context)
 
 
 def encode_preferences(
@@ -89,44 +98,22 @@ def encode_preferences(
     """Columns prompt, messages, chosen, rejected, prompt_ids, chosen_ids, rejected_ids, prompt_key,
     subset and margin. Lengths and errors are those of encode_demonstrations."""
     sides = ["chosen", "rejected"]
-    columns = _Encoder(tokenizer, card).columns(rows, sides)
-    columns["subset"] = [row["subset"] for row in rows]
-    columns["margin"] = [row["margin"] for row in rows]
-    return _fitting(columns, sides, card, options, context)
+    kept, columns = _Encoder(tokenizer, card).columns(rows, sides, card.faulty == "drop")
+    columns["subset"] = [row["subset"] for row in kept]
+    columns["margin"] = [row["margin"] for row in kept]
+    return _fitting(kept, columns, sides, card, options, context)
 
 
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, card: Templated
 ) -> list[list[int]]:
-    """Ids of the rendered prompts, with exactly one BOS if the tokenizer adds one."""
-    encoder = _Encoder(tokenizer, card)
-    return encoder.prompt_ids(encoder.render(prompts))
+    """Ids of the rendered prompts, with exactly one BOS if the tokenizer adds one.
 
-
-def same_prompts(
-    prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase | None, card: Card
-) -> dict[str, str]:
-    """Key of a prompt -> the key that it shares with prompts of the same ids (`merged_keys`).
-
-    tokenizer: None stands for one that keeps every difference of rendered texts, as one that is
-    trained from scratch does. A prompt that the template cannot render is like no other prompt.
+    Raises UserError: the template cannot render a prompt, or a prompt has the text of a special
+    token.
     """
-    distinct = list({prompt_key(prompt): prompt for prompt in prompts}.values())
-    if tokenizer is None:
-        return merged_keys(distinct, (_cased(prompt_text(prompt), card) for prompt in distinct))
-    read: Iterable[Hashable]
-    try:
-        read = map(tuple, encode_prompts(distinct, tokenizer, card))
-    except UserError:
-        read = [_ids_or_key(prompt, tokenizer, card) for prompt in distinct]
-    return merged_keys(distinct, read)
-
-
-def _ids_or_key(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, card: Card) -> Hashable:
-    try:
-        return tuple(encode_prompts([prompt], tokenizer, card)[0])
-    except UserError:  # encoding the rows reports it
-        return prompt_key(prompt)
+    encoder = _Encoder(tokenizer, card)
+    return encoder.prompt_ids(encoder.all_rendered(prompts))
 
 
 def encode_completions(
@@ -139,29 +126,15 @@ def encode_completions(
     """Ids of completions, each with one end of text at its end, after prompts of encode_prompts.
 
     With a chat template they are what it writes after the prompt, up to the first end of text.
+    Errors are those of encode_prompts.
     """
     encoder = _Encoder(tokenizer, card)
-    rendered = encoder.render(prompts)
-    return encoder.completion_ids("completion", completions, prompts, rendered, prompt_ids)
-
-
-def chat_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    add_generation_prompt: bool = False,
-) -> str:
-    """Messages in the tokenizer's chat template, with the definitions of tools in the first one.
-
-    The template may raise any error.
-    """
-    conversation, tools = template_input(messages)
-    text = tokenizer.apply_chat_template(
-        conversation,
-        tools=tools,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
-    return str(text)
+    before = encoder.all_rendered(prompts)
+    texts = []
+    for number, row in enumerate(zip(prompts, completions, before, strict=True)):
+        with fault_at(f"data.card {card.name}, row {number}"):
+            texts.append(encoder.answered(*row, "completion"))
+    return encoder.completion_ids(texts, before, prompt_ids)
 
 
 def training_texts(rows: Iterable[Demonstration], card: Card) -> list[str]:
@@ -173,13 +146,19 @@ def training_texts(rows: Iterable[Demonstration], card: Card) -> list[str]:
                 f"data.card {card.name}: a tokenizer from scratch has no chat template; "
                 "expected a card with a plain template"
             )
-        texts[card.template.format(prompt=_cased(row["prompt"], card))] = None
-        texts[_cased(completion_text(row["completion"]), card)] = None
+        texts[card.template.format(prompt=cased(row["prompt"], card))] = None
+        texts[cased(completion_text(row["completion"]), card)] = None
     return list(texts)
 
 
-def _cased(text: str, card: Templated) -> str:
+def cased(text: str, card: Templated) -> str:
+    """The text as the card's policy reads it."""
     return text.lower() if card.lowercase else text
+
+
+def _squeezed(text: str) -> str:
+    """Text without white space, which templates trim."""
+    return "".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -189,37 +168,103 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     card: Templated
 
-    def columns(self, rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> dict[str, Any]:
-        """Texts, ids and keys of all rows; `sides` are the fields that hold a completion."""
-        prompts: list[Prompt] = [row["prompt"] for row in rows]
-        rendered = self.render(prompts)
-        prompt_ids = self.prompt_ids(rendered)
-        answers = {side: [row[side] for row in rows] for side in sides}
-        texts = {side: [completion_text(answer) for answer in answers[side]] for side in sides}
-        ids = {
-            f"{side}_ids": self.completion_ids(side, answers[side], prompts, rendered, prompt_ids)
-            for side in sides
-        }
+    def columns(
+        self, rows: Sequence[Any], sides: Sequence[str], drop: bool
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The rows without faulty ones, which are dropped, and their texts, ids and keys.
+
+        sides: the fields that hold a completion. Raises FaultyRow: all rows are faulty, or with
+        drop=False one is.
+        """
+        kept, before, after, faults = [], list[str](), list[list[str]](), list[str]()
+        for number, row in enumerate(rows):
+            try:
+                with fault_at(place_of(row, self.card.name, number)):
+                    start = self.rendered(row["prompt"])
+                    texts = [self.answered(row["prompt"], row[side], start, side) for side in sides]
+            except FaultyRow as error:
+                if not drop:
+                    raise
+                faults.append(str(error))
+                continue
+            kept.append(row)
+            before.append(start)
+            after.append(texts)
+        if faults and not kept:
+            raise FaultyRow(f"all {len(faults)} rows are faulty; the first: {faults[0]}")
+        if faults:
+            logger.warning("%d faulty rows dropped; the first: %s", len(faults), faults[0])
+        prompt_ids = self.prompt_ids(before)
+        prompts: list[Prompt] = [row["prompt"] for row in kept]
         same = merged_keys(prompts, map(tuple, prompt_ids))
-        return {
+        columns: dict[str, Any] = {
             "prompt": [prompt_text(prompt) for prompt in prompts],
             "messages": ["" if isinstance(p, str) else json.dumps(p) for p in prompts],
-            **{side: [_cased(text, self.card) for text in texts[side]] for side in sides},
             "prompt_ids": prompt_ids,
-            **ids,
             "prompt_key": [same.get(key, key) for key in map(prompt_key, prompts)],
         }
+        for place, side in enumerate(sides):
+            texts = [own[place] for own in after]
+            columns[side] = [cased(completion_text(row[side]), self.card) for row in kept]
+            columns[f"{side}_ids"] = self.completion_ids(texts, before, prompt_ids)
+        return kept, columns
 
-    def render(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Each prompt in the card's template, up to where the completion starts."""
+    def all_rendered(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Prompts in the card's template. Raises FaultyRow."""
+        texts = []
+        for number, prompt in enumerate(prompts):
+            with fault_at(f"data.card {self.card.name}, row {number}"):
+                texts.append(self.rendered(prompt))
+        return texts
+
+    def rendered(self, prompt: Prompt) -> str:
+        """The prompt in the card's template, up to where the completion starts.
+
+        Raises FaultyRow, without the row's place.
+        """
         card = self.card
+        self._no_special_tokens("prompt", prompt_text(prompt))
         if card.template != "chat":
-            if not all(is_one_turn(prompt) for prompt in prompts):
-                raise UserError(f"data.card {card.name}: a conversation needs template: chat")
-            texts = [_cased(prompt_text(prompt), card) for prompt in prompts]
-            return [card.template.format(prompt=text) for text in texts]
-        text_end(self.tokenizer, card.template)  # checks the chat template
-        return [self._chat(self._messages(prompt), prompt_only=True) for prompt in prompts]
+            if not is_one_turn(prompt):
+                raise FaultyRow("a conversation needs template: chat")
+            return card.template.format(prompt=cased(prompt_text(prompt), card))
+        messages = self._messages(prompt)
+        text = self._chat(messages, prompt_only=True)
+        squeezed = _squeezed(text)
+        for turn in messages:  # of earlier answers, many templates leave out the reasoning
+            content = _squeezed(turn["content"])
+            common = turn["role"] == "assistant" or (turn["role"] == "user" and content in squeezed)
+            if content and not common and not self._is_written(messages, turn, text):
+                raise FaultyRow(
+                    f"model.chat_template: the template of {tokenizer_name(self.tokenizer)} "
+                    f"leaves out the turn of the role {turn['role']}"
+                )
+        return text
+
+    def answered(self, prompt: Prompt, completion: Completion, before: str, field: str) -> str:
+        """Text of the completion; with a chat template, of the prompt and the completion.
+
+        Raises FaultyRow, without the row's place.
+        """
+        text = cased(completion_text(completion), self.card)
+        self._no_special_tokens(field, text)
+        if self.card.template != "chat":
+            return text
+        messages = self._messages([*as_messages(prompt), *as_answer(completion)])
+        whole = self._chat(messages, prompt_only=False)
+        name = tokenizer_name(self.tokenizer)
+        if not whole.startswith(before):
+            raise FaultyRow(
+                f"model.chat_template: the template of {name} renders the prompt of a row "
+                f"differently when the answer follows; expected the prompt, ending "
+                f"{before[-40:]!r}, to be the start of the whole"
+            )
+        if _squeezed(messages[-1]["content"]) not in _squeezed(whole[len(before) :]):
+            raise FaultyRow(
+                f"model.chat_template: the template of {name} leaves out a part of the {field}, "
+                f"such as reasoning before </think>: {messages[-1]['content'][:40]!r}"
+            )
+        return whole
 
     def prompt_ids(self, rendered: Sequence[str]) -> list[list[int]]:
         """Ids of rendered prompts."""
@@ -233,85 +278,86 @@ class _Encoder:
         return [(bos if ids[text][:1] != bos else []) + ids[text] for text in rendered]
 
     def completion_ids(
-        self,
-        field: str,
-        completions: Sequence[Completion],
-        prompts: Sequence[Prompt],
-        rendered: Sequence[str],
-        prompt_ids: Sequence[list[int]],
+        self, texts: Sequence[str], rendered: Sequence[str], prompt_ids: Sequence[list[int]]
     ) -> list[list[int]]:
-        """Ids of the texts of a field after their prompts; each ends with its only end of text."""
-        texts = [_cased(completion_text(completion), self.card) for completion in completions]
+        """Ids of the completions in texts of `answered`; each ends with its only end of text."""
         end = text_end(self.tokenizer, self.card.template)
-        special = {end.token, self.tokenizer.eos_token, self.tokenizer.pad_token}
-        for number, text in enumerate(texts):
-            # In the text of a chat template they would look like the template's own.
-            for token in special:
-                if token and str(token) in text:
-                    raise UserError(
-                        f"data.card {self.card.name}, row {number}: {field} holds {str(token)!r}, "
-                        "a special token of the tokenizer; expected text without it"
-                    )
+        ids = self._ids(texts)
         if self.card.template == "chat":
-            ids = self._chat_completion_ids(completions, prompts, rendered, prompt_ids)
-        else:
-            ids = self._ids(texts)
+            rests = [
+                full[len(start) :] if full[: len(start)] == start else None
+                for full, start in zip(ids, prompt_ids, strict=True)
+            ]
+            # A policy continues the ids of the prompt, so it cannot write a token that spans the
+            # end of the prompt. There the rest of the text is encoded by itself.
+            seams = [number for number, rest in enumerate(rests) if rest is None]
+            own = self._ids([texts[number][len(rendered[number]) :] for number in seams])
+            repaired = dict(zip(seams, own, strict=True))
+            ids = [repaired[i] if rest is None else rest for i, rest in enumerate(rests)]
         return [
             [*row[: row.index(end.id)], end.id] if end.id in row else [*row, end.id] for row in ids
         ]
 
-    def _chat_completion_ids(
-        self,
-        completions: Sequence[Completion],
-        prompts: Sequence[Prompt],
-        rendered: Sequence[str],
-        prompt_ids: Sequence[list[int]],
-    ) -> list[list[int]]:
-        """Ids of what the chat template writes after each prompt."""
-        whole: list[str] = []
-        rows = zip(prompts, completions, rendered, strict=True)
-        for number, (prompt, completion, before) in enumerate(rows):
-            turns = [*as_messages(prompt), *as_answer(completion)]
-            whole.append(self._chat(self._messages(turns), prompt_only=False))
-            if not whole[-1].startswith(before):
-                raise UserError(
-                    f"model.chat_template: the template of {tokenizer_name(self.tokenizer)} "
-                    f"renders the prompt of row {number} differently when the answer follows; "
-                    f"expected the prompt, ending {before[-40:]!r}, to be the start of the whole"
-                )
-        ids = [
-            full[len(start) :] if full[: len(start)] == start else None
-            for full, start in zip(self._ids(whole), prompt_ids, strict=True)
-        ]
-        # A policy continues the ids of the prompt, so it cannot write a token that spans the end
-        # of the prompt. There the rest of the text is encoded by itself.
-        seams = [number for number, rest in enumerate(ids) if rest is None]
-        own = self._ids([whole[number][len(rendered[number]) :] for number in seams])
-        repaired = dict(zip(seams, own, strict=True))
-        return [repaired[number] if rest is None else rest for number, rest in enumerate(ids)]
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """The texts of special tokens."""
+        tokens = {text_end(self.tokenizer, self.card.template).token}
+        tokens |= set(map(str, self.tokenizer.all_special_tokens))
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens |= {token.content for token in added if token.special}
+        return re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()))
+
+    @cached_property
+    def _named(self) -> frozenset[str]:
+        """Words of the chat template, the keys of messages that it reads among them."""
+        template = self.tokenizer.chat_template or ""
+        texts = template.values() if isinstance(template, dict) else [template]
+        return frozenset(word for text in texts for word in re.findall(r"\w+", text))
+
+    def _no_special_tokens(self, field: str, text: str) -> None:
+        """Special tokens come from the template, never from the text of a row."""
+        found = self._special.search(text)
+        if found is not None:
+            raise FaultyRow(
+                f"{field} holds {found[0]!r}, a special token of the tokenizer; expected text "
+                "without it"
+            )
+
+    def _is_written(self, messages: list[Message], turn: Message, text: str) -> bool:
+        """Whether the text of the prompt would be another one without this turn."""
+        others = [other for other in messages if other is not turn]
+        try:
+            return not others or self._chat(others, prompt_only=True) != text
+        except FaultyRow:  # the template needs the turn
+            return True
 
     def _messages(self, prompt: Prompt) -> list[Message]:
         turns = as_messages(prompt)
-        return [{**turn, "content": _cased(turn["content"], self.card)} for turn in turns]
+        return [{**turn, "content": cased(turn["content"], self.card)} for turn in turns]
 
     def _chat(self, messages: list[Message], prompt_only: bool) -> str:
         """Messages in the chat template; `prompt_only` adds the start of the assistant's turn."""
+        for key in {"tools", *SPOKEN} - self._named:
+            if any(message.get(key) for message in messages):
+                raise FaultyRow(
+                    f"model.chat_template: the template of {tokenizer_name(self.tokenizer)} does "
+                    f"not write {key}"
+                )
         try:
             return chat_text(self.tokenizer, messages, add_generation_prompt=prompt_only)
         except Exception as error:  # a template may raise anything that Python may
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
+            raise FaultyRow(
                 f"model.chat_template: the template of {tokenizer_name(self.tokenizer)} cannot "
-                f"render a row of data.card {self.card.name} with the roles {roles}: "
-                f"{' '.join(str(error).split())}"
+                f"render the roles {roles}: {' '.join(str(error).split())}"
             ) from error
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, with nothing added and nothing cut."""
         if not texts:
             return []
         rows: list[list[int]] = self.tokenizer(
-            texts,
+            list(texts),
             add_special_tokens=False,
             truncation=False,
             return_attention_mask=False,
@@ -321,6 +367,7 @@ class _Encoder:
 
 
 def _fitting(
+    rows: Sequence[Mapping[str, Any]],
     columns: dict[str, list[Any]],
     sides: Sequence[str],
     card: Card,
@@ -342,7 +389,7 @@ def _fitting(
         row = int(np.flatnonzero(~fits)[0])
         within = "" if context is None else f", together {context} (the model's context)"
         raise UserError(
-            f"data.card {card.name}, row {row}: prompt of {prompts[row]} tokens and "
+            f"{place_of(rows[row], card.name, row)}: prompt of {prompts[row]} tokens and "
             f"completion of {completions[row]}; expected at most {options.max_prompt_tokens} "
             f"(data.max_prompt_tokens) and {options.max_completion_tokens} "
             f"(data.max_completion_tokens){within}; raise a limit or set data.overlong: drop"

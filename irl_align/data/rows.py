@@ -56,6 +56,11 @@ class Preference(TypedDict):
     """File and row, for messages."""
 
 
+def place_of(row: Mapping[str, Any], card: str, number: int) -> str:
+    """File and line of a row, or its number among the rows of a card."""
+    return str(row.get("place") or f"data.card {card}, row {number}")
+
+
 def prompt_key(prompt: Prompt) -> str:
     """16 hex digits that name a prompt by its content."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)

@@ -17,6 +17,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,15 @@ _LINES, _TABLES = (".json", ".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 
 class FaultyRow(UserError):
     """The content of a row is unusable; `faulty: drop` leaves such rows out."""
+
+
+@contextmanager
+def fault_at(place: str) -> Iterator[None]:
+    """Say where a faulty row is."""
+    try:
+        yield
+    except FaultyRow as error:
+        raise FaultyRow(f"{place}: {error}") from error
 
 
 class Raw(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from irl_align.data.rows import Message, template_input
 from irl_align.errors import UserError
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
@@ -171,6 +172,25 @@ def decode_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int
             clean_up_tokenization_spaces=False,
         )
     )
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+) -> str:
+    """Messages in the tokenizer's chat template, with the definitions of tools in the first one.
+
+    The template may raise any error.
+    """
+    conversation, tools = template_input(messages)
+    text = tokenizer.apply_chat_template(
+        conversation,
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return str(text)
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:

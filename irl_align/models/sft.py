@@ -31,6 +31,25 @@ def sft_columns(
     }
 
 
+def conversation_columns(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> dict[str, list[Any]]:
+    """Like sft_columns, but turns of a conversation share one sequence, whose loss they all have.
+
+    A row joins the one before it if its prompt begins with that row's prompt and completion, so
+    every completion token is predicted from the same ids as in a row of its own.
+    """
+    ids, labels = list[list[int]](), list[list[int]]()
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not ids or list(prompt[: len(ids[-1])]) != ids[-1]:
+            ids.append([])
+            labels.append([])
+        rest = list(prompt[len(ids[-1]) :])
+        ids[-1] += [*rest, *completion]
+        labels[-1] += [*[-100] * len(rest), *completion]
+    return {"input_ids": ids, "labels": labels, "length": list(map(len, ids))}
+
+
 class GuardedSFTTrainer(Guarded, SFTTrainer):
     """TRL's SFTTrainer, which stops at a loss that is not finite."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irl_align.models.loading import save_model
-from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.sft import conversation_columns, fit_sft
 from irl_align.policy import Policy, UpdateContext, UpdateRequest
 
 
@@ -23,7 +23,7 @@ class MoreSFT:
 
         def build(work: Path) -> dict[str, Any]:
             model = context.models.load_trainable(request.policy.path)
-            columns = sft_columns(
+            columns = conversation_columns(
                 request.demonstrations.prompts, request.demonstrations.completions
             )
             training = context.training(work, f"more SFT {request.iteration}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from irl_align.data.decoding import PROBE
-from irl_align.data.encoding import Templated, chat_text, encode_prompts
+from irl_align.data.encoding import Templated, encode_prompts
 from irl_align.data.rows import (
     Completion,
     Message,
@@ -25,7 +25,7 @@ from irl_align.data.rows import (
     lowered,
     prompt_key,
 )
-from irl_align.data.tokenizer import text_end, tokenizer_name
+from irl_align.data.tokenizer import chat_text, text_end, tokenizer_name
 from irl_align.errors import UserError
 
 logger = logging.getLogger(__name__)

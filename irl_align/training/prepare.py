@@ -14,9 +14,11 @@ from irl_align.config.model import ModelOptions
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import Card, load_card
 from irl_align.data.columns import by_prompt_key, column, read_parquet
-from irl_align.data.encoding import encode_demonstrations, same_prompts, training_texts
+from irl_align.data.encoding import encode_demonstrations, training_texts
 from irl_align.data.loading import load_demonstrations, load_preferences
 from irl_align.data.noise import with_noise
+from irl_align.data.parsing import learned_turns
+from irl_align.data.prompt_keys import same_prompts
 from irl_align.data.rows import Demonstration, opening
 from irl_align.data.splits import data_checksum, divide
 from irl_align.data.tokenizer import check_tokenizer, prepare_tokenizer, train_tokenizer
@@ -36,7 +38,7 @@ from irl_align.models.loading import (
 )
 from irl_align.models.lora import base_of, is_adapter
 from irl_align.models.packing import context_length
-from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.sft import conversation_columns, fit_sft
 from irl_align.policy import Policy
 from irl_align.policy.roles import DATA, SFT, START, Role
 from irl_align.reward.model import require_plain_logits
@@ -185,14 +187,26 @@ def _encoded_rows(stage: Stage, use: str) -> Dataset:
 
 def _encode(context: RunContext, raw: RawData, start: Policy) -> Stage:
     """Token ids of the rows of every use, as a stage: a file each, and counts."""
-    options, card = context.recipe.data, raw.card
+    options, card, turns = context.recipe.data, raw.card, context.recipe.sft.turns
+    earlier = sum(len(row.get("earlier", ())) for row in raw.rows["sft"])
+    if earlier:
+        logger.info(
+            "%d conversations: SFT learns %s (sft.turns: %s); pairs are made with the last turn",
+            len(raw.rows["sft"]),
+            f"their last turn and {earlier} earlier turns of the assistant"
+            if turns == "all"
+            else f"their last turn only, and none of {earlier} earlier ones",
+            turns,
+        )
 
     def build(work: Path) -> dict[str, Any]:
         limit = context_length(context.models.load_policy(start.path))
         sums = dict[str, str]()
         metrics: dict[str, Any] = {**raw.counts, "context": limit, "token_checksums": sums}
         trained = set[tuple[int, ...]]()
-        for use, texts in raw.rows.items():
+        for use, demonstrations in raw.rows.items():
+            all_turns = use == "sft" and turns == "all"
+            texts = learned_turns(demonstrations) if all_turns else demonstrations
             encoded = encode_demonstrations(texts, context.tokenizer, card, options, limit)
             known = [tuple(ids) in trained for ids in column(encoded.rows, "prompt_ids")]
             rows = encoded.rows.add_column("seen", known)
@@ -216,6 +230,8 @@ def _encode(context: RunContext, raw: RawData, start: Policy) -> Stage:
         {
             "card": {"template": card.template, "lowercase": card.lowercase, "name": card.name},
             "limits": {name: getattr(options, name) for name in limits},
+            "faulty": card.faulty,
+            "turns": turns,
             "columns": _COLUMNS,
         },
         {"tokenizer": start.key, **raw.checksums},
@@ -292,7 +308,8 @@ def supervise(context: RunContext, start: Policy, data: Data) -> Policy:
     def build(work: Path) -> dict[str, Any]:
         load = models.load_policy if options.full else models.load_trainable
         model = load(start.path)
-        columns = sft_columns(column(data.sft, "prompt_ids"), column(data.sft, "completion_ids"))
+        prompts, completions = (column(data.sft, name) for name in ("prompt_ids", "completion_ids"))
+        columns = conversation_columns(prompts, completions)
         training = context.training(work, "SFT")
         metrics = fit_sft(model, context.tokenizer, columns, options.args, training)
         save_model(model, context.tokenizer, work / "model")

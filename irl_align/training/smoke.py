@@ -24,7 +24,7 @@ from irl_align.data.cards import Card, load_card
 from irl_align.data.encoding import encode_demonstrations
 from irl_align.data.loading import load_demonstrations
 from irl_align.data.rows import Demonstration, completion_text, prompt_text
-from irl_align.data.tokenizer import train_tokenizer
+from irl_align.data.tokenizer import prepare_tokenizer, train_tokenizer
 from irl_align.errors import UserError
 from irl_align.models.loading import load_tokenizer, pick_device, seeded
 from irl_align.training.prepare import read_template
@@ -206,6 +206,7 @@ def write_model(options: ModelOptions, card: Card, folder: Path) -> None:
     rows = load_demonstrations(card, "train")
     architecture = _architecture(options)
     tokenizer = _tokenizer(options, card, rows)
+    prepare_tokenizer(tokenizer, card.template)
     model = _tiny_model(architecture, tokenizer, str(options.path))
     limits = DataOptions(card=card.name, **_LIMITS)
     encoded = encode_demonstrations(rows, tokenizer, card, limits).rows

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from irl_align.data.encoding import (
     same_prompts,
     training_texts,
 )
+from irl_align.data.parsing import learned_turns
 from irl_align.data.rows import prompt_key
 from irl_align.data.tokenizer import (
     check_tokenizer,
@@ -30,6 +32,7 @@ from irl_align.data.tokenizer import (
     train_tokenizer,
 )
 from irl_align.errors import UserError
+from irl_align.models.sft import conversation_columns
 
 TEXTS = ["The Mill is a pub.", "name[The Mill], eatType[pub]", "Wo ist das Café?"]
 OPTIONS = DataOptions(card="own")
@@ -330,7 +333,7 @@ def test_encode_completions_refuses_a_template_that_changes_the_prompt(
 ) -> None:
     chat.chat_template = "{{ messages | length }}" + CHAT
     with pytest.raises(
-        UserError, match=r"model\.chat_template: .* renders the prompt of row 0 diff"
+        UserError, match=r"row 0: model\.chat_template: .* renders the prompt of a row diff"
     ):
         encode_demonstrations(ROWS, chat, card("chat"), OPTIONS)
 
@@ -350,7 +353,7 @@ def test_encode_prompts_reports_a_template_that_refuses_a_role(
 def test_encode_prompts_names_a_missing_chat_template(scratch: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"model\.chat_template: .*expected a Jinja file"):
         encode_demonstrations(ROWS, scratch, card("chat"), OPTIONS)
-    with pytest.raises(UserError, match=r"data\.card own: .*chat"):
+    with pytest.raises(UserError, match=r"data\.card own, row 0: .*chat"):
         encode_demonstrations([{"prompt": TALK, "completion": "x"}], scratch, card(), OPTIONS)
 
 
@@ -417,3 +420,101 @@ def test_encode_prompts_neither_cuts_nor_warns_about_long_texts(
     assert (
         len(ids) > 4 and not caplog.records
     )  # neither cut nor warned of: the recipe's limits rule
+
+
+def turns(*messages: tuple[str, str], **more: object) -> list[dict[str, object]]:
+    """Messages by role and content; `more` belongs to the last one."""
+    talk: list[dict[str, object]] = [{"role": role, "content": text} for role, text in messages]
+    talk[-1] |= more
+    return talk
+
+
+IGNORES_SYSTEM = CHAT.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+)
+WITHOUT_THOUGHTS = CHAT.replace("m.content", "m.content.split('</think>')[-1]")
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "completion", "message"),
+    [
+        (
+            CHAT,
+            turns(("user", "a")),
+            turns(("assistant", "b"), tool_calls=CALLS),
+            "not write tool_c",
+        ),
+        (CHAT, turns(("user", "a"), tools=CALLS), "b", "does not write tools"),
+        (
+            CHAT,
+            turns(("user", "a"), ("assistant", "b"), reasoning_content="c"),
+            "d",
+            "reasoning_con",
+        ),
+        (
+            IGNORES_SYSTEM,
+            turns(("system", "a"), ("user", "b")),
+            "c",
+            "leaves out the turn of the role s",
+        ),
+        (WITHOUT_THOUGHTS, "a", "<think>b</think>c", "leaves out a part of the completion"),
+        (CHAT, "a <|eos|> b", "c", r"prompt holds '<\|eos\|>', a special token"),
+        (CHAT, turns(("user", "a"), ("assistant", "<|bos|>"), ("user", "b")), "c", "prompt holds"),
+        (CHAT, "a", "b <|bos|> c", r"completion holds '<\|bos\|>'"),
+    ],
+)
+def test_encode_demonstrations_refuses_or_drops_rows_that_lose_something(
+    chat: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    template: str,
+    prompt: Any,
+    completion: Any,
+    message: str,
+) -> None:
+    chat.chat_template = template
+    odd: Any = {"prompt": prompt, "completion": completion, "place": "demos.jsonl, line 7"}
+    with pytest.raises(UserError, match=rf"^demos\.jsonl, line 7: .*{message}"):
+        encode_demonstrations([*ROWS, odd], chat, card("chat"), OPTIONS)
+    drops = card("chat").model_copy(update={"faulty": "drop"})
+    assert len(encode_demonstrations([*ROWS, odd], chat, drops, OPTIONS).rows) == len(ROWS)
+    assert "1 faulty rows dropped; the first: demos.jsonl, line 7" in caplog.text
+    with pytest.raises(UserError, match="all 1 rows are faulty"):
+        encode_demonstrations([odd], chat, drops, OPTIONS)
+
+
+def test_encode_demonstrations_writes_tools_calls_and_their_results(
+    chat: PreTrainedTokenizerFast,
+) -> None:
+    chat.chat_template = "{% if tools %}{{ tools[0].function.name }};{% endif %}" + CHAT.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for call in m.tool_calls %}"
+        "{{ call.function.arguments | tojson }}{% endfor %}",
+    )
+    talk: Any = turns(("system", ""), ("user", "1+1?"), ("assistant", ""), tool_calls=CALLS)
+    talk += turns(("tool", "2"))
+    talk[0]["tools"] = CALLS
+    row: Any = {"prompt": talk, "completion": "two"}
+    call: Any = {"prompt": talk[:2], "completion": talk[2:3]}
+    encoded = encode_demonstrations([row, call], chat, card("chat"), OPTIONS).rows
+    prompt, answer = (chat.decode(encoded[name][0]) for name in ("prompt_ids", "completion_ids"))
+    assert prompt.startswith("add;") and '{"a": 1}' in prompt and "<|tool|>" in prompt
+    assert answer.startswith("two") and answer.endswith("<|eos|>")
+    assert chat.decode(encoded["completion_ids"][1]).startswith('{"a": 1}')
+
+
+def test_learned_turns_encode_to_the_conversation_with_a_loss_on_each_answer(
+    chat: PreTrainedTokenizerFast,
+) -> None:
+    talk: Any = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    row: Any = {"prompt": [*talk, *turns(("user", "e"))], "completion": "f", "earlier": [1, 3]}
+    rows = learned_turns([row, {"prompt": "g", "completion": "h"}])
+    encoded = encode_demonstrations(rows, chat, card("chat"), OPTIONS).rows
+    columns = conversation_columns(encoded["prompt_ids"][:], encoded["completion_ids"][:])
+    assert len(columns["input_ids"]) == 2 and columns["length"] == [*map(len, columns["labels"])]
+    conversation = [*row["prompt"], {"role": "assistant", "content": "f"}]
+    whole = chat.apply_chat_template(conversation, tokenize=False)
+    assert whole.startswith(chat.decode(columns["input_ids"][0]))
+    learned = [i for i in columns["labels"][0] if i != -100]
+    assert learned == [i for ids in encoded["completion_ids"][:3] for i in ids]
+    assert chat.decode(learned) == "".join(map(chat.decode, encoded["completion_ids"][:3]))
