@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from irl_align.config.model import ModelOptions
+from irl_align.config.model import ModelOptions, SFTOptions
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import Card, load_card
 from irl_align.data.columns import by_prompt_key, column, read_parquet
@@ -93,6 +93,7 @@ def load_data(recipe: Recipe, needs_tokenizer: bool = True) -> RawData:
         "held_out": division.held_out,
         "evaluation": load(recipe.evaluation.split),
     }
+    _log_turns(division.sft, recipe.sft)
     own = (row["prompt"] for row in division.reward)
     extra = extra_prompts(recipe.policy_update, card, own, recipe.seed)
     unread = unread_prompts(card, {"train", recipe.evaluation.split}, load) if extra else []
@@ -134,6 +135,18 @@ def model_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     if options.chat_template is not None:
         tokenizer.chat_template = read_template(options.chat_template)
     return tokenizer
+
+
+def _log_turns(rows: Sequence[Demonstration], options: SFTOptions) -> None:
+    """Log which turns are learned, where conversations have several of the assistant."""
+    earlier = sum(len(row.get("earlier", ())) for row in rows)
+    if earlier and options.enabled:
+        learned = "also" if options.turns == "all" else "not"
+        logger.info(
+            "%d conversations: SFT learns the last turn of the assistant and %s the %d turns before "
+            "it (sft.turns: %s); pairs are made with the last turn",
+            *(len(rows), learned, earlier, options.turns),
+        )
 
 
 def prepare(context: RunContext, raw: RawData) -> tuple[Data, Policy]:
@@ -188,16 +201,6 @@ def _encoded_rows(stage: Stage, use: str) -> Dataset:
 def _encode(context: RunContext, raw: RawData, start: Policy) -> Stage:
     """Token ids of the rows of every use, as a stage: a file each, and counts."""
     options, card, turns = context.recipe.data, raw.card, context.recipe.sft.turns
-    earlier = sum(len(row.get("earlier", ())) for row in raw.rows["sft"])
-    if earlier:
-        logger.info(
-            "%d conversations: SFT learns %s (sft.turns: %s); pairs are made with the last turn",
-            len(raw.rows["sft"]),
-            f"their last turn and {earlier} earlier turns of the assistant"
-            if turns == "all"
-            else f"their last turn only, and none of {earlier} earlier ones",
-            turns,
-        )
 
     def build(work: Path) -> dict[str, Any]:
         limit = context_length(context.models.load_policy(start.path))
