@@ -143,8 +143,8 @@ def _log_turns(rows: Sequence[Demonstration], options: SFTOptions) -> None:
     if earlier and options.enabled:
         learned = "also" if options.turns == "all" else "not"
         logger.info(
-            "%d conversations: SFT learns the last turn of the assistant and %s the %d turns before "
-            "it (sft.turns: %s); pairs are made with the last turn",
+            "%d conversations: SFT learns the last turn of the assistant and %s the %d turns "
+            "before it (sft.turns: %s); pairs are made with the last turn",
             *(len(rows), learned, earlier, options.turns),
         )
 
