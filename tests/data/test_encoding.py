@@ -20,10 +20,10 @@ from irl_align.data.encoding import (
     encode_demonstrations,
     encode_preferences,
     encode_prompts,
-    same_prompts,
     training_texts,
 )
 from irl_align.data.parsing import learned_turns
+from irl_align.data.prompt_keys import same_prompts
 from irl_align.data.rows import prompt_key
 from irl_align.data.tokenizer import (
     check_tokenizer,
