@@ -263,3 +263,17 @@ def test_a_folder_that_is_not_a_smoke_runs_is_left_alone() -> None:
     with pytest.raises(UserError, match="is not the folder of a smoke run"):
         run_smoke(recipe)
     assert kept.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("is_eos", [True, False], ids=["pad is EOS", "no pad"])
+def test_smoke_recipe_takes_a_chat_tokenizer_without_a_pad_of_its_own(is_eos: bool) -> None:
+    theirs = Path("theirs")
+    given = small_copy(shipped("ultrachat/spin-paper.yaml")).model.path or ""
+    tokenizer = load_tokenizer(given)
+    tokenizer.pad_token = tokenizer.eos_token if is_eos else None
+    AutoConfig.from_pretrained(given).save_pretrained(theirs)
+    tokenizer.save_pretrained(theirs)
+    small = smoke_recipe(shipped("ultrachat/spin-paper.yaml", f"model.path={theirs}"), Path("tiny"))
+    tiny = load_tokenizer(small.model.path or "")
+    assert tiny.pad_token_id is not None and tiny.pad_token_id != tiny.eos_token_id
+    assert AutoConfig.from_pretrained(small.model.path).vocab_size == len(tiny)
