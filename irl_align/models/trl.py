@@ -116,7 +116,9 @@ class Guarded:
         try:
             with kept_precision(kwargs["model"]):
                 super().__init__(*args, **kwargs)
-        except (ValueError, TypeError, ImportError) as error:  # options that do not fit the model
+        except UserError:
+            raise
+        except Exception as error:  # options that do not fit the model or the device
             raise UserError(
                 f"{config.run_name or 'recipe'}: args of {type(config).__name__}: "
                 f"{' '.join(str(error).split())[:300]}"

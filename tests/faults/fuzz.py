@@ -26,7 +26,13 @@ from irl_align.utils.files import atomic_write, to_json
 from .guard import Watch
 from .targets import TARGETS, clean, whole_run
 
-SHARES = {"recipes": 0.1, "rows": 0.4, "cards": 0.35, "runs": 0.15}  # quick targets have more cases
+SHARES = {
+    "recipes": 0.1,
+    "rows": 0.38,
+    "cards": 0.35,
+    "runs": 0.15,
+    "trainings": 0.02,
+}  # quick targets have more cases
 
 
 def fuzz(target: str, cases: int, seed: int, folder: Path, watch: Watch) -> int:

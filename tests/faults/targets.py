@@ -1,4 +1,5 @@
-"""Fuzz targets: recipes, data rows, cards and run folders, made from valid ones by changes."""
+"""Fuzz targets: recipes, data rows, cards and run folders, made from valid ones by changes; and
+trainings with valid options of TRL."""
 
 from __future__ import annotations
 
@@ -7,21 +8,31 @@ import gzip
 import io
 import json
 import shutil
+import typing
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+import trl
 from hypothesis import strategies as st
 from rich.console import Console
 from support.synthetic_runs import synthetic_run
 from support.tiny_runs import BEST, RECIPE, SPIN
+from support.tiny_trainings import BASE, GROUPS, accepted, problem, result
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from irl_align.cli.show import show_runs
 from irl_align.config.recipe import load_recipe, options_table, to_yaml
 from irl_align.config.resources import data_cards_dir, recipes_dir
+from irl_align.config.trl_args import DPO_LOSSES
 from irl_align.data.cards import Card, load_card
 from irl_align.data.loading import load_demonstrations, load_preferences
+from irl_align.errors import UserError
+from irl_align.models.trl import Training
+from irl_align.models.trl_options import check_args, training_args
 from irl_align.training.prune import find_waste
 from irl_align.training.run_folder import Run
 
@@ -280,11 +291,76 @@ def _replace(value: Any, at: int, change: Any) -> None:
         owner[key] = change
 
 
+# --- trainings ------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+NUMBERS: dict[type, tuple[Any, ...]] = {
+    bool: (False, True),
+    int: (-1, 0, 1, 2, 3, 64, 10**6),
+    float: (-1.0, 0.0, 1e-8, 0.1, 0.5, 0.99, 1.0, 2.0, 1e4),
+}
+NAMED: dict[str, tuple[Any, ...]] = {
+    "optim": tuple(OptimizerNames),
+    "lr_scheduler_type": tuple(SchedulerType),
+    "lr_scheduler_kwargs": ({}, {"num_cycles": 0.5}, {"num_decay_steps": 1}, {"min_lr_rate": 0.1}),
+    "logging_strategy": tuple(IntervalStrategy),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+    "gradient_checkpointing_kwargs": ({}, {"use_reentrant": False}, {"use_reentrant": True}),
+    "optim_args": (None, "momentum=0.9", "rank=2"),
+    "loss_weights": (None, [1.0], [0.5, 0.5], []),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+}
+LONG = ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "dataloader_num_workers")
+"""Options that only make a training longer or larger."""
+LOSSES: dict[str, tuple[Any, ...]] = {
+    "SFTConfig": ("nll", "dft", "chunked_nll"),
+    "DPOConfig": (*([loss] for loss in DPO_LOSSES), ["sigmoid", "ipo"]),
+}
+
+
+@cache
+def _options(group: str) -> dict[str, tuple[Any, ...]]:
+    """Option of TRL that a recipe may set -> values of its type."""
+    hints = typing.get_type_hints(getattr(trl, group))
+    values: dict[str, tuple[Any, ...]] = {}
+    for name in sorted(accepted(group)):
+        if name == "loss_type":
+            values[name] = LOSSES[group]
+        elif name in NAMED:
+            values[name] = tuple(getattr(value, "value", value) for value in NAMED[name])
+        else:
+            kinds = {hints[name], *typing.get_args(hints[name])} & NUMBERS.keys()
+            assert kinds, f"{group}.{name}: give values of {hints[name]}"
+            values[name] = tuple(value for kind in NUMBERS if kind in kinds
+                                 for value in NUMBERS[kind])  # fmt: skip
+    return values
+
+
+def training(draw: st.DrawFn) -> Callable[[Path], None]:
+    """A short training with one to four options of TRL, each valid by its type."""
+    group = draw(st.sampled_from([group for group in GROUPS if group != "iqlearn"]))
+    options = _options(group)
+    names = draw(st.lists(st.sampled_from(sorted(options)), min_size=1, max_size=4, unique=True))
+    args = {name: draw(st.sampled_from(options[name])) for name in names}
+
+    def run(folder: Path) -> None:
+        problems = [text for name, value in args.items() if (text := problem(group, name, value))]
+        if problems:
+            raise UserError(problems[0])
+        options = {**args, **{name: 2 for name in LONG if args.get(name, 0) > 3}}
+        settings = {**BASE, **options}
+        check_args(training_args(getattr(trl, group), settings, Training(folder, 1, CPU)))
+        result(group, settings, folder / "work", "llama")
+
+    return run
+
+
 TARGETS: dict[str, Callable[[st.DrawFn], Callable[[Path], None]]] = {
     "recipes": recipe,
     "rows": rows,
     "cards": card,
     "runs": run_folder,
+    "trainings": training,
 }
 
 
