@@ -57,7 +57,7 @@ def shape_of_recipe(options: ModelOptions, vocabulary: int | None = None) -> Sha
     return shape_of(model_config(options, vocabulary))
 
 
-def scratchmodel_config(options: ScratchOptions, vocabulary: int | None = None) -> PreTrainedConfig:
+def scratch_config(options: ScratchOptions, vocabulary: int | None = None) -> PreTrainedConfig:
     """The config of models.loading.scratch_model, without special tokens."""
     shape = options.model_dump(exclude={"architecture"})
     if options.num_key_value_heads is None:
@@ -71,7 +71,7 @@ def scratchmodel_config(options: ScratchOptions, vocabulary: int | None = None) 
 def model_config(options: ModelOptions, vocabulary: int | None = None) -> PreTrainedConfig:
     """Config of a recipe's model. Raises UserError where it is not known."""
     if options.from_scratch is not None:
-        return scratchmodel_config(options.from_scratch, vocabulary)
+        return scratch_config(options.from_scratch, vocabulary)
     path, revision = str(options.path), options.revision
     if path in PUBLISHED and not Path(path).exists():
         return AutoConfig.for_model(**PUBLISHED[path])
