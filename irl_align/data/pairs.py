@@ -80,6 +80,10 @@ class Pairs(NamedTuple):
     dropped: dict[str, int]
 
 
+class NoPairs(UserError):
+    """A source gives no pair."""
+
+
 PairRow = dict[str, Any]
 Truncated = Literal["drop", "keep"]
 
@@ -104,8 +108,8 @@ def policy_pairs(
     pairs, which use every demonstration and every sample as evenly as possible. Truncated samples
     are first dropped, or kept without an end. max_tokens: the samples' limit; longer demonstrations
     are dropped, since a reward that sees long texts on one side only learns to count tokens. Pairs
-    of equal ids are dropped. Raises UserError when no pair is left, or when demonstrations and
-    finished samples end in different ids.
+    of equal ids are dropped. Raises NoPairs when no pair is left, and UserError when demonstrations
+    and finished samples end in different ids.
     """
     rows: list[PairRow] = []
     dropped = Counter({"identical": 0, "truncated": 0, "overlong": 0})
@@ -279,11 +283,12 @@ def finish_pairs(
 ) -> Pairs:
     """Pairs with the columns that all rows share.
 
-    Raises UserError where there is no row, or where finished texts do not end in the same id.
+    Raises NoPairs where there is no row, and UserError where finished texts do not end in the same
+    id.
     """
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        raise UserError(f"pairs.sources: {source} gives no pair (left out: {why})")
+        raise NoPairs(f"pairs.sources: {source} gives no pair (left out: {why})")
     preferred = {row["chosen_ids"][-1] for row in rows}
     finished = {row["rejected_ids"][-1] for row in rows if not row["rejected_truncated"]}
     if len(preferred | finished) > 1:

@@ -17,7 +17,7 @@ from datasets import Dataset
 from scipy.optimize import brentq
 
 from irl_align.data.columns import column
-from irl_align.data.pairs import policy_pairs
+from irl_align.data.pairs import NoPairs, policy_pairs
 from irl_align.data.splits import choose_prompts
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.logprobs import best_of_n_kl_bound
@@ -150,8 +150,8 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
             report |= _fresh_report(context, explicit, rows, drawn.by_key)
             # The proxy's gain over pi_0 on the same prompts. Its unit is the standard deviation of
             # the demonstrations' rewards.
-            start = _mean_score(context, explicit, drawn_first)
-            report["reward_gain"] = report["reward_score"] - start
+            score, start = (_mean_score(context, explicit, s) for s in (drawn, drawn_first))
+            report |= {"reward_score": score, "reward_gain": score - start}
         return report
 
     inputs = {"policy": policy.identity, "initial": initial.key, "data": data.checksums["held_out"]}
@@ -207,22 +207,26 @@ def vital_signs(
 def _fresh_report(
     context: RunContext, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
 ) -> dict[str, Any]:
-    """Report of the reward on pairs (held-out demonstration, fresh sample), its accuracy, and the
-    samples' mean reward."""
-    pairs = policy_pairs(
-        rows,
-        samples,
-        iteration=0,
-        generator="",
-        sampling=context.sampler.sampling(1, 1.0),
-        truncated="keep",
-        max_tokens=context.recipe.generation.max_new_tokens,
-    )
+    """Report of the reward on pairs (held-out demonstration, fresh sample), and its accuracy.
+
+    Empty where there is no pair: the demonstrations are too long, or equal to the samples.
+    """
+    try:
+        pairs = policy_pairs(
+            rows,
+            samples,
+            iteration=0,
+            generator="",
+            sampling=context.sampler.sampling(1, 1.0),
+            truncated="keep",
+            max_tokens=context.recipe.generation.max_new_tokens,
+        )
+    except NoPairs:
+        return {}
     chosen, rejected = _scores(spread(context.models.load_reward(reward)), pairs.rows)
     keys = column(pairs.rows, "prompt_key")
     report = margin_report(reward.scale * (chosen - rejected), keys)
-    score = float(rejected.double().mean())
-    return {"fresh": report, "fresh_accuracy": report["accuracy"], "reward_score": score}
+    return {"fresh": report, "fresh_accuracy": report["accuracy"]}
 
 
 def _mean_score(context: RunContext, reward: Reward, drawn: PromptSamples) -> float:

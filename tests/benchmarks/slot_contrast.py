@@ -73,6 +73,7 @@ def both_ways(rows: list[dict[str, str]], edit: Edit) -> tuple[list[Pair], list[
     demonstrations = [
         {
             "prompt": row["prompt"],
+            "messages": "",  # prompts are texts
             "prompt_key": prompt_key(row["prompt"]),
             "prompt_ids": [*map(ord, row["prompt"])],
             "completion_ids": [*map(ord, row["completion"])],
@@ -84,7 +85,7 @@ def both_ways(rows: list[dict[str, str]], edit: Edit) -> tuple[list[Pair], list[
         "edit",
         crossed=True,
         edit=edit,
-        encode=lambda texts: [[*map(ord, text)] for text in texts],
+        encode=lambda texts: [[*map(ord, str(text))] for text in texts],
     ).rows
     own = {row["prompt"] for row in rows}
     sides: tuple[list[Pair], list[Pair]] = ([], [])
@@ -108,7 +109,7 @@ def right(reward: RewardModel, pairs: list[Pair]) -> tuple[float, float]:
 def main(data: str, split: str, *models: str) -> None:
     """Print a line per reward."""
     rows = [
-        {"prompt": str(row["prompt"]), "completion": row["completion"]}
+        {"prompt": str(row["prompt"]), "completion": str(row["completion"])}
         for row in load_demonstrations(load_card("e2e_nlg"), split, data)
     ]
     random.Random(0).shuffle(rows)

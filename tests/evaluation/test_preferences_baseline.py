@@ -44,7 +44,7 @@ def unusual() -> Result:
         "reward.echo=true",
         "reward.lora={r: 2, lora_alpha: 4}",
         "model.from_scratch.max_position_embeddings=256",
-        "generation.max_new_tokens=16",
+        "generation.max_new_tokens=64",
     )
 
 

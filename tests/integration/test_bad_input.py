@@ -125,7 +125,7 @@ BROKEN_FILES: dict[str, tuple[str, bytes | list[dict[str, object]], str]] = {
     ),
     "special token": ("demos.jsonl", changed(3, answer="<|end|> yes"), "a special token"),
     "no such file": ("other.jsonl", b"", "holds card.md, other.jsonl"),
-    "another suffix": ("demos.txt", b"a\tb", "found suffix '.txt', expected .jsonl"),
+    "another suffix": ("demos.txt", b"a\tb", "found suffix '.txt', expected .json, .jsonl"),
 }
 
 

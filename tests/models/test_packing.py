@@ -10,7 +10,7 @@ from support.rows import plain_logps, random_ids
 from support.tiny_models import TINY_ARCHITECTURES
 from transformers import BertConfig, BertModel, PreTrainedModel
 
-from irl_align.models.lm_head import completion_logprobs
+from irl_align.models.lm_head import completion_logprobs, has_plain_logits
 from irl_align.models.packing import (
     batches_by_tokens,
     can_pack,
@@ -167,6 +167,7 @@ def test_completion_logprobs_process_a_shared_prompt_once(
 ) -> None:
     model = tiny_model("llama")
     prompts, completions = [[5] * 20] * 6, random_ids(6, 3, 3, seed=5)
+    assert has_plain_logits(model)  # measured by two passes of its own, once per model
     seen = []
     model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)),
