@@ -40,14 +40,20 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ModelArgument = Annotated[
     Path, typer.Argument(help="Folder of a model, or of a run, whose last model is used.")
 ]
-
-
 Template = Annotated[
     str | None,
     typer.Option(
         help="Template of a model that was not made by irl-align: text with {prompt}, or chat. "
         "Default: its tokenizer's chat template if it has one, else {prompt}.",
         show_default=False,
+    ),
+]
+PromptFile = Annotated[
+    Path,
+    typer.Option(
+        "--input",
+        help="JSON lines with prompt, a text or a list of messages; or with messages, which are "
+        "read up to the last turn that is not the assistant's.",
     ),
 ]
 
@@ -225,14 +231,7 @@ def score(
 )
 def generate(
     model: ModelArgument,
-    input: Annotated[
-        Path,
-        typer.Option(
-            "--input",
-            help="JSON lines with prompt, a text or a list of messages; or with messages, which "
-            "are read up to the last turn that is not the assistant's.",
-        ),
-    ],
+    input: PromptFile,
     template: Template = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON lines; default: standard output.")

@@ -316,10 +316,10 @@ class _Encoder:
 
     def _no_special_tokens(self, field: str, text: str) -> None:
         """Special tokens come from the template, never from the text of a row."""
-        found = self._special.search(text)
-        if found is not None:
+        token = self._special.search(text)
+        if token is not None:
             raise FaultyRow(
-                f"{field} holds {found[0]!r}, a special token of the tokenizer; expected text "
+                f"{field} holds {token[0]!r}, a special token of the tokenizer; expected text "
                 "without it"
             )
 

@@ -93,8 +93,8 @@ def _joined(raw: Raw, column: str, content: Any) -> Any:
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.get("type", "text") != "text":
-            found = show(part.get("type")) if isinstance(part, dict) else kind(part)
-            raise raw.fault(column, f"a part of type {found} in a message, expected text")
+            kind_name = show(part.get("type")) if isinstance(part, dict) else kind(part)
+            raise raw.fault(column, f"a part of type {kind_name} in a message, expected text")
         texts.append(checked_text(raw, column, part.get("text"), may_be_empty=True))
     return "".join(texts)
 

@@ -254,8 +254,8 @@ def _json(content: bytes) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        found = f"byte {error.start + 1}: found 0x{content[error.start]:02x}, expected UTF-8"
-        raise ValueError(found) from error
+        problem = f"byte {error.start + 1}: found 0x{content[error.start]:02x}, expected UTF-8"
+        raise ValueError(problem) from error
     except _RepeatedKey as error:
         raise ValueError(str(error)) from error
     except (ValueError, RecursionError) as error:  # also an integer that is too long to read

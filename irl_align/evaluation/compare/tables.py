@@ -66,7 +66,7 @@ def _column(
 
 def _policies_table(analysis: Analysis, title: str, columns: Mapping[str, Column]) -> Table:
     rows = [
-        (row["label"], {m: estimate_cell(found) for m, found in row["estimates"].items()})
+        (row["label"], {m: estimate_cell(estimate) for m, estimate in row["estimates"].items()})
         for row in analysis["rows"]
     ]
     return measures_table(title, rows, columns)
@@ -316,8 +316,8 @@ def _partial_notes(analysis: Analysis) -> list[str]:
     """Policies and measures that some seeds lack."""
     lines, all_seeds = [], len(analysis["seeds"])
     for row in analysis["rows"]:
-        most = max((found["n"] for found in row["estimates"].values()), default=0)
-        partial = sorted(m for m, found in row["estimates"].items() if found["n"] < most)
+        most = max((estimate["n"] for estimate in row["estimates"].values()), default=0)
+        partial = sorted(m for m, estimate in row["estimates"].items() if estimate["n"] < most)
         if most < all_seeds:
             lines.append(f"{row['label']}: {most} of {all_seeds} seeds")
         if partial:
