@@ -33,10 +33,11 @@ from irl_align.reward.settings import RewardSettings
 PROMPTS = ["Where is The Punter?", "Name a pub.", "food = French, price = high"]
 ANSWERS = ["It is near the river.", "the Punter", "Alimentum serves\nFrench food."]
 TALK = [
-    {"role": "user", "content": "Hello", "tools": [{"type": "function", "name": "find"}]},
+    {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Yes?"},
     {"role": "user", "content": "Which food?"},
 ]
+TOOLS = [{"type": "function", "name": "find"}]
 CHAT = RewardSettings(template="chat", mean=0.4, std=1.7)
 TRL_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 SIZES = {
@@ -62,6 +63,7 @@ class Exported:
         lora: LoraOptions | None = None,
         dtype: torch.dtype = torch.float32,
         bits: int | None = None,
+        talk: list[dict[str, Any]] = TALK,
         **options: object,
     ) -> None:
         prepare_tokenizer(tokenizer, settings.template)
@@ -81,7 +83,7 @@ class Exported:
         for name, weight in reward.model.named_parameters():
             if "lora_B" in name:
                 weight.data.normal_(std=0.1)
-        self.prompts = [*PROMPTS[:2], TALK if settings.template == "chat" else PROMPTS[2]]
+        self.prompts = [*PROMPTS[:2], talk if settings.template == "chat" else PROMPTS[2]]
         texts = {
             "prompt": [prompt_text(prompt) for prompt in self.prompts],
             "messages": ["" if isinstance(p, str) else json.dumps(p) for p in self.prompts],
@@ -154,7 +156,8 @@ def test_check_scores_reads_a_reward_as_its_settings_say(
 def test_check_scores_gives_tools_to_the_template(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer("chatml")
     tokenizer.chat_template = "{{ tools | tojson if tools }}" + str(tokenizer.chat_template)
-    exported = Exported(tmp_path, tokenizer)
+    talk = [{**TALK[0], "tools": TOOLS}, *TALK[1:]]
+    exported = Exported(tmp_path, tokenizer, talk=talk)
     difference = exported.check()
     assert difference is not None and difference < 1e-5
     assert ["find" in tokenizer.decode(row) for row in exported.run.ids] == [False, False, True]

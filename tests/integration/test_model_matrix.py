@@ -359,4 +359,5 @@ def test_train_refuses_a_template_that_changes_the_prompt(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(Cell(tmp_path, True, 0).recipe("thinking")), encoding="utf-8")
     line = the_line(irl_align(capsys, "train", recipe))
-    assert line.startswith("model.chat_template: ") and "renders the prompt" in line
+    assert line.startswith(str(tmp_path / "demos.jsonl")) and "model.chat_template: " in line
+    assert "renders the prompt" in line

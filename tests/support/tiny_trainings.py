@@ -1,5 +1,6 @@
 """Trainings of a few steps with the options of TRL that a recipe may set."""
 
+import copy
 import dataclasses
 import shutil
 from functools import cache
@@ -89,7 +90,8 @@ def result(group: str, args: Args, folder: Path, kind: str) -> dict[str, Any]:
     both = {"prompt_ids": ROWS, "chosen_ids": SIDE, "rejected_ids": OTHER}
     pairs = Dataset.from_dict({**both, "rejected_prompt_ids": ROWS})
     with seeded(0):
-        trained = AutoModelForCausalLM.from_config(base.config)
+        config = copy.deepcopy(base.config)  # trainers write to it
+        trained = AutoModelForCausalLM.from_config(config)
         trained.load_state_dict(base.state_dict())
         if group == "SFTConfig":
             metrics = fit_sft(trained, tokenizer, sft_columns(ROWS, SIDE), args, training)
