@@ -84,11 +84,13 @@ class RewardOptions(Options):
         (
             "kind",
             ("explicit",),
-            ("loss", "bound", "echo", "init", "lm_coef", "preferences", "lora"),
+            ("loss", "beta", "offset", "bound", "echo", "init", "lm_coef", "preferences", "lora"),
         ),
         ("kind", ("implicit",), ("reference", "mixture")),
         ("kind", ("explicit", "implicit"), ("args", "schedule", "max_pairs")),
         ("reference", ("mixture",), ("mixture",)),
+        ("offset", ("log_ratio", "reward"), ("offset_coef", "offset_clip")),
+        ("offset", ("log_ratio",), ("offset_per_token",)),
     )
 
     kind: Literal["explicit", "implicit", "log_prob", "none"] = "explicit"
@@ -96,6 +98,19 @@ class RewardOptions(Options):
     learn no reward are log_prob (pi_0's mean log-prob is the reward) and none (no reward)."""
     loss: Literal["bradley_terry", "linear"] = "bradley_terry"
     """Pair loss of the explicit reward: -log sigmoid(r_E - r_hat), or -(r_E - r_hat)."""
+    beta: PositiveFloat = 1.0
+    """Explicit reward: the logit of a pair is (r_E - r_hat) / beta, in nats. The policy level with
+    a KL weight of beta then ends at the demonstrations; a smaller weight goes further."""
+    offset: Literal["none", "log_ratio", "reward"] = "none"
+    """What the logit of a text subtracts, so that one reward accumulates over the iterations and
+    the policy level starts from pi_0. log_ratio: log pi_k/pi_0, so that the pairs of all iterations
+    have the same best reward. reward: the last iteration's reward, which makes this one a sum."""
+    offset_coef: NonNegativeFloat = 1.0
+    """Factor of the offset."""
+    offset_clip: PositiveFloat | None = None
+    """Largest |offset| of a text, in nats. Null does not clip."""
+    offset_per_token: bool = False
+    """With offset=log_ratio: divide a text's log-ratio by its number of tokens."""
     bound: PositiveFloat | None = None
     """Largest |r|, by bound * tanh(r / bound). The linear loss needs one."""
     init: Literal["cold", "warm"] = "cold"
@@ -127,6 +142,8 @@ class RewardOptions(Options):
     def _is_consistent(self) -> RewardOptions:
         if self.loss == "linear" and self.bound is None:
             raise ValueError("loss linear is unbounded: give bound, the largest |r|")
+        if self.loss == "linear" and self.offset != "none":
+            raise ValueError("offset has no effect on loss linear: use bradley_terry")
         both = sorted(set(self.args) & set(self.schedule))
         if both:
             raise ValueError(f"{both[0]} is both in args and in schedule: give one")

@@ -125,11 +125,30 @@ class Recipe(Options):
             )
         return None
 
+    def _offset_problem(self) -> str | None:
+        """What contradicts a cumulative reward, which is relative to pi_0."""
+        offset, update = self.reward.offset, self.policy_update
+        if offset == "none":
+            return None
+        if getattr(update, "reference", "initial") == "current":
+            return (
+                f"reward.offset {offset} accumulates the reward from pi_0 on, but "
+                "policy_update.reference is current, which would count it twice: use initial"
+            )
+        if offset == "log_ratio" and getattr(update, "use", None) == "select":
+            return (
+                "reward.offset log_ratio needs log pi_k, but policy_update.use select makes "
+                "policies without log-probs: use offset reward"
+            )
+        return None
+
     def _loop_problem(self) -> str | None:
         kind, update = self.reward.kind, self.policy_update.kind
         credit = getattr(self.policy_update, "credit", None)
         if self.reward.echo and credit in ("red", "abc"):
             return f"reward.echo gives no rewards of prefixes, which credit {credit} needs"
+        if self.loop.iterations > 1 and (problem := self._offset_problem()):
+            return problem
         if (kind == "implicit") != (update == "identity"):
             return (
                 f"reward.kind {kind} does not go with policy_update.kind {update}: fitting the "

@@ -238,8 +238,8 @@ def _preference_reward(
         )
         training = Training(work, seed % 2**31, device, label="preference reward")
         metrics = fit_reward(reward, pair_columns(rows), options.loss, args, training)
-        chosen, rejected = ((column(rows, x), column(rows, y)) for x, y in SIDES)
-        reward.fit_normaliser(*chosen, rejected)
+        prompts, completions = SIDES[0]
+        reward.centre(column(rows, prompts), column(rows, completions))
         reward.save_pretrained(work / "model")
         return metrics
 
@@ -319,8 +319,7 @@ def _score(
         chosen, rejected = reward.score_ids(prompts, completions)[at]
         margin = (chosen - rejected).double()
         margins[name] = margin.numpy()
-        # The normaliser divided by std: Bradley-Terry was fitted with the logits before that.
-        calibration[name] = calibration_error(margin * reward.settings.std)
+        calibration[name] = calibration_error(margin)
     rows = next(iter(encoded.values()))
     chosen_lengths, rejected_lengths = (
         np.array([len(ids) for ids in column(rows, f"{side}_ids")], dtype=np.float64)

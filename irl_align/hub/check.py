@@ -29,7 +29,7 @@ from irl_align.errors import UserError
 from irl_align.models.loading import has_capped_attention, load_config
 from irl_align.models.lora import is_adapter, saved_quantization
 from irl_align.models.packing import TOKENS_PER_BATCH, Ids, batches_by_tokens, pad_right
-from irl_align.reward.forward import bounded_and_normalised
+from irl_align.reward.forward import bounded_and_centred
 from irl_align.reward.model import RewardModel
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def check_scores(folder: Path, reward: RewardModel, run: RunScores) -> float | N
         logits = torch.tensor([result["score"] for result in results])
         ways.append(("transformers' pipeline", by_text, logits))
     return max(
-        run.require_equal(way, ids, bounded_and_normalised(logits, reward.settings), rounding)
+        run.require_equal(way, ids, bounded_and_centred(logits, reward.settings), rounding)
         for way, ids, logits in ways
     )
 

@@ -1,4 +1,4 @@
-"""Make models loadable by any tool: fold a reward's normaliser into its weights, write chat
+"""Make models loadable by any tool: fold a reward's mean into its weights, write chat
 templates that end where a text is scored.
 
 Legend of shapes: B rows, L tokens, H width.
@@ -60,7 +60,7 @@ _ENDED = """
 
 def save_plain(reward: RewardModel, folder: Path) -> None:
     """Write a reward so that transformers alone gives its score of a chat, as far as it can."""
-    fold_normaliser(reward)
+    fold_mean(reward)
     reward.tokenizer.chat_template = scored_template(reward.settings, reward.tokenizer)
     config = reward.model.config
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
@@ -81,33 +81,23 @@ def edit_json(file: Path, **values: Any) -> None:
     atomic_write(file, to_json(content | values, indent=2) + "\n")
 
 
-def fold_normaliser(reward: RewardModel) -> None:
-    """Move as much of the normaliser as possible into the weights; scores stay the same.
+def fold_mean(reward: RewardModel) -> None:
+    """Move the mean that is subtracted into the weights, if possible; scores stay the same.
 
-    The score is (r - mean) / std with r = w.h + a lm, perhaps bounded by b tanh(r / b). std divides
-    w, a and b; this is exact, since b tanh(u / b) / s = (b / s) tanh((u / s) / (b / s)). The mean
-    goes into the bias c of the norm before the head, c' = c - mean w / |w|^2, if that norm has a
-    bias (LayerNorm of GPT-2, GPT-NeoX) and r is the head's output only. Otherwise the mean stays in
-    the settings: the head and an RMSNorm have no bias, and an adapter's base must not change.
+    The score is r - mean with r = w.h, where h comes from a norm. If the norm has a bias c
+    (LayerNorm of GPT-2, GPT-NeoX), c' = c - mean w / |w|^2 gives it. Otherwise the mean stays in
+    the settings: the head and an RMSNorm have no bias, an adapter's base must not change, and a
+    bounded reward or one with a log-prob term is not the head's output only.
     """
     settings, head = reward.settings, score_head(reward.model)
-    std = settings.std
-    with torch.no_grad():
-        head.weight.div_(std)
-        settings = replace(
-            settings,
-            std=1.0,
-            mean=settings.mean / std,
-            lm_coef=settings.lm_coef / std,
-            bound=None if settings.bound is None else settings.bound / std,
-        )
-        weight = head.weight[0].double()  # (H,)
-        norm = None if has_adapter(reward.model) else final_norm(reward.model)
-        head_alone = not settings.lm_coef and settings.bound is None
-        if head_alone and norm is not None and weight.any():
+    if settings.lm_coef or settings.bound is not None or has_adapter(reward.model):
+        return
+    weight = head.weight.detach()[0].double()  # (H,)
+    norm = final_norm(reward.model)
+    if norm is not None and weight.any():
+        with torch.no_grad():
             norm.bias.sub_((settings.mean * weight / (weight @ weight)).to(norm.bias.dtype))
-            settings = replace(settings, mean=0.0)
-    reward.settings = settings
+        reward.settings = replace(settings, mean=0.0)
 
 
 def final_norm(model: PreTrainedModel) -> torch.nn.LayerNorm | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from irl_align.models.generation.protocol import Generator, Sampling
     from irl_align.models.generation.samples import Samples
     from irl_align.models.trl import Training
+    from irl_align.reward.offset import OffsetShape
     from irl_align.reward.protocol import RewardFunction
 
 
@@ -35,10 +36,23 @@ class Reward:
     path: Path
     key: str
     beta: float = 1.0
+    """Factor of an implicit reward. The logit of an explicit one is r / beta."""
     references: tuple[tuple[float, Path], ...] = ()
     """Weighted models whose geometric mixture an implicit reward is measured against."""
-    scale: float = 1.0
-    """Margins of the fitted loss are scale * (r_E - r_hat): undoes the normaliser."""
+
+    @property
+    def logit_beta(self) -> float:
+        """Divisor of its values in the logits of pairs."""
+        return self.beta if self.kind == "explicit" else 1.0
+
+
+@dataclass(frozen=True)
+class Offset:
+    """The offset o_k of a cumulative reward as an artefact; see :mod:`irl_align.reward.offset`."""
+
+    of: Reward
+    """The log-ratio pi_k / pi_0, as an implicit reward with beta 1, or the reward r_(k-1)."""
+    shape: OffsetShape
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,9 @@ class Models(Protocol):
 
     def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
         """The reward function of an artefact; merge: an adapter is merged into the weights."""
+
+    def load_offset(self, offset: Offset) -> RewardFunction:
+        """The offset as a function of texts."""
 
 
 class Sampler(Protocol):
@@ -185,6 +202,8 @@ class UpdateRequest:
     """r_k; None if the recipe has no reward."""
     demonstrations: Demonstrations
     """The demonstrations, and the prompts on which the policy may be improved."""
+    offset: Offset | None = None
+    """o_k of a cumulative reward: r_k / beta - o_k is what pi_k lacks."""
 
     @property
     def role(self) -> Role:

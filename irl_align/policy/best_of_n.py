@@ -59,6 +59,9 @@ class BestOfN:
         if options.score != "logprob":
             inputs["reward"] = reward.key
             settings = {"sampling": vars(sampling), "prompts": options.prompts}
+            if (offset := request.offset) is not None:
+                inputs["offset"] = offset.of.key
+                settings |= {"offset": vars(offset.shape), "beta": reward.logit_beta}
             rewards = score_candidates(context, request, candidates, settings, inputs)
 
         def build(work: Path) -> dict[str, Any]:
@@ -123,12 +126,18 @@ def score_candidates(
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
 ) -> Stage:
-    """Rewards (M * N,) of candidates as a stage, which all uses of the same candidates share."""
+    """Rewards (M * N,) of candidates as a stage, which all uses of the same candidates share.
+
+    Of a cumulative reward it is what pi_k lacks of it, r_k / beta - o_k, since pi_k has o_k.
+    """
     reward = request.reward
     assert reward is not None
 
     def build(work: Path) -> dict[str, Any]:
         rewards = sample_rewards(candidates, context.models.load_reward(reward))
+        if request.offset is not None:
+            had = sample_rewards(candidates, context.models.load_offset(request.offset))
+            rewards = rewards / reward.logit_beta - had
         if distributed.is_main():
             np.save(work / "rewards.npy", rewards)
         return {"samples": len(rewards)}

@@ -45,6 +45,11 @@ class Role:
         return cls("pairs", k)
 
     @classmethod
+    def offsets(cls, k: int) -> Role:
+        """Offsets of the pairs of iteration k."""
+        return cls("offsets", k)
+
+    @classmethod
     def reward(cls, k: int) -> Role:
         """Fit of reward r_k; in the log, its report on held-out pairs."""
         return cls("reward", k)
@@ -134,7 +139,7 @@ class Role:
         drawn = self.kind in ("samples", "selected")
         if self.kind in _MEASURING or (drawn and self.use.startswith(("held_out", "evaluation"))):
             return "measuring"
-        if self.kind == "pairs" or (drawn and self.use.startswith("train")):
+        if self.kind in ("pairs", "offsets") or (drawn and self.use.startswith("train")):
             return "samples and pairs"
         return "reward" if self.kind == "reward" else "policy"
 

@@ -24,7 +24,7 @@ from irl_align.models.trl import (
 )
 from irl_align.models.trl_options import training_args
 from irl_align.reward.forward import whole_rewards
-from irl_align.reward.losses import PAIR_LOSSES, calibration_error, pair_metrics
+from irl_align.reward.losses import PAIR_LOSSES, calibration_error, pair_logits, pair_metrics
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import RewardFunction
 from irl_align.reward.settings import RewardSettings
@@ -37,10 +37,18 @@ SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
 
 def pair_columns(pairs: Dataset, weight: float = 1.0) -> dict[str, list[Any]]:
     """Columns that the trainer reads: token ids of both sides' prompts and completions, and the
-    pairs' weight."""
+    pairs' weight and offset."""
     columns: dict[str, list[Any]] = {name: list(pairs[name]) for side in SIDES for name in side}
     columns["weight"] = [weight] * len(columns["prompt_ids"])
+    columns["offset"] = offsets_of(pairs).tolist()
     return columns
+
+
+def offsets_of(pairs: Dataset) -> Tensor:
+    """Offset that the logit of each pair subtracts: (B,), 0 without :mod:`reward.offset`."""
+    if "offset" not in pairs.column_names:
+        return torch.zeros(len(pairs))
+    return torch.tensor(column(pairs, "offset"))
 
 
 _TOGETHER = 4  # most pairs of one prompt side by side; more would save little
@@ -85,7 +93,7 @@ class PairCollator:
     share: bool
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Fields of PackedRows for the distinct sequences; slot (2B,); weight (B,).
+        """Fields of PackedRows for the distinct sequences; slot (2B,); weight and offset (B,).
 
         slot: number of the sequence of each side, all preferred sides first, then all rejected.
         """
@@ -97,17 +105,23 @@ class PairCollator:
         return {
             **vars(pack_rows(prompts, completions, packed_rows, self.pad_token_id)),
             "slot": torch.tensor([order[side] for side in sides]),
-            "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
+            **{
+                name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
+                for name in ("weight", "offset")
+            },
         }
 
 
 class PairRewardTrainer(Guarded, RewardTrainer):
     """TRL's RewardTrainer with this project's losses, weights and reward head."""
 
-    def __init__(self, *args: Any, settings: RewardSettings, loss: str, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, settings: RewardSettings, loss: str, beta: float, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.reward_settings = settings
         self.pair_loss = PAIR_LOSSES[loss]
+        self.beta = beta
 
     def compute_loss(
         self,
@@ -123,7 +137,8 @@ class PairRewardTrainer(Guarded, RewardTrainer):
             model, inner, lambda: whole_rewards(inner, self.reward_settings, packed)
         )
         preferred, rejected = rewards[inputs["slot"]].chunk(2)
-        loss, metrics = self.pair_loss(preferred, rejected, inputs["weight"])
+        logits = pair_logits(preferred, rejected, inputs["offset"], self.beta)
+        loss, metrics = self.pair_loss(logits, inputs["weight"])
         args: Any = self.args
         if args.center_rewards_coefficient is not None:
             loss = loss + args.center_rewards_coefficient * (preferred + rejected).pow(2).mean()
@@ -139,8 +154,12 @@ def fit_reward(
     loss: str,
     options: Mapping[str, Any],
     training: Training,
+    beta: float = 1.0,
 ) -> dict[str, Any]:
-    """Train `reward` in place on pairs (see :func:`pair_columns`); returns training metrics."""
+    """Train `reward` in place on pairs (see :func:`pair_columns`); returns training metrics.
+
+    beta: divisor of the reward in the logits of pairs.
+    """
     args = training_args(RewardConfig, {**LENGTH_GROUPS, **options}, training)
     columns = {**columns, **{y: list(reward.as_read(columns[x], columns[y])) for x, y in SIDES}}
     longest = max(
@@ -158,6 +177,7 @@ def fit_reward(
         processing_class=reward.tokenizer,
         settings=reward.settings,
         loss=loss,
+        beta=beta,
     )
     metrics = run_trainer(trainer, training)
     copy_back(trained, reward.model)
@@ -165,11 +185,15 @@ def fit_reward(
     return metrics
 
 
-def margins(reward: RewardFunction, pairs: Dataset, scale: float = 1.0) -> Tensor:
-    """scale * (r(preferred) - r(rejected)) for each pair: (B,)."""
-    chosen = reward.score_ids(column(pairs, "prompt_ids"), column(pairs, "chosen_ids"))
-    rejected = reward.score_ids(column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids"))
-    return scale * (chosen - rejected)
+def side_rewards(reward: RewardFunction, pairs: Dataset) -> tuple[Tensor, Tensor]:
+    """Rewards of the preferred and of the rejected sides: (B,) each."""
+    chosen, rejected = (reward.score_ids(column(pairs, p), column(pairs, c)) for p, c in SIDES)
+    return chosen, rejected
+
+
+def margins(reward: RewardFunction, pairs: Dataset, beta: float = 1.0) -> Tensor:
+    """Logit of each pair, whose sigmoid is the probability that the preferred side wins: (B,)."""
+    return pair_logits(*side_rewards(reward, pairs), offsets_of(pairs), beta)
 
 
 def margin_report(margin: Tensor, prompts: Sequence[str]) -> dict[str, Any]:

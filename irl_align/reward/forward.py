@@ -40,7 +40,7 @@ def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pack
         length = packed.length - after
         means = _mean_logps(model, hidden, packed, length)
         reward = reward + settings.lm_coef * means.gather(1, length[:, None]).squeeze(1)
-    return bounded_and_normalised(reward, settings)
+    return bounded_and_centred(reward, settings)
 
 
 def prefix_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:
@@ -52,7 +52,7 @@ def prefix_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pac
     reward = head_values(score_head(model), hidden[packed.row[:, None], packed.places()])
     if settings.lm_coef:
         reward = reward + settings.lm_coef * _mean_logps(model, hidden, packed, packed.length)
-    return bounded_and_normalised(reward, settings)
+    return bounded_and_centred(reward, settings)
 
 
 def eos_prefix_rewards(
@@ -79,14 +79,14 @@ def eos_prefix_rewards(
     values = head_values(score_head(model), hidden[packed.row[:, None], read])
     if settings.lm_coef:
         values = values + settings.lm_coef * _eos_mean_logps(model, packed, hidden, eos)
-    return bounded_and_normalised(values, settings)
+    return bounded_and_centred(values, settings)
 
 
-def bounded_and_normalised(reward: Tensor, settings: RewardSettings) -> Tensor:
-    """Raw rewards of any shape with the settings' bound and normaliser applied."""
+def bounded_and_centred(reward: Tensor, settings: RewardSettings) -> Tensor:
+    """Raw rewards of any shape with the settings' bound applied and their mean subtracted."""
     if settings.bound is not None:
         reward = bound(reward, settings.bound)
-    return (reward - settings.mean) / settings.std
+    return reward - settings.mean
 
 
 def _output_layer(model: PreTrainedModel) -> torch.nn.Module | Tensor:

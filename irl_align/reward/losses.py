@@ -16,27 +16,32 @@ from torch.nn import functional as F
 Metrics = dict[str, Tensor]
 
 
-def bradley_terry(
-    preferred: Tensor, rejected: Tensor, weight: Tensor | None = None
-) -> tuple[Tensor, Metrics]:
-    """Pair loss -log sigmoid(r_E - r_hat).
+def pair_logits(
+    preferred: Tensor, rejected: Tensor, offset: Tensor | float = 0.0, beta: float = 1.0
+) -> Tensor:
+    """(r_E - r_hat) / beta - offset: (B,) in float32 or better, as half precision would round it.
 
-    preferred, rejected: (B,) rewards of the two sides; weight: (B,), or None for equal weights.
+    preferred, rejected: (B,) rewards of the two sides; offset: (B,), see :mod:`reward.offset`.
     """
-    margin = _margin(preferred, rejected)
-    loss = -F.logsigmoid(margin)  # arXiv:2503.13538 eq. 11
-    return _weighted_mean(loss, weight), pair_metrics(margin.detach())
+    dtype = torch.promote_types(preferred.dtype, torch.float32)
+    return (preferred.to(dtype) - rejected.to(dtype)) / beta - offset
 
 
-def linear(
-    preferred: Tensor, rejected: Tensor, weight: Tensor | None = None
-) -> tuple[Tensor, Metrics]:
+def bradley_terry(logits: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Metrics]:
+    """Pair loss -log sigmoid(logit) of :func:`pair_logits`.
+
+    logits: (B,); weight: (B,), or None for equal weights.
+    """
+    loss = -F.logsigmoid(logits)  # arXiv:2503.13538 eq. 11
+    return _weighted_mean(loss, weight), pair_metrics(logits.detach())
+
+
+def linear(logits: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Metrics]:
     """Exact IRL objective -(r_E - r_hat), without the paper's 1/beta, which is a step size.
 
     It has no lower limit: pass rewards through :func:`bound` first. Shapes as in bradley_terry.
     """
-    margin = _margin(preferred, rejected)
-    return _weighted_mean(-margin, weight), pair_metrics(margin.detach())  # arXiv:2503.13538 eq. 10
+    return _weighted_mean(-logits, weight), pair_metrics(logits.detach())  # arXiv:2503.13538 eq. 10
 
 
 PAIR_LOSSES = {"bradley_terry": bradley_terry, "linear": linear}
@@ -113,12 +118,6 @@ def calibration_error(margin: Tensor, bins: int = 10) -> float:
         for c, o in zip(confidence.chunk(bins), outcome.chunk(bins), strict=True)
     ]
     return math.fsum(gaps)
-
-
-def _margin(preferred: Tensor, rejected: Tensor) -> Tensor:
-    """Difference of (B,) rewards, in float32 or better: half precision would round it."""
-    dtype = torch.promote_types(preferred.dtype, torch.float32)
-    return preferred.to(dtype) - rejected.to(dtype)
 
 
 def _weighted_mean(loss: Tensor, weight: Tensor | None) -> Tensor:

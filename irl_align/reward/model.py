@@ -50,9 +50,6 @@ from irl_align.reward.forward import prefix_rewards, score_head, whole_rewards
 from irl_align.reward.protocol import TextFormat, TextScoring, require_finite
 from irl_align.reward.settings import CONFIG_KEY, DEFAULT_SETTINGS, RewardSettings, settings_of
 
-FLOOR = 0.1  # least deviation of demonstrations, as a share of that of samples and demonstrations
-POOLED = 256  # rejected sides, evenly spaced, that are scored for it
-
 
 class RewardModel(TextScoring):
     """A backbone with a scalar head: r(x, y) is its score at the last token of y."""
@@ -173,33 +170,21 @@ class RewardModel(TextScoring):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def fit_normaliser(
-        self, prompts: Ids, completions: Ids, rejected: tuple[Ids, Ids] | None = None
-    ) -> None:
-        """Give these demonstrations' rewards mean 0 and variance 1.
+    def centre(self, prompts: Ids, completions: Ids) -> tuple[float, float]:
+        """Give these demonstrations' rewards mean 0. Returns their mean and deviation before that.
 
-        The deviation is at least a tenth of that of demonstrations and `rejected` (prompts and
-        completions) together: a saturated reward gives all demonstrations the same number, and
-        would turn samples into millions. Where both are the same number it is 1. Raises UserError:
-        the rewards are not finite.
+        Raises UserError: the rewards are not finite.
         """
-        self.settings = replace(self.settings, mean=0.0, std=1.0)
+        self.settings = replace(self.settings, mean=0.0)
         raw = self.score_ids(prompts, completions).double()
-        pooled = raw
-        if rejected is not None:
-            step = -(-len(rejected[0]) // POOLED)
-            others = self.score_ids(rejected[0][::step], rejected[1][::step])
-            pooled = torch.cat([raw, others.double()])
         mean, std = float(raw.mean()), float(raw.std(correction=0))
-        spread = float(pooled.std(correction=0))
         if not (math.isfinite(mean) and math.isfinite(std)):
             raise UserError(
                 f"reward: the demonstrations' rewards have mean {mean} and std {std}; expected "
                 "finite ones: lower learning_rate in reward.args"
             )
-        rounding = 1e-6 * max(1.0, abs(mean))
-        std = 1.0 if spread <= rounding else max(std, FLOOR * spread)
-        self.settings = replace(self.settings, mean=mean, std=std)
+        self.settings = replace(self.settings, mean=mean)
+        return mean, std
 
     def score_ids(self, prompts: Ids, completions: Ids, progress: str | None = "rewards") -> Tensor:
         """Reward of completions as token ids: (B,) float32 on the CPU.

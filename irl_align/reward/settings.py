@@ -20,13 +20,12 @@ class RewardSettings:
     lm_coef: float = 0.0
     """a in r = head + a * mean log-prob of the completion under the backbone."""
     bound: float | None = None
-    """Largest |r| before the normaliser."""
+    """Largest |r| before the mean is subtracted."""
     echo: bool = False
     """Whether the model reads x again after y, and the head reads there: r = head([x; y; x])."""
     mean: float = 0.0
-    """Mean reward of the demonstrations, which the normaliser subtracts."""
-    std: float = 1.0
-    """Standard deviation of the demonstrations' rewards, by which the normaliser divides."""
+    """Mean reward of the demonstrations, which is subtracted. Rewards stay in nats: dividing them
+    would give the KL penalty another weight for every reward."""
     template: str = "{prompt}"
     """Prompt template for text input; `chat` is the tokenizer's own."""
     lowercase: bool = False

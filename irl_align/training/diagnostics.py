@@ -25,8 +25,9 @@ from irl_align.policy import Policy, Reward
 from irl_align.policy.roles import PICK, Role
 from irl_align.reward.audit import shortcut_audit, within_prompts
 from irl_align.reward.distributed import spread
-from irl_align.reward.fit import SIDES, margin_report, margins
+from irl_align.reward.fit import SIDES, margin_report, margins, offsets_of, side_rewards
 from irl_align.reward.health import AUDITED
+from irl_align.reward.losses import pair_logits
 from irl_align.reward.protocol import RewardFunction
 from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
@@ -46,8 +47,8 @@ def measure_reward(
     def build(work: Path) -> dict[str, Any]:
         function = spread(context.models.load_reward(reward))
         latest = pairs[-1].held_out
-        chosen, rejected = _scores(function, latest)
-        margin = reward.scale * (chosen - rejected)
+        chosen, rejected = side_rewards(function, latest)
+        margin = pair_logits(chosen, rejected, offsets_of(latest), reward.logit_beta)
         sources, keys = (np.asarray(latest[name]) for name in ("source", "prompt_key"))
         report: dict[str, Any] = {
             "held_out": margin_report(margin, keys.tolist()),
@@ -88,11 +89,11 @@ def _older_report(
     """Reports on the held-out pairs of older iterations, of r_k (`function`) and of r_{k-1}."""
     older = {str(i): p.held_out for i, p in enumerate(pairs)}
     keys = {i: column(rows, "prompt_key") for i, rows in older.items()}
-    own = {i: margins(function, rows, reward.scale) for i, rows in older.items()}
+    own = {i: margins(function, rows, reward.logit_beta) for i, rows in older.items()}
     report: dict[str, Any] = {"older": {i: margin_report(own[i], keys[i]) for i in older}}
     if before is not None:
         function = spread(context.models.load_reward(before))
-        past = {i: margins(function, rows, before.scale) for i, rows in older.items()}
+        past = {i: margins(function, rows, before.logit_beta) for i, rows in older.items()}
         report["older_before"] = {i: margin_report(past[i], keys[i]) for i in older}
         report["agreement"] = {i: _correlation(own[i], past[i]) for i in older}
     return report
@@ -148,8 +149,7 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
         if explicit is not None:
             report |= _fresh_report(context, explicit, rows, drawn.by_key)
-            # The proxy's gain over pi_0 on the same prompts. Its unit is the standard deviation of
-            # the demonstrations' rewards.
+            # The proxy's gain over pi_0 on the same prompts, in nats.
             score, start = (_mean_score(context, explicit, s) for s in (drawn, drawn_first))
             report |= {"reward_score": score, "reward_gain": score - start}
         return report
@@ -223,9 +223,9 @@ def _fresh_report(
         )
     except NoPairs:
         return {}
-    chosen, rejected = _scores(spread(context.models.load_reward(reward)), pairs.rows)
+    function = spread(context.models.load_reward(reward))
     keys = column(pairs.rows, "prompt_key")
-    report = margin_report(reward.scale * (chosen - rejected), keys)
+    report = margin_report(margins(function, pairs.rows, reward.logit_beta), keys)
     return {"fresh": report, "fresh_accuracy": report["accuracy"]}
 
 
@@ -236,12 +236,6 @@ def _mean_score(context: RunContext, reward: Reward, drawn: PromptSamples) -> fl
         prompts, [completion.token_ids for completion in completions]
     )
     return float(rewards.double().mean())
-
-
-def _scores(reward: RewardFunction, pairs: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards of the preferred and of the rejected sides: (B,) each."""
-    chosen, rejected = (reward.score_ids(pairs[p], pairs[c]) for p, c in SIDES)
-    return chosen, rejected
 
 
 def nearest_policy(

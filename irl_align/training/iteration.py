@@ -10,7 +10,7 @@ from datasets import Dataset
 from irl_align.data.cards import Card
 from irl_align.data.columns import column
 from irl_align.data.rows import Demonstration, Preference, Prompt
-from irl_align.policy import Demonstrations, Policy, Reward
+from irl_align.policy import Demonstrations, Offset, Policy, Reward
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,5 @@ class Iteration:
     reward: Reward | None
     """The last fitted reward: r_{k-1} before the reward level of iteration k, r_k after it."""
     data: Data
+    offset: Offset | None = None
+    """o_k of a cumulative reward; None in iteration 0 and without reward.offset."""

@@ -20,6 +20,7 @@ from irl_align.training.context import RunContext
 from irl_align.training.diagnostics import measure_policy, measure_reward, nearest_policy
 from irl_align.training.evaluation import evaluate_policy
 from irl_align.training.iteration import Iteration, RawData
+from irl_align.training.offset_step import sampler_offset
 from irl_align.training.pair_step import IterationPairs, make_pairs
 from irl_align.training.policy_step import improve_policy
 from irl_align.training.prepare import prepare, supervise
@@ -61,10 +62,12 @@ def bilevel(
 
     for k in range(options.iterations):
         evaluated(k)
+        now = replace(now, offset=sampler_offset(context.recipe, now))
         if context.recipe.reward.kind != "none":
             # y_hat ~ pi_k(.|x), paired with the demonstrations y_E
             pairs.append(make_pairs(context, now, start))
-            # reward level: argmax_phi E log sigmoid(r_phi(x, y_E) - r_phi(x, y_hat))
+            # reward level: argmax_phi E log sigmoid(r_phi(x, y_E) - r_phi(x, y_hat)), whose logits
+            # subtract o_k(x, y_E) - o_k(x, y_hat) if the reward is cumulative
             reward = fit_reward_level(context, now, pairs)
             report = measure_reward(context, now, reward, pairs)
             now = replace(now, reward=reward)

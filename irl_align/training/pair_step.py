@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from irl_align.config.reward import PairSource
@@ -23,6 +24,7 @@ from irl_align.policy import Policy
 from irl_align.policy.roles import Role
 from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
+from irl_align.training.offset_step import pair_offset_stage
 from irl_align.training.sampler import PromptSamples
 
 logger = logging.getLogger(__name__)
@@ -36,16 +38,26 @@ class IterationPairs:
 
     key: str
     path: Path
+    offsets: Path | None = None
+    """Folder of the pairs' offsets, if the reward is cumulative."""
 
     @cached_property
     def train(self) -> Dataset:
         """Pairs that the reward is fitted on."""
-        return load_pairs(self.path / "train.parquet")
+        return self._load("train")
 
     @cached_property
     def held_out(self) -> Dataset:
         """Pairs of held-out prompts, which measure the reward."""
-        return load_pairs(self.path / "held_out.parquet")
+        return self._load("held_out")
+
+    def _load(self, part: str) -> Dataset:
+        pairs = load_pairs(self.path / f"{part}.parquet")
+        if self.offsets is None:
+            offsets = np.zeros(len(pairs), np.float32)
+        else:
+            offsets = np.load(self.offsets / f"{part}.npy")
+        return pairs.add_column("offset", offsets)
 
 
 def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> IterationPairs:
@@ -99,7 +111,10 @@ def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> Iter
         main_only=True,
     )
     context.log(role, stage.metrics)
-    return IterationPairs(stage.key, stage.path)
+    offsets = pair_offset_stage(context, iteration, stage)
+    if offsets is None:
+        return IterationPairs(stage.key, stage.path)
+    return IterationPairs(offsets.key, stage.path, offsets.path)
 
 
 def _warn_of_long_demonstrations(data: Data, limit: int) -> None:

@@ -44,6 +44,7 @@ def improve_policy(context: RunContext, iteration: Iteration) -> Policy:
         iteration.initial,
         iteration.reward,
         with_prompts(demonstrations, policy_prompts(context, data)),
+        iteration.offset,
     )
     improved = make_update(context.recipe, data)(context, request)
     context.models.name(improved, str(Role.policy(k + 1)))

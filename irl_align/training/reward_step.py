@@ -36,9 +36,9 @@ from irl_align.training.store import Stage
 from irl_align.utils import distributed
 from irl_align.utils.files import is_sealed, seal
 
-# Demonstrations, evenly spaced, that the mean and variance of the reward come from: their standard
-# errors are 2.2 and 1.6% of a deviation, and scoring more would cost time after every fit.
-NORMALISED = 2048
+# Demonstrations, evenly spaced, that the mean of the reward comes from: its standard error is 2.2%
+# of a deviation, and scoring more would cost time after every fit.
+CENTRED = 2048
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def fit_reward_level(
 
 
 def _log_prob(context: RunContext, iteration: Iteration) -> Reward:
-    """The control r(x, y) = mean log pi_0(y | x), normalised as fitted rewards are."""
+    """The control r(x, y) = mean log pi_0(y | x), centred as fitted rewards are."""
     initial, data = iteration.initial, iteration.data
 
     def build(work: Path) -> dict[str, Any]:
@@ -111,31 +111,25 @@ def _log_prob(context: RunContext, iteration: Iteration) -> Reward:
         )
         with torch.no_grad():
             score_head(reward.model).weight.zero_()
-        return _normalise_and_save(reward, data, work)
+        return _centre_and_save(reward, data, work)
 
     inputs = {"initial": initial.key, "demonstrations": data.checksums["reward"]}
     stage = context.stage(Role.reward(iteration.k), "log-prob", {}, inputs, build)
-    return _explicit(stage)
+    return _explicit(stage, 1.0)
 
 
-def _explicit(stage: Stage) -> Reward:
-    """The reward of a stage; margins are rescaled by the normaliser's standard deviation."""
-    _, std = stage.metrics.get("normaliser", (0.0, 1.0))
-    return Reward("explicit", stage.path / "model", stage.key, scale=float(std))
+def _explicit(stage: Stage, beta: float) -> Reward:
+    """The reward of a stage."""
+    return Reward("explicit", stage.path / "model", stage.key, beta)
 
 
-def _normalise_and_save(
-    reward: RewardModel, data: Data, work: Path, pairs: Dataset | None = None
-) -> dict[str, Any]:
-    """Give the demonstrations mean 0 and variance 1, and write the reward into work/model."""
-    rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // NORMALISED)))
-    rejected = None
-    if pairs is not None:
-        rejected = column(pairs, "rejected_prompt_ids"), column(pairs, "rejected_ids")
-    reward.fit_normaliser(column(rows, "prompt_ids"), column(rows, "completion_ids"), rejected)
+def _centre_and_save(reward: RewardModel, data: Data, work: Path) -> dict[str, Any]:
+    """Give the demonstrations mean 0, and write the reward into work/model."""
+    rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // CENTRED)))
+    mean, std = reward.centre(column(rows, "prompt_ids"), column(rows, "completion_ids"))
     if distributed.is_main():
         reward.save_pretrained(work / "model")
-    return {"normaliser": [reward.settings.mean, reward.settings.std]}
+    return {"demonstration_scores": [mean, std]}
 
 
 def _settings(context: RunContext, data: Data, lm_coef: float) -> RewardSettings:
@@ -170,12 +164,12 @@ def _fit_explicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Rewar
             for name, values in _preference_columns(context, iteration).items():
                 columns[name] = values if preferences.use == "alone" else columns[name] + values
         training = context.training(work, f"reward {k}")
-        metrics = fit_reward(reward, columns, options.loss, fit.args, training)
-        return {**metrics, **_normalise_and_save(reward, iteration.data, work, pairs)}
+        metrics = fit_reward(reward, columns, options.loss, fit.args, training, options.beta)
+        return {**metrics, **_centre_and_save(reward, iteration.data, work)}
 
     stage = context.stage(Role.reward(k), "reward", fit.settings, inputs, build)
     context.log(Role.reward_fit(k), _without_history(stage.metrics))
-    return _explicit(stage)
+    return _explicit(stage, options.beta)
 
 
 def _unfitted(context: RunContext, iteration: Iteration, warm: Reward | None) -> RewardModel:
@@ -185,7 +179,7 @@ def _unfitted(context: RunContext, iteration: Iteration, warm: Reward | None) ->
         reward = RewardModel.from_pretrained(warm.path, context.device, merge=options.lora is None)
         if options.lora is not None:
             train_adapter(reward.model)
-        reward.settings = replace(reward.settings, mean=0.0, std=1.0)
+        reward.settings = replace(reward.settings, mean=0.0)
         return reward
     return RewardModel.from_policy(
         iteration.initial.path,

@@ -123,11 +123,16 @@ class Sampler:
     ) -> Samples:
         """Samples of a policy as a stage; the best of n candidates each for a selecting policy.
 
-        use: what the samples are for, such as train or evaluation; the seed depends on it.
+        use: what the samples are for, such as train or evaluation; the seed depends on it. Samples
+        for measurements have common random numbers for all policies, which makes comparisons
+        precise. Samples to train on have other numbers for every policy, since the negatives of
+        two iterations would else be the same texts in many rows.
         """
         if policy.ranking is not None:
             return self._sample_best(policy, prompts, sampling, use)
-        seeded = replace(sampling, seed=derive_seed(self.recipe.seed, use) % 2**63)
+        common = use.startswith(("held_out", "evaluation"))
+        name = use if common else f"{use} {self.models.name_of(policy)}"
+        seeded = replace(sampling, seed=derive_seed(self.recipe.seed, name) % 2**63)
 
         def build(work: Path) -> dict[str, Any]:
             tokens = write_samples(work, self._generator_of(policy), prompts, seeded)

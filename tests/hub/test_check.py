@@ -38,7 +38,7 @@ TALK = [
     {"role": "user", "content": "Which food?"},
 ]
 TOOLS = [{"type": "function", "name": "find"}]
-CHAT = RewardSettings(template="chat", mean=0.4, std=1.7)
+CHAT = RewardSettings(template="chat", mean=0.4)
 TRL_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 SIZES = {
     "hidden_size": 64,

@@ -1,4 +1,4 @@
-"""The normaliser folded into a reward's weights, and chat templates of plain templates."""
+"""The mean folded into a reward's weights, and chat templates of plain templates."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from irl_align.hub.weights import chat_template, final_norm, fold_normaliser
+from irl_align.hub.weights import chat_template, final_norm, fold_mean
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 
@@ -33,19 +33,17 @@ def joined() -> Ids:
 
 
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
-def test_fold_normaliser_moves_it_into_the_weights(
+def test_fold_mean_moves_it_into_a_norm_with_a_bias(
     arch: str, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """LayerNorm takes mean and std; RMSNorm has no bias, so the mean stays in the settings."""
+    """LayerNorm takes the mean; RMSNorm has no bias, so the mean stays in the settings."""
     policy = save(tiny_model(arch), tiny_tokenizer, tmp_path / "policy")
-    settings = RewardSettings(mean=1.7, std=0.4)
+    settings = RewardSettings(mean=1.7)
     reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
     ours = reward.score_ids(PROMPTS, COMPLETIONS)
-    head = reward.model.score.weight.clone()
-    fold_normaliser(reward)
-    torch.testing.assert_close(reward.model.score.weight, head / 0.4)
-    left = 0.0 if arch in LAYER_NORMS else 1.7 / 0.4
-    assert (reward.settings.mean, reward.settings.std) == (pytest.approx(left), 1.0)
+    fold_mean(reward)
+    left = 0.0 if arch in LAYER_NORMS else 1.7
+    assert reward.settings.mean == left
     reward.save_pretrained(tmp_path / "reward")
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
@@ -59,7 +57,7 @@ def test_fold_normaliser_moves_it_into_the_weights(
     "options", [{"lm_coef": 0.7}, {"bound": 1.5}, {"lm_coef": 0.7, "bound": 1.5}], ids=str
 )
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_fold_normaliser_keeps_bounded_and_mixed_scores(
+def test_fold_mean_keeps_bounded_and_mixed_scores(
     arch: str,
     options: dict[str, float],
     tiny_model: MakeModel,
@@ -67,13 +65,11 @@ def test_fold_normaliser_keeps_bounded_and_mixed_scores(
     tmp_path: Path,
 ) -> None:
     policy = save(tiny_model(arch), tiny_tokenizer, tmp_path / "policy")
-    settings = RewardSettings(mean=-0.6, std=2.5, **options)
+    settings = RewardSettings(mean=-0.6, **options)
     reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
     ours = reward.score_ids(PROMPTS, COMPLETIONS)
-    fold_normaliser(reward)
-    assert reward.settings.mean == pytest.approx(-0.24) and reward.settings.std == 1.0
-    for name, value in options.items():
-        assert getattr(reward.settings, name) == pytest.approx(value / 2.5)
+    fold_mean(reward)
+    assert reward.settings == settings
     folded = reward.score_ids(PROMPTS, COMPLETIONS)
     torch.testing.assert_close(folded, ours, atol=1e-5, rtol=1e-6)
 

@@ -113,7 +113,7 @@ def test_a_reward_starts_from_the_policys_adapter(
     start = base("llama")
     policy = tmp_path / "sft-1" / "model"
     save_model(adapted(load_model(start), start), tiny_tokenizer, policy)
-    settings = RewardSettings(mean=0.3, std=1.7, bound=4.0, lm_coef=0.5)
+    settings = RewardSettings(mean=0.3, bound=4.0, lm_coef=0.5)
     merged = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=3)
     reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, 3, lora=LoraOptions(r=4))
     assert not has_adapter(merged.model)

@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def test_pair_columns_and_collator_by_hand() -> None:
         }
     )
     columns = pair_columns(pairs, weight=0.5)
-    assert columns == {**pairs.to_dict(), "weight": [0.5, 0.5]}
+    assert columns == {**pairs.to_dict(), "weight": [0.5, 0.5], "offset": [0.0, 0.0]}
     rows = [{name: values[i] for name, values in columns.items()} for i in range(2)]
     batch = PairCollator(0, share=True)(rows)
     # Three sequences: the second pair's rejected one is the first pair's preferred one.
@@ -121,7 +120,13 @@ def test_pair_columns_and_collator_by_hand() -> None:
 
 
 def batch_loss(
-    reward: RewardModel, pairs: Dataset, weights: list[float], loss: str, work: Path, **options: Any
+    reward: RewardModel,
+    pairs: Dataset,
+    weights: list[float],
+    loss: str,
+    work: Path,
+    beta: float = 1.0,
+    **options: Any,
 ) -> tuple[torch.Tensor, PairRewardTrainer]:
     """The trainer's loss of all pairs in one batch."""
     columns = {**pair_columns(pairs), "weight": weights}
@@ -135,6 +140,7 @@ def batch_loss(
         processing_class=reward.tokenizer,
         settings=reward.settings,
         loss=loss,
+        beta=beta,
     )
     return trainer.compute_loss(reward.model, collator(list(dataset))), trainer
 
@@ -171,9 +177,11 @@ def test_compute_loss_and_its_gradient(
     weights = [1.0, 0.25, 1.0, 3.0]
     pairs = with_one_prompt(random_pairs(4, seed=3)) if shared else random_pairs(4, seed=3)
     ours = reward(arch, **options)
-    got, trainer = batch_loss(ours, pairs, weights, loss, tmp_path)
+    offsets, beta = ([0.5, -0.25, 0.0, 2.0], 0.5) if loss == "bradley_terry" else ([0.0] * 4, 1.0)
+    pairs = pairs.add_column("offset", offsets)
+    got, trainer = batch_loss(ours, pairs, weights, loss, tmp_path, beta)
     chosen, rejected = plain_rewards(ours, tiny_model(arch), pairs)
-    margin = (chosen - rejected).double()
+    margin = (chosen - rejected).double() / beta - torch.tensor(offsets)
     each = torch.log(1 + torch.exp(-margin)) if loss == "bradley_terry" else -margin
     expected = (each * torch.tensor(weights)).sum() / 5.25
     assert got.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -322,16 +330,6 @@ def test_margins_score_each_side_on_its_own_prompt() -> None:
     )
     table = Lookup({(5, 6): 2.0, (5, 7): 0.5, (5, 8): 1.0, (9, 7): 1.5})
     assert margins(table, pairs).tolist() == [1.0, -1.0]
-    assert margins(table, pairs, scale=3.0).tolist() == [3.0, -3.0]
-
-
-def test_margins_with_scale_undo_the_normaliser(
-    reward: Callable[..., RewardModel],
-) -> None:
-    pairs, ours = random_pairs(6, seed=4), reward()
-    raw = margins(ours, pairs)
-    ours.settings = replace(ours.settings, mean=0.7, std=2.5)
-    torch.testing.assert_close(margins(ours, pairs, scale=2.5), raw, atol=1e-5, rtol=0)
 
 
 def test_margin_report_by_hand() -> None:

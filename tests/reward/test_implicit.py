@@ -24,7 +24,7 @@ from irl_align.reward.implicit import (
     fit_implicit,
     reference_logps,
 )
-from irl_align.reward.losses import bradley_terry, implicit_reward
+from irl_align.reward.losses import bradley_terry, implicit_reward, pair_logits
 from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
@@ -210,7 +210,7 @@ def test_compute_loss_is_spins_and_trls(
 
     policy = side_sums(model, pairs)
     rewards = [implicit_reward(p, r, beta) for p, r in zip(policy, reference, strict=True)]
-    ours, _ = bradley_terry(*rewards)
+    ours, _ = bradley_terry(pair_logits(*rewards))
     ours_gradient = gradient_of(ours, model)
     assert abs(ours.item() - LN2) > 0.01
 
@@ -305,7 +305,8 @@ def test_fit_implicit_has_the_pure_loss(
     model = moved(tiny_model("gpt2"), 3)
     with torch.no_grad():
         policy, base = side_sums(model, pairs), side_sums(reference, pairs)
-    expected, _ = bradley_terry(*(0.5 * (p - r) for p, r in zip(policy, base, strict=True)))
+    sides = [0.5 * (p - r) for p, r in zip(policy, base, strict=True)]
+    expected, _ = bradley_terry(pair_logits(*sides))
     options = {
         **OPTIONS,
         "learning_rate": 0.0,

@@ -16,6 +16,7 @@ from irl_align.reward.losses import (
     implicit_reward,
     linear,
     mixture_logp,
+    pair_logits,
     pair_metrics,
 )
 
@@ -33,9 +34,10 @@ def gradients(loss: Tensor, *leaves: Tensor) -> list[list[float]]:
 
 def test_bradley_terry_by_hand() -> None:
     # margins ln 3 and -ln 3: sigmoid 3/4 and 1/4; mean of -ln(3/4) and -ln(1/4).
-    loss, metrics = bradley_terry(
+    logits = pair_logits(
         torch.tensor([math.log(3) + 1, 0.5]), torch.tensor([1.0, 0.5 + math.log(3)])
     )
+    loss, metrics = bradley_terry(logits)
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2, abs=1e-6)
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(
         {"accuracy": 0.5, "margin": 0.0, "loss": (math.log(4 / 3) + math.log(4)) / 2}, abs=1e-6
@@ -43,13 +45,14 @@ def test_bradley_terry_by_hand() -> None:
 
 
 def test_bradley_terry_of_equal_rewards_is_ln_2() -> None:
-    loss, _ = bradley_terry(torch.tensor([2.0, -7.0]), torch.tensor([2.0, -7.0]))
+    rewards = torch.tensor([2.0, -7.0])
+    loss, _ = bradley_terry(pair_logits(rewards, rewards))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_bradley_terry_stays_finite_where_the_sigmoid_underflows() -> None:
     preferred = torch.tensor([-500.0], requires_grad=True)
-    loss, _ = bradley_terry(preferred, torch.tensor([500.0]))
+    loss, _ = bradley_terry(pair_logits(preferred, torch.tensor([500.0])))
     assert loss.item() == 1000.0
     assert gradients(loss, preferred) == [[-1.0]]
 
@@ -60,7 +63,7 @@ def test_bradley_terry_gradient_has_the_factor_sigmoid_of_minus_the_margin(rows:
     preferred = torch.tensor([r[0] for r in rows], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([r[1] for r in rows], dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([r[2] for r in rows])
-    loss, _ = bradley_terry(preferred, rejected, weight)
+    loss, _ = bradley_terry(pair_logits(preferred, rejected), weight)
     total = sum(r[2] for r in rows)
     expected = [w / total / (1 + math.exp(a - b)) for a, b, w in rows]
     up, down = gradients(loss, preferred, rejected)
@@ -73,7 +76,7 @@ def test_bradley_terry_gradient_has_the_factor_sigmoid_of_minus_the_margin(rows:
 def test_linear_is_minus_the_mean_margin_with_constant_gradient(rows: list) -> None:
     preferred = torch.tensor([r[0] for r in rows], requires_grad=True)
     rejected = torch.tensor([r[1] for r in rows], requires_grad=True)
-    loss, _ = linear(preferred, rejected)
+    loss, _ = linear(pair_logits(preferred, rejected))
     assert loss.item() == pytest.approx(sum(b - a for a, b, _ in rows) / len(rows), abs=1e-4)
     up, down = gradients(loss, preferred, rejected)
     assert up == pytest.approx([-1 / len(rows)] * len(rows))
@@ -83,7 +86,8 @@ def test_linear_is_minus_the_mean_margin_with_constant_gradient(rows: list) -> N
 def test_at_zero_margin_bradley_terry_pulls_half_as_hard_as_linear() -> None:
     reward = torch.tensor([0.3, -0.2], requires_grad=True)
     pulls = [
-        gradients(loss(reward, reward.detach())[0], reward)[0] for loss in PAIR_LOSSES.values()
+        gradients(loss(pair_logits(reward, reward.detach()))[0], reward)[0]
+        for loss in PAIR_LOSSES.values()
     ]
     assert list(PAIR_LOSSES) == ["bradley_terry", "linear"]
     assert pulls == [[-0.25, -0.25], [-0.5, -0.5]]
@@ -92,17 +96,21 @@ def test_at_zero_margin_bradley_terry_pulls_half_as_hard_as_linear() -> None:
 @pytest.mark.parametrize(("name", "losses"), [("bradley_terry", None), ("linear", [-1.0, 2.0])])
 def test_weights_make_a_weighted_mean(name: str, losses: list[float] | None) -> None:
     losses = losses or [math.log(1 + math.exp(-1)), math.log(1 + math.exp(2))]
-    loss, metrics = PAIR_LOSSES[name](
-        torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([3.0, 0.5])
-    )
+    loss, metrics = PAIR_LOSSES[name](torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5]))
     assert loss.item() == pytest.approx((3.0 * losses[0] + 0.5 * losses[1]) / 3.5, abs=1e-6)
     assert float(metrics["accuracy"]) == 0.5  # of pairs, whatever their weight
 
 
-def test_margins_of_half_precision_rewards_are_not_rounded() -> None:
+def test_pair_logits_of_half_precision_rewards_are_not_rounded() -> None:
     # Both are bfloat16 numbers; their difference, 255.9375, is not: it would round to 256.
-    loss, _ = linear(torch.tensor([256.0]).bfloat16(), torch.tensor([0.0625]).bfloat16())
-    assert float(loss) == -255.9375
+    logits = pair_logits(torch.tensor([256.0]).bfloat16(), torch.tensor([0.0625]).bfloat16())
+    assert logits.tolist() == [255.9375]
+
+
+def test_pair_logits_divide_by_beta_and_subtract_the_offset() -> None:
+    offset = torch.tensor([0.5, -1.0])
+    logits = pair_logits(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), offset, beta=2.0)
+    assert logits.tolist() == [0.5, 0.5]
 
 
 def test_pair_metrics_count_ties_as_half_and_carry_no_gradient() -> None:
@@ -112,7 +120,7 @@ def test_pair_metrics_count_ties_as_half_and_carry_no_gradient() -> None:
     by_hand = [math.log(1 + math.exp(-m)) for m in (1, 0, 0, -2, 3)]
     assert float(metrics["loss"]) == pytest.approx(sum(by_hand) / 5, abs=1e-6)
     reward = torch.tensor([1.0], requires_grad=True)
-    assert not any(v.requires_grad for v in bradley_terry(reward, reward)[1].values())
+    assert not any(v.requires_grad for v in bradley_terry(reward)[1].values())
 
 
 # --- rewards --------------------------------------------------------------------------------------

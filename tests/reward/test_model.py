@@ -54,7 +54,7 @@ def reward(
 
 
 def by_hand(model: RewardModel, policy: PreTrainedModel, prompt: list, completion: list) -> float:
-    """r(x, y) of one row: head at the last token, the mean log-prob, the bound, the normaliser."""
+    """r(x, y) of one row: head at the last token, the mean log-prob, the bound, less the mean."""
     settings = model.settings
     ids = torch.tensor([[*prompt, *completion]])
     hidden = policy.base_model(input_ids=ids).last_hidden_state[0, -1]
@@ -63,7 +63,7 @@ def by_hand(model: RewardModel, policy: PreTrainedModel, prompt: list, completio
         value += settings.lm_coef * float(plain_logps(policy, prompt, completion).mean())
     if settings.bound is not None:
         value = settings.bound * math.tanh(value / settings.bound)
-    return (value - settings.mean) / settings.std
+    return value - settings.mean
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_save_pretrained_writes_a_plain_sequence_classifier(
 @pytest.mark.parametrize("arch", TINY_ARCHITECTURES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lm_coef": 0.7}, {"lm_coef": 0.7, "bound": 1.5, "mean": 0.25, "std": 0.5}],
+    [{}, {"lm_coef": 0.7}, {"lm_coef": 0.7, "bound": 1.5, "mean": 0.25}],
     ids=["head", "lm", "all"],
 )
 @torch.no_grad()
@@ -231,67 +231,27 @@ def test_from_policy_refuses_lm_coef_with_transformed_logits(
     RewardModel.from_policy(folder, tiny_tokenizer, RewardSettings(), 0)
 
 
-# --- normaliser -----------------------------------------------------------------------------------
+# --- mean of the demonstrations -------------------------------------------------------------------
 
 
-def test_fit_normaliser_gives_mean_0_and_variance_1(
-    reward: Callable[..., RewardModel],
-) -> None:
-    ours = reward("llama", bound=2.0, mean=5.0, std=3.0)  # an earlier one is undone first
-    ours.fit_normaliser(PROMPTS, COMPLETIONS)
+def test_centre_gives_demonstrations_mean_0(reward: Callable[..., RewardModel]) -> None:
+    ours = reward("llama", bound=2.0, mean=5.0)  # an earlier mean is undone first
+    raw = ours.score_ids(PROMPTS, COMPLETIONS).double() + 5.0
+    mean, std = ours.centre(PROMPTS, COMPLETIONS)
+    assert (mean, std) == pytest.approx((raw.mean().item(), raw.std(correction=0).item()), abs=1e-5)
     scores = ours.score_ids(PROMPTS, COMPLETIONS).double()
-    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
-    assert float((scores**2).mean()) == pytest.approx(1.0, abs=1e-5)
-    again = ours.settings
-    ours.fit_normaliser(PROMPTS, COMPLETIONS)
-    assert ours.settings == again
+    torch.testing.assert_close(scores, raw - raw.mean(), atol=1e-5, rtol=0)  # nats stay nats
+    assert ours.centre(PROMPTS, COMPLETIONS) == (mean, std)
 
 
-def test_fit_normaliser_only_scales_margins(reward: Callable[..., RewardModel]) -> None:
+def test_centre_of_constant_and_broken_rewards(reward: Callable[..., RewardModel]) -> None:
     ours = reward("llama")
-    before = ours.score_ids(PROMPTS, COMPLETIONS)
-    ours.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4])
-    after = ours.score_ids(PROMPTS, COMPLETIONS) * ours.settings.std
-    torch.testing.assert_close(after[1:] - after[0], before[1:] - before[0], atol=1e-5, rtol=0)
-
-
-def test_fit_normaliser_of_constant_and_broken_rewards(
-    reward: Callable[..., RewardModel],
-) -> None:
-    ours = reward("llama")
-    ours.fit_normaliser([PROMPTS[0]] * 3, [COMPLETIONS[0]] * 3)
-    assert ours.settings.std == 1.0
+    _, std = ours.centre([PROMPTS[0]] * 3, [COMPLETIONS[0]] * 3)
+    assert std < 1e-5
     assert ours.score_ids(PROMPTS[:1], COMPLETIONS[:1]).abs().item() < 1e-5
     score_head(ours.model).weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="rewards of completion 0 are not finite"):
-        ours.fit_normaliser(PROMPTS, COMPLETIONS)
-
-
-def test_fit_normaliser_of_a_saturated_reward_keeps_samples_in_its_scale(
-    reward: Callable[..., RewardModel],
-) -> None:
-    """Demonstrations have the bound, 2, within 1e-7, and rejected samples are far below them."""
-    ours = reward("llama", bound=2.0)
-    ours.model.score.weight.data.mul_(1e4)
-    scores = ours.score_ids(PROMPTS, COMPLETIONS)
-    best, worst = int(scores.argmax()), int(scores.argmin())
-    assert scores[best] - scores[worst] > 1.0
-    same = ([PROMPTS[best]] * 3, [COMPLETIONS[best]] * 3)
-    low = ([PROMPTS[worst]] * 3, [COMPLETIONS[worst]] * 3)
-    ours.fit_normaliser(*same, low)
-    distance = float(scores[best] - scores[worst])
-    # Two equal groups that far apart have a deviation of half of it; the floor is a tenth of that.
-    assert ours.settings.std == pytest.approx(0.05 * distance, rel=1e-4)
-    assert ours.score_ids(*low).tolist() == pytest.approx([-20.0] * 3, rel=1e-4)
-
-
-def test_fit_normaliser_does_not_read_rejected_samples_of_the_same_scale(
-    reward: Callable[..., RewardModel],
-) -> None:
-    ours, alone = reward("llama"), reward("llama")
-    ours.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4], (PROMPTS, COMPLETIONS))
-    alone.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4])
-    assert ours.settings == alone.settings
+        ours.centre(PROMPTS, COMPLETIONS)
 
 
 # --- saving and loading ---------------------------------------------------------------------------
@@ -304,14 +264,13 @@ def test_save_and_load_round_trip(
     ours = reward(arch, lm_coef=0.5, bound=3.0, template="{prompt} ->", lowercase=True, name="mine")
     if hasattr(ours.model, "lm_head"):  # its own, trained separately from the policy's
         ours.model.lm_head.weight.data.add_(0.01)
-    ours.fit_normaliser(PROMPTS[:4], COMPLETIONS[:4])
+    ours.centre(PROMPTS[:4], COMPLETIONS[:4])
     ours.save_pretrained(tmp_path / "reward")
     loaded = RewardModel.from_pretrained(tmp_path / "reward")
     assert loaded.settings == ours.settings
     assert loaded.settings == replace(
         RewardSettings(0.5, 3.0, template="{prompt} ->", lowercase=True, name="mine"),
         mean=ours.settings.mean,
-        std=ours.settings.std,
     )
     assert torch.equal(loaded.score_ids(PROMPTS, COMPLETIONS), ours.score_ids(PROMPTS, COMPLETIONS))
     assert loaded.score(["Loch"], ["Fyne"]).tolist() == ours.score(["Loch"], ["Fyne"]).tolist()

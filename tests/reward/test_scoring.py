@@ -31,7 +31,7 @@ DISTINCT = random_ids(3, 2, 9, seed=1)
 PROMPTS = [DISTINCT[0], DISTINCT[1], DISTINCT[0], DISTINCT[2], DISTINCT[0], DISTINCT[1]]
 COMPLETIONS = [*random_ids(4, 2, 14, seed=2), [2], [7]]
 PLAIN = RewardSettings()
-EVERYTHING = RewardSettings(lm_coef=0.7, bound=20.0, mean=0.25, std=0.5)
+EVERYTHING = RewardSettings(lm_coef=0.7, bound=20.0, mean=0.25)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def alone(reward: RewardModel, policy: PreTrainedModel, prompt: list, completion
         value = value + settings.lm_coef * plain_logps(policy, prompt, completion).mean()
     if settings.bound is not None:
         value = settings.bound * torch.tanh(value / settings.bound)
-    return float((value - settings.mean) / settings.std)
+    return float(value - settings.mean)
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def cast_of(tokenizer: PreTrainedTokenizerFast, chosen: PPOOptions, reward: Any 
 def reward_model(folder: Path, tokenizer: PreTrainedTokenizerFast, model: Any) -> RewardModel:
     """A fresh reward on a policy, which is saved in the folder."""
     save(model, tokenizer, folder)
-    return RewardModel.from_policy(folder, tokenizer, RewardSettings(mean=0.3, std=1.7), seed=3)
+    return RewardModel.from_policy(folder, tokenizer, RewardSettings(mean=0.3), seed=3)
 
 
 def learner_of(

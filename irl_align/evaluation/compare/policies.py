@@ -144,13 +144,15 @@ def _beyond_entropy(view: RunView, number: int) -> dict[str, Any]:
 
 def reward_reports(view: RunView) -> Iterator[tuple[int, dict[str, Any]]]:
     """(iteration, report of its reward). To the held-out report are added `fresh`, the report on
-    samples of the next policy, and `normaliser`, (mean, std) of the demonstrations' scores."""
+    samples of the next policy, and `demonstration_scores`, their mean and deviation."""
     for k, record in view.records("reward").items():
         yield (
             k,
             {
                 **record,
                 "fresh": view.record(Role.vitals(k + 1)).get("fresh"),
-                "normaliser": view.record(Role.reward_fit(k)).get("normaliser", (None, None)),
+                "demonstration_scores": view.record(Role.reward_fit(k)).get(
+                    "demonstration_scores", (None, None)
+                ),
             },
         )

@@ -204,7 +204,9 @@ def reward_tables(views: Sequence[RunView], title: str) -> list[Table]:
             agreement = map(TWO_DECIMALS.text, report.get("agreement", {}).values())
             length = report["audit"].get("length_correlation")
             cells = [held["loss"], held["margin"], held["calibration_error"], length]
-            health.append([*label, *cells, ", ".join(agreement) or None, *report["normaliser"]])
+            health.append(
+                [*label, *cells, ", ".join(agreement) or None, *report["demonstration_scores"]]
+            )
     return [
         Table(f"{title}: accuracies", [*labels, *ACCURACIES], shares),
         Table(f"{title}: health; scores are those of demonstrations", [*labels, *HEALTH], health),

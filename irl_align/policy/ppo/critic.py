@@ -26,7 +26,7 @@ def make_critic(
 ) -> Critic | None:
     """The critic of the recipe, on the policy's device in float32; None if none is needed.
 
-    From the reward it starts as the reward of prefixes, normaliser included; otherwise at 0. If the
+    From the reward it starts as the reward of prefixes, its mean included; otherwise at 0. If the
     reward has an adapter, the critic trains a copy of that adapter and the head.
     Raises UserError: the reward cannot be a critic of this policy.
     """

@@ -16,7 +16,7 @@ from irl_align.models.lm_head import LOGITS_AT_ONCE, has_plain_logits, lm_head_l
 from irl_align.models.lora import AdapterSwitch, adapter_weights
 from irl_align.policy.ppo.losses import entropy as entropy_of
 from irl_align.policy.ppo.micro_batches import MicroBatch
-from irl_align.reward.forward import bounded_and_normalised, head_values
+from irl_align.reward.forward import bounded_and_centred, head_values
 from irl_align.reward.settings import DEFAULT_SETTINGS, RewardSettings
 
 Entropy = Literal["none", "monitor", "loss"]
@@ -46,7 +46,7 @@ class TokenOutputs(NamedTuple):
 
 
 class Critic(nn.Module):
-    """V(s) = head(h_s) with the bound and normaliser of a reward's settings.
+    """V(s) = head(h_s) with the bound and mean of a reward's settings.
 
     h_s comes from `trunk`, or from the policy's trunk if that is None: with `switch` from the
     critic's adapter on it, otherwise from the policy itself.
@@ -72,7 +72,7 @@ class Critic(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (M,) of hidden states (M, H)."""
-        return bounded_and_normalised(head_values(self.head, hidden), self.settings)
+        return bounded_and_centred(head_values(self.head, hidden), self.settings)
 
 
 class Network(nn.Module):

@@ -9,7 +9,7 @@ from irl_align.data.loading import load_prompts
 from irl_align.policy.roles import Role
 from irl_align.training.plan.costs import Cost, Costs
 from irl_align.training.plan.data import Counts
-from irl_align.training.reward_step import NORMALISED, scheduled
+from irl_align.training.reward_step import CENTRED, scheduled
 
 MATCHING = 6
 """Temperatures at which pi_0 is sampled until its entropy is another policy's: 5 or 6 on E2E."""
@@ -41,6 +41,9 @@ class StageCosts:
                 return self._rewards(prompts * n * self._candidates_each())
             case "pairs":
                 return Cost(rows=self._pairs())
+            case "offsets":  # log-probs of both sides, under two models, or rewards
+                passes = 2 if self.recipe.reward.offset == "log_ratio" else 1
+                return self.costs.measure(2 * passes * self._pairs())
             case "reward":
                 return self._reward(role.number or 0)
             case "candidate-rewards":
@@ -111,7 +114,7 @@ class StageCosts:
     def _reward(self, k: int) -> Cost:
         options, window = self.recipe.reward, self.recipe.pairs.window
         if options.kind == "log_prob":
-            return self.costs.measure(min(self.counts.rows["reward"], NORMALISED))
+            return self.costs.measure(min(self.counts.rows["reward"], CENTRED))
         iterations = {"latest": 1, "all": k + 1}.get(window) or int(window.removeprefix("last-"))
         pairs = self._pairs() * min(iterations, k + 1)
         pairs = min(pairs, options.max_pairs or pairs)

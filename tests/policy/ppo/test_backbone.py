@@ -62,7 +62,7 @@ class Cast:
         with seeded(1):
             add_adapter(policy, LORA, base_of(self.base))
         save_model(shaken(policy, 2), tokenizer, self.start)
-        settings = RewardSettings(mean=0.3, std=1.7)
+        settings = RewardSettings(mean=0.3)
         reward = RewardModel.from_policy(self.start, tokenizer, settings, seed=3, lora=LORA)
         shaken(reward.model, 4)
         reward.save_pretrained(self.reward)
