@@ -26,7 +26,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from irl_align.data.columns import column, prompts_of
 from irl_align.data.rows import Prompt, as_answer, as_messages, template_input
 from irl_align.errors import UserError
-from irl_align.models.loading import has_capped_attention, load_config
+from irl_align.models.loading import classifier_class, has_capped_attention, load_config
 from irl_align.models.lora import is_adapter, saved_quantization
 from irl_align.models.packing import TOKENS_PER_BATCH, Ids, batches_by_tokens, pad_right
 from irl_align.reward.forward import bounded_and_centred
@@ -162,13 +162,13 @@ def adapter_options(folder: Path) -> dict[str, Any]:
 def plain_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """An exported reward, or its adapter with its base, as the code of its card loads it."""
     if not is_adapter(folder):
-        whole: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        if type(whole).__module__.startswith("irl_align."):  # see offer_classifier
+        config = load_config(folder)
+        if classifier_class(config) is not AutoModelForSequenceClassification:
             raise UserError(
-                f"{folder}: transformers has no sequence classifier of a "
-                f"{whole.config.model_type}, so the code of a card could not load this "
-                "reward; use it with irl-align score"
+                f"{folder}: transformers has no sequence classifier of a {config.model_type}, so "
+                "the code of a card could not load this reward; use it with irl-align score"
             )
+        whole: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         return whole
     with suppress_seqcls_warning():  # the base has no head; it is the adapter's
         model = AutoPeftModelForSequenceClassification.from_pretrained(

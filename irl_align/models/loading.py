@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def load_model(
         options["device_map"] = {"": device}
     try:
         if loader is AutoModelForSequenceClassification:
-            offer_classifier(_auto_config(path, **options))
+            loader = classifier_class(_auto_config(path, **options))
         model, report = loader.from_pretrained(
             str(path), use_safetensors=True, output_loading_info=True, **options
         )
@@ -174,33 +175,49 @@ def name_backbone(model: PreTrainedModel) -> None:
         )
 
 
-def offer_classifier(config: PreTrainedConfig) -> None:
-    """Give AutoModelForSequenceClassification a class for any causal model's config.
+def classifier_class(config: PreTrainedConfig) -> Any:
+    """The class that loads a reward of this architecture: AutoModelForSequenceClassification.
 
-    transformers lacks one for some architectures (Granite). It is their backbone with a head, as
-    transformers' generic class makes it. Raises UserError: the model has no such backbone.
+    transformers lacks a classifier of some causal models (Granite). It is then their backbone with
+    a head, as transformers' generic class makes it. Raises UserError: there is no such backbone.
     """
     causal: Any = getattr(AutoModelForCausalLM, "_model_mapping").get(type(config), None)  # noqa: B009
     known = getattr(AutoModelForSequenceClassification, "_model_mapping")  # noqa: B009
     if type(config) in known or causal is None:
-        return
+        return AutoModelForSequenceClassification
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     name_backbone(model)
+    return _generic_classifier(causal, model.base_model_prefix)
+
+
+@cache
+def _generic_classifier(causal: Any, prefix: str) -> Any:
     parent = next(each for each in causal.__mro__[1:] if issubclass(each, PreTrainedModel))
     name = causal.__name__.replace("ForCausalLM", "") + "ForSequenceClassification"
-    fields = {"config_class": type(config), "base_model_prefix": model.base_model_prefix}
-    made = type(name, (GenericForSequenceClassification, parent), fields)
-    AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
+    fields = {"config_class": causal.config_class, "base_model_prefix": prefix}
+    return type(name, (GenericForSequenceClassification, parent), fields)
+
+
+def empty_classifier(config: PreTrainedConfig) -> PreTrainedModel:
+    """A reward of this architecture without weights, on the device meta.
+
+    Raises ValueError: transformers has no sequence classifier for the config.
+    """
+    loader = classifier_class(config)
+    with torch.device("meta"):
+        if loader is AutoModelForSequenceClassification:
+            model: PreTrainedModel = loader.from_config(config)
+        else:
+            model = loader(config)
+    return model
 
 
 def check_classifier(config: PreTrainedConfig) -> None:
     """Raise UserError if an explicit reward cannot be a head on this architecture; no weights."""
-    offer_classifier(config)
     head = None
-    with torch.device("meta"), contextlib.suppress(ValueError):  # no such class
-        model = AutoModelForSequenceClassification.from_config(config)
-        head = getattr(model, "score", None)
+    with contextlib.suppress(ValueError):  # no such class
+        head = getattr(empty_classifier(config), "score", None)
     if head is None:
         raise UserError(
             f"reward.kind: explicit needs a score on the last hidden state, and the sequence "

@@ -114,9 +114,6 @@ class Models(Protocol):
     def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
         """The reward function of an artefact; merge: an adapter is merged into the weights."""
 
-    def load_offset(self, offset: Offset) -> RewardFunction:
-        """The offset as a function of texts."""
-
 
 class Sampler(Protocol):
     """Samples policies within the recipe's limits."""

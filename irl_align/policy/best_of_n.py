@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -30,7 +31,7 @@ from irl_align.models.trl import Training
 from irl_align.policy import Policy, Ranking, Stage, UpdateContext, UpdateRequest
 from irl_align.policy.roles import Role
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.ranking import Logprobs, rank_samples, sample_rewards
+from irl_align.reward.ranking import Logprobs, rank_samples, sample_lengths, sample_rewards
 from irl_align.utils import distributed
 
 
@@ -58,7 +59,7 @@ class BestOfN:
         rewards: Stage | None = None
         if options.score != "logprob":
             inputs["reward"] = reward.key
-            settings = {"sampling": vars(sampling), "prompts": options.prompts}
+            settings: dict[str, Any] = {"sampling": vars(sampling), "prompts": options.prompts}
             if (offset := request.offset) is not None:
                 inputs["offset"] = offset.of.key
                 settings |= {"offset": vars(offset.shape), "beta": reward.logit_beta}
@@ -135,9 +136,11 @@ def score_candidates(
 
     def build(work: Path) -> dict[str, Any]:
         rewards = sample_rewards(candidates, context.models.load_reward(reward))
-        if request.offset is not None:
-            had = sample_rewards(candidates, context.models.load_offset(request.offset))
-            rewards = rewards / reward.logit_beta - had
+        if (offset := request.offset) is not None:
+            own = sample_rewards(candidates, context.models.load_reward(offset.of))
+            lengths = torch.from_numpy(sample_lengths(candidates))
+            had = offset.shape(torch.from_numpy(own) / offset.of.logit_beta, lengths)
+            rewards = rewards / reward.logit_beta - had.numpy()
         if distributed.is_main():
             np.save(work / "rewards.npy", rewards)
         return {"samples": len(rewards)}

@@ -27,10 +27,10 @@ from irl_align.data.rows import (
 from irl_align.data.tokenizer import tokenizer_name
 from irl_align.errors import UserError
 from irl_align.models.loading import (
+    empty_classifier,
     load_config,
     load_model,
     load_tokenizer,
-    offer_classifier,
     require_embeddings,
 )
 from irl_align.models.lora import is_adapter
@@ -100,16 +100,13 @@ def _is_causal(path: str | Path) -> bool:
 
     Raises UserError: no such model, or more than one label.
     """
-    with torch.device("meta"):
-        try:
-            config = load_config(path)
-            offer_classifier(config)
-            empty = AutoModelForSequenceClassification.from_config(config)
-        except (OSError, ValueError, UserError) as error:
-            raise UserError(
-                f"{path}: config.json: not a reward model: {' '.join(str(error).split())[:200]}; "
-                "expected one of AutoModelForSequenceClassification"
-            ) from error
+    try:
+        empty = empty_classifier(load_config(path))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(
+            f"{path}: config.json: not a reward model: {' '.join(str(error).split())[:200]}; "
+            "expected one of AutoModelForSequenceClassification"
+        ) from error
     if empty.config.num_labels != 1:
         raise UserError(
             f"{path}: config.json: num_labels is {empty.config.num_labels}; expected a reward "

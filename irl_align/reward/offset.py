@@ -18,8 +18,6 @@ from datasets import Dataset
 from torch import Tensor
 
 from irl_align.data.columns import column
-from irl_align.models.packing import Ids
-from irl_align.reward.protocol import RewardFunction
 
 POLICY_PAIRS = "demonstration/policy"
 """Source of the pairs that have an offset: their rejected sides are samples of pi_k."""
@@ -40,21 +38,6 @@ class OffsetShape:
         """Offsets of texts with these values and lengths, both (B,)."""
         values = self.coef * (values / lengths.clamp(min=1) if self.per_token else values)
         return values if self.clip is None else values.clamp(-self.clip, self.clip)
-
-
-@dataclass(frozen=True)
-class OffsetFunction(RewardFunction):
-    """o_k(x, y) of texts as token ids."""
-
-    function: RewardFunction
-    beta: float
-    """Divisor of the function's values."""
-    shape: OffsetShape
-
-    def score_ids(self, prompts: Ids, completions: Ids) -> Tensor:
-        """Offset of each completion: (B,)."""
-        values = self.function.score_ids(prompts, completions) / self.beta
-        return self.shape(values, torch.tensor([len(ids) for ids in completions]))
 
 
 def pair_offsets(pairs: Dataset, values: Tensor, shape: OffsetShape) -> Tensor:

@@ -24,6 +24,11 @@ def sample_rewards(samples: Samples, reward: RewardFunction) -> np.ndarray:
     return _over_samples(samples, lambda p, c: spread(reward).score_ids(p, c).numpy())
 
 
+def sample_lengths(samples: Samples) -> np.ndarray:
+    """Number of tokens of every sample, (M * N,) in the order of sample_rewards."""
+    return _over_samples(samples, lambda _, c: np.array([len(ids) for ids in c]))
+
+
 def _over_samples(
     samples: Samples, score: Callable[[Ids, Ids], np.ndarray], sampled: bool = False
 ) -> np.ndarray:

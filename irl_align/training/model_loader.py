@@ -22,11 +22,10 @@ from irl_align.models.lora import (
     quantization_config,
     train_only,
 )
-from irl_align.policy import Offset, Policy, Reward
+from irl_align.policy import Policy, Reward
 from irl_align.policy.roles import START
 from irl_align.reward.implicit import ImplicitReward
 from irl_align.reward.model import RewardModel
-from irl_align.reward.offset import OffsetFunction
 from irl_align.reward.protocol import RewardFunction
 from irl_align.training.keys import derive_seed
 from irl_align.utils import distributed
@@ -116,10 +115,6 @@ class ModelLoader:
             return RewardModel.from_pretrained(reward.path, self.device, merge=merge)
         references = [(weight, self.load_policy(path)) for weight, path in reward.references]
         return ImplicitReward(self.load_policy(reward.path), references, reward.beta)
-
-    def load_offset(self, offset: Offset) -> RewardFunction:
-        """The offset as a function of texts."""
-        return OffsetFunction(self.load_reward(offset.of), offset.of.logit_beta, offset.shape)
 
     def logprobs(
         self, policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]

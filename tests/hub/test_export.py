@@ -67,7 +67,7 @@ def test_exported_reward_has_the_files_that_other_tools_need(reward: Path) -> No
     assert not any(name.startswith(".") or name.endswith(".bin") for name in names)
     config = json.loads((reward / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
-    assert config["id2label"] == {"0": "reward"} and config["irl_reward"]["std"] == 1.0
+    assert config["id2label"] == {"0": "reward"}
 
 
 def test_exported_reward_gives_the_runs_scores(reward: Path, expected: torch.Tensor) -> None:

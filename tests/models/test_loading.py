@@ -246,8 +246,8 @@ def test_check_classifier_gives_every_causal_model_a_head_on_its_backbone(
 
 
 def test_check_classifier_refuses_a_classifier_with_another_head() -> None:
-    config = AutoConfig.for_model("modernbert-decoder", **SIZES, cls_token_id=1, sep_token_id=2)
-    with pytest.raises(UserError, match="classifier of a modernbert-decoder has none; expected"):
+    config = AutoConfig.for_model("ctrl", n_embd=32, n_layer=1, n_head=2, dff=32, vocab_size=320)
+    with pytest.raises(UserError, match="classifier of a ctrl has none; expected"):
         check_classifier(config)
 
 

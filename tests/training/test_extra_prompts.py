@@ -227,7 +227,7 @@ def test_ppo_rolls_them_out_and_judges_the_others(
 def _rolled_out(run: Path) -> set[str]:
     """Prompts that PPO sampled for, without the card's line end."""
     lines = (stage_folder(run, "policy-1") / "samples.jsonl").read_text(encoding="utf-8")
-    return {json.loads(line)["prompt"].strip() for line in lines.splitlines()}
+    return {json.loads(line)["prompt"].strip() for line in lines.strip("\n").split("\n")}
 
 
 BAD = {

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from irl_align.config.policy_update import PPOOptions
 from irl_align.errors import UserError
-from irl_align.models.loading import load_tokenizer, offer_classifier
+from irl_align.models.loading import empty_classifier, load_tokenizer
 from irl_align.models.lora import (
     DEFAULT_ADAPTER,
     AdapterSwitch,
@@ -112,9 +111,7 @@ def _scorer(policy: PreTrainedModel, head: dict[str, Tensor]) -> PreTrainedModel
     """A sequence classifier of the policy's architecture whose backbone is the policy's own."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    offer_classifier(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    model = empty_classifier(config)
     setattr(model, model.base_model_prefix, policy.base_model)
     width = head["weight"].shape[1]
     score = nn.Linear(width, 1, bias="bias" in head)
