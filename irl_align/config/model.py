@@ -128,11 +128,14 @@ class SFTOptions(Options):
     turns: Literal["all", "demonstration"] = "all"
     """Which turns of a conversation SFT learns: all of the assistant's up to the demonstration, or
     the demonstration only. Pairs are made with the demonstration (turn in the data card)."""
+    checkpoint: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of SFT's steps after which its model is kept too, for reward.numerator or
+    reward.reference checkpoint. Null keeps none."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of trl.SFTConfig."""
 
     @model_validator(mode="after")
     def _full_needs_sft(self) -> SFTOptions:
-        if self.full and not self.enabled:
-            raise ValueError("full is an option of SFT, but enabled is false")
+        if not self.enabled and (name := self.first_set("full", "checkpoint")):
+            raise ValueError(f"{name} is an option of SFT, but enabled is false")
         return self

@@ -14,6 +14,10 @@ PairSource = Literal[
 ]
 
 
+LoopModel = Literal["initial", "previous", "older", "start", "checkpoint"]
+"""Models of a run that a log-ratio compares."""
+
+
 class PairOptions(Options):
     """The pairs (x, preferred, rejected), made without any preference label."""
 
@@ -78,29 +82,32 @@ class PreferenceOptions(Options):
 
 
 class RewardOptions(Options):
-    """The reward level: fit r_phi on pairs, or SPIN's implicit reward beta log(pi/pi_ref)."""
+    """The reward level: fit r_phi on pairs, or a log-ratio beta log(pi/pi_ref) of two models."""
 
     used_with = (
         (
             "kind",
             ("explicit",),
-            ("loss", "beta", "offset", "bound", "echo", "init", "lm_coef", "preferences", "lora"),
+            ("loss", "offset", "bound", "echo", "init", "lm_coef", "preferences", "lora"),
         ),
-        ("kind", ("implicit",), ("reference", "mixture")),
-        ("kind", ("explicit", "implicit"), ("args", "schedule", "max_pairs")),
+        ("kind", ("implicit",), ("numerator", "reference", "mixture", "endogenous", "mean")),
+        ("kind", ("explicit", "implicit"), ("beta", "args", "schedule", "max_pairs")),
+        ("numerator", ("fitted",), ("args", "schedule", "max_pairs")),
         ("reference", ("mixture",), ("mixture",)),
         ("offset", ("log_ratio", "reward"), ("offset_coef", "offset_clip")),
         ("offset", ("log_ratio",), ("offset_per_token",)),
     )
 
-    kind: Literal["explicit", "implicit", "log_prob", "none"] = "explicit"
-    """explicit: a reward model. implicit: the policy's own log-ratio (SPIN, DPO). Controls that
-    learn no reward are log_prob (pi_0's mean log-prob is the reward) and none (no reward)."""
+    kind: Literal["explicit", "implicit", "none"] = "explicit"
+    """explicit: a reward model. implicit: a log-ratio of two language models, see numerator. With
+    policy_update identity the model that is fitted is the next policy (SPIN, DPO). none: no
+    reward."""
     loss: Literal["bradley_terry", "linear"] = "bradley_terry"
     """Pair loss of the explicit reward: -log sigmoid(r_E - r_hat), or -(r_E - r_hat)."""
     beta: PositiveFloat = 1.0
     """Explicit reward: the logit of a pair is (r_E - r_hat) / beta, in nats. The policy level with
-    a KL weight of beta then ends at the demonstrations; a smaller weight goes further."""
+    a KL weight of beta then ends at the demonstrations; a smaller weight goes further. Implicit
+    reward: the factor of the log-ratio; with numerator fitted it is args.beta instead."""
     offset: Literal["none", "log_ratio", "reward"] = "none"
     """What the logit of a text subtracts, so that one reward accumulates over the iterations and
     the policy level starts from pi_0. log_ratio: log pi_k/pi_0, so that the pairs of all iterations
@@ -124,10 +131,21 @@ class RewardOptions(Options):
     """a in r = head + a * (mean log-prob of the completion under the reward's own backbone)."""
     max_pairs: PositiveInt | None = None
     """Largest number of the window's pairs that the fit uses, drawn by the seed. Null uses all."""
-    reference: Literal["previous", "initial", "mixture"] = "previous"
-    """Opponent of the implicit reward: pi_k, pi_0, or their geometric mixture."""
+    numerator: LoopModel | Literal["fitted"] = "fitted"
+    """pi of the implicit reward beta log(pi/pi_ref). fitted: pi_k after a fit to the pairs with
+    SPIN's loss. Without a fit: pi_0 (initial), pi_k (previous), pi_(k-1) (older, in iteration 0 the
+    model before SFT), the model before SFT (start), or SFT's checkpoint (sft.checkpoint)."""
+    reference: LoopModel | Literal["mixture", "none"] = "previous"
+    """pi_ref of the implicit reward, and the opponent of its fit: a model as in numerator, the
+    geometric mixture of pi_0 and pi_k, or none, which makes the reward log pi."""
     mixture: Share = 0.5
     """With reference=mixture: weight of pi_0. pi_k has the rest."""
+    endogenous: bool = False
+    """Implicit reward: a token's reward is beta (log pi/pi_ref + V(s) - V(s')), V the log-sum-exp
+    of pi's logits (arXiv:2506.23235). It is a denser credit for the same ranking of a prompt's
+    texts: the V terms sum to V of the prompt."""
+    mean: bool = False
+    """Implicit reward: the mean over a text's tokens, not their sum."""
     preferences: PreferenceOptions | None = None
     """Human preference pairs to mix in (explicit reward only)."""
     lora: LoraOptions | None = None
@@ -137,6 +155,27 @@ class RewardOptions(Options):
     schedule: dict[str, list[Any]] = Field(default_factory=dict)
     """Per-iteration values of fields of args, e.g. beta: [0.1, 0.1, 0.1, 5.0]. Later iterations use
     the last value."""
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the reward level fits a model."""
+        return self.kind == "explicit" or (self.kind == "implicit" and self.numerator == "fitted")
+
+    @model_validator(mode="after")
+    def _ratio_is_consistent(self) -> RewardOptions:
+        if self.kind != "implicit":
+            return self
+        if self.numerator == self.reference:
+            raise ValueError(f"reference {self.reference} is the numerator too: the reward is 0")
+        if self.numerator == "fitted" and self.reference == "none":
+            raise ValueError("reference none is for a numerator that is not fitted")
+        if self.numerator == "fitted" and self.first_set("beta"):
+            raise ValueError("beta is args.beta where the numerator is fitted")
+        if self.endogenous and self.mean:
+            raise ValueError(
+                "mean would divide V of the prompt by a text's length: drop endogenous"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RewardOptions:

@@ -14,7 +14,12 @@ from irl_align.config.data import DataOptions
 from irl_align.config.generation import GenerationOptions
 from irl_align.config.loop import EvaluationOptions, LoopOptions
 from irl_align.config.model import ModelOptions, SFTOptions
-from irl_align.config.policy_update import BestOfNOptions, PolicyPromptOptions, PolicyUpdateOptions
+from irl_align.config.policy_update import (
+    BestOfNOptions,
+    PolicyPromptOptions,
+    PolicyUpdateOptions,
+    PPOOptions,
+)
 from irl_align.config.reward import PairOptions, RewardOptions
 from irl_align.config.types import Options, PathText
 
@@ -142,6 +147,42 @@ class Recipe(Options):
             )
         return None
 
+    def _ratio_problem(self) -> str | None:
+        """What contradicts an implicit reward, or an update that needs one."""
+        reward, update = self.reward, self.policy_update
+        fitted = reward.kind == "implicit" and reward.numerator == "fitted"
+        if update.kind == "identity" and not fitted:
+            return (
+                "policy_update.kind identity takes the model that the fit of an implicit reward "
+                "has trained: expected reward.kind implicit with numerator fitted"
+            )
+        if reward.kind != "implicit":
+            return None
+        name = reward.first_set("endogenous", "mean")
+        if update.kind == "identity" and name:
+            return f"reward.{name} has no effect with policy_update.kind identity"
+        models = [reward.numerator, reward.reference]
+        if "checkpoint" in models and self.sft.checkpoint is None:
+            return "reward compares SFT's checkpoint, but sft.checkpoint is null: give a share"
+        same = {"previous": "initial", "mixture": "initial", "older": "start"}  # in iteration 0
+        first = {same.get(model, model) for model in models}
+        if len(first) == 1 or (first == {"initial", "start"} and not self.sft.enabled):
+            return (
+                f"reward.numerator {models[0]} and reward.reference {models[1]} are the same model "
+                "in iteration 0: the reward is 0"
+            )
+        if isinstance(update, PPOOptions):
+            if update.credit == "abc" or update.eos_prefixes:
+                name = "credit abc" if update.credit == "abc" else "eos_prefixes"
+                return f"policy_update.{name} needs an explicit reward: use credit red or sparse"
+            if (update.advantage, update.critic, update.critic_init) == (
+                "gae",
+                "separate",
+                "reward",
+            ):
+                return "policy_update.critic_init reward needs an explicit reward: use zero"
+        return None
+
     def _loop_problem(self) -> str | None:
         kind, update = self.reward.kind, self.policy_update.kind
         credit = getattr(self.policy_update, "credit", None)
@@ -149,11 +190,8 @@ class Recipe(Options):
             return f"reward.echo gives no rewards of prefixes, which credit {credit} needs"
         if self.loop.iterations > 1 and (problem := self._offset_problem()):
             return problem
-        if (kind == "implicit") != (update == "identity"):
-            return (
-                f"reward.kind {kind} does not go with policy_update.kind {update}: fitting the "
-                "implicit reward already moves the policy, so implicit and identity go together"
-            )
+        if problem := self._ratio_problem():
+            return problem
         if kind == "none" and self.loop.pick == "nearest":
             return "loop.pick nearest needs the last reward, but reward.kind is none"
         if kind == "none" and update in ("best_of_n", "ppo"):

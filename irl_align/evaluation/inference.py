@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl import DPOConfig
-
 from irl_align.config.generation import GenerationOptions
 from irl_align.data.decoding import decode_answers
 from irl_align.data.encoding import encode_prompts
@@ -26,14 +24,20 @@ from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.samples import SampleSet
 from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
+from irl_align.policy import Reward
 from irl_align.policy.roles import SFT, START
 from irl_align.reward.foreign import PairClassifier, load_text_reward
 from irl_align.reward.implicit import ImplicitReward
 from irl_align.reward.model import RewardModel
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.reward.settings import own_template, refuse_template
-from irl_align.training.reward_step import scheduled
-from irl_align.training.run_folder import Run, RunView, artefact_folder, is_run
+from irl_align.training.run_folder import (
+    Run,
+    RunView,
+    artefact_folder,
+    is_run,
+    missing_artefact,
+)
 from irl_align.utils.statistics import Estimate, clustered_share
 
 Row = dict[str, Any]
@@ -46,7 +50,8 @@ SAMPLED = [("prompt",), ("messages",)]
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """A policy folder, and for Best-of-N selection its reward folder, N, score and temperature."""
+    """A policy folder, and for Best-of-N selection its reward (the folder of its run or of the
+    reward), N, score and temperature."""
 
     model: Path
     reward: Path | None = None
@@ -155,9 +160,10 @@ def resolve_policy(path: Path) -> SavedPolicy:
     ranking = (Run.load(path).summary or {}).get("ranking") if is_run(path) else None
     if ranking is None:
         return SavedPolicy(model)
-    reward = artefact_folder(path, "reward")
+    if log_ratio_of(path) is None:
+        artefact_folder(path, "reward")  # its files are there
     return SavedPolicy(
-        model, reward, int(ranking["n"]), str(ranking["score"]), float(ranking["temperature"])
+        model, path, int(ranking["n"]), str(ranking["score"]), float(ranking["temperature"])
     )
 
 
@@ -166,25 +172,47 @@ def saved_reward(
 ) -> RewardModel | PairClassifier | ImplicitReward:
     """The last reward of a run, or the reward model in a folder.
 
-    For a run with an implicit reward (SPIN, DPO) it is beta log(pi/pi_0): pi is the run's final
-    policy, pi_0 the policy that its loop began with, and beta that of the last iteration. template:
-    of a reward that was not fitted here, see load_text_reward.
+    The reward of a run may be the log-ratio of two models. For SPIN and DPO these are the final
+    policy and the policy that the loop began with. template: of a reward that was not fitted here,
+    see load_text_reward.
     """
     where = pick_device(device)
-    view = Run.load(path) if is_run(path) else None
-    options = view.recipe["reward"] if view is not None else {}
-    iterations = view.recipe["loop"]["iterations"] if view is not None else 0
-    if not view or options["kind"] != "implicit" or not iterations:
+    ratio = log_ratio_of(path) if is_run(path) else None
+    if ratio is None:
         return load_text_reward(artefact_folder(path, "reward"), where, template)
-    policy, (first, _) = artefact_folder(path, "policy"), first_policy(view)
-    args = scheduled(options["args"], options["schedule"], iterations - 1)
     return ImplicitReward(
-        load_model(policy, where),
-        [(1.0, load_model(first, where))],
-        float(args.get("beta", DPOConfig.beta)),
-        load_tokenizer(policy),
-        prompt_format(policy, template),
+        load_model(ratio.path, where),
+        [(weight, load_model(model, where)) for weight, model in ratio.references],
+        ratio.beta,
+        load_tokenizer(ratio.path),
+        prompt_format(ratio.path, template),
+        endogenous=ratio.endogenous,
+        mean=ratio.mean,
     )
+
+
+def log_ratio_of(run: Path) -> Reward | None:
+    """The last reward of a finished run, if it is the log-ratio of two models; else None.
+
+    Raises UserError: the run is not finished, or one of the models is missing.
+    """
+    saved = Run.load(run).require_finished().get("log_ratio")
+    if saved is None:
+        return None
+    references = tuple((float(w), run.parent / model) for w, model in saved["references"])
+    reward = Reward(
+        "log_ratio",
+        run.parent / saved["numerator"],
+        "",
+        float(saved["beta"]),
+        references,
+        saved["endogenous"],
+        saved["mean"],
+    )
+    for folder in (reward.path, *(model for _, model in references)):
+        if not folder.is_dir():
+            raise missing_artefact(run, "reward", folder)
+    return reward
 
 
 def score_rows(
@@ -249,7 +277,7 @@ def generate_rows(
     with saved_sampler(policy.model, tokenizer, prompts, options, backend, where) as generator:
         groups = generate(generator, prompts, candidates, progress=True)
     if policy.reward is not None:
-        reward = RewardModel.from_pretrained(policy.reward, where)
+        reward = saved_reward(policy.reward, device)
         samples = SampleSet(prompts, groups)
         logprobs = None
         if policy.score != "reward" and not candidates.plain:

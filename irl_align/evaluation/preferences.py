@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from irl_align.config.schema import Recipe
 from irl_align.data.columns import column, read_parquet
 from irl_align.data.splits import data_checksum
 from irl_align.errors import UserError
-from irl_align.evaluation.inference import first_policy, prompt_format
+from irl_align.evaluation.inference import first_policy, log_ratio_of, prompt_format
 from irl_align.evaluation.preference_data import (
     PreferenceSet,
     axes_of,
@@ -55,11 +56,13 @@ RESERVED = (OWN_REWARD, IMPLICIT_REWARD, PREFERENCE_REWARD, *BASELINES)
 
 @dataclass(frozen=True)
 class Implicit:
-    """The reward log pi(y|x) - log pi_0(y|x) that SPIN and DPO fit, up to its beta."""
+    """The reward log pi(y|x) - log pi_ref(y|x), up to its beta and to terms of the prompt."""
 
     policy: Path
-    reference: Path
-    """The model that the policy started from."""
+    references: tuple[tuple[float, Path], ...]
+    """Weighted models of pi_ref; for SPIN and DPO the model that the policy started from."""
+    mean: bool = False
+    """Whether it is divided by the number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,10 @@ class Scorers:
             if isinstance(reward, Path):
                 models.append((reward, True))
             else:
-                models += [(reward.policy, False), (reward.reference, False)]
+                models += [
+                    (path, False)
+                    for path in (reward.policy, *map(itemgetter(1), reward.references))
+                ]
         return models if self.sft is None else [*models, (self.sft, False)]
 
 
@@ -116,8 +122,8 @@ def _of_run(path: Path) -> Scorers:
     rewards: dict[str, Path | Implicit] = {}
     if summary["reward"] is not None:
         rewards[OWN_REWARD] = path.parent / str(summary["reward"])
-    elif view.recipe["loop"]["iterations"] and view.recipe["reward"]["kind"] == "implicit":
-        rewards[IMPLICIT_REWARD] = Implicit(path.parent / str(summary["policy"]), first)
+    elif ratio := log_ratio_of(path):
+        rewards[IMPLICIT_REWARD] = Implicit(ratio.path, ratio.references, ratio.mean)
     return Scorers(rewards, first, view)
 
 
@@ -129,7 +135,7 @@ def _of_model(path: Path, sft: Path | None) -> Scorers:
             f"{path}: found a language model, whose implicit reward needs --sft, the model "
             "that it started from; expected --sft as well, or a reward, or a run"
         )
-    return Scorers({IMPLICIT_REWARD: Implicit(path, sft)})
+    return Scorers({IMPLICIT_REWARD: Implicit(path, ((1.0, sft),))})
 
 
 def _reward_beside(path: Path) -> Path | Implicit:
@@ -310,8 +316,12 @@ def _score(
     explicit_first = sorted(scorers.rewards.items(), key=lambda item: isinstance(item[1], Implicit))
     for name, scorer in explicit_first:
         if isinstance(scorer, Implicit):
-            # Within one prompt log Z(x) cancels: the margin is the difference of log pi/pi_0.
-            ratios = _sums(logprobs[scorer.policy]) - _sums(logprobs[scorer.reference])
+            # Within one prompt log Z(x) cancels: the margin is the difference of log pi/pi_ref.
+            ratios = _sums(logprobs[scorer.policy])
+            for weight, reference in scorer.references:
+                ratios = ratios - weight * _sums(logprobs[reference])
+            if scorer.mean:
+                ratios = ratios / _lengths(logprobs[scorer.policy])
             margins[name] = ratios[0] - ratios[1]
             continue
         reward = RewardModel.from_pretrained(scorer, device)
@@ -329,7 +339,7 @@ def _score(
     margins |= {"longer wins": longer, "shorter wins": -longer}
     if scorers.sft is not None:
         sums = _sums(logprobs[scorers.sft])
-        means = sums / [[len(logprob) for logprob in side] for side in logprobs[scorers.sft]]
+        means = sums / _lengths(logprobs[scorers.sft])
         margins["SFT log-prob, sum"] = sums[0] - sums[1]
         margins["SFT log-prob, mean"] = means[0] - means[1]
     return margins, calibration
@@ -338,6 +348,11 @@ def _score(
 def _sums(sides: list[list[np.ndarray]]) -> np.ndarray:
     """Log-prob of both sides' completions: (2, B)."""
     return np.array([[logprob.sum(dtype=np.float64) for logprob in side] for side in sides])
+
+
+def _lengths(sides: list[list[np.ndarray]]) -> np.ndarray:
+    """Number of tokens of both sides' completions: (2, B)."""
+    return np.array([[len(logprob) for logprob in side] for side in sides])
 
 
 def _logprobs(path: Path, rows: Dataset, device: torch.device) -> list[list[np.ndarray]]:

@@ -24,8 +24,7 @@ LOSSES = {
     "linear": "linear, r(x, y) - r(x, y_E) of a bounded reward: arXiv:2503.13538, eq. 10",
 }
 LEVELS = {
-    "implicit": "implicit, r = beta log(pi / pi_reference): SPIN, arXiv:2401.01335",
-    "log_prob": "none: the SFT model's mean log-prob, a control",
+    "implicit": "implicit, r = beta log(pi / pi_reference), as in SPIN, arXiv:2401.01335",
 }
 UPDATES = {
     "best_of_n": "Best-of-N on the reward",

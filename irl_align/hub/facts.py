@@ -18,7 +18,7 @@ from irl_align.config.resources import data_cards_dir
 from irl_align.data.cards import Card, load_card
 from irl_align.errors import UserError
 from irl_align.policy.roles import SFT, START, Role
-from irl_align.training.run_folder import RERUN, Run, RunView
+from irl_align.training.run_folder import RERUN, Run, RunView, no_explicit_reward
 from irl_align.utils.files import read_json
 
 KINDS = ("reward", "policy", "pairs")
@@ -112,10 +112,7 @@ class Facts:
         rewards = self.view.numbered_stages("reward")
         folders = {k: stage for k, stage in rewards.items() if stage["name"] == "reward"}
         if not folders:
-            raise UserError(
-                f"{self.view.folder}: this run has no explicit reward; expected one with "
-                "reward.kind explicit"
-            )
+            raise no_explicit_reward(self.view.folder, self.summary.get("log_ratio") is not None)
         k = max(folders) if iteration is None else iteration
         if k not in folders:
             raise self._no_iteration("reward", k, folders)
@@ -131,10 +128,12 @@ class Facts:
         # A policy that selects among the samples of an earlier policy has no weights of its own.
         selects = self.summary.get("ranking") is not None and k == last
         for number in range(k, -1 if selects else k - 1, -1):
-            roles = [Role.policy(number), Role.reward(number - 1)] if number else [SFT, START]
+            roles = [Role.policy(number)] if number else [SFT, START]
+            if number and self.view.recipe["policy_update"]["kind"] == "identity":
+                roles = [Role.reward(number - 1)]
             for role in map(str, roles):
                 stage = self.view.stages.get(role)
-                if stage is not None and stage["name"] != "reward":
+                if stage is not None:
                     return Artefact(role, self._folder(stage) / "model", k, number)
         known = {0, last, *self.view.numbered_stages("policy")}
         raise self._no_iteration("policy", k, known)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from irl_align.models.loading import evaluating
-from irl_align.models.logprobs import chosen_logprobs
+from irl_align.models.logprobs import chosen_logprobs, logprobs_and_values
 from irl_align.models.packing import (
     TOKENS_PER_BATCH,
     PackedRows,
@@ -69,12 +69,18 @@ def lm_head_logits(head: torch.nn.Module | Tensor, hidden: Tensor) -> Tensor:
     return logits
 
 
-def head_logprobs(head: torch.nn.Module | Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-prob (M,) of token ids (M,) by an output layer on hidden states (M, H), in pieces."""
+def head_logprobs(
+    head: torch.nn.Module | Tensor, hidden: Tensor, token_ids: Tensor, values: bool = False
+) -> Tensor:
+    """Log-prob (M,) of token ids (M,) by an output layer on hidden states (M, H), in pieces.
+
+    values: :func:`logprobs_and_values` (M, 2).
+    """
+    pick = logprobs_and_values if values else chosen_logprobs
     weight: Any = head if isinstance(head, Tensor) else head.weight  # (V, H)
     rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
     pieces = zip(hidden.split(rows), token_ids.split(rows), strict=True)
-    return torch.cat([chosen_logprobs(lm_head_logits(head, h), ids) for h, ids in pieces])
+    return torch.cat([pick(lm_head_logits(head, h), ids) for h, ids in pieces])
 
 
 def completion_logprobs(
@@ -83,12 +89,15 @@ def completion_logprobs(
     completions: Sequence[Sequence[int]],
     max_batch_tokens: int = TOKENS_PER_BATCH,
     progress: str | None = None,
+    values: bool = False,
 ) -> list[np.ndarray]:
     """Log-prob of every completion token given its prompt, at temperature 1.
 
-    prompts and completions: token ids, P and T per row. Returns a float32 array (T,) per row. The
-    output layer runs on completion positions only.
+    prompts and completions: token ids, P and T per row. Returns a float32 array (T,) per row, or
+    with `values` (T, 2) of :func:`logprobs_and_values`. The output layer runs on completion
+    positions only.
     """
+    pick = logprobs_and_values if values else chosen_logprobs
     logprobs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
     direct = has_plain_logits(model)
     if not direct:  # the model computes the logits of all positions at once
@@ -102,13 +111,15 @@ def completion_logprobs(
         place, target = places[:, :-1][real], packed.input_ids[row, places[:, 1:][real]]
         if direct:
             hidden = hidden_states(model, packed)
-            chosen = head_logprobs(model.get_output_embeddings(), hidden[row, place], target)
+            chosen = head_logprobs(
+                model.get_output_embeddings(), hidden[row, place], target, values
+            )
         else:
             logits = model(**model_inputs(packed)).logits[row, place]
-            chosen = chosen_logprobs(logits, target)
+            chosen = pick(logits, target)
         ends = np.cumsum([len(completions[i]) for i in batch])[:-1]
-        for number, values in zip(batch, np.split(chosen.cpu().numpy(), ends), strict=True):
-            logprobs[number] = values
+        for number, own in zip(batch, np.split(chosen.cpu().numpy(), ends), strict=True):
+            logprobs[number] = own
 
     over_packed(one_batch, model, prompts, completions, max_batch_tokens, progress)
     return logprobs

@@ -15,6 +15,15 @@ def chosen_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     return picked - torch.logsumexp(logits, dim=-1)
 
 
+def logprobs_and_values(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-prob of each token, and V = log-sum-exp of the logits at its place.
+
+    (..., V), (...) -> (..., 2). With logits as soft Q values, V is the soft value of the place.
+    """
+    values = torch.logsumexp(logits.float(), dim=-1)
+    return torch.stack([chosen_logprobs(logits, token_ids), values], dim=-1)
+
+
 def k1(policy_logp: Tensor, reference_logp: Tensor) -> Tensor:
     """Unbiased estimate of KL(pi || ref) from samples of pi: log pi - log ref. Any shape."""
     return policy_logp - reference_logp

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from trl import SFTConfig, SFTTrainer
 
+from irl_align.models.loading import save_model
 from irl_align.models.sharding import copy_back, to_train
 from irl_align.models.trl import (
     LENGTH_GROUPS,
@@ -17,6 +24,9 @@ from irl_align.models.trl import (
     run_trainer,
 )
 from irl_align.models.trl_options import training_args
+
+CHECKPOINT = "checkpoint"
+"""Folder of the model that is kept before the end of a training."""
 
 
 def sft_columns(
@@ -54,6 +64,20 @@ class GuardedSFTTrainer(Guarded, SFTTrainer):
     """TRL's SFTTrainer, which stops at a loss that is not finite."""
 
 
+class _KeepCheckpoint(TrainerCallback):
+    """Calls a function after a share of the steps, at least one.
+
+    A checkpoint to resume from is written after that, so a resumed training has it already.
+    """
+
+    def __init__(self, share: float, keep: Callable[[], None]) -> None:
+        self.share, self.keep = share, keep
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step == max(1, round(self.share * state.max_steps)):
+            self.keep()
+
+
 def fit_sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,10 +85,13 @@ def fit_sft(
     options: Mapping[str, Any],
     training: Training,
     trainer_class: Callable[..., Trainer] = GuardedSFTTrainer,
+    *,
+    checkpoint: float | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place on completions (see :func:`sft_columns`); returns training metrics.
 
     Every completion token counts once, EOS included. trainer_class: a trainer with another loss.
+    checkpoint: share of the steps after which the model is also written to work/checkpoint.
     """
     args = training_args(
         SFTConfig,
@@ -78,6 +105,13 @@ def fit_sft(
         train_dataset=as_dataset(columns, training.label),
         processing_class=tokenizer,
     )
+
+    def keep() -> None:
+        copy_back(trained, model)
+        save_model(model, tokenizer, training.work / CHECKPOINT)
+
+    if checkpoint is not None:
+        trainer.add_callback(_KeepCheckpoint(checkpoint, keep))
     metrics = run_trainer(trainer, training)
     copy_back(trained, model)
     model.eval()

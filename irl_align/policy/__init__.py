@@ -28,17 +28,21 @@ if TYPE_CHECKING:
 class Reward:
     """A fitted reward as an artefact.
 
-    kind: explicit (folder of a RewardModel) or implicit (folder of pi_theta, whose reward is
-    beta log(pi_theta / reference)).
+    kind: explicit (folder of a RewardModel), or the folder of a model pi, whose reward is
+    beta log(pi / reference): implicit if pi is the improved policy itself, as in SPIN, else
+    log_ratio.
     """
 
     kind: str
     path: Path
     key: str
     beta: float = 1.0
-    """Factor of an implicit reward. The logit of an explicit one is r / beta."""
+    """Factor of a log-ratio. The logit of an explicit reward is r / beta."""
     references: tuple[tuple[float, Path], ...] = ()
-    """Weighted models whose geometric mixture an implicit reward is measured against."""
+    """Weighted models whose geometric mixture is the reference of a log-ratio; none is 1."""
+    endogenous: bool = False
+    mean: bool = False
+    """See :class:`irl_align.reward.implicit.ImplicitReward`."""
 
     @property
     def logit_beta(self) -> float:

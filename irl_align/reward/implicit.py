@@ -1,7 +1,8 @@
-"""The implicit reward beta log(pi_theta / pi_ref), and its fit on pairs with TRL's DPOTrainer.
+"""Rewards beta log(pi_a / pi_b) of two language models, and the fit of pi_a on pairs.
 
-The fit is SPIN's whole step and the pairwise use of Best-of-N. Reference log-probs are computed
-once, before training: no second model stays in memory, and a mixture reference is a plain sum.
+The fit, by TRL's DPOTrainer, is SPIN's whole step and the pairwise use of Best-of-N. Reference
+log-probs are computed once, before training: no second model stays in memory, and a mixture
+reference is a plain sum.
 """
 
 from __future__ import annotations
@@ -43,11 +44,16 @@ LN2 = math.log(2.0)
 
 
 class ImplicitReward(TextScoring):
-    """r(x, y) = beta log(pi(y|x) / pi_ref(y|x)): the reward that SPIN and DPO fit.
+    """r(x, y) = beta log(pi(y|x) / pi_ref(y|x)), the sum of a reward r_t for each token.
 
-    It equals a reward up to beta log Z(x), which cancels in pairs of one prompt. The reference is
-    one model, or the geometric mixture of several with weights that sum to 1, up to its own Z(x).
-    tokenizer and template are needed to score texts; token ids need neither.
+    This is the reward that SPIN and DPO fit, up to beta log Z(x), which cancels in pairs of one
+    prompt. The reference is one model, or the geometric mixture of several with weights that sum to
+    1, up to its own Z(x); without one it counts as 1. Rewards of prefixes are partial sums, so that
+    credit `red` gives each token its own r_t.
+
+    endogenous: add beta (V(s_t) - V(s_(t+1))), see :func:`token_rewards`. mean: divide the sum of a
+    text or prefix by its number of tokens. tokenizer and template are needed to score texts; token
+    ids need neither.
     """
 
     def __init__(
@@ -57,12 +63,17 @@ class ImplicitReward(TextScoring):
         beta: float,
         tokenizer: PreTrainedTokenizerBase | None = None,
         template: Templated = DEFAULT_SETTINGS,
+        *,
+        endogenous: bool = False,
+        mean: bool = False,
     ) -> None:
         self.policy = policy
         self.references = references
         self.beta = beta
         self.tokenizer = tokenizer
         self.template = template
+        self.endogenous = endogenous
+        self.mean = mean
 
     def text_format(self) -> TextFormat:
         """How texts are read. Raises UserError: there is no tokenizer."""
@@ -80,18 +91,43 @@ class ImplicitReward(TextScoring):
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes: (T + 1,) per row, 0 for the empty completion."""
-        policy = completion_logprobs(self.policy, prompts, completions, progress="rewards")
+        policy = completion_logprobs(
+            self.policy, prompts, completions, progress="rewards", values=self.endogenous
+        )
         parts = [
             completion_logprobs(model, prompts, completions, progress="rewards of the reference")
             for _, model in self.references
         ]
         weights = [weight for weight, _ in self.references]
         out = []
-        for row, logps in enumerate(policy):
-            reference = mixture_logp([torch.from_numpy(part[row]) for part in parts], weights)
-            per_token = implicit_reward(torch.from_numpy(logps), reference, self.beta)
-            out.append(torch.nn.functional.pad(per_token.cumsum(0), (1, 0)))
+        for row, array in enumerate(map(torch.from_numpy, policy)):
+            logps, values = array.unbind(1) if self.endogenous else (array, None)
+            reference = torch.zeros_like(logps)
+            if parts:
+                reference = mixture_logp([torch.from_numpy(part[row]) for part in parts], weights)
+            sums = token_rewards(logps, reference, self.beta, values).cumsum(0)
+            if self.mean:
+                sums = sums / torch.arange(1, len(sums) + 1)
+            out.append(torch.nn.functional.pad(sums, (1, 0)))
         return out
+
+
+def token_rewards(
+    logp: Tensor, reference_logp: Tensor, beta: float, values: Tensor | None = None
+) -> Tensor:
+    """Rewards (T,) of a completion's tokens: r_t = beta (log pi(a_t|s_t) - log pi_ref(a_t|s_t)).
+
+    values: V(s_t) = log-sum-exp of pi's logits, (T,). With them the reward is endogenous
+    (arXiv:2506.23235): logits are soft Q values, whose inverse Bellman operator gives
+    r_t = beta (log pi(a_t|s_t) + V(s_t) - V(s_(t+1))), with V = 0 after the last token, as IQLearn
+    has it. The V terms are potential-based shaping with Phi = -beta V (Ng et al. 1999): they sum to
+    beta V(s_0), so without discount they change neither the ranking of a prompt's completions nor
+    the expected policy gradient, but its variance.
+    """
+    rewards = implicit_reward(logp, reference_logp, beta)
+    if values is None:
+        return rewards
+    return rewards + beta * (values - torch.nn.functional.pad(values[1:], (0, 1)))
 
 
 def reference_logps(

@@ -124,7 +124,8 @@ def length_correlation(pairs: Dataset, rejected: np.ndarray) -> float | None:
 def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
     """Vital signs of pi_k on held-out prompts, sampled at temperature 1.
 
-    With an explicit reward also how well it tells demonstrations from these fresh samples.
+    With a reward that is not the policy itself also how well it tells demonstrations from these
+    fresh samples.
     """
     policy, initial, reward = iteration.policy, iteration.initial, iteration.reward
     data, models = iteration.data, context.models
@@ -138,8 +139,8 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
     drawn = context.sampler.sample_rows(policy, rows, sampling, "held_out")
     unchanged = of_all_tokens(context, policy, rows, sampling, "held_out", drawn)
     # An implicit reward is pi_k's own log-ratio, which its own samples raise by construction.
-    explicit = reward if reward is not None and reward.kind == "explicit" else None
-    if explicit is not None:  # asked for here, so that a run links them also where it reuses this
+    judge = reward if reward is not None and reward.kind != "implicit" else None
+    if judge is not None:  # asked for here, so that a run links them also where it reuses this
         drawn_first = context.sampler.sample_rows(initial, rows, sampling, "held_out")
 
     def build(work: Path) -> dict[str, Any]:
@@ -147,10 +148,10 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
         logps = models.logprobs(policy, column(rows, "prompt_ids"), column(rows, "completion_ids"))
         if policy.ranking is None:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
-        if explicit is not None:
-            report |= _fresh_report(context, explicit, rows, drawn.by_key)
+        if judge is not None:
+            report |= _fresh_report(context, judge, rows, drawn.by_key)
             # The proxy's gain over pi_0 on the same prompts, in nats.
-            score, start = (_mean_score(context, explicit, s) for s in (drawn, drawn_first))
+            score, start = (_mean_score(context, judge, s) for s in (drawn, drawn_first))
             report |= {"reward_score": score, "reward_gain": score - start}
         return report
 

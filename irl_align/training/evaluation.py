@@ -68,7 +68,7 @@ class _Prompts:
 def evaluate_policy(context: RunContext, iteration: Iteration) -> None:
     """Answer the evaluation prompts at every temperature, and report gold metrics, length and KL.
 
-    The answers are saved in the run folder, with their rewards if the reward is explicit.
+    The answers are saved in the run folder, with their rewards if there are any.
     """
     options, k, policy = context.recipe.evaluation, iteration.k, iteration.policy
     data = iteration.data
@@ -181,12 +181,12 @@ def _rewards_of_answers(
     prompts: _Prompts,
     drawn: Mapping[float, PromptSamples],
 ) -> dict[float, list[dict[str, float]]]:
-    """Temperature -> {"reward": r} of each answer by an explicit reward; empty without one.
+    """Temperature -> {"reward": r} of each answer, in nats if the reward was made here.
 
-    The unit of a reward that was fitted here is a standard deviation of the demonstrations.
+    Empty without a reward, or if the reward is the policy's own log-ratio (SPIN).
     """
     reward = iteration.reward
-    if reward is None or reward.kind != "explicit":
+    if reward is None or reward.kind == "implicit":
         return {}
     ids_of = by_prompt_key(prompts.rows, "prompt_ids")
 

@@ -73,5 +73,7 @@ class Iteration:
     reward: Reward | None
     """The last fitted reward: r_{k-1} before the reward level of iteration k, r_k after it."""
     data: Data
+    earlier: tuple[Policy, ...] = ()
+    """The start model, and pi_0 to pi_(k-1)."""
     offset: Offset | None = None
     """o_k of a cumulative reward; None in iteration 0 and without reward.offset."""

@@ -6,8 +6,8 @@
         reward level   r_k = argmax_phi E log sigmoid(r_phi(x, y_E) - r_phi(x, y_hat))
         policy level   pi_{k+1} = improve(pi_k, r_k)
 
-With an implicit reward r = beta log(pi_theta / pi_k), fitting the reward trains the policy, and the
-policy level is the identity: that is SPIN (arXiv:2401.01335).
+With an implicit reward r = beta log(pi_theta / pi_k), fitting the reward trains a policy. If the
+policy level is the identity, it is the next policy: that is SPIN (arXiv:2401.01335).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def bilevel(
     options = context.recipe.loop
     data, start = prepare(context, raw)
     policy = supervise(context, start, data)
-    now = Iteration(0, policy, policy, None, data)
+    now = Iteration(0, policy, policy, None, data, earlier=(start,))
     policies, pairs = [policy], list[IterationPairs]()
     baseline = measure_policy(context, now)
     evaluate_policy(context, now)
@@ -75,7 +75,7 @@ def bilevel(
                 return Outcome(now.policy, reward, policies, stop)
         # policy level: pi_{k+1} = improve(pi_k, r_k)
         policy = improve_policy(context, now)
-        improved = replace(now, k=k + 1, policy=policy)
+        improved = replace(now, k=k + 1, policy=policy, earlier=(*now.earlier, now.policy))
         vitals = measure_policy(context, improved)
         evaluate_policy(context, improved)
         if stop := judge_policy(context, k, vitals, baseline):

@@ -114,7 +114,13 @@ class ModelLoader:
                 return self._load_explicit(reward)
             return RewardModel.from_pretrained(reward.path, self.device, merge=merge)
         references = [(weight, self.load_policy(path)) for weight, path in reward.references]
-        return ImplicitReward(self.load_policy(reward.path), references, reward.beta)
+        return ImplicitReward(
+            self.load_policy(reward.path),
+            references,
+            reward.beta,
+            endogenous=reward.endogenous,
+            mean=reward.mean,
+        )
 
     def logprobs(
         self, policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]

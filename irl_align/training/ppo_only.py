@@ -100,7 +100,7 @@ def run_ppo(
             context,
             policy=improved,
             number=1,
-            reward=path if path.exists() else None,
+            reward=artefact if path.exists() else None,
             ended=metrics["ended"],
             began=began,
         )

@@ -314,14 +314,17 @@ def supervise(context: RunContext, start: Policy, data: Data) -> Policy:
         prompts, completions = (column(data.sft, name) for name in ("prompt_ids", "completion_ids"))
         columns = conversation_columns(prompts, completions)
         training = context.training(work, "SFT")
-        metrics = fit_sft(model, context.tokenizer, columns, options.args, training)
+        metrics = fit_sft(
+            model, context.tokenizer, columns, options.args, training, checkpoint=options.checkpoint
+        )
         save_model(model, context.tokenizer, work / "model")
         return metrics
 
+    kept = {} if options.checkpoint is None else {"checkpoint": options.checkpoint}
     stage = context.stage(
         SFT,
         "sft",
-        {"args": options.args, **({} if options.full else models.adapted)},
+        {"args": options.args, **({} if options.full else models.adapted), **kept},
         {"start": start.key, "data": data.checksums["sft"]},
         build,
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from trl import DPOConfig
 
@@ -21,10 +20,10 @@ from irl_align.data.pairs import window
 from irl_align.data.splits import data_checksum
 from irl_align.models.loading import save_model
 from irl_align.models.packing import context_length
+from irl_align.models.sft import CHECKPOINT
 from irl_align.policy import Policy, Reward
 from irl_align.policy.roles import Role
 from irl_align.reward.fit import fit_reward, pair_columns
-from irl_align.reward.forward import score_head
 from irl_align.reward.implicit import fit_implicit, reference_logps
 from irl_align.reward.model import RewardModel, train_adapter
 from irl_align.reward.settings import RewardSettings
@@ -39,6 +38,8 @@ from irl_align.utils.files import is_sealed, seal
 # Demonstrations, evenly spaced, that the mean of the reward comes from: its standard error is 2.2%
 # of a deviation, and scoring more would cost time after every fit.
 CENTRED = 2048
+# Options that are no part of what is fitted, or that have an entry of their own in a stage's key.
+_ELSEWHERE = ("args", "schedule", "numerator", "endogenous", "mean")
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,18 @@ def fit_reward_level(
 ) -> Reward:
     """Fit r_k on the pairs in the window: an explicit reward model, or SPIN's implicit reward.
 
-    pairs: those of iterations 0 to k. With kind log_prob nothing is fitted: the reward is pi_0's
-    mean log-prob in every iteration.
+    pairs: those of iterations 0 to k. A log-ratio of two models that the run has needs no fit.
     """
     options = context.recipe.reward
-    if options.kind == "log_prob":
-        return _log_prob(context, iteration)
+    if not options.is_learned:
+        numerator = _model(options.numerator, iteration)
+        return _log_ratio(options, numerator, _references(options, iteration), options.beta)
     args = scheduled(options.args, options.schedule, iteration.k)
     settings: dict[str, Any] = {
         "iteration": iteration.k,
         "window": context.recipe.pairs.window,
         "args": args,
-        "reward": options.model_dump(exclude={"args", "schedule", "preferences"}),
+        "reward": options.model_dump(exclude={*_ELSEWHERE, "preferences"}),
     }
     # Normalise irrelevant settings so that recipes share a key.
     if iteration.policy.key == iteration.initial.key:
@@ -100,22 +101,24 @@ def fit_reward_level(
     return _fit_explicit(context, iteration, fit)
 
 
-def _log_prob(context: RunContext, iteration: Iteration) -> Reward:
-    """The control r(x, y) = mean log pi_0(y | x), centred as fitted rewards are."""
-    initial, data = iteration.initial, iteration.data
-
-    def build(work: Path) -> dict[str, Any]:
-        settings = _settings(context, data, lm_coef=1.0)
-        reward = RewardModel.from_policy(
-            initial.path, context.tokenizer, settings, 0, context.device
-        )
-        with torch.no_grad():
-            score_head(reward.model).weight.zero_()
-        return _centre_and_save(reward, data, work)
-
-    inputs = {"initial": initial.key, "demonstrations": data.checksums["reward"]}
-    stage = context.stage(Role.reward(iteration.k), "log-prob", {}, inputs, build)
-    return _explicit(stage, 1.0)
+def _log_ratio(
+    options: RewardOptions,
+    numerator: Policy,
+    references: Sequence[tuple[float, Policy]],
+    beta: float,
+) -> Reward:
+    """The reward beta log(numerator / references), which no stage has to compute."""
+    parts = [numerator.key, "log_ratio", beta, options.endogenous, options.mean]
+    parts += [f"{weight}+{model.key}" for weight, model in references]
+    return Reward(
+        "log_ratio",
+        numerator.path,
+        "+".join(map(str, parts)),
+        beta,
+        tuple((weight, model.path) for weight, model in references),
+        options.endogenous,
+        options.mean,
+    )
 
 
 def _explicit(stage: Stage, beta: float) -> Reward:
@@ -203,26 +206,40 @@ def _preference_columns(context: RunContext, iteration: Iteration) -> dict[str, 
     return pair_columns(pairs, options.weight)
 
 
-def _references(
-    options: RewardOptions, policy: Policy, initial: Policy
-) -> tuple[tuple[float, Path], ...]:
+def _model(name: str, iteration: Iteration) -> Policy:
+    """A model of the run by its name in the recipe's reward.numerator and reward.reference."""
+    initial = iteration.initial
+    match name:
+        case "initial":
+            return initial
+        case "previous":
+            return iteration.policy
+        case "older":
+            return iteration.earlier[-1]
+        case "start":
+            return iteration.earlier[0]
+    return Policy(initial.path.parent / CHECKPOINT, f"{initial.key}/{CHECKPOINT}")
+
+
+def _references(options: RewardOptions, iteration: Iteration) -> tuple[tuple[float, Policy], ...]:
     """Weighted models whose mixture an implicit reward is measured against."""
-    if options.reference == "previous":
-        return ((1.0, policy.path),)
-    if options.reference == "initial":
-        return ((1.0, initial.path),)
-    return ((options.mixture, initial.path), (1.0 - options.mixture, policy.path))
+    if options.reference == "none":
+        return ()
+    if options.reference != "mixture":
+        return ((1.0, _model(options.reference, iteration)),)
+    share = options.mixture
+    return ((share, iteration.initial), (1.0 - share, iteration.policy))
 
 
 def _fit_implicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Reward:
     """SPIN's step: move pi_theta from pi_k against the recipe's reference."""
     k, policy, models = iteration.k, iteration.policy, context.models
-    paths = _references(context.recipe.reward, policy, iteration.initial)
-    starts_at_reference = all(path == policy.path for _, path in paths)
+    weighted = _references(context.recipe.reward, iteration)
+    starts_at_reference = all(model.path == policy.path for _, model in weighted)
 
     def build(work: Path) -> dict[str, Any]:
         train = fit.train()
-        references = [(weight, models.load_policy(path)) for weight, path in paths]
+        references = [(weight, models.load_policy(model.path)) for weight, model in weighted]
         generator = policy.identity if starts_at_reference else ""
         began = time.perf_counter()
         logps = cached_array(
@@ -244,16 +261,22 @@ def _fit_implicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Rewar
         save_model(model, context.tokenizer, work / "model")
         return {**metrics, "history": [seconds, *metrics["history"]]}
 
+    known = (policy.key, iteration.initial.key)
+    others = {f"reference-{i}": m.key for i, (_, m) in enumerate(weighted) if m.key not in known}
     stage = context.stage(
         Role.reward(k),
         "implicit-reward",
         {**fit.settings, **models.adapted},
-        {**fit.inputs, "policy": policy.key},
+        {**fit.inputs, "policy": policy.key, **others},
         build,
     )
     context.log(Role.reward_fit(k), _without_history(stage.metrics))
     beta = float(fit.args.get("beta", DPOConfig.beta))
-    return Reward("implicit", stage.path / "model", stage.key, beta=beta, references=paths)
+    fitted = Policy(stage.path / "model", stage.key)
+    reward = _log_ratio(context.recipe.reward, fitted, weighted, beta)
+    if context.recipe.policy_update.kind != "identity":
+        return reward
+    return replace(reward, kind="implicit", key=stage.key)
 
 
 def scheduled(

@@ -377,13 +377,24 @@ def artefact_folder(path: Path, what: str) -> Path:
         return path
     summary = Run.load(path).require_finished()
     if summary[what] is None:
-        raise UserError(
-            f"{path}: this run has no explicit {what}; expected one with reward.kind explicit"
-        )
+        raise no_explicit_reward(path, summary.get("log_ratio") is not None)
     folder = path.parent / str(summary[what])
     if not folder.is_dir():
-        raise UserError(
-            f"{path}: its {what} should be in {folder}, which is missing; copy the folder store "
-            "together with the run, or run its recipe again"
-        )
+        raise missing_artefact(path, what, folder)
     return folder
+
+
+def missing_artefact(run: Path, what: str, folder: Path) -> UserError:
+    """The error for a run whose policy or reward is not in its folder."""
+    return UserError(
+        f"{run}: its {what} should be in {folder}, which is missing; copy the folder store "
+        "together with the run, or run its recipe again"
+    )
+
+
+def no_explicit_reward(run: Path, log_ratio: bool) -> UserError:
+    """The error for a run without a reward model; log_ratio: it has a ratio of two models."""
+    why = ": its reward is the log-ratio of two language models, no classifier" if log_ratio else ""
+    return UserError(
+        f"{run}: this run has no explicit reward{why}; expected one with reward.kind explicit"
+    )

@@ -22,7 +22,7 @@ from irl_align.errors import UserError
 from irl_align.models.loading import pick_device
 from irl_align.models.trl import Training
 from irl_align.models.trl_options import check_args, training_args
-from irl_align.policy import Policy
+from irl_align.policy import Policy, Reward
 from irl_align.training.context import RunContext
 from irl_align.training.run_folder import FollowedRun, Run
 from irl_align.training.stages import BuiltStages
@@ -82,23 +82,34 @@ def finish_run(
     *,
     policy: Policy,
     number: int,
-    reward: Path | None,
+    reward: Reward | None,
     ended: str,
     began: float,
 ) -> None:
     """Write the summary of a run: its final policy and its number, its reward, why it ended.
 
+    `reward` is the folder of an explicit reward, and `log_ratio` has the models of another one.
     began: ``time.time()`` at the start.
     """
     output, ranking = Path(context.recipe.output_dir), policy.ranking
+    explicit = reward is not None and reward.kind == "explicit"
     summary: dict[str, Any] = {
         "policy": os.path.relpath(policy.path, output),
-        "reward": os.path.relpath(reward, output) if reward is not None else None,
+        "reward": os.path.relpath(reward.path, output) if reward and explicit else None,
+        "log_ratio": None,
         "policy_number": number,
         "ranking": None,
         "ended": ended,
         "seconds": round(time.time() - began, 1),
     }
+    if reward is not None and not explicit:
+        models = [(weight, os.path.relpath(path, output)) for weight, path in reward.references]
+        names = ("beta", "endogenous", "mean")
+        summary["log_ratio"] = {
+            "numerator": os.path.relpath(reward.path, output),
+            "references": models,
+            **{name: getattr(reward, name) for name in names},
+        }
     if ranking is not None:
         names = ("n", "score", "temperature")
         summary["ranking"] = {name: getattr(ranking, name) for name in names}

@@ -38,6 +38,8 @@ def judge_reward(context: RunContext, k: int, report: dict[str, Any]) -> str | N
     signs = shortcut_warnings(report["audit"], audited_accuracy(report)) + forgets
     loss, own = report["held_out"]["loss"], policy_pair_loss(report)
     unfit = loss is None or loss >= bounds.unfit_loss - ROUNDING
+    if not context.recipe.reward.is_learned:
+        unfit, own = False, None  # a log-ratio without a fit is not calibrated to pairs
     if unfit:
         value = "not finite" if loss is None else f"{loss:.4f}, at or above {bounds.unfit_loss:.4f}"
         signs.append(

@@ -156,7 +156,7 @@ def _shrink(values: dict[str, Any]) -> None:
     values["generation"] |= {"backend": "transformers", "engine": {}, "server": {}}
     _small_args(values["sft"]["args"])
     reward, update = values["reward"], values["policy_update"]
-    if reward["kind"] in ("explicit", "implicit"):
+    if reward["kind"] != "none" and reward["numerator"] == "fitted":
         _small_args(reward["args"], reward["schedule"])
         _at_most(reward, max_pairs=32)
     if "args" in update and update.get("use") != "select":

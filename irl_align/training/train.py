@@ -9,6 +9,7 @@ from pathlib import Path
 
 from irl_align.config.recipe import load_recipe
 from irl_align.config.schema import Recipe
+from irl_align.policy import Reward
 from irl_align.training.loop import bilevel
 from irl_align.training.prepare import load_data
 from irl_align.training.run_folder import Run, RunView
@@ -61,8 +62,11 @@ def train(
 
         outcome = bilevel(context, load_data(recipe), report)
         trackers.send(run.metrics)
-        explicit = outcome.reward is not None and outcome.reward.kind == "explicit"
-        reward = outcome.reward.path if outcome.reward is not None and explicit else None
+        reward = outcome.reward
+        if reward is not None and reward.kind == "implicit":  # of all iterations together
+            references = ((1.0, outcome.policies[0].path),)
+            last = outcome.policy
+            reward = Reward("implicit", last.path, last.key, reward.beta, references)
         finish_run(
             context,
             policy=outcome.policy,
@@ -71,7 +75,10 @@ def train(
             ended=outcome.ended,
             began=began,
         )
-    return Result(run.folder, outcome.policy.path, reward)
+    explicit = reward is not None and reward.kind == "explicit"
+    return Result(
+        run.folder, outcome.policy.path, reward.path if reward is not None and explicit else None
+    )
 
 
 def _report(run: Run, k: int, evaluated: Callable[[RunView], None] | None) -> None:

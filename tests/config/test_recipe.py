@@ -256,12 +256,32 @@ def test_a_bad_override_is_one_line(override: str, message: str) -> None:
             "8: reward: args is an option of kind explicit or implicit, not of none",
         ),
         (
-            "reward:\n  kind: log_prob\n  max_pairs: 8",
-            "8: reward: max_pairs is an option of kind explicit or implicit, not of log_prob",
+            "reward:\n  kind: implicit\n  numerator: initial\n  max_pairs: 8",
+            "9: reward: max_pairs is an option of numerator fitted, not of initial",
         ),
         (
-            "reward:\n  kind: log_prob\n  echo: true",
-            "8: reward: echo is an option of kind explicit, not of log_prob",
+            "reward:\n  kind: implicit\n  echo: true",
+            "8: reward: echo is an option of kind explicit, not of implicit",
+        ),
+        (
+            "reward:\n  kind: implicit\n  numerator: start\n  reference: start",
+            "9: reward: reference start is the numerator too: the reward is 0",
+        ),
+        (
+            "reward:\n  kind: implicit\n  reference: none",
+            "8: reward: reference none is for a numerator that is not fitted",
+        ),
+        (
+            "reward:\n  kind: implicit\n  beta: 2.0",
+            "8: reward: beta is args.beta where the numerator is fitted",
+        ),
+        (
+            "reward:\n  kind: implicit\n  mean: true\n  endogenous: true",
+            "8: reward: mean would divide V of the prompt by a text's length: drop endogenous",
+        ),
+        (
+            "sft:\n  enabled: false\n  checkpoint: 0.5",
+            "8: sft: checkpoint is an option of SFT, but enabled is false",
         ),
         (
             "reward:\n  args: {max_steps: 1}\n  schedule: {max_steps: [1]}",
@@ -277,9 +297,9 @@ def test_a_bad_override_is_one_line(override: str, message: str) -> None:
             "measured there",
         ),
         (
-            "loop: {iterations: 2}\nreward:\n  kind: implicit",
-            "8: reward.kind implicit does not go with policy_update.kind best_of_n: fitting the "
-            "implicit reward already moves the policy, so implicit and identity go together",
+            "policy_update:\n  kind: identity",
+            "7: policy_update.kind identity takes the model that the fit of an implicit reward has "
+            "trained: expected reward.kind implicit with numerator fitted",
         ),
         # kinds
         (
@@ -315,6 +335,46 @@ def test_a_mistake_against_the_schema_is_one_line(added: str, message: str) -> N
         top=", ".join(Recipe.model_fields),
     )
     assert mistakes(SMALL + added + "\n") == [f"r.yaml:{expected}"]
+
+
+PPO = "policy_update={kind: ppo, credit: red, advantage: reinforce}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([PPO, "reward.reference=checkpoint"], "sft.checkpoint is null: give a share"),
+        ([PPO, "reward={numerator: initial}"], "are the same model in iteration 0"),
+        ([PPO, "reward={numerator: older, reference: start}"], "are the same model in iteration 0"),
+        (
+            [PPO, "reward={numerator: initial, reference: start}", "sft.enabled=false"],
+            "are the same model in iteration 0",
+        ),
+        ([PPO, "policy_update.credit=abc"], "credit abc needs an explicit reward"),
+        ([PPO, "policy_update.eos_prefixes=true"], "eos_prefixes needs an explicit reward"),
+        (
+            [PPO, "policy_update={advantage: gae, critic_init: reward}"],
+            "critic_init reward needs an explicit reward: use zero",
+        ),
+        (["policy_update={kind: identity}", "reward.mean=true"], "reward.mean has no effect with"),
+        (["policy_update={kind: identity}", "reward={numerator: start}"], "numerator fitted"),
+    ],
+)
+def test_an_implicit_reward_that_cannot_work_is_one_line(
+    overrides: list[str], message: str
+) -> None:
+    (line,) = mistakes(SMALL, "reward.kind=implicit", *overrides)
+    assert message in line
+
+
+def test_an_implicit_reward_goes_with_every_policy_update() -> None:
+    for policy in ("{kind: identity}", "{kind: best_of_n}", "{kind: ppo, credit: red}"):
+        for fitted in ("previous", "initial", "mixture", "older", "start"):
+            reward = f"reward={{kind: implicit, reference: {fitted}}}"
+            assert load(SMALL, reward, f"policy_update={policy}").reward.is_learned
+    for pair in ("numerator: initial, reference: checkpoint", "numerator: start, reference: none"):
+        recipe = load(SMALL, PPO, f"reward={{kind: implicit, {pair}}}", "sft.checkpoint=0.5")
+        assert not recipe.reward.is_learned
 
 
 def test_missing_options_are_reported_at_their_group() -> None:

@@ -55,6 +55,13 @@ def check_logprobs(model: PreTrainedModel, max_batch_tokens: int) -> None:
         with torch.no_grad():
             expected = plain_logps(model, PROMPTS[row], COMPLETIONS[row])
         np.testing.assert_allclose(values, expected.numpy(), atol=2e-5)
+    both = completion_logprobs(model, PROMPTS, COMPLETIONS, max_batch_tokens, values=True)
+    for row, (logps, array) in enumerate(zip(got, both, strict=True)):
+        np.testing.assert_array_equal(array[:, 0], logps)
+        ids = torch.tensor([[*PROMPTS[row], *COMPLETIONS[row]]])
+        with torch.no_grad():
+            sums = model(ids).logits[0, len(PROMPTS[row]) - 1 : -1].double().logsumexp(-1)
+        np.testing.assert_allclose(array[:, 1], sums.numpy(), atol=2e-5)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 30, 4096])

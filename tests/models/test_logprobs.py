@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from irl_align.models.logprobs import best_of_n_kl_bound, chosen_logprobs, k1
+from irl_align.models.logprobs import (
+    best_of_n_kl_bound,
+    chosen_logprobs,
+    k1,
+    logprobs_and_values,
+)
 
 
 def test_chosen_logprobs_gives_the_probabilities_of_a_table() -> None:
@@ -20,6 +25,15 @@ def test_chosen_logprobs_are_float32_for_bfloat16_logits() -> None:
     got = chosen_logprobs(logits, torch.tensor([1]))
     assert got.dtype == torch.float32
     assert got.tolist() == pytest.approx([-math.log(3)], abs=1e-6)
+
+
+def test_logprobs_and_values_are_those_of_soft_q_values() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.7], [0.25, 0.5, 0.25]]).log() + torch.tensor(
+        [[3.0], [-4.0]]
+    )
+    got = logprobs_and_values(logits, torch.tensor([2, 0]))
+    assert got[:, 0].exp().tolist() == pytest.approx([0.7, 0.25], rel=1e-4)
+    assert got[:, 1].tolist() == pytest.approx([3.0, -4.0], rel=1e-5)  # the shift: log 1 = 0
 
 
 def test_k1_averages_to_the_exact_divergence() -> None:

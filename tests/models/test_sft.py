@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.rows import plain_logps, random_ids
+from support.rows import plain_logps, random_ids, same_weights
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.errors import UserError
-from irl_align.models.sft import fit_sft, sft_columns
+from irl_align.models.loading import load_model
+from irl_align.models.sft import CHECKPOINT, fit_sft, sft_columns
 from irl_align.models.trl import Training
 
 MakeModel = Callable[[str], PreTrainedModel]
@@ -97,6 +98,27 @@ def test_fit_sft_teaches_completions_and_not_prompts(
     assert plain_logps(model, [5, 6, 7], [8, 9, 2]).sum().item() > -0.1
     assert plain_logps(model, [5], [6, 7]).sum().item() < before + 1.0
     assert metrics["last_loss"] < metrics["history"][0]["loss"]
+
+
+def test_fit_sft_keeps_the_model_after_a_share_of_the_steps(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """With a constant learning rate it is the model of a shorter training."""
+    columns = sft_columns(PROMPTS, COMPLETIONS)
+    trained = []
+    for steps, share in ((5, 0.5), (2, None)):
+        model = tiny_model("llama")
+        options = {
+            "per_device_train_batch_size": 4,
+            "max_steps": steps,
+            "lr_scheduler_type": "constant",
+        }
+        work = training(tmp_path / str(steps))
+        fit_sft(model, tiny_tokenizer, columns, options, work, checkpoint=share)
+        trained.append(model)
+    kept = load_model(tmp_path / "5" / CHECKPOINT)
+    assert same_weights(kept, trained[1]) and not same_weights(kept, trained[0])
+    assert not (tmp_path / "2" / CHECKPOINT).exists()
 
 
 def test_fit_sft_refuses_no_rows(

@@ -23,6 +23,7 @@ from irl_align.reward.implicit import (
     PairDPOTrainer,
     fit_implicit,
     reference_logps,
+    token_rewards,
 )
 from irl_align.reward.losses import bradley_terry, implicit_reward, pair_logits
 from irl_align.reward.settings import RewardSettings
@@ -123,6 +124,47 @@ def test_implicit_reward_against_a_mixture(tiny_model: MakeModel) -> None:
     parts = (sums(model, COMPLETIONS) for model in (policy, one, other))
     expected = [2.0 * (p - 0.25 * a - 0.75 * b) for p, a, b in zip(*parts, strict=True)]
     assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == pytest.approx(expected, abs=5e-5)
+
+
+def test_token_rewards_by_hand() -> None:
+    """Logits as soft Q values: r_t = beta (log pi_t + V_t - V_(t+1)), with V = 0 at the end."""
+    logp, reference = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5])
+    values = torch.tensor([3.0, 5.0, -1.0])
+    assert token_rewards(logp, reference, 2.0).tolist() == [1.0, -2.0, 0.0]
+    none = torch.zeros(3)
+    assert token_rewards(logp, none, 0.5, values).tolist() == [-1.5, 2.0, -0.75]
+    assert float(token_rewards(logp, reference, 2.0, values).sum()) == -1.0 + 2.0 * 3.0
+
+
+@torch.no_grad()
+def test_endogenous_rewards_telescope_to_the_log_prob_and_the_prompts_value(
+    tiny_model: MakeModel,
+) -> None:
+    model = moved(tiny_model("llama"), 1)
+    implicit = ImplicitReward(model, [], beta=0.3, endogenous=True)
+    for row, scores in enumerate(implicit.prefix_scores_ids(PROMPTS, COMPLETIONS)):
+        ids = torch.tensor([[*PROMPTS[row], *COMPLETIONS[row]]])
+        places = range(len(PROMPTS[row]) - 1, ids.shape[1] - 1)
+        logits = model(ids).logits[0].double()
+        q = [float(logits[at, ids[0, at + 1]]) for at in places]  # soft Q of each action
+        v = [float(logits[at].logsumexp(0)) for at in places] + [0.0]
+        rewards = [0.3 * (q[t] - v[t + 1]) for t in range(len(q))]  # r = Q - V', arXiv:2506.23235
+        assert scores.diff().tolist() == pytest.approx(rewards, abs=2e-5)
+        whole = plain_logps(model, PROMPTS[row], COMPLETIONS[row]).sum()
+        assert float(scores[-1]) == pytest.approx(0.3 * (float(whole) + v[0]), abs=2e-5)
+
+
+@torch.no_grad()
+def test_implicit_reward_as_a_mean_log_prob(tiny_model: MakeModel) -> None:
+    """Without a reference and divided by the length: the control that learns no reward."""
+    implicit = ImplicitReward(tiny_model("llama"), [], beta=1.0, mean=True)
+    lengths = [len(completion) for completion in COMPLETIONS]
+    means = [s / n for s, n in zip(sums(tiny_model("llama"), COMPLETIONS), lengths, strict=True)]
+    assert implicit.score_ids(PROMPTS, COMPLETIONS).tolist() == pytest.approx(means, abs=1e-5)
+    row = int(np.argmax(lengths))
+    prefixes = implicit.prefix_scores_ids(PROMPTS, COMPLETIONS)[row]
+    start = plain_logps(tiny_model("llama"), PROMPTS[row], COMPLETIONS[row])[:3].mean()
+    assert [float(prefixes[0]), float(prefixes[3])] == pytest.approx([0.0, float(start)], abs=1e-5)
 
 
 # --- the reference --------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ SMOKED = {
     "e2e/dpo-fixed-ref.yaml": ("loop.pick=nearest",),
     "e2e/irl-select.yaml": ("loop.iterations=1",),
     "e2e/irl-select-edits.yaml": (),
+    "restaurant/dense-path.yaml": (),
+    "restaurant/endogenous-ppo.yaml": (),
+    "restaurant/prime.yaml": (),
     "sfx/preference-rlhf.yaml": (),
 }
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from irl_align.config.recipe import load_recipe
 from irl_align.errors import UserError
+from irl_align.evaluation.inference import saved_reward
 from irl_align.models.generation.samples import StoredSamples
 from irl_align.reward.model import RewardModel
 from irl_align.tasks import restaurant
@@ -304,22 +305,20 @@ def test_more_sft_is_the_control_without_a_reward(run: Callable[..., Result]) ->
     assert summary is not None and summary["reward"] is None
 
 
-def test_the_log_prob_control_learns_no_reward(run: Callable[..., Result]) -> None:
-    """r(x, y) is pi_0's mean log-prob, centred on the demonstrations, and PPO runs on it."""
+def test_a_log_ratio_needs_no_fit_and_is_scored_after_the_run(run: Callable[..., Result]) -> None:
+    """r(x, y) is pi_0's mean log-prob, and PPO runs on it."""
     ppo = "policy_update={kind: ppo, advantage: rloo, batch_size: 8, n: 2, episodes: 16}"
-    result = run("log-prob", "reward={kind: log_prob}", ppo)
+    ratio = "reward={kind: implicit, numerator: initial, reference: none, mean: true}"
+    result = run("log-ratio", ratio, ppo)
     sft = AutoModelForCausalLM.from_pretrained(stage_folder(result.folder, "sft") / "model").eval()
     rows = pq.read_table(stage_folder(result.folder, "data") / "reward.parquet").to_pylist()
-    assert result.reward is not None
-    reward = RewardModel.from_pretrained(result.reward)
-    mean_logps = [
-        logp(sft, row["prompt_ids"], row["completion_ids"]) / len(row["completion_ids"])
-        for row in rows
-    ]
-    expected = np.array(mean_logps) - np.mean(mean_logps)
-    actual = reward.score_ids([r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows])
+    assert result.reward is None and "reward/0" not in stage_records(result.folder)
+    ids = [[row[name] for row in rows] for name in ("prompt_ids", "completion_ids")]
+    actual = saved_reward(result.folder, "cpu").score_ids(*ids)
+    expected = [logp(sft, p, c) / len(c) for p, c in zip(*ids, strict=True)]
     np.testing.assert_allclose(actual.numpy(), expected, atol=1e-4)
-    assert metrics(result.folder)["reward/0"]["held_out"]["pairs"] > 0
+    logged = metrics(result.folder)
+    assert logged["reward/0"]["held_out"]["pairs"] > 0 and logged["vitals/1"]["fresh"]["pairs"] > 0
     assert len(stage_records(result.folder)["policy-1"]["metrics"]["history"]) == 2
 
 

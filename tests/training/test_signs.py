@@ -148,3 +148,15 @@ def test_judge_reward_uses_the_pairs_that_reject_policy_samples(tmp_path: Path) 
     assert judge_reward(context, 0, fit) is None
     [sign] = logged["signs/reward-0"]
     assert sign.startswith("held-out pair loss is 0.7000 on pairs that reject policy samples")
+
+
+def test_judge_reward_does_not_judge_the_loss_of_a_log_ratio_without_a_fit(tmp_path: Path) -> None:
+    """Nothing made its scale that of the pairs' logits; its ranking is still reported."""
+    ratio = ("reward={kind: implicit, numerator: initial, reference: start}", "loop.iterations=1")
+    logged: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
+    context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path, *ratio), run=run)
+    own = accuracy_record(0.6, loss=9.0)
+    fit = {"held_out": own, "by_source": {}, "audit": audit_record(), "older": {}}
+    assert judge_reward(context, 0, fit) is None
+    assert logged["signs/reward-0"] == []

@@ -89,7 +89,12 @@ class Costs:
         return self.shape.parameters * self.stored.weights
 
     def reward_bytes(self) -> int:
-        """Bytes of a reward's weights: a trunk and one row of a head, in float32."""
+        """Bytes of a reward's weights: a trunk and one row of a head, in float32; or the models of
+        a log-ratio."""
+        options = self.recipe.reward
+        if options.kind == "implicit":
+            references = {"none": 0, "mixture": 2}.get(options.reference, 1)
+            return (1 + references) * self.model_bytes()
         return FLOAT * (self.shape.trunk + self.shape.width)
 
     def _forward(self, rows: float, length: float, head: float | None = None) -> float:

@@ -9,7 +9,7 @@ from irl_align.data.loading import load_prompts
 from irl_align.policy.roles import Role
 from irl_align.training.plan.costs import Cost, Costs
 from irl_align.training.plan.data import Counts
-from irl_align.training.reward_step import CENTRED, scheduled
+from irl_align.training.reward_step import scheduled
 
 MATCHING = 6
 """Temperatures at which pi_0 is sampled until its entropy is another policy's: 5 or 6 on E2E."""
@@ -113,8 +113,6 @@ class StageCosts:
 
     def _reward(self, k: int) -> Cost:
         options, window = self.recipe.reward, self.recipe.pairs.window
-        if options.kind == "log_prob":
-            return self.costs.measure(min(self.counts.rows["reward"], CENTRED))
         iterations = {"latest": 1, "all": k + 1}.get(window) or int(window.removeprefix("last-"))
         pairs = self._pairs() * min(iterations, k + 1)
         pairs = min(pairs, options.max_pairs or pairs)

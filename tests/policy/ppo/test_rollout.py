@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.ppo_tools import EOS, PAD, Scripted, actors, options, samples_of, small_llama, train
+from support.rows import plain_logps
 from transformers import PreTrainedTokenizerFast
 
 from irl_align.config.policy_update import PPOOptions
@@ -19,10 +20,54 @@ from irl_align.models.generation.protocol import Completion, Generator, Sampling
 from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.policy.ppo import advantages as adv
 from irl_align.policy.ppo.rollout import below_finished, collate, prompt_passes, sample, score
+from irl_align.reward.implicit import ImplicitReward
 
 PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 10]]
 SMALL: dict[str, Any] = {"advantage": "reinforce", "episodes": 32, "learning_rate": 1e-4}
 REWARD = Scripted(lambda prompt, row: float(row[-1] == EOS) + 0.1 * len(row))
+
+
+def every_completion(vocabulary: int, longest: int) -> list[tuple[list[int], list[int], bool]]:
+    """(prompt, completion, truncated) of all completions that a policy can write."""
+    rows, unfinished = [], [[]]
+    for _ in range(longest):
+        longer = [[*row, token] for row in unfinished for token in range(vocabulary)]
+        unfinished = [row for row in longer if row[-1] != EOS]
+        rows += [([3], row, False) for row in longer if row[-1] == EOS]
+    return rows + [([3], row, True) for row in unfinished]
+
+
+@pytest.mark.parametrize("credit", ["sparse", "red"])
+@pytest.mark.parametrize("ratio", [{}, {"endogenous": True}, {"mean": True}])
+def test_the_policy_gradient_of_a_log_ratio_is_exact(ratio: dict[str, bool], credit: str) -> None:
+    """Over all completions: sum of pi * grad log pi_t * G_t = grad of the expected reward."""
+    policy, one, other = (small_llama(5, seed=seed) for seed in range(3))
+    rows = every_completion(5, 3)
+    samples = samples_of(*rows)
+    reward = ImplicitReward(one, [] if ratio else [(1.0, other)], 0.7, **ratio)
+    chosen = options(advantage="reinforce", credit=credit)
+    scores = score(samples, reward, policy, chosen, torch.Generator())
+    torch.testing.assert_close(scores.credit.sum(1), scores.rewards)
+
+    log_pi = [plain_logps(policy, prompt, row) for prompt, row, _ in rows]
+    pi = torch.stack([logps.sum() for logps in log_pi]).exp()
+    assert pi.sum().item() == pytest.approx(1.0)
+    with torch.no_grad():
+        own = torch.stack([plain_logps(one, prompt, row).sum() for prompt, row, _ in rows])
+        if ratio == {}:
+            own -= torch.stack([plain_logps(other, prompt, row).sum() for prompt, row, _ in rows])
+        elif "endogenous" in ratio:
+            own += one(torch.tensor([[3]])).logits[0, -1].double().logsumexp(-1)
+        else:
+            own /= samples.mask.sum(1)
+    expected = torch.autograd.grad((pi * 0.7 * own).sum(), policy.parameters(), retain_graph=True)
+    to_go = adv.rewards_to_go(scores.credit, samples.mask)
+    each = [(logps * to_go[i, : len(logps)]).sum() for i, logps in enumerate(log_pi)]
+    got = torch.autograd.grad((pi.detach() * torch.stack(each)).sum(), policy.parameters())
+    largest = max(float(part.abs().max()) for part in expected)
+    assert largest > 1e-3
+    for mine, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, exact, atol=1e-4 * largest, rtol=1e-3)
 
 
 # --- prompts and samples --------------------------------------------------------------------------
