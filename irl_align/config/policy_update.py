@@ -136,9 +136,10 @@ class PPOOptions(PolicyPromptOptions):
     # --- what is maximised
     credit: Literal["sparse", "uniform", "red", "abc", "abc_policy", "random"] = "sparse"
     """How a completion's reward R is distributed over its tokens. sparse: all on the last one.
-    uniform: the same on all. red: differences between the rewards of prefixes. abc: by the reward's
-    attention. abc_policy: by the policy's attention, which takes one more pass of the policy.
-    random: the control of abc. Only sparse and red keep the policy gradient under gae."""
+    uniform: the same on all. red: differences between the rewards of prefixes, which of an implicit
+    reward are the tokens' own log-ratios. abc: by the reward's attention. abc_policy: by the
+    policy's attention, which takes one more pass of the policy. random: the control of abc. Only
+    sparse and red keep the policy gradient under gae."""
     beta: Share = 0.8
     """With credit abc, abc_policy, random: share of R that is distributed. The rest is on the last
     token."""

@@ -1,7 +1,9 @@
 """Rows to score and to sample, rewards of other projects in `score`, and answers of `generate`."""
 
 import json
+import shutil
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,29 @@ import pytest
 import torch
 from support.chat_templates import FAMILIES, chat_tokenizer
 from support.classifiers import card_score, one_label_classifier, tiny_llama
-from support.rows import save
-from support.tiny_runs import irl_align, the_line
+from support.rows import plain_logps, save
+from support.shared_runs import shared_run
+from support.tiny_runs import irl_align, stage_folder, the_line
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from irl_align.errors import UserError
 from irl_align.evaluation.inference import (
     SAMPLED,
     SCORED,
+    generate_rows,
+    log_ratio_of,
     prompt_format,
     read_rows,
+    resolve_policy,
     row_exchanges,
     row_prompt,
+    saved_reward,
 )
+from irl_align.evaluation.preferences import Implicit, find_scorers
+from irl_align.hub.facts import Facts
+from irl_align.models.generation.protocol import Sampling
+from irl_align.models.loading import load_model
+from irl_align.training.run_folder import artefact_folder
 
 ASK = {"role": "user", "content": "Where is the pub?"}
 NEAR = {"role": "assistant", "content": "Near the river."}
@@ -179,3 +191,42 @@ def test_prompt_format_of_a_policy_that_was_made_here_is_kept(
     assert vars(prompt_format(folder)) == own
     with pytest.raises(UserError, match=r"theirs: template: found 'chat', but this model was made"):
         prompt_format(folder, "chat")
+
+
+# --- runs whose reward is the log-ratio of two models ---------------------------------------------
+
+
+def test_a_run_with_a_log_ratio_scores_samples_and_exports_what_it_has(tmp_path: Path) -> None:
+    """SPIN's loss fits pi_theta, pi_0's best of two samples is taken, and r is the mean of the
+    tokens' beta log(pi_theta / pi_0)."""
+    run = shared_run("ratio").folder
+    fitted, sft = (stage_folder(run, role) / "model" for role in ("reward/0", "sft"))
+    ratio = log_ratio_of(run)
+    assert ratio is not None and (ratio.beta, ratio.mean) == (0.1, True)
+    ((weight, reference),) = ratio.references
+    assert (weight, reference.resolve(), ratio.path.resolve()) == (
+        1.0,
+        sft.resolve(),
+        fitted.resolve(),
+    )
+    ids = [[5, 6, 7]], [[8, 9, 10]]
+    one, other = (plain_logps(load_model(path), *map(itemgetter(0), ids)) for path in (fitted, sft))
+    (score,) = saved_reward(run, "cpu").score_ids(*ids).tolist()
+    assert score == pytest.approx(0.1 * (one - other).mean().item(), abs=1e-6)
+    assert abs(score) > 1e-5
+
+    policy = resolve_policy(run)
+    assert (policy.best_of, policy.model.resolve()) == (2, sft.resolve())
+    limits = Sampling(n=2, temperature=1.0, max_new_tokens=12)
+    assert len(generate_rows(policy, [{"prompt": "a"}], limits, "cpu")) == 2
+    (name, found) = next(iter(find_scorers(run).rewards.items()))
+    assert (name, found) == ("implicit reward", Implicit(ratio.path, ratio.references, mean=True))
+    facts = Facts.of(run)
+    assert facts.policy().path.resolve() == sft.resolve()
+    for refused in (facts.reward, lambda: artefact_folder(run, "reward")):
+        with pytest.raises(UserError, match="log-ratio of two language models, no classifier"):
+            refused()
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone / run.name)
+    with pytest.raises(UserError, match=r"its reward should be in .*copy the folder store"):
+        log_ratio_of(alone / run.name)

@@ -19,6 +19,7 @@ from irl_align.data.columns import read_parquet
 from irl_align.evaluation import preferences
 from irl_align.evaluation.evaluate import IDENTITY, merged
 from irl_align.evaluation.inference import score_rows
+from irl_align.evaluation.preference_data import load_set
 from irl_align.evaluation.preference_tables import (
     PairSet,
     excess_share,
@@ -146,6 +147,23 @@ def test_evaluate_compares_an_implicit_reward_with_other_rewards(
     sft = spin.folder / stages["sft"]["path"] / "model"
     alone = evaluated(capsys, spin.policy, "--sft", sft, "--card", folder / "toy.md")
     assert alone["scorers"]["implicit reward"] == report["scorers"]["implicit reward"]
+
+
+def test_margins_of_a_log_ratio_are_those_of_its_models(folder: Path) -> None:
+    """Without a reference they are the margins of the log-prob; a model against itself ties."""
+    sft = shared_run("sft").policy
+    ratios = {
+        "mean": preferences.Implicit(sft, (), mean=True),
+        "sum": preferences.Implicit(sft, ()),
+        "half": preferences.Implicit(sft, ((0.5, sft),)),
+        "nothing": preferences.Implicit(sft, ((0.25, sft), (0.75, sft))),
+    }
+    scorers = preferences.Scorers(ratios, sft)
+    report = preferences.evaluate_preferences(scorers, load_set(str(folder / "toy.md")))
+    overall = {name: scorer["overall"] for name, scorer in report["scorers"].items()}
+    assert overall["mean"] == overall["SFT log-prob, mean"]
+    assert overall["sum"] == overall["half"] == overall["SFT log-prob, sum"]
+    assert overall["nothing"]["mean"] == 0.5
 
 
 def test_train_split_trains_a_reward_once(

@@ -16,6 +16,7 @@ OVERRIDES = {
     "contrast": (*BEST, _CONTRAST, "evaluation.temperatures=[1.0, 0.0]"),
     "select": (_CONTRAST, "policy_update={n: 3, use: select}"),
     "spin": SPIN,
+    "ratio": (*SPIN, "policy_update={kind: best_of_n, n: 2, use: select}", "reward.mean=true"),
     "sft": ("loop.iterations=0",),
 }
 

@@ -28,7 +28,7 @@ SMOKED = {
     "e2e/irl-select-edits.yaml": (),
     "restaurant/dense-path.yaml": (),
     "restaurant/endogenous-ppo.yaml": (),
-    "restaurant/prime.yaml": (),
+    "restaurant/prime.yaml": ("loop.iterations=1",),
     "sfx/preference-rlhf.yaml": (),
 }
 
