@@ -43,6 +43,9 @@ class SignOptions(Options):
     """Largest relative change of the mean completion length against pi_0's."""
     missing_eos: Share = 0.02
     """Largest share of samples without EOS above pi_0's."""
+    outliers: Share = 0.25
+    """Largest share of the policy's samples that are outliers to a reward, which counts 5% of
+    pi_0's as such; see the guide."""
     demonstration_log_prob: PositiveFloat = 5.0
     """Largest fall of the held-out demonstrations' mean log-prob below pi_0's, in nats."""
 

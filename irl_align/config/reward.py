@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from irl_align.config.model import LoraOptions
-from irl_align.config.types import Options, PathText, Share
+from irl_align.config.types import ImportPath, Options, PathText, Share
 
 PairSource = Literal[
     "demonstration/policy", "demonstration/contrast", "demonstration/init", "sft/init"
@@ -81,6 +89,31 @@ class PreferenceOptions(Options):
     """With use=beside: weight of a preference pair, where a demonstration pair has weight 1."""
 
 
+class FunctionOptions(Options):
+    """A reward function of your own, called as TRL's GRPO calls reward functions."""
+
+    path: ImportPath
+    """Import path module:callable."""
+    weight: FiniteFloat = 1.0
+    """What its value is multiplied by before it is added to the reward."""
+
+
+def _named_function(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class EnsembleOptions(Options):
+    """Several explicit rewards: r = mean - penalty * standard deviation over them."""
+
+    members: Annotated[int, Field(ge=2)]
+    """Number of rewards, two at least."""
+    kind: Literal["heads", "models"] = "heads"
+    """heads: one backbone with several heads, which one pass scores. They differ by their start and
+    by random weights of the pairs. models: separate fits, which also differ by the pairs' order."""
+    penalty: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Weight of the standard deviation over the members."""
+
+
 class RewardOptions(Options):
     """The reward level: fit r_phi on pairs, or a log-ratio beta log(pi/pi_ref) of two models."""
 
@@ -96,12 +129,24 @@ class RewardOptions(Options):
         ("reference", ("mixture",), ("mixture",)),
         ("offset", ("log_ratio", "reward"), ("offset_coef", "offset_clip")),
         ("offset", ("log_ratio",), ("offset_per_token",)),
+        ("kind", ("explicit",), ("ensemble",)),
+        ("kind", ("explicit", "implicit", "functions"), ("functions",)),
     )
 
-    kind: Literal["explicit", "implicit", "none"] = "explicit"
+    kind: Literal["explicit", "implicit", "functions", "none"] = "explicit"
     """explicit: a reward model. implicit: a log-ratio of two language models, see numerator. With
-    policy_update identity the model that is fitted is the next policy (SPIN, DPO). none: no
-    reward."""
+    policy_update identity the model that is fitted is the next policy (SPIN, DPO). functions: only
+    those of the option functions; nothing is fitted. none: no reward."""
+    functions: list[Annotated[FunctionOptions, BeforeValidator(_named_function)]] = Field(
+        default_factory=list
+    )
+    """Functions of your own that are added to the reward: [module:callable, ...], or [{path:
+    module:callable, weight: 0.5}, ...] in the reward's unit. They are called as TRL's GRPO calls
+    reward functions, with lists of prompts, completions, completion_ids and the card's extra
+    columns, and of each prompt's demonstrations, and return a number or None (0) for each
+    completion. Their source file is part of the stages' keys; what they import is not."""
+    ensemble: EnsembleOptions | None = None
+    """Several explicit rewards in place of one."""
     loss: Literal["bradley_terry", "linear"] = "bradley_terry"
     """Pair loss of the explicit reward: -log sigmoid(r_E - r_hat), or -(r_E - r_hat)."""
     beta: PositiveFloat = 1.0
@@ -161,6 +206,11 @@ class RewardOptions(Options):
         """Whether the reward level fits a model."""
         return self.kind == "explicit" or (self.kind == "implicit" and self.numerator == "fitted")
 
+    @property
+    def named_functions(self) -> tuple[tuple[str, float], ...]:
+        """Import path and weight of each function."""
+        return tuple((function.path, function.weight) for function in self.functions)
+
     @model_validator(mode="after")
     def _ratio_is_consistent(self) -> RewardOptions:
         if self.kind != "implicit":
@@ -179,6 +229,11 @@ class RewardOptions(Options):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> RewardOptions:
+        paths = [function.path for function in self.functions]
+        if self.kind == "functions" and not paths:
+            raise ValueError("kind functions needs functions: give [module:callable]")
+        if repeated := [path for path in paths if paths.count(path) > 1]:
+            raise ValueError(f"functions: {repeated[0]} is given twice")
         if self.loss == "linear" and self.bound is None:
             raise ValueError("loss linear is unbounded: give bound, the largest |r|")
         if self.loss == "linear" and self.offset != "none":

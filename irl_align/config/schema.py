@@ -192,8 +192,28 @@ class Recipe(Options):
             return problem
         if problem := self._ratio_problem():
             return problem
-        if kind == "none" and self.loop.pick == "nearest":
-            return "loop.pick nearest needs the last reward, but reward.kind is none"
+        if kind in ("none", "functions") and self.loop.pick == "nearest":
+            return f"loop.pick nearest needs a learned reward, but reward.kind is {kind}"
         if kind == "none" and update in ("best_of_n", "ppo"):
             return f"policy_update.kind {update} needs a reward, but reward.kind is none"
+        return self._composition_problem()
+
+    def _composition_problem(self) -> str | None:
+        """Functions and ensembles, where the policy update has no use for them."""
+        reward, update = self.reward, self.policy_update
+        if reward.functions and update.kind in ("identity", "sft", "iqlearn"):
+            return f"policy_update.kind {update.kind} does not read reward.functions"
+        if not isinstance(update, PPOOptions):
+            return None
+        if reward.kind == "functions" and update.credit != "sparse":
+            return (
+                f"policy_update.credit {update.credit} distributes the learned part of a reward, "
+                "and reward.kind functions has none: use sparse"
+            )
+        name = "functions" if reward.functions else "ensemble"
+        composed = bool(reward.functions or reward.ensemble)
+        if composed and update.backbone == "shared":
+            return f"reward.{name} does not go with policy_update.backbone shared: use separate"
+        if composed and update.critic_init == "reward":
+            return f"reward.{name} does not go with policy_update.critic_init reward: use zero"
         return None

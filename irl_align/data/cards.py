@@ -42,6 +42,8 @@ OPTIONAL = {
     "preferences": frozenset({"input", "tools", "subset", "margin"}),
 }
 """Kind of rows -> fields that may be added to its FORMATS."""
+GIVEN = frozenset({"prompts", "completions", "completion_ids", "demonstrations"})
+"""What every reward function of the user's own gets by name."""
 _MAX_BYTES = 1 << 24
 TASK_SPLITS = ("train", "validation", "test")
 
@@ -133,6 +135,9 @@ class CardOptions(Options):
     """With text: how many words the prompt has. The completion is the rest of the text."""
     labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(default=[1, 2])
     """Values of label: the first means that the first text is better, the second the second."""
+    extra: list[str] = Field(default_factory=list)
+    """Of demonstrations: other columns that reward functions get by name (reward.functions). All
+    rows of a prompt need the same value."""
     turn: Literal["first", "last", "each"] = "last"
     """With messages: which turn of the assistant is the demonstration that makes pairs, or each of
     them. Turns after it are left out. With last, SFT also learns the earlier turns, unless the
@@ -201,6 +206,14 @@ class CardOptions(Options):
             raise ValueError("prompt_words: goes with columns.text, which needs it")
         if self.labels != [1, 2] and form != LABELLED:
             raise ValueError("labels: goes with columns.label only")
+        return self
+
+    @model_validator(mode="after")
+    def _extra_has_names_of_its_own(self) -> CardOptions:
+        if self.extra and self.kind != "demonstrations":
+            raise ValueError("extra: goes with demonstrations only")
+        if taken := sorted(GIVEN & set(self.extra)):
+            raise ValueError(f"extra: reward functions get other values named {taken[0]}")
         return self
 
     @model_validator(mode="after")
@@ -296,8 +309,11 @@ def import_object(import_path: str, field: str) -> Any:
         value: Any = importlib.import_module(module_name)
         for attribute in attributes.split("."):
             value = getattr(value, attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{field}: cannot import {import_path}: {error}") from error
+    except Exception as error:  # a module of the user's own may raise anything
+        cause = one_line(f"{type(error).__name__}: {error}")
+        if isinstance(error, ImportError | AttributeError):
+            cause = str(error)
+        raise UserError(f"{field}: cannot import {import_path}: {cause}") from error
     return value
 
 

@@ -127,7 +127,12 @@ def _task(card: Card) -> Callable[..., Any]:
 def _task_rows(card: Card, split: str, args: Mapping[str, Any], seed: int) -> list[Demonstration]:
     try:
         rows = _task(card)(split=split, seed=seed, **args)
-        return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+        made: list[Demonstration] = []
+        for row in rows:
+            made.append({"prompt": row["prompt"], "completion": row["completion"]})
+            if card.extra:
+                made[-1]["extra"] = {name: row[name] for name in card.extra}
+        return made
     except UserError:
         raise
     except Exception as error:  # a user's own code may raise anything
@@ -209,7 +214,7 @@ def _count_keys(
     """Count the row's columns and keys of messages that are not used, or only by chat templates."""
     chat = {columns.get("tools", "tools")} if card.template == "chat" else set()
     parts = [part for column in columns.values() for part in (column, *column.split("+"))]
-    used = {*parts, *(part.split(".")[0] for part in parts), *card.where, *chat}
+    used = {*parts, *card.extra, *(part.split(".")[0] for part in parts), *card.where, *chat}
     for name, value in raw.values.items():
         if value is None or value in ("", [], {}):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,19 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def parse_demonstrations(raw: Raw, card: Card, columns: Mapping[str, str]) -> list[Demonstration]:
-    """The demonstrations of a row. Raises FaultyRow."""
+    """The demonstrations of a row, with the card's extra columns. Raises FaultyRow."""
+    rows = _demonstrations(raw, card, columns)
+    if card.extra:
+        extra = {name: raw.column(name) for name in card.extra}
+        try:
+            json.dumps(extra)
+        except TypeError as error:  # a date, or bytes
+            raise raw.fault(", ".join(card.extra), f"{error}; expected text or numbers") from error
+        rows = [{**row, "extra": extra} for row in rows]
+    return rows
+
+
+def _demonstrations(raw: Raw, card: Card, columns: Mapping[str, str]) -> list[Demonstration]:
     form = card.format(columns)
     if form == TEXT:
         return [{**_split_text(raw, columns["text"], card.prompt_words or 1), "place": raw.place}]

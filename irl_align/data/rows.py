@@ -40,6 +40,8 @@ class Demonstration(TypedDict):
     completion: Completion
     earlier: NotRequired[list[int]]
     """Places in the prompt of the assistant's turns that are demonstrations too."""
+    extra: NotRequired[dict[str, Any]]
+    """The card's extra columns, which reward functions read."""
     place: NotRequired[str]
     """File and row, for messages."""
 

@@ -28,7 +28,7 @@ from irl_align.models.generation.offline import saved_sampler, with_backend
 from irl_align.models.generation.samples import Samples, StoredSamples, write_samples
 from irl_align.models.loading import load_tokenizer, pick_device
 from irl_align.models.logprobs import best_of_n_kl_bound
-from irl_align.reward.model import RewardModel
+from irl_align.reward.composed import load_fitted
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.tasks.gold import GoldMetric
 from irl_align.training.keys import derive_seed
@@ -157,7 +157,7 @@ def best_of_curve(
         with saved_sampler(policy, tokenizer, ids, options, resolved, where) as generator:
             write_samples(work, generator, ids, sampling)
         samples = StoredSamples(work, ids)
-        reward = RewardModel.from_pretrained(reward_path, where)
+        reward = load_fitted(reward_path, where)
         scores = rank_samples(samples, sample_rewards(samples, reward), "reward")
         form = TokenFormat(tokenizer, prompt_format(policy), asked)
         golds = _gold_values(samples, form, gold)

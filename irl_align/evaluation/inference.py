@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from irl_align.config.generation import GenerationOptions
-from irl_align.data.decoding import decode_answers
+from irl_align.data.cards import GIVEN
+from irl_align.data.decoding import TokenFormat, decode_answers
 from irl_align.data.encoding import encode_prompts
 from irl_align.data.loading import before_answer
 from irl_align.data.messages import read_messages, read_tools, with_tools
-from irl_align.data.rows import Completion, Prompt, exchange
+from irl_align.data.rows import Completion, Prompt, exchange, prompt_key
 from irl_align.data.sources import file_rows
 from irl_align.data.tokenizer import set_text_end
 from irl_align.errors import UserError
@@ -26,9 +29,15 @@ from irl_align.models.lm_head import completion_logprobs
 from irl_align.models.loading import load_config, load_model, load_tokenizer, pick_device
 from irl_align.policy import Reward
 from irl_align.policy.roles import SFT, START
-from irl_align.reward.foreign import PairClassifier, load_text_reward
+from irl_align.reward.composed import (
+    FunctionInputs,
+    call_arguments,
+    composed,
+    load_functions,
+)
+from irl_align.reward.foreign import TextReward, load_text_reward
 from irl_align.reward.implicit import ImplicitReward
-from irl_align.reward.model import RewardModel
+from irl_align.reward.protocol import TextFormat
 from irl_align.reward.ranking import rank_samples, sample_rewards
 from irl_align.reward.settings import own_template, refuse_template
 from irl_align.training.run_folder import (
@@ -160,16 +169,33 @@ def resolve_policy(path: Path) -> SavedPolicy:
     ranking = (Run.load(path).summary or {}).get("ranking") if is_run(path) else None
     if ranking is None:
         return SavedPolicy(model)
-    if log_ratio_of(path) is None:
+    _, alone = run_functions(path)
+    if not alone and log_ratio_of(path) is None:
         artefact_folder(path, "reward")  # its files are there
     return SavedPolicy(
         model, path, int(ranking["n"]), str(ranking["score"]), float(ranking["temperature"])
     )
 
 
+def run_functions(path: Path) -> tuple[tuple[tuple[str, float], ...], bool]:
+    """Import paths and weights of the functions in a run's reward, and whether they are all of it.
+
+    None for the folder of a model.
+    """
+    options = Run.load(path).recipe["reward"] if is_run(path) else {}
+    functions = options.get("functions", [])
+    return tuple((f["path"], f["weight"]) for f in functions), options.get("kind") == "functions"
+
+
+def _columns(row: Row) -> Row:
+    """What reward functions read of a row besides its texts."""
+    taken = {*(GIVEN - {"demonstrations"}), *(name for shape in SCORED for name in shape), "tools"}
+    return {"demonstrations": [], **{name: row[name] for name in row if name not in taken}}
+
+
 def saved_reward(
     path: Path, device: str, template: str | None = None
-) -> RewardModel | PairClassifier | ImplicitReward:
+) -> TextReward | ImplicitReward:
     """The last reward of a run, or the reward model in a folder.
 
     The reward of a run may be the log-ratio of two models. For SPIN and DPO these are the final
@@ -223,11 +249,24 @@ def score_rows(
     A row with a completion, or with messages whose last is the answer, gets `score`; a pair gets
     `chosen_score` and `rejected_score`. The accuracy counts equal scores as half, and the pairs of
     one prompt as one cluster; it is None for completions. template: of a reward that was not fitted
-    here.
+    here. Functions of a run's reward also get the other fields of the rows. Raises UserError: one
+    of them fails.
     """
-    reward = saved_reward(path, device, template)
+    paths, alone = run_functions(path)
+    functions = load_functions(paths)
+    reward = None if alone else saved_reward(path, device, template)
     columns = list(zip(*map(row_exchanges, rows), strict=True))  # one, or chosen and rejected
-    scores = [reward.score([p for p, _ in side], [a for _, a in side]) for side in columns]
+    scores = []
+    for side in columns:
+        prompts, answers = [p for p, _ in side], [a for _, a in side]
+        parts = [] if reward is None else [reward.score(prompts, answers)]
+        if functions:
+            policy = artefact_folder(path, "policy")
+            text_format = TextFormat(load_tokenizer(policy), prompt_format(policy))
+            ids = text_format.encode(prompts, answers)[1]
+            arguments = call_arguments(prompts, answers, ids, [_columns(row) for row in rows])
+            parts += [function.weight * function.scores(arguments) for function in functions]
+        scores.append(torch.stack(parts).sum(0))
     names = ("score",) if len(scores) == 1 else ("chosen_score", "rejected_score")
     scored = [
         {**row, **dict(zip(names, values, strict=True))}
@@ -277,7 +316,12 @@ def generate_rows(
     with saved_sampler(policy.model, tokenizer, prompts, options, backend, where) as generator:
         groups = generate(generator, prompts, candidates, progress=True)
     if policy.reward is not None:
-        reward = saved_reward(policy.reward, device)
+        functions, alone = run_functions(policy.reward)
+        learned = None if alone else saved_reward(policy.reward, device)
+        known = dict(zip(map(tuple, prompts), asked, strict=True))
+        fields = {prompt_key(p): _columns(row) for p, row in zip(asked, rows, strict=True)}
+        inputs = FunctionInputs(TokenFormat(tokenizer, form, known), fields, {})
+        reward = composed(learned, functions, inputs)
         samples = SampleSet(prompts, groups)
         logprobs = None
         if policy.score != "reward" and not candidates.plain:

@@ -40,6 +40,7 @@ from irl_align.models.loading import load_model, load_tokenizer, pick_device
 from irl_align.models.lora import quantization_config
 from irl_align.models.trl import Training
 from irl_align.policy.roles import DATA
+from irl_align.reward.composed import load_fitted
 from irl_align.reward.fit import SIDES, fit_reward, pair_columns
 from irl_align.reward.losses import calibration_error
 from irl_align.reward.model import RewardModel
@@ -237,7 +238,9 @@ def _preference_reward(
 
     def build(work: Path) -> dict[str, Any]:
         settings = RewardSettings(options.lm_coef, options.bound, options.echo, **prompt)
-        loading = {"quantization_config": quantization_config(quantization)} if quantization else {}
+        loading: dict[str, Any] = {}
+        if quantization:
+            loading = {"quantization_config": quantization_config(quantization)}
         tokenizer = load_tokenizer(policy)
         reward = RewardModel.from_policy(
             policy, tokenizer, settings, seed % 2**63, device, options.lora, **loading
@@ -324,7 +327,7 @@ def _score(
                 ratios = ratios / _lengths(logprobs[scorer.policy])
             margins[name] = ratios[0] - ratios[1]
             continue
-        reward = RewardModel.from_pretrained(scorer, device)
+        reward = load_fitted(scorer, device)
         prompts, completions, at = _distinct(encoded[scorer, True])
         chosen, rejected = reward.score_ids(prompts, completions)[at]
         margin = (chosen - rejected).double()

@@ -17,8 +17,7 @@ from irl_align.evaluation.compare.policies import policy_label
 from irl_align.evaluation.preference_data import is_foreign
 from irl_align.evaluation.preferences import reward_of
 from irl_align.models.loading import pick_device
-from irl_align.reward.foreign import PairClassifier, load_text_reward
-from irl_align.reward.model import RewardModel
+from irl_align.reward.foreign import TextReward, load_text_reward
 from irl_align.training.run_folder import Run, RunView
 from irl_align.utils.statistics import clustered_share
 
@@ -95,7 +94,7 @@ def _own_reward(view: RunView, reward: Path) -> str:
     return next(names, "")
 
 
-def _wins(reward: RewardModel | PairClassifier, samples: LastSamples) -> dict[str, Any]:
+def _wins(reward: TextReward, samples: LastSamples) -> dict[str, Any]:
     """Win rates against every opponent, mean score and diversity of samples.
 
     If training has seen some of the prompts, there are also win rates on the unseen ones.

@@ -25,6 +25,7 @@ LOSSES = {
 }
 LEVELS = {
     "implicit": "implicit, r = beta log(pi / pi_reference), as in SPIN, arXiv:2401.01335",
+    "functions": "none: functions are the reward",
 }
 UPDATES = {
     "best_of_n": "Best-of-N on the reward",
@@ -206,10 +207,23 @@ def _method(facts: Facts, artefact: Artefact) -> list[tuple[str, str]]:
         ("negatives", ", ".join(pairs["sources"]) + f"; window {pairs['window']}"),
         ("reward level", LEVELS.get(reward["kind"]) or LOSSES[reward["loss"]]),
         *([("reward starts", starts)] if reward["kind"] == "explicit" else []),
+        *_composition(reward),
         ("policy level", UPDATES.get(update["kind"], f"`{update['kind']}`")),
         ("outer iteration", f"{artefact.iteration} of {recipe['loop']['iterations']}"),
         ("seed", str(recipe["seed"])),
     ]
+
+
+def _composition(reward: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table of the method: an ensemble, and functions that the export lacks."""
+    rows = []
+    if ensemble := reward.get("ensemble"):
+        members = f"{ensemble['members']} {ensemble['kind']}"
+        rows.append(("ensemble", f"{members}, mean - {ensemble['penalty']:g} deviations"))
+    if functions := reward.get("functions"):
+        named = ", ".join(f"{f['weight']:g} x `{f['path']}`" for f in functions)
+        rows.append(("functions added to the reward, not exported", named))
+    return rows
 
 
 def _demonstrations(facts: Facts) -> str:

@@ -21,7 +21,7 @@ from irl_align.hub.check import RunScores, adapter_options, check_scores
 from irl_align.hub.facts import KINDS, UNKNOWN, Artefact, Facts, Licence, derive
 from irl_align.hub.pairs import write_pairs
 from irl_align.hub.results import Measured
-from irl_align.hub.weights import chat_template, edit_json, keep_attention, save_plain
+from irl_align.hub.weights import as_one_head, chat_template, edit_json, keep_attention, save_plain
 from irl_align.models.loading import folder_eos_ids, load_model, load_tokenizer, pick_device
 from irl_align.models.lora import (
     ADAPTER_CONFIG,
@@ -29,6 +29,7 @@ from irl_align.models.lora import (
     has_adapter,
     is_adapter,
 )
+from irl_align.reward.composed import member_folders
 from irl_align.reward.model import RewardModel
 from irl_align.utils.files import (
     atomic_folder,
@@ -116,10 +117,16 @@ def _write_reward(
     rows = read_parquet(path)
     rows = rows.select(range(0, len(rows), -(-len(rows) // CHECKED)))
     base = _base_name(facts, artefact.path, form.base) if form.adapter else None
+    if count := len(member_folders(artefact.path)):
+        raise UserError(
+            f"export: found an ensemble of {count} models, expected one model or an ensemble of "
+            f"heads; each is a model of its own: {member_folders(artefact.path)[0]}"
+        )
     reward = RewardModel.from_pretrained(artefact.path, pick_device("auto"), merge=base is None)
     if base is None:
         _require_whole(reward.model, artefact.path)
     own = RunScores.of(reward, rows)
+    as_one_head(reward)
     save_plain(reward, folder)
     if base is not None:  # until the check is done: the base's folder in this store
         _name_base(folder, base_of(artefact.path), None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from irl_align.data.encoding import Templated, encode_prompts
+from irl_align.errors import UserError
 from irl_align.models.loading import has_capped_attention, load_config
 from irl_align.models.lora import has_adapter
 from irl_align.reward.forward import score_head
@@ -67,6 +68,26 @@ def save_plain(reward: RewardModel, folder: Path) -> None:
     config.problem_type = "regression"  # the pipeline of transformers then applies no sigmoid
     reward.save_pretrained(folder)
     keep_attention(folder)
+
+
+def as_one_head(reward: RewardModel) -> None:
+    """Replace an ensemble's heads by one that gives their mean; exact, since heads are linear.
+
+    Raises UserError: the ensemble has a penalty or a bound, which are not linear.
+    """
+    settings, head = reward.settings, score_head(reward.model)
+    if settings.penalty is None:
+        return
+    if settings.penalty or settings.bound is not None:
+        raise UserError(
+            f"export: found an ensemble with penalty {settings.penalty:g} and bound "
+            f"{settings.bound}, expected penalty 0 and no bound: only the mean of heads is a head"
+        )
+    with torch.no_grad():
+        head.weight = torch.nn.Parameter(head.weight.mean(0, keepdim=True))
+    head.out_features = reward.model.config.num_labels = 1
+    centre = sum(settings.centres) / len(settings.centres)
+    reward.settings = replace(settings, penalty=None, centres=[], mean=settings.mean + centre)
 
 
 def keep_attention(folder: Path) -> None:

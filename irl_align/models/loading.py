@@ -102,7 +102,8 @@ def load_model(
         if quantization is not None:
             options["quantization_config"] = quantization
         if loader is not AutoModelForCausalLM:
-            options.setdefault("num_labels", 1)
+            labels = 1 if is_foreign(folder) else load_config(folder).num_labels
+            options.setdefault("num_labels", labels)  # more for an ensemble of heads
             fresh = (*fresh, "score.weight") if head_in(folder) else fresh
         model = load_model(base, device, loader, fresh=fresh, **options)
         return _with_adapter(model, folder, merge)

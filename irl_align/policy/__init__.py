@@ -7,7 +7,7 @@ recipe may name another :class:`PolicyUpdate` by import path (``policy_update.ki
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reward:
-    """A fitted reward as an artefact.
+    """A fitted reward as an artefact, with functions that are added to it.
 
-    kind: explicit (folder of a RewardModel), or the folder of a model pi, whose reward is
-    beta log(pi / reference): implicit if pi is the improved policy itself, as in SPIN, else
-    log_ratio.
+    kind: explicit (folder of a RewardModel or RewardEnsemble), or the folder of a model pi, whose
+    reward is beta log(pi / reference): implicit if pi is the improved policy itself, as in SPIN,
+    else log_ratio. functions: nothing but functions, without a folder.
     """
 
     kind: str
@@ -43,6 +43,15 @@ class Reward:
     endogenous: bool = False
     mean: bool = False
     """See :class:`irl_align.reward.implicit.ImplicitReward`."""
+    functions: tuple[tuple[str, float], ...] = ()
+    """Import path and weight of each of the user's functions; their hash ends the key, after +."""
+
+    @property
+    def learned(self) -> Reward:
+        """The reward without the user's functions."""
+        if not self.functions:
+            return self
+        return replace(self, functions=(), key=self.key.rpartition("+")[0])
 
     @property
     def logit_beta(self) -> float:

@@ -43,7 +43,7 @@ class SpreadReward:
         def work(prompts: Ids, completions: Ids) -> list[tuple[Tensor | None, ...]]:
             own = replace(request, prompts=prompts, completions=completions)
             scores = score_tokens(self.reward, own)
-            arrays = (scores.rewards, scores.prefixes, scores.attention)
+            arrays = (scores.rewards, scores.prefixes, scores.attention, scores.terminal)
             # Copies of the rows: pickling a view would send all of the tensor behind it.
             return [
                 tuple(None if array is None else array[i].clone() for array in arrays)
@@ -51,9 +51,10 @@ class SpreadReward:
             ]
 
         rows = distributed.over_sequences(work, request.prompts, request.completions)
-        rewards, prefixes, attention = zip(*rows, strict=True)
+        rewards, prefixes, attention, terminal = zip(*rows, strict=True)
         return TokenScores(
             torch.stack(rewards),
             pad_sequence(list(prefixes), batch_first=True) if request.prefixes else None,
             pad_sequence(list(attention), batch_first=True) if request.attention else None,
+            None if terminal[0] is None else torch.stack(terminal),
         )

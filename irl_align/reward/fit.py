@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -49,6 +50,17 @@ def offsets_of(pairs: Dataset) -> Tensor:
     if "offset" not in pairs.column_names:
         return torch.zeros(len(pairs))
     return torch.tensor(column(pairs, "offset"))
+
+
+def bootstrap_weights(weights: Sequence[float], heads: int, seed: int) -> list[list[float]]:
+    """Weights of pairs (B,) for each head of an ensemble, (B, k): times draws of Exp(1).
+
+    The Bayesian bootstrap (Rubin 1981): heads of one backbone would otherwise see the same data,
+    and no pair has weight 0, which a small batch would not survive.
+    """
+    draws = np.random.default_rng(seed).exponential(1.0, (len(weights), heads))
+    drawn: list[list[float]] = (np.asarray(weights)[:, None] * draws).tolist()
+    return drawn
 
 
 _TOGETHER = 4  # most pairs of one prompt side by side; more would save little
@@ -118,8 +130,11 @@ class PairRewardTrainer(Guarded, RewardTrainer):
     def __init__(
         self, *args: Any, settings: RewardSettings, loss: str, beta: float, **kwargs: Any
     ) -> None:
+        config = kwargs["model"].config
+        heads, config.num_labels = config.num_labels, 1  # TRL refuses an ensemble of heads
         super().__init__(*args, **kwargs)
-        self.reward_settings = settings
+        config.num_labels = heads
+        self.reward_settings = replace(settings, penalty=None)
         self.pair_loss = PAIR_LOSSES[loss]
         self.beta = beta
 
@@ -136,9 +151,14 @@ class PairRewardTrainer(Guarded, RewardTrainer):
         rewards = inside_forward(
             model, inner, lambda: whole_rewards(inner, self.reward_settings, packed)
         )
-        preferred, rejected = rewards[inputs["slot"]].chunk(2)
-        logits = pair_logits(preferred, rejected, inputs["offset"], self.beta)
-        loss, metrics = self.pair_loss(logits, inputs["weight"])
+        preferred, rejected = rewards[inputs["slot"]].chunk(2)  # of k heads: (B, k)
+        weight, offset = inputs["weight"], inputs["offset"]
+        if preferred.ndim == 2:  # the mean of the heads' losses
+            offset = offset[:, None].expand_as(preferred)
+            sides = (preferred, rejected, weight, offset)
+            preferred, rejected, weight, offset = (each.flatten() for each in sides)
+        logits = pair_logits(preferred, rejected, offset, self.beta)
+        loss, metrics = self.pair_loss(logits, weight)
         args: Any = self.args
         if args.center_rewards_coefficient is not None:
             loss = loss + args.center_rewards_coefficient * (preferred + rejected).pow(2).mean()

@@ -43,6 +43,7 @@ from irl_align.models.packing import (
 )
 from irl_align.reward.alignment import for_policy
 from irl_align.reward.attention import no_prefix_scores
+from irl_align.reward.composed import RewardEnsemble, load_fitted
 from irl_align.reward.conversations import render_conversations
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import RewardFunction
@@ -54,14 +55,14 @@ def load_text_reward(
     device: torch.device | str = "cpu",
     template: str | None = None,
     **options: Any,
-) -> RewardModel | PairClassifier:
+) -> TextReward:
     """A reward of texts: one that was fitted here, or any one-label sequence classifier.
 
     template: of a reward that was not fitted here, text with {prompt} or chat; see
     RewardModel.from_pretrained. Raises UserError: no such model, or a template that is not used.
     """
     if is_adapter(path) or _is_causal(path):
-        return RewardModel.from_pretrained(path, device, template, **options)
+        return load_fitted(path, device, template, **options)
     model = load_model(path, device, AutoModelForSequenceClassification, **options)
     tokenizer = load_tokenizer(path)
     require_embeddings(path, model, tokenizer)
@@ -88,6 +89,8 @@ def load_reward(
     if isinstance(reward, PairClassifier):
         reward.policy = policy
         return reward
+    if isinstance(reward, RewardEnsemble):
+        return replace(reward, members=[for_policy(m, policy) for m in reward.models])
     without = reward.foreign and template is None and reward.settings.template != "chat"
     if without and policy.card.template != "chat":
         card = policy.card
@@ -107,7 +110,7 @@ def _is_causal(path: str | Path) -> bool:
             f"{path}: config.json: not a reward model: {' '.join(str(error).split())[:200]}; "
             "expected one of AutoModelForSequenceClassification"
         ) from error
-    if empty.config.num_labels != 1:
+    if empty.config.num_labels != 1 and not hasattr(empty.config, CONFIG_KEY):
         raise UserError(
             f"{path}: config.json: num_labels is {empty.config.num_labels}; expected a reward "
             "model with one label"
@@ -185,3 +188,7 @@ class PairClassifier:
             )
         asked = [template.format(prompt=prompt_text(prompt)) for prompt in prompts]
         return dict(self.tokenizer(asked, [completion_text(answer) for answer in answers]))
+
+
+TextReward = RewardModel | RewardEnsemble | PairClassifier
+"""A reward that scores texts."""

@@ -11,18 +11,21 @@ from transformers import PreTrainedModel
 
 from irl_align.models.lm_head import head_logprobs
 from irl_align.models.packing import PackedRows, hidden_states
-from irl_align.reward.losses import bound
+from irl_align.reward.losses import bound, pessimistic
 from irl_align.reward.settings import RewardSettings
 
 
 def score_head(model: PreTrainedModel) -> torch.nn.Linear:
-    """The scalar head (1, H) of a sequence classifier."""
+    """The head (1, H) of a sequence classifier; (k, H) of an ensemble of heads."""
     head: torch.nn.Linear = getattr(model, "score")  # noqa: B009  (torch types it as a tensor)
     return head
 
 
 def head_values(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
-    """The head's output, computed in float32 also under autocast: (..., H) -> (...)."""
+    """The head's output, computed in float32 also under autocast: (..., H) -> (...).
+
+    Of an ensemble's k heads: (..., k).
+    """
     bias = None if head.bias is None else head.bias.float()
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
@@ -30,6 +33,8 @@ def head_values(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
 
 def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: PackedRows) -> Tensor:
     """Reward of each whole completion: (B,). Differentiable.
+
+    Without settings.penalty an ensemble of k heads gives their rewards separately: (B, k).
 
     With echo a completion in `packed` is y, x and EOS; the log-prob term covers y only.
     """
@@ -39,7 +44,8 @@ def whole_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pack
         after = packed.before + 2 if settings.echo else 0  # tokens of x, which starts at 0, and EOS
         length = packed.length - after
         means = _mean_logps(model, hidden, packed, length)
-        reward = reward + settings.lm_coef * means.gather(1, length[:, None]).squeeze(1)
+        means = means.gather(1, length[:, None]).squeeze(1)
+        reward = _with_logps(reward, settings.lm_coef * means)
     return bounded_and_centred(reward, settings)
 
 
@@ -51,7 +57,8 @@ def prefix_rewards(model: PreTrainedModel, settings: RewardSettings, packed: Pac
     hidden = hidden_states(model, packed)
     reward = head_values(score_head(model), hidden[packed.row[:, None], packed.places()])
     if settings.lm_coef:
-        reward = reward + settings.lm_coef * _mean_logps(model, hidden, packed, packed.length)
+        means = _mean_logps(model, hidden, packed, packed.length)
+        reward = _with_logps(reward, settings.lm_coef * means)
     return bounded_and_centred(reward, settings)
 
 
@@ -78,15 +85,26 @@ def eos_prefix_rewards(
     read = torch.where(step < packed.length[:, None], width + column, packed.ends()[:, None])
     values = head_values(score_head(model), hidden[packed.row[:, None], read])
     if settings.lm_coef:
-        values = values + settings.lm_coef * _eos_mean_logps(model, packed, hidden, eos)
+        means = _eos_mean_logps(model, packed, hidden, eos)
+        values = _with_logps(values, settings.lm_coef * means)
     return bounded_and_centred(values, settings)
 
 
 def bounded_and_centred(reward: Tensor, settings: RewardSettings) -> Tensor:
-    """Raw rewards of any shape with the settings' bound applied and their mean subtracted."""
+    """Raw rewards of any shape with the settings' bound applied and their mean subtracted.
+
+    With settings.penalty the last dimension has an ensemble's heads, which become one number.
+    """
     if settings.bound is not None:
         reward = bound(reward, settings.bound)
+    if settings.penalty is not None:
+        reward = pessimistic(reward - reward.new_tensor(settings.centres or 0.0), settings.penalty)
     return reward - settings.mean
+
+
+def _with_logps(reward: Tensor, logps: Tensor) -> Tensor:
+    """Rewards (...) plus log-probs (...), which are the same for all heads of rewards (..., k)."""
+    return reward + (logps if reward.ndim == logps.ndim else logps[..., None])
 
 
 def _output_layer(model: PreTrainedModel) -> torch.nn.Module | Tensor:

@@ -52,6 +52,14 @@ def bound(reward: Tensor, limit: float) -> Tensor:
     return limit * torch.tanh(reward / limit)
 
 
+def pessimistic(scores: Tensor, penalty: float) -> Tensor:
+    """Mean minus `penalty` standard deviations over an ensemble's k members: (..., k) -> (...).
+
+    The deviation divides by k. arXiv:2310.02743 (UWO) subtracts a multiple of its square instead.
+    """
+    return scores.mean(-1) - penalty * scores.std(-1, correction=0)
+
+
 def implicit_reward(policy_logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
     """r = beta log(pi_theta(y|x) / pi_ref(y|x)), up to beta log Z(x).
 

@@ -44,6 +44,7 @@ from irl_align.models.packing import (
     Ids,
     PackedRows,
     context_length,
+    hidden_states,
     over_packed,
 )
 from irl_align.reward.forward import prefix_rewards, score_head, whole_rewards
@@ -89,12 +90,15 @@ class RewardModel(TextScoring):
         seed: int,
         device: torch.device | str = "cpu",
         lora: LoraOptions | None = None,
+        *,
+        heads: int = 1,
         **options: Any,
     ) -> RewardModel:
         """A fresh reward on a policy's backbone (cold start).
 
-        The head starts at std 1/sqrt(H + 1) (arXiv:2403.17031), drawn from `seed`. With `lora` only
-        the head and an adapter are trained; the adapter continues the policy's where it has one.
+        Heads start at std 1/sqrt(H + 1) (arXiv:2403.17031), drawn from `seed`; several are an
+        ensemble, see settings.penalty. With `lora` only heads and an adapter are trained; the
+        adapter continues the policy's where it has one.
         """
         with suppress_seqcls_warning():
             model = load_model(
@@ -103,12 +107,12 @@ class RewardModel(TextScoring):
                 AutoModelForSequenceClassification,
                 fresh=("score.weight",),
                 merge=lora is None,
-                num_labels=1,
+                num_labels=heads,
                 **options,
             )
         width = score_head(model).in_features
         with seeded(seed), torch.no_grad():
-            score_head(model).weight.copy_(torch.randn(1, width) / (width + 1) ** 0.5)
+            score_head(model).weight.copy_(torch.randn(heads, width) / (width + 1) ** 0.5)
             if lora is not None and not has_adapter(model):
                 add_adapter(model, lora, base_of(path))
         if lora is not None:
@@ -143,14 +147,15 @@ class RewardModel(TextScoring):
         with quiet:
             model = load_model(path, device, AutoModelForSequenceClassification, **options)
         head = getattr(model, "score", None)
-        if head is None or model.config.num_labels != 1:
+        saved = getattr(model.config, CONFIG_KEY, None)
+        one_head = (saved or {}).get("penalty") is None
+        if head is None or (one_head and model.config.num_labels != 1):
             raise UserError(
                 f"{path}: config.json: num_labels is {model.config.num_labels}, the head "
                 f"{'is present' if head is not None else 'is missing'}; expected a "
                 "causal sequence classifier with one label"
             )
         require_embeddings(path, model, tokenizer)
-        saved = getattr(model.config, CONFIG_KEY, None)
         settings = settings_of(path, saved, tokenizer.chat_template, template)
         if settings.lm_coef and not model.config.tie_word_embeddings:
             if is_adapter(path):
@@ -176,6 +181,9 @@ class RewardModel(TextScoring):
         Raises UserError: the rewards are not finite.
         """
         self.settings = replace(self.settings, mean=0.0)
+        if self.settings.penalty is not None:
+            centres = self.head_scores_ids(prompts, completions).double().mean(0)
+            self.settings = replace(self.settings, centres=centres.tolist())
         raw = self.score_ids(prompts, completions).double()
         mean, std = float(raw.mean()), float(raw.std(correction=0))
         if not (math.isfinite(mean) and math.isfinite(std)):
@@ -192,16 +200,42 @@ class RewardModel(TextScoring):
         progress: label of a progress bar; None shows none. Raises UserError: a reward is not
         finite, or a text is longer than the model's context.
         """
-        scores = torch.empty(len(prompts))
+        return self._scores(self.settings, prompts, completions, progress)
+
+    def head_scores_ids(self, prompts: Ids, completions: Ids) -> Tensor:
+        """Scores of whole completions by each head of an ensemble, less its centre: (B, k)."""
+        settings = replace(self.settings, penalty=None, mean=0.0)
+        scores = self._scores(settings, prompts, completions, None)
+        return scores - scores.new_tensor(settings.centres or 0.0)
+
+    def _scores(
+        self, settings: RewardSettings, prompts: Ids, completions: Ids, progress: str | None
+    ) -> Tensor:
+        heads = score_head(self.model).out_features
+        separate = heads > 1 and settings.penalty is None
+        scores = torch.empty((len(prompts), heads) if separate else (len(prompts),))
 
         def one_batch(batch: list[int], packed: PackedRows) -> None:
-            scores[batch] = whole_rewards(self.model, self.settings, packed).cpu()
+            scores[batch] = whole_rewards(self.model, settings, packed).cpu()
 
         read = self.as_read(prompts, completions)
         with evaluating(self.model):
             over_packed(one_batch, self.model, prompts, read, self.max_batch_tokens, progress)
         require_finite("rewards", scores)
         return scores
+
+    def pooled_ids(self, prompts: Ids, completions: Ids) -> Tensor:
+        """Last hidden states that the head reads, at the last token: (B, H) float32 on the CPU."""
+        states = torch.empty(len(prompts), score_head(self.model).in_features)
+
+        def one_batch(batch: list[int], packed: PackedRows) -> None:
+            hidden = hidden_states(self.model, packed)
+            states[batch] = hidden[packed.row, packed.ends()].float().cpu()
+
+        read = self.as_read(prompts, completions)
+        with evaluating(self.model):
+            over_packed(one_batch, self.model, prompts, read, self.max_batch_tokens)
+        return states
 
     def prefix_scores_ids(self, prompts: Ids, completions: Ids) -> list[Tensor]:
         """Rewards of all prefixes, one pass: (T + 1,) float32 per row, on the CPU.

@@ -56,6 +56,9 @@ class TokenScores:
     attention: Tensor | None = None
     """Last layer's attention of the pooled (last) token on the completion's tokens, mean over
     heads, not renormalised: (B, Tmax)."""
+    terminal: Tensor | None = None
+    """Part of `rewards` that belongs to the last token and is not distributed, such as that of a
+    user's functions: (B,). `prefixes` are without it."""
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ class RewardSettings:
     """Largest |r| before the mean is subtracted."""
     echo: bool = False
     """Whether the model reads x again after y, and the head reads there: r = head([x; y; x])."""
+    penalty: float | None = None
+    """Of an ensemble: lambda in r = mean - lambda * standard deviation over its members. None: one
+    model with one head, or heads that are scored separately."""
+    centres: list[float] = field(default_factory=list)
+    """Of an ensemble of heads: the demonstrations' mean reward by each, which is subtracted first:
+    pairs do not determine it, so that heads would differ by it."""
     mean: float = 0.0
     """Mean reward of the demonstrations, which is subtracted. Rewards stay in nats: dividing them
     would give the KL penalty another weight for every reward."""

@@ -21,18 +21,23 @@ from irl_align.data.pairs import NoPairs, policy_pairs
 from irl_align.data.splits import choose_prompts
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.logprobs import best_of_n_kl_bound
+from irl_align.models.packing import Ids
 from irl_align.policy import Policy, Reward
 from irl_align.policy.roles import PICK, Role
 from irl_align.reward.audit import shortcut_audit, within_prompts
+from irl_align.reward.composed import RewardEnsemble, part_scores
 from irl_align.reward.distributed import spread
 from irl_align.reward.fit import SIDES, margin_report, margins, offsets_of, side_rewards
 from irl_align.reward.health import AUDITED
 from irl_align.reward.losses import pair_logits
+from irl_align.reward.model import RewardModel
+from irl_align.reward.outliers import outlier_share
 from irl_align.reward.protocol import RewardFunction
 from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
 from irl_align.training.pair_step import IterationPairs
 from irl_align.training.sampler import PromptSamples
+from irl_align.utils import distributed
 
 
 def measure_reward(
@@ -40,9 +45,11 @@ def measure_reward(
 ) -> dict[str, Any]:
     """Accuracy, loss and calibration of r_k on held-out pairs by source, and the shortcut audit.
 
-    On the pairs of older iterations r_k is compared with r_{k-1}, which is iteration.reward.
+    These are of what was fitted, without the user's functions. On the pairs of older iterations r_k
+    is compared with r_{k-1}, which is iteration.reward.
     """
-    k, initial, before = iteration.k, iteration.initial, iteration.reward
+    k, initial, reward = iteration.k, iteration.initial, reward.learned
+    before = None if iteration.reward is None else iteration.reward.learned
 
     def build(work: Path) -> dict[str, Any]:
         function = spread(context.models.load_reward(reward))
@@ -125,7 +132,7 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
     """Vital signs of pi_k on held-out prompts, sampled at temperature 1.
 
     With a reward that is not the policy itself also how well it tells demonstrations from these
-    fresh samples.
+    fresh samples, its mean by part, and the share of samples that are outliers to it.
     """
     policy, initial, reward = iteration.policy, iteration.initial, iteration.reward
     data, models = iteration.data, context.models
@@ -149,10 +156,14 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
         if policy.ranking is None:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
         if judge is not None:
-            report |= _fresh_report(context, judge, rows, drawn.by_key)
+            if judge.kind != "functions":  # which need not prefer demonstrations
+                report |= _fresh_report(context, judge, rows, drawn.by_key)
             # The proxy's gain over pi_0 on the same prompts, in nats.
-            score, start = (_mean_score(context, judge, s) for s in (drawn, drawn_first))
-            report |= {"reward_score": score, "reward_gain": score - start}
+            score, start = (_mean_scores(context, judge, s) for s in (drawn, drawn_first))
+            gain = score["reward"] - start["reward"]
+            report |= {"reward_score": score.pop("reward"), "reward_gain": gain}
+            report |= {"reward_parts": score} if score else {}
+            report |= _outliers(context, judge, drawn_first, drawn)
         return report
 
     inputs = {"policy": policy.identity, "initial": initial.key, "data": data.checksums["held_out"]}
@@ -224,19 +235,55 @@ def _fresh_report(
         )
     except NoPairs:
         return {}
-    function = spread(context.models.load_reward(reward))
+    function = spread(context.models.load_reward(reward.learned))
     keys = column(pairs.rows, "prompt_key")
     report = margin_report(margins(function, pairs.rows, reward.logit_beta), keys)
     return {"fresh": report, "fresh_accuracy": report["accuracy"]}
 
 
-def _mean_score(context: RunContext, reward: Reward, drawn: PromptSamples) -> float:
-    """Mean reward of samples."""
+def _mean_scores(context: RunContext, reward: Reward, drawn: PromptSamples) -> dict[str, float]:
+    """Mean `reward` of samples, and of its parts: see `part_scores`."""
+    function = context.models.load_reward(reward)
+
+    def work(prompts: Ids, completions: Ids) -> list[dict[str, float]]:
+        parts = part_scores(function, prompts, completions)
+        rows = torch.stack(list(parts.values()), 1).tolist()
+        return [dict(zip(parts, row, strict=True)) for row in rows]
+
     prompts, completions = drawn.flat()
-    rewards = spread(context.models.load_reward(reward)).score_ids(
-        prompts, [completion.token_ids for completion in completions]
-    )
-    return float(rewards.double().mean())
+    scores = distributed.over_sequences(work, prompts, [c.token_ids for c in completions])
+    return {name: math.fsum(row[name] for row in scores) / len(scores) for name in scores[0]}
+
+
+def _outliers(
+    context: RunContext, reward: Reward, first: PromptSamples, now: PromptSamples
+) -> dict[str, Any]:
+    """Share of a policy's samples that are outliers among pi_0's to a reward; {} if too few.
+
+    Only of a learned reward of this project, whose hidden states are read; of an ensemble of
+    models, those of the first.
+    """
+    if reward.kind == "functions":
+        return {}
+    function = context.models.load_reward(reward.learned)
+    function = function.members[0] if isinstance(function, RewardEnsemble) else function
+    if not isinstance(function, RewardModel):
+        return {}
+
+    def pooled(prompts: Ids, completions: Ids) -> Sequence[np.ndarray]:
+        return list(function.pooled_ids(prompts, completions).numpy())
+
+    states, keys = [], []
+    for drawn in (first, now):
+        prompts, completions = drawn.flat()
+        ids = [completion.token_ids for completion in completions]
+        rows = distributed.over_sequences(pooled, prompts, ids)
+        states.append(np.stack(rows))
+        keys.append([key for key, group in drawn.by_key.items() for _ in group])
+    share = outlier_share(states[0], states[1], keys[0], keys[1])
+    if share is None:
+        return {}
+    return {"outliers": share.mean, "outliers_interval": [share.low, share.high]}
 
 
 def nearest_policy(

@@ -24,7 +24,7 @@ from irl_align.training.offset_step import sampler_offset
 from irl_align.training.pair_step import IterationPairs, make_pairs
 from irl_align.training.policy_step import improve_policy
 from irl_align.training.prepare import prepare, supervise
-from irl_align.training.reward_step import fit_reward_level
+from irl_align.training.reward_step import fit_reward_level, functions_only
 from irl_align.training.signs import judge_fresh, judge_policy, judge_reward
 
 
@@ -55,7 +55,8 @@ def bilevel(
     options = context.recipe.loop
     data, start = prepare(context, raw)
     policy = supervise(context, start, data)
-    now = Iteration(0, policy, policy, None, data, earlier=(start,))
+    reward = functions_only(context.recipe.reward, data)
+    now = Iteration(0, policy, policy, reward, data, earlier=(start,))
     policies, pairs = [policy], list[IterationPairs]()
     baseline = measure_policy(context, now)
     evaluate_policy(context, now)
@@ -63,7 +64,7 @@ def bilevel(
     for k in range(options.iterations):
         evaluated(k)
         now = replace(now, offset=sampler_offset(context.recipe, now))
-        if context.recipe.reward.kind != "none":
+        if context.recipe.reward.kind not in ("none", "functions"):
             # y_hat ~ pi_k(.|x), paired with the demonstrations y_E
             pairs.append(make_pairs(context, now, start))
             # reward level: argmax_phi E log sigmoid(r_phi(x, y_E) - r_phi(x, y_hat)), whose logits

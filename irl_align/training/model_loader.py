@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from irl_align.models.lora import (
 )
 from irl_align.policy import Policy, Reward
 from irl_align.policy.roles import START
+from irl_align.reward.composed import FunctionInputs, composed, load_fitted
 from irl_align.reward.implicit import ImplicitReward
-from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import RewardFunction
 from irl_align.training.keys import derive_seed
 from irl_align.utils import distributed
@@ -40,6 +41,7 @@ class ModelLoader:
         self._start: Path | None = None
         self._names: dict[str, str] = {}
         self._load_explicit: Callable[[Reward], RewardFunction] | None = None
+        self._inputs: Callable[[], FunctionInputs]
 
     def start_from(self, start: Policy) -> None:
         """Use the tokenizer of the start model."""
@@ -65,6 +67,10 @@ class ModelLoader:
     def load_rewards_with(self, load: Callable[[Reward], RewardFunction]) -> None:
         """Load explicit rewards with a function: they may be reward models of other projects."""
         self._load_explicit = load
+
+    def read_functions_with(self, inputs: Callable[[], FunctionInputs]) -> None:
+        """Give functions that are added to rewards the texts and columns of a run's prompts."""
+        self._inputs = functools.cache(inputs)
 
     def load_policy(self, path: Path) -> PreTrainedModel:
         """A policy's language model in eval mode, with its adapter merged."""
@@ -109,10 +115,14 @@ class ModelLoader:
 
     def load_reward(self, reward: Reward, merge: bool = True) -> RewardFunction:
         """The reward function of an artefact; merge: an adapter is merged into the weights."""
+        if reward.functions:
+            alone = reward.kind == "functions"
+            learned = None if alone else self.load_reward(reward.learned, merge)
+            return composed(learned, reward.functions, self._inputs())
         if reward.kind == "explicit":
             if self._load_explicit is not None:
                 return self._load_explicit(reward)
-            return RewardModel.from_pretrained(reward.path, self.device, merge=merge)
+            return load_fitted(reward.path, self.device, merge=merge)
         references = [(weight, self.load_policy(path)) for weight, path in reward.references]
         return ImplicitReward(
             self.load_policy(reward.path),

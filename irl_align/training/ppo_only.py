@@ -11,9 +11,6 @@ from typing import Any
 from irl_align.config.policy_update import PPOOptions
 from irl_align.config.recipe import make_recipe
 from irl_align.config.schema import Recipe
-from irl_align.data.columns import prompts_by_ids
-from irl_align.data.decoding import TokenFormat
-from irl_align.data.rows import Prompt
 from irl_align.errors import UserError
 from irl_align.policy import Policy, Reward, UpdateRequest
 from irl_align.policy.roles import Role
@@ -21,9 +18,11 @@ from irl_align.reward.foreign import load_reward
 from irl_align.training.context import RunContext
 from irl_align.training.evaluation import evaluate_policy
 from irl_align.training.extra_prompts import with_prompts
+from irl_align.training.function_inputs import run_format
 from irl_align.training.iteration import Iteration
 from irl_align.training.policy_step import make_update, policy_prompts
 from irl_align.training.prepare import load_data, prepare
+from irl_align.training.reward_step import with_functions
 from irl_align.training.run_folder import artefact_folder
 from irl_align.training.setup import finish_run, open_run
 from irl_align.training.store import RECORD
@@ -113,15 +112,10 @@ def _improve(
     """The policy after PPO on the reward model at `where`, evaluated before and after."""
     data, start = prepare(context, load_data(context.recipe))
     evaluate_policy(context, Iteration(0, start, start, None, data))
+    form = run_format(context, data)
+    context.models.load_rewards_with(lambda _: load_reward(where, form, context.device, template))
+    reward = with_functions(reward, context.recipe.reward, data)
     extra = policy_prompts(context, data)
-    prompts: dict[tuple[int, ...], Prompt] = dict(extra)
-    for rows in (data.reward, data.held_out, data.evaluation):  # all rows that a reward may score
-        prompts |= prompts_by_ids(rows)
-    context.models.load_rewards_with(
-        lambda _: load_reward(
-            where, TokenFormat(context.tokenizer, data.card, prompts), context.device, template
-        )
-    )
     demonstrations = with_prompts(data.demonstrations("reward"), extra)
     request = UpdateRequest(0, start, start, reward, demonstrations)
     improved = make_update(context.recipe, data)(context, request)

@@ -44,6 +44,7 @@ from irl_align.policy.roles import DATA, SFT, START, Role
 from irl_align.reward.model import require_plain_logits
 from irl_align.training.context import RunContext
 from irl_align.training.extra_prompts import extra_prompts, unread_prompts
+from irl_align.training.function_inputs import prepare_functions
 from irl_align.training.iteration import Data, RawData
 from irl_align.training.keys import checksum, derive_seed
 from irl_align.training.store import Stage
@@ -175,7 +176,9 @@ def prepare(context: RunContext, raw: RawData) -> tuple[Data, Policy]:
         )
     sums = encoded.metrics.get("token_checksums", dict.fromkeys(USES, encoded.key))
     parts = {use: _encoded_rows(encoded, use) for use in USES}
-    return Data(raw, checksums=sums, context=encoded.metrics.get("context"), **parts), start
+    data = Data(raw, checksums=sums, context=encoded.metrics.get("context"), **parts)
+    prepare_functions(context, data)
+    return data, start
 
 
 def check_model(recipe: Recipe, config: PreTrainedConfig, folder: Path | None) -> None:

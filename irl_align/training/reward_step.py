@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from trl import DPOConfig
 
@@ -23,8 +24,10 @@ from irl_align.models.packing import context_length
 from irl_align.models.sft import CHECKPOINT
 from irl_align.policy import Policy, Reward
 from irl_align.policy.roles import Role
-from irl_align.reward.fit import fit_reward, pair_columns
+from irl_align.reward.composed import functions_key, member_folder, save_ensemble
+from irl_align.reward.fit import bootstrap_weights, fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.losses import pessimistic
 from irl_align.reward.model import RewardModel, train_adapter
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.context import RunContext
@@ -72,14 +75,17 @@ def fit_reward_level(
     options = context.recipe.reward
     if not options.is_learned:
         numerator = _model(options.numerator, iteration)
-        return _log_ratio(options, numerator, _references(options, iteration), options.beta)
+        ratio = _log_ratio(options, numerator, _references(options, iteration), options.beta)
+        return with_functions(ratio, options, iteration.data)
     args = scheduled(options.args, options.schedule, iteration.k)
     settings: dict[str, Any] = {
         "iteration": iteration.k,
         "window": context.recipe.pairs.window,
         "args": args,
-        "reward": options.model_dump(exclude={*_ELSEWHERE, "preferences"}),
+        "reward": options.model_dump(exclude={*_ELSEWHERE, "preferences", "functions"}),
     }
+    if options.ensemble is None:
+        del settings["reward"]["ensemble"]
     # Normalise irrelevant settings so that recipes share a key.
     if iteration.policy.key == iteration.initial.key:
         settings["reward"] |= {"reference": "previous", "mixture": 0.5}
@@ -96,9 +102,28 @@ def fit_reward_level(
         settings,
         {f"pairs-{i}": p.key for i, p in enumerate(pairs)} | {"initial": iteration.initial.key},
     )
-    if options.kind == "implicit":
-        return _fit_implicit(context, iteration, fit)
-    return _fit_explicit(context, iteration, fit)
+    fit_level = _fit_implicit if options.kind == "implicit" else _fit_explicit
+    return with_functions(fit_level(context, iteration, fit), options, iteration.data)
+
+
+def with_functions(reward: Reward, options: RewardOptions, data: Data) -> Reward:
+    """The reward with the recipe's functions added, whose hash ends its key.
+
+    Raises UserError: a function cannot be imported.
+    """
+    functions = options.named_functions
+    if not functions:
+        return reward
+    columns = "".join(data.raw.checksums.values()) if data.card.extra else ""
+    key = f"{reward.key}+{functions_key(functions, columns)}"
+    return replace(reward, key=key, functions=functions)
+
+
+def functions_only(options: RewardOptions, data: Data) -> Reward | None:
+    """The reward of kind functions, of which nothing is fitted; None for another kind."""
+    if options.kind != "functions":
+        return None
+    return with_functions(Reward("functions", Path(), "functions"), options, data)
 
 
 def _log_ratio(
@@ -126,12 +151,17 @@ def _explicit(stage: Stage, beta: float) -> Reward:
     return Reward("explicit", stage.path / "model", stage.key, beta)
 
 
-def _centre_and_save(reward: RewardModel, data: Data, work: Path) -> dict[str, Any]:
-    """Give the demonstrations mean 0, and write the reward into work/model."""
+def _centring_rows(data: Data) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and completions of the demonstrations, evenly spaced, that a reward is centred on."""
     rows = data.reward.select(range(0, len(data.reward), -(-len(data.reward) // CENTRED)))
-    mean, std = reward.centre(column(rows, "prompt_ids"), column(rows, "completion_ids"))
+    return column(rows, "prompt_ids"), column(rows, "completion_ids")
+
+
+def _centre_and_save(reward: RewardModel, data: Data, folder: Path) -> dict[str, Any]:
+    """Give the demonstrations mean 0, and write the reward into a folder."""
+    mean, std = reward.centre(*_centring_rows(data))
     if distributed.is_main():
-        reward.save_pretrained(work / "model")
+        reward.save_pretrained(folder)
     return {"demonstration_scores": [mean, std]}
 
 
@@ -150,7 +180,7 @@ def _settings(context: RunContext, data: Data, lm_coef: float) -> RewardSettings
 def _fit_explicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Reward:
     """Fit a reward model, from the SFT model or (warm) from the last iteration's reward."""
     options, k = context.recipe.reward, iteration.k
-    warm = iteration.reward if options.init == "warm" else None
+    warm = iteration.reward.learned if iteration.reward and options.init == "warm" else None
     preferences = options.preferences
     inputs = dict(fit.inputs)
     if warm is not None:
@@ -160,37 +190,77 @@ def _fit_explicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Rewar
         inputs["preferences"] = f"{data_checksum(iteration.data.raw.preferences)}*{how}"
 
     def build(work: Path) -> dict[str, Any]:
-        reward = _unfitted(context, iteration, warm)
         pairs = fit.train()
         columns = pair_columns(pairs)
         if preferences is not None:
             for name, values in _preference_columns(context, iteration).items():
                 columns[name] = values if preferences.use == "alone" else columns[name] + values
+        ensemble = options.ensemble
+        if ensemble is not None and ensemble.kind == "models":
+            return _fit_models(context, iteration, fit, work, columns, warm)
+        if ensemble is not None:
+            seed = derive_seed(context.recipe.seed, f"bootstrap {k}")
+            columns["weight"] = bootstrap_weights(columns["weight"], ensemble.members, seed)
+        reward = _unfitted(context, iteration, None if warm is None else warm.path)
         training = context.training(work, f"reward {k}")
         metrics = fit_reward(reward, columns, options.loss, fit.args, training, options.beta)
-        return {**metrics, **_centre_and_save(reward, iteration.data, work)}
+        return {**metrics, **_centre_and_save(reward, iteration.data, work / "model")}
 
     stage = context.stage(Role.reward(k), "reward", fit.settings, inputs, build)
     context.log(Role.reward_fit(k), _without_history(stage.metrics))
     return _explicit(stage, options.beta)
 
 
-def _unfitted(context: RunContext, iteration: Iteration, warm: Reward | None) -> RewardModel:
-    """The reward model that a fit starts from."""
+def _fit_models(
+    context: RunContext,
+    iteration: Iteration,
+    fit: _Fit,
+    work: Path,
+    columns: dict[str, list[Any]],
+    warm: Reward | None,
+) -> dict[str, Any]:
+    """Fit the models of an ensemble one after the other; they differ by seed: head and order."""
+    options, ensemble, k = context.recipe.reward, context.recipe.reward.ensemble, iteration.k
+    assert ensemble is not None
+    members, scores, folder = [], [], work / "model"
+    for i in range(ensemble.members):
+        start = None if warm is None else member_folder(warm.path, i)
+        reward = _unfitted(context, iteration, start, f" member {i}")
+        training = context.training(work / "scratch" / f"{i}", f"reward {k} member {i}")
+        metrics = fit_reward(reward, columns, options.loss, fit.args, training, options.beta)
+        centred = _centre_and_save(reward, iteration.data, member_folder(folder, i))
+        members.append({**_without_history(metrics), **centred})
+        scores.append(reward.score_ids(*_centring_rows(iteration.data)))
+    combined = pessimistic(torch.stack(scores, -1), ensemble.penalty).double()
+    mean, std = float(combined.mean()), float(combined.std(correction=0))
+    if distributed.is_main():
+        save_ensemble(reward, ensemble.penalty, mean, folder)
+    return {"members": members, "demonstration_scores": [mean, std]}
+
+
+def _unfitted(
+    context: RunContext, iteration: Iteration, warm: Path | None, member: str = ""
+) -> RewardModel:
+    """The reward model that a fit starts from. member: of an ensemble, part of the head's seed."""
     options = context.recipe.reward
     if warm is not None:
-        reward = RewardModel.from_pretrained(warm.path, context.device, merge=options.lora is None)
+        reward = RewardModel.from_pretrained(warm, context.device, merge=options.lora is None)
         if options.lora is not None:
             train_adapter(reward.model)
-        reward.settings = replace(reward.settings, mean=0.0)
+        reward.settings = replace(reward.settings, centres=[], mean=0.0)
         return reward
+    ensemble, settings = options.ensemble, _settings(context, iteration.data, options.lm_coef)
+    heads = 1
+    if ensemble is not None and ensemble.kind == "heads":
+        heads, settings = ensemble.members, replace(settings, penalty=ensemble.penalty)
     return RewardModel.from_policy(
         iteration.initial.path,
         context.tokenizer,
-        _settings(context, iteration.data, options.lm_coef),
-        derive_seed(context.recipe.seed, f"head {iteration.k}") % 2**63,
+        settings,
+        derive_seed(context.recipe.seed, f"head {iteration.k}{member}") % 2**63,
         context.device,
         options.lora,
+        heads=heads,
         **(context.models.quantization if options.lora is not None else {}),
     )
 

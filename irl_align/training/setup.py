@@ -23,6 +23,7 @@ from irl_align.models.loading import pick_device
 from irl_align.models.trl import Training
 from irl_align.models.trl_options import check_args, training_args
 from irl_align.policy import Policy, Reward
+from irl_align.reward.composed import load_functions
 from irl_align.training.context import RunContext
 from irl_align.training.run_folder import FollowedRun, Run
 from irl_align.training.stages import BuiltStages
@@ -102,7 +103,7 @@ def finish_run(
         "ended": ended,
         "seconds": round(time.time() - began, 1),
     }
-    if reward is not None and not explicit:
+    if reward is not None and reward.kind in ("implicit", "log_ratio"):
         models = [(weight, os.path.relpath(path, output)) for weight, path in reward.references]
         names = ("beta", "endogenous", "mean")
         summary["log_ratio"] = {
@@ -127,13 +128,14 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise UserError if the card, the files or the edit cannot be what the recipe asks for."""
+    """Raise UserError if card, files, edit or functions cannot be what the recipe asks for."""
     data, card = recipe.data, load_card(recipe.data.card)
     check_source(card, "train", data.path, data.task)
     if data.edit is not None and not callable(import_object(data.edit, "data.edit")):
         raise UserError(
             f"data.edit: found {data.edit}, expected a function of a prompt and a Random"
         )
+    load_functions(recipe.reward.named_functions)
     if recipe.evaluation.match_entropy and card.gold is None:
         raise UserError(
             f"evaluation.match_entropy: it compares gold metrics, and card {card.name} names none"

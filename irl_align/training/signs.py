@@ -130,6 +130,16 @@ def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) 
         more > bounds.missing_eos,
         f"{more:+.1%} samples without EOS, above {bounds.missing_eos:.1%}",
     )
+    beyond = now.get("outliers_interval", (None, None))[0]
+    if beyond is not None:
+        share = f"{now['outliers']:.1%}"
+        judge(
+            "outliers",
+            beyond > bounds.outliers,
+            f"{share} of the samples are outliers among pi_0's to the reward, with their interval "
+            f"above {bounds.outliers:.1%}: the policy may exploit the reward where it was not "
+            "fitted",
+        )
     if "demonstration_logp" in now:
         fall = start["demonstration_logp"] - now["demonstration_logp"]
         judge(

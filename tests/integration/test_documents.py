@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from support.tiny_runs import metrics, tiny_recipe
 
 from irl_align.config.resources import recipe_files, recipes_dir
+from irl_align.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -39,6 +41,21 @@ def test_files_named_on_a_page_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for name in re.findall(r"`((?:irl_align|tests)/[a-z0-9_/]+\.(?:py|gz))`", text):
         assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_reward_functions_of_the_guide_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = (ROOT / "docs/guide.md").read_text().partition("## Rewards of your own\n")[2]
+    [source] = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.S)
+    [override] = re.findall(r"'(reward\.functions=.*?)'", section)
+    (tmp_path / "my_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    update = "policy_update={use: select, n: 2}"
+    alone = ("reward.kind=functions", "reward.args={}", "reward.schedule={}")
+    result = train(tiny_recipe(tmp_path, *alone, update, override))
+    parts = metrics(result.folder)["vitals/1"]["reward_parts"]
+    assert set(parts) == {"my_rewards:brief", "my_rewards:new_words"}
 
 
 def test_catalogue_lists_every_recipe_once() -> None:

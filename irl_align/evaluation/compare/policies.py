@@ -72,7 +72,7 @@ def policy_measures(view: RunView, number: int) -> dict[str, float]:
         if record["temperature"] == 1.0:
             measures |= {name: record.get(name) for name in VITALS}
     vitals = view.record(Role.vitals(number))
-    for name in ("demonstration_logp", "reward_gain"):
+    for name in ("demonstration_logp", "reward_gain", "outliers"):
         measures[name] = vitals.get(name)
     measures |= _beyond_entropy(view, number)
     measures |= {name: share.mean for name, share in policy_accuracies(view, number).items()}

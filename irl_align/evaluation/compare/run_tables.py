@@ -39,7 +39,7 @@ DECIMALS |= {"demonstration_logp": 2, "reward_gain": 2, "matched_temperature": 2
 """Decimals of the metrics that are not shares. Shares are written in percent, with one decimal."""
 VITAL_SIGNS = (
     *("kl", "entropy", "length", "truncated"),
-    *("reward_accuracy", "fresh_accuracy"),
+    *("reward_accuracy", "fresh_accuracy", "outliers"),
 )
 RESULTS_APART = "results, unseen and seen prompts"
 RESULTS, VITALS = "results", "vital signs, at temperature 1"
@@ -188,7 +188,8 @@ def _results(
 
 
 def reward_tables(views: Sequence[RunView], title: str) -> list[Table]:
-    """Accuracies of each iteration's reward next to those of shortcuts, and its health.
+    """Accuracies of each iteration's reward next to those of shortcuts, its health, and the means
+    of what a composed reward is made of.
 
     Several runs have a column for the run.
     """
@@ -207,9 +208,17 @@ def reward_tables(views: Sequence[RunView], title: str) -> list[Table]:
             health.append(
                 [*label, *cells, ", ".join(agreement) or None, *report["demonstration_scores"]]
             )
+    parts: list[list[Cell]] = [
+        [view.folder.name, policy_label(view, k), name, mean]
+        for view in views
+        for k, record in view.records("vitals").items()
+        for name, mean in record.get("reward_parts", {}).items()
+    ]
+    means = [Column("run"), Column("policy"), Column("part"), Column("mean", 3)]
     return [
         Table(f"{title}: accuracies", [*labels, *ACCURACIES], shares),
         Table(f"{title}: health; scores are those of demonstrations", [*labels, *HEALTH], health),
+        Table(f"{title}: parts, each without its weight, of held-out samples", means, parts),
     ]
 
 

@@ -158,8 +158,8 @@ def score(
 ) -> RolloutScores:
     """One pass of the reward over the samples, and its credit for their tokens; no gradients.
 
-    A missing EOS changes only the terminal slot. Raises UserError: no sample has EOS, or a reward
-    is not finite.
+    A missing EOS changes only the terminal slot, which also has the part of the reward that is not
+    distributed (scores.terminal). Raises UserError: no sample has EOS, or a reward is not finite.
     """
     if options.missing_eos != "ignore" and bool(samples.truncated.all()):
         raise UserError(
@@ -186,8 +186,11 @@ def score(
         scores = replace(scores, attention=pad_sequence(rows, batch_first=True))
     returns = at_missing_eos(clipped, samples.truncated, options)
     split = clipped - returns.mean() if options.center_rewards else clipped
+    last = returns - clipped
+    if scores.terminal is not None:
+        split, last = split - scores.terminal, last + scores.terminal
     tokens = _credit(split, scores, samples.mask, options, generator)
-    tokens = tokens + credit.sparse(returns - clipped, samples.mask)
+    tokens = tokens + credit.sparse(last, samples.mask)
     health = {}
     if scores.attention is not None:
         monitors = credit.attention_health(scores.attention, samples.mask)._asdict()

@@ -43,6 +43,7 @@ from irl_align.policy.ppo.monitors import (
 )
 from irl_align.policy.ppo.rollout import Rollout, RolloutBatch, draw, score
 from irl_align.policy.ppo.selection import Selection
+from irl_align.reward.composed import FunctionError
 from irl_align.utils import distributed
 
 logger = logging.getLogger("irl_align.policy.ppo")
@@ -130,7 +131,7 @@ class PPOTrainer:
         try:
             return self._roll_out_and_learn(number)
         except UserError as error:
-            if number == 0:
+            if number == 0 or isinstance(error, FunctionError):
                 raise
             raise Diverged(f"update {number + 1}: {error}") from error
 

@@ -89,13 +89,20 @@ class Costs:
         return self.shape.parameters * self.stored.weights
 
     def reward_bytes(self) -> int:
-        """Bytes of a reward's weights: a trunk and one row of a head, in float32; or the models of
-        a log-ratio."""
+        """Bytes of a reward model's weights: a trunk and one row of a head, in float32; or the
+        models of a log-ratio."""
         options = self.recipe.reward
         if options.kind == "implicit":
             references = {"none": 0, "mixture": 2}.get(options.reference, 1)
             return (1 + references) * self.model_bytes()
         return FLOAT * (self.shape.trunk + self.shape.width)
+
+    def reward_models(self) -> int:
+        """Models that score a text: those of an ensemble; none for functions only."""
+        ensemble, kind = self.recipe.reward.ensemble, self.recipe.reward.kind
+        if kind == "functions":
+            return 0
+        return ensemble.members if ensemble and ensemble.kind == "models" else 1
 
     def _forward(self, rows: float, length: float, head: float | None = None) -> float:
         tokens = rows * length
@@ -250,7 +257,8 @@ class Costs:
         reference = FLOAT * shape.parameters
         if self.recipe.model.quantization is not None:
             reference = self.model_bytes()
-        resident = {"reference": float(reference), "reward": float(self.reward_bytes())}
+        reward = float(self.reward_bytes() * self.reward_models())
+        resident = {"reference": float(reference), "reward": reward}
         if self.adapter:
             shared = options.backbone == "shared"
             trained = self.adapter * (1 + critic)
@@ -269,12 +277,13 @@ class Costs:
         read = self._forward(episodes, length, self.sample_mean)
         trunks = 1 + critic
         # Reward, reference and critic read the rollout once. An epoch is forward and backward.
-        scored = Work((2 + critic) * read, 0.0, self._products(options))
+        scorers = 1 + self.reward_models() + critic
+        scored = Work(scorers * read, 0.0, self._products(options))
         again = 4 if options.gradient_checkpointing else 3
         updates = Work(again * options.epochs * trunks * read, 0.0, self._products(options))
         return Cost(
             rows=round(episodes),
-            tokens=episodes * length * (2 + critic + options.epochs * trunks),
+            tokens=episodes * length * (scorers + options.epochs * trunks),
             sampled=episodes * self.sample_mean,
             work=(*drawn.work, scored, updates),
             use=Use({**rollout.parts, **use.parts}, max(use.peak, rollout.peak)),

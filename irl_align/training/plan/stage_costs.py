@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from irl_align.config.policy_update import BestOfNOptions, PPOOptions
 from irl_align.config.schema import Recipe
 from irl_align.data.cards import load_card
@@ -119,7 +121,9 @@ class StageCosts:
         args = scheduled(options.args, options.schedule, k)
         if options.kind == "implicit":
             return self.costs.sft(pairs, "DPOConfig", args)
-        return self.costs.reward_fit(pairs, args)
+        models = self.costs.reward_models()  # an ensemble's, fitted one after the other
+        cost = self.costs.reward_fit(models * pairs, args)
+        return replace(cost, disk=models * cost.disk)
 
     def _policy(self) -> Cost:
         update = self.update
@@ -156,6 +160,7 @@ class StageCosts:
         return Cost()
 
     def _rewards(self, samples: int) -> Cost:
-        """One pass of the reward over samples."""
-        length = self.costs.prompt.mean + self.costs.sample_mean
-        return self.costs.score(samples, length, {"reward": float(self.costs.reward_bytes())})
+        """One pass of the reward over samples, and of each model of an ensemble."""
+        length, each = self.costs.prompt.mean + self.costs.sample_mean, self.costs.reward_bytes()
+        names = [f"reward {i}".removesuffix(" 0") for i in range(self.costs.reward_models())]
+        return self.costs.score(samples, length, dict.fromkeys(names, float(each)))
