@@ -34,7 +34,9 @@ from irl_align.utils.statistics import (
 
 FILE = "comparison.json"
 # Gold metrics of the built-in tasks besides the headline; the direction of others is unknown.
-LOWER_IS_BETTER = {"fully_right": False, "bleu": False, "chrf": False}
+LOWER_IS_BETTER = {"fully_right": False, "bleu": False, "chrf": False} | dict.fromkeys(
+    ("arithmetic_rate", "illegal_number_rate", "wrong_target_rate"), True
+)
 
 
 @dataclass

@@ -57,7 +57,7 @@ HEALTH = [Column("loss", 4), Column("margin", 3), percent("calibration error", u
 ]
 EVALUATED = ("preference/", "wins/", "lm_eval/")
 """How the measures of `irl-align evaluate` begin; see irl_align.evaluation.tables."""
-METRICS = ("fully_right", "bleu")
+METRICS = ("fully_right", "bleu", "arithmetic_rate", "illegal_number_rate", "wrong_target_rate")
 """Gold metrics that are shown after the headline."""
 ENTROPIES = (AT_ENTROPY, BEYOND_ENTROPY)
 AT = {"": "", "0": "greedy", AT_ENTROPY: "first policy at its entropy"}
