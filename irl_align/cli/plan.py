@@ -68,7 +68,7 @@ def _show(plan: Plan) -> None:
     out.print(f"store: {plan.store}", markup=False, soft_wrap=True)
     out.print(_stages(plan))
     out.print(_memory(plan))
-    for line in _totals(plan):
+    for line in [*_totals(plan), *plan.recipe.contradictions()]:
         out.print(line, markup=False, soft_wrap=True)
 
 

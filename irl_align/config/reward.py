@@ -127,8 +127,8 @@ class RewardOptions(Options):
         ("kind", ("explicit", "implicit"), ("beta", "args", "schedule", "max_pairs")),
         ("numerator", ("fitted",), ("args", "schedule", "max_pairs")),
         ("reference", ("mixture",), ("mixture",)),
-        ("offset", ("log_ratio", "reward"), ("offset_coef", "offset_clip")),
-        ("offset", ("log_ratio",), ("offset_per_token",)),
+        ("offset", (None, "log_ratio", "reward"), ("offset_coef", "offset_clip")),
+        ("offset", (None, "log_ratio"), ("offset_per_token",)),
         ("kind", ("explicit",), ("ensemble",)),
         ("kind", ("explicit", "implicit", "functions"), ("functions",)),
     )
@@ -153,10 +153,12 @@ class RewardOptions(Options):
     """Explicit reward: the logit of a pair is (r_E - r_hat) / beta, in nats. The policy level with
     a KL weight of beta then ends at the demonstrations; a smaller weight goes further. Implicit
     reward: the factor of the log-ratio; with numerator fitted it is args.beta instead."""
-    offset: Literal["none", "log_ratio", "reward"] = "none"
+    offset: Literal["log_ratio", "reward", "none"] | None = None
     """What the logit of a text subtracts, so that one reward accumulates over the iterations and
     the policy level starts from pi_0. log_ratio: log pi_k/pi_0, so that the pairs of all iterations
-    have the same best reward. reward: the last iteration's reward, which makes this one a sum."""
+    have the same best reward. reward: the last iteration's reward, which makes this one a sum.
+    none: each reward is relative to the samples in the window. Null is log_ratio where that is
+    possible: with loss bradley_terry, and Best-of-N that trains or PPO with reference initial."""
     offset_coef: NonNegativeFloat = 1.0
     """Factor of the offset."""
     offset_clip: PositiveFloat | None = None
@@ -165,7 +167,7 @@ class RewardOptions(Options):
     """With offset=log_ratio: divide a text's log-ratio by its number of tokens."""
     bound: PositiveFloat | None = None
     """Largest |r|, by bound * tanh(r / bound). The linear loss needs one."""
-    init: Literal["cold", "warm"] = "cold"
+    init: Literal["cold", "warm"] = "warm"
     """Start of each iteration's fit: the SFT model (cold), or the previous iteration's reward
     (warm)."""
     echo: bool = False
@@ -236,8 +238,8 @@ class RewardOptions(Options):
             raise ValueError(f"functions: {repeated[0]} is given twice")
         if self.loss == "linear" and self.bound is None:
             raise ValueError("loss linear is unbounded: give bound, the largest |r|")
-        if self.loss == "linear" and self.offset != "none":
-            raise ValueError("offset has no effect on loss linear: use bradley_terry")
+        if self.loss == "linear" and self.offset not in (None, "none"):
+            raise ValueError(f"offset {self.offset} has no effect on loss linear")
         both = sorted(set(self.args) & set(self.schedule))
         if both:
             raise ValueError(f"{both[0]} is both in args and in schedule: give one")

@@ -130,12 +130,52 @@ class Recipe(Options):
             )
         return None
 
+    @property
+    def offset(self) -> str:
+        """reward.offset, or what its null stands for."""
+        reward, update = self.reward, self.policy_update
+        if reward.offset is not None:
+            return reward.offset
+        trains = isinstance(update, BestOfNOptions) and update.use != "select"
+        from_start = isinstance(update, PPOOptions) and update.reference == "initial"
+        possible = reward.kind == "explicit" and reward.loss == "bradley_terry"
+        return "log_ratio" if possible and (trains or from_start) else "none"
+
+    def contradictions(self) -> list[str]:
+        """Settings of several iterations under which the loop leaves the demonstrations, and why.
+
+        They are allowed, because papers use them. tests/integration/test_oracle.py computes them.
+        """
+        reward, update = self.reward, self.policy_update
+        leashed = isinstance(update, PPOOptions) and update.reference == "initial"
+        moves = isinstance(update, BestOfNOptions | PPOOptions)
+        if reward.kind != "explicit" or self.loop.iterations < 2 or not moves:
+            return []
+        if self.offset != "none":
+            if not (isinstance(update, PPOOptions) and update.kl_coef > reward.beta):
+                return []
+            return [
+                f"policy_update.kl_coef {update.kl_coef:g} is above reward.beta {reward.beta:g}: "
+                "the policy stops between pi_0 and the demonstrations"
+            ]
+        if leashed:
+            return [
+                "policy_update.reference initial with reward.offset none: each reward is relative "
+                "to the samples that it was fitted on, so that under a penalty to pi_0 it undoes "
+                "what earlier iterations learned; set reward.offset log_ratio, or reference current"
+            ]
+        if self.pairs.window != "latest":
+            return [
+                f"pairs.window {self.pairs.window} with reward.offset none: the reward is relative "
+                "to a mixture of policies, and the step from the current one goes too far; set "
+                "reward.offset, or pairs.window latest"
+            ]
+        return []
+
     def _offset_problem(self) -> str | None:
         """What contradicts a cumulative reward, which is relative to pi_0."""
-        offset, update = self.reward.offset, self.policy_update
-        if offset == "none":
-            return None
-        if getattr(update, "reference", "initial") == "current":
+        offset, update = self.offset, self.policy_update
+        if offset != "none" and getattr(update, "reference", "initial") == "current":
             return (
                 f"reward.offset {offset} accumulates the reward from pi_0 on, but "
                 "policy_update.reference is current, which would count it twice: use initial"

@@ -37,6 +37,6 @@ class Options(BaseModel):
         for option, values, names in self.used_with:
             value = getattr(self, option)
             if value not in values and (name := self.first_set(*names)):
-                expected = " or ".join(values)
+                expected = " or ".join(each for each in values if each is not None)
                 raise ValueError(f"{name} is an option of {option} {expected}, not of {value}")
         return self

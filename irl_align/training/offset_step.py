@@ -30,10 +30,10 @@ def sampler_offset(recipe: Recipe, iteration: Iteration) -> Offset | None:
     None where it is 0: in iteration 0, or if the recipe asks for none.
     """
     options, initial, policy = recipe.reward, iteration.initial, iteration.policy
-    if options.offset == "none" or iteration.reward is None:
+    if recipe.offset == "none" or iteration.reward is None:
         return None
     of = iteration.reward
-    if options.offset == "log_ratio":
+    if recipe.offset == "log_ratio":
         of = Reward("implicit", policy.path, policy.key, references=((1.0, initial.path),))
     shape = OffsetShape(options.offset_coef, options.offset_clip, options.offset_per_token)
     return Offset(of, shape)

@@ -42,7 +42,8 @@ from irl_align.utils.files import is_sealed, seal
 # of a deviation, and scoring more would cost time after every fit.
 CENTRED = 2048
 # Options that are no part of what is fitted, or that have an entry of their own in a stage's key.
-_ELSEWHERE = ("args", "schedule", "numerator", "endogenous", "mean")
+_OFFSET = ("offset", "offset_coef", "offset_clip", "offset_per_token")
+_ELSEWHERE = ("args", "schedule", "numerator", "endogenous", "mean", *_OFFSET)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ from irl_align.utils import distributed
 from irl_align.utils.files import require_writable_folder
 from irl_align.utils.hardware import environment
 
+logger = logging.getLogger(__name__)
+
 
 def run_folder(recipe: Recipe) -> Path:
     """The run folder of a recipe."""
@@ -53,6 +56,8 @@ def open_run(
         require_writable_folder(folder, "output_dir")
     check_trackers(recipe)
     check_data(recipe)
+    for contradiction in recipe.contradictions():
+        logger.warning("%s", contradiction)
     device = distributed.own_device(pick_device(recipe.device))
     check_trainers(recipe, device)
     with distributed.joined(device), _open_folder(recipe, replace, inputs) as run:

@@ -195,12 +195,12 @@ def test_another_kind_replaces_the_whole_group() -> None:
 
 
 def test_a_kind_equal_to_the_default_keeps_the_group() -> None:
-    write(SMALL + "policy_update: {n: 4}\nreward: {init: warm}\n", "base.yaml")
+    write(SMALL + "policy_update: {n: 4}\nreward: {init: cold}\n", "base.yaml")
     same = "extends: base.yaml\npolicy_update: {kind: best_of_n}\nreward: {kind: explicit}\n"
     assert update(load(same))["n"] == 4
-    assert load(same).reward.init == "warm"
+    assert load(same).reward.init == "cold"
     other = "extends: base.yaml\nloop: {iterations: 0}\nreward: {kind: implicit}\n"
-    assert load(other).reward.init == "cold"
+    assert load(other).reward.init == "warm"
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,7 @@ def test_a_cold_start_with_neighbour_contrast_alone(run: Callable[..., Result]) 
     result = run(
         "contrast",
         "pairs={sources: [demonstration/contrast], contrast_per_demonstration: 2}",
+        "reward.init=cold",
         "reward.args.max_steps=2",
         "loop.iterations=2",
         "policy_update={kind: best_of_n, n: 2, prompts: 24, args: {max_steps: 1}}",

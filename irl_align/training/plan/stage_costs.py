@@ -44,7 +44,7 @@ class StageCosts:
             case "pairs":
                 return Cost(rows=self._pairs())
             case "offsets":  # log-probs of both sides, under two models, or rewards
-                passes = 2 if self.recipe.reward.offset == "log_ratio" else 1
+                passes = 2 if self.recipe.offset == "log_ratio" else 1
                 return self.costs.measure(2 * passes * self._pairs())
             case "reward":
                 return self._reward(role.number or 0)
