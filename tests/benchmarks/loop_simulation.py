@@ -106,7 +106,8 @@ class World:
         logits: Array = prompts @ weights @ self.features.T
         top = logits.max(-1, keepdims=True)
         total: Array = np.log(np.exp(logits - top).sum(-1, keepdims=True))
-        return logits - top - total
+        log_probs: Array = logits - top - total
+        return log_probs
 
     def texts(self, weights: Array, rng: np.random.Generator) -> NDArray[np.int64]:
         cumulative = np.exp(self.log_probs(weights, self.prompts)).cumsum(-1)
