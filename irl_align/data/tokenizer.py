@@ -131,16 +131,15 @@ def set_text_end(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.add_special_tokens({"eos_token": special})  # decoding leaves out special tokens only
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Set EOS to the end of texts with this template, and pad to a token that is not EOS.
 
     Padding is masked, and EOS must be learnt. The pad token is an unused token of the vocabulary if
-    there is one. Returns True if a token was added, so that the model's embeddings must be resized
-    to len(tokenizer). Raises UserError: as text_end does.
+    there is one, else a new one. Raises UserError: as text_end does.
     """
     set_text_end(tokenizer, template)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return False
+        return
     vocabulary = tokenizer.get_vocab()
     taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
     reserved = [token for token in vocabulary if token.startswith(_SPARE_PREFIXES)]
@@ -148,9 +147,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> bool
     for token in (*_SPARE, *reserved):
         if token in vocabulary and token not in taken:
             tokenizer.pad_token = token
-            return False
+            return
     tokenizer.add_special_tokens({"pad_token": PAD})
-    return True
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:

@@ -331,6 +331,14 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
             raise ValueError(f"its vocabulary has {len(tokenizer)} tokens, all of them special")
     except Exception as error:
         raise UserError(_load_message(path, "tokenizer", error)) from error
+    # transformers reads some files by the class of the architecture, whatever they hold.
+    ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id not in ids and " " not in tokenizer.decode(ids):
+        raise UserError(
+            f"{path}: tokenizer.json: transformers reads it as a {type(tokenizer).__name__}, as it "
+            "does for this architecture, and then it loses the spaces of texts; expected a "
+            "tokenizer of that kind"
+        )
     return tokenizer
 
 

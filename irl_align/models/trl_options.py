@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,7 +92,26 @@ def check_args(args: Any) -> None:
         raise UserError(
             f"recipe: args of {config}: {names}: {' '.join(str(error).split())[:300]}"
         ) from error
+    _check_optimiser_options(args)
     _check_losses(args)
+
+
+def _check_optimiser_options(args: Any) -> None:
+    """Raise UserError for an option that the chosen optimiser does not read."""
+    model: Any = torch.nn.Linear(1, 1, bias=False)
+    read = Trainer.get_optimizer_cls_and_kwargs(args, model)[1]
+    fields = type(args).__dataclass_fields__
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"):
+        value, default = getattr(args, name), fields[name].default
+        if value == default:
+            continue
+        plain = copy.copy(args)
+        setattr(plain, name, default)
+        if Trainer.get_optimizer_cls_and_kwargs(plain, model)[1] == read:
+            raise UserError(
+                f"recipe: args of {type(args).__name__}: {name}: found {value!r}, but optim "
+                f"{args.optim.value} does not read it; expected another optim, or no {name}"
+            )
 
 
 # Options of TRL's DPO that only some values of another option read.

@@ -84,15 +84,18 @@ def test_prepare_tokenizer_makes_pad_distinct_from_eos() -> None:
     with pytest.raises(UserError, match=r"has pad token '</s>', expected one that is not EOS"):
         check_tokenizer(spare, "{prompt}")
     size = len(spare)
-    assert prepare_tokenizer(spare, "{prompt}") is False and len(spare) == size
+    prepare_tokenizer(spare, "{prompt}")
+    assert len(spare) == size
     assert spare.pad_token_id == 4  # the lower id of the two
     check_tokenizer(spare, "{prompt}")
 
     full = words("a")
     assert full.pad_token_id is None
-    assert prepare_tokenizer(full, "{prompt}") is True and len(full) == 5
+    prepare_tokenizer(full, "{prompt}")
+    assert len(full) == 5
     assert full.pad_token_id == 4 and full.pad_token not in (full.eos_token, None)
-    assert prepare_tokenizer(full, "{prompt}") is False  # now it has one
+    prepare_tokenizer(full, "{prompt}")
+    assert len(full) == 5  # now it has one
     check_tokenizer(full, "{prompt}")
 
 

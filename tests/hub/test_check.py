@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -178,6 +179,14 @@ def test_check_scores_of_a_model_with_capped_attention(tmp_path: Path) -> None:
     """Without a word in its config, Gemma 2 is loaded with an attention that has no cap."""
     difference = Exported(tmp_path, chat_tokenizer("gemma"), **CAPPED).check()
     assert difference is not None and difference < 1e-5
+
+
+def test_check_scores_refuses_a_model_without_a_classifier_in_transformers(
+    tmp_path: Path,
+) -> None:
+    exported = Exported(tmp_path, chat_tokenizer("llama-3"), config=GraniteConfig)
+    with pytest.raises(UserError, match="transformers has no sequence classifier of a granite"):
+        exported.check()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.rows import same_weights, save
 from support.tiny_models import TINY_ARCHITECTURES
+from support.tiny_tokenizers import tiny_tokenizer as sentencepiece_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -139,6 +140,15 @@ def test_load_model_errors_are_one_line(folder: Path) -> None:
         load_model(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_load_tokenizer_refuses_one_that_loses_spaces(tmp_path: Path) -> None:
+    """transformers reads the files of a Qwen 2 model as byte-level BPE, whatever they hold."""
+    tokenizer = sentencepiece_tokenizer("sentencepiece", [], eos="</s>", pad="<unk>")
+    folder = save(small("qwen2"), tokenizer, tmp_path / "model")
+    with pytest.raises(UserError, match="and then it loses the spaces of texts") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_save_model_writes_safetensors_config_and_tokenizer(

@@ -134,6 +134,8 @@ def without(group: str, args: Any, kind: str, folder: Path) -> dict[str, Any]:
         ("RewardConfig", {"optim": "galore_adamw"}, "galore_torch"),
         ("RewardConfig", {"optim": "sgd", "optim_args": "momentum"}, "optim sgd, lr_scheduler"),
         ("RewardConfig", {"adam_beta1": 2.0}, "Invalid beta parameter"),
+        ("RewardConfig", {"optim": "sgd", "adam_beta1": 0.5}, "optim sgd does not read it"),
+        ("SFTConfig", {"optim_args": "momentum=0.5"}, "adamw_torch.* does not read it"),
         ("SFTConfig", {"fp16": True}, "fp16 needs a GPU"),
         ("SFTConfig", {"tf32": True}, "tf32 requires"),
         ("DPOConfig", {"loss_weights": [1.0, 2.0]}, "loss_weights. must have the same"),

@@ -169,7 +169,7 @@ def test_clustered_share_at_0_and_100_percent_counts_clusters(
         (100, 1, 0.98, 0.0),
     ],
 )
-def test_clustered_share_covers_the_truth_in_94_percent_at_least(
+def test_clustered_share_covers_the_truth_in_nominal_share(
     groups: int, pairs: int, share: float, correlation: float
 ) -> None:
     """Simulated: each prompt has its own share, beta-distributed with this correlation of pairs."""
