@@ -228,17 +228,27 @@ def _demonstration(split: str, key: str, numbers: int, noise: float) -> dict[str
     problem_rng, solver_rng, noise_rng = (
         random.Random(f"{part}/{key}") for part in ("problem", "solver", "noise")
     )
-    steps = None
-    while steps is None:
-        problem = Problem(
-            problem_rng.randint(10, LARGEST_TARGET),
-            tuple(problem_rng.randint(1, LARGEST_NUMBER) for _ in range(numbers)),
-        )
-        if _is_open(problem) and _bucket(problem) in _SHARES[split]:
-            steps = search(problem, solver_rng)
+    problem = _draw(problem_rng, numbers)
+    while problem is None or _bucket(problem) not in _SHARES[split]:
+        problem = _draw(problem_rng, numbers)
+    steps = search(problem, solver_rng) or []  # the drawn problem has a solution
     if noise_rng.random() < noise:
         steps = noise_rng.choice(_MISTAKES)(problem, steps, noise_rng)
     return {"prompt": str(problem), "completion": ", ".join(map(str, steps))}
+
+
+def _draw(rng: random.Random, numbers: int) -> Problem | None:
+    """Numbers, and what random steps make of them as the target; None if that is no problem."""
+    given = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(numbers))
+    left, target = given, 0
+    for _ in range(numbers - 1):
+        steps = list(_next_steps(left))
+        if not steps:
+            return None
+        step = rng.choice(steps)
+        left, target = _without(left, step), step.result
+    problem = Problem(target, given)
+    return problem if 10 <= target <= LARGEST_TARGET and _is_open(problem) else None
 
 
 def _bucket(problem: Problem) -> int:
