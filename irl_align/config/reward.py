@@ -18,7 +18,12 @@ from irl_align.config.model import LoraOptions
 from irl_align.config.types import ImportPath, Options, PathText, Share
 
 PairSource = Literal[
-    "demonstration/policy", "demonstration/contrast", "demonstration/init", "sft/init"
+    "demonstration/policy",
+    "demonstration/contrast",
+    "demonstration/init",
+    "sft/init",
+    "policy/sft",
+    "policy/older",
 ]
 
 
@@ -35,7 +40,11 @@ class PairOptions(Options):
         default_factory=lambda: list[PairSource](["demonstration/policy"])
     )
     """Preferred/rejected sides. policy: a sample of pi_k; contrast: the demonstration under another
-    prompt; sft: a sample of pi_0; init: a sample of the model before SFT."""
+    prompt; sft: a sample of pi_0; init: a sample of the model before SFT; older: one of pi_(k-1).
+    policy/sft and policy/older begin in iteration 1."""
+    shares: list[PositiveFloat] | None = None
+    """Relative number of pairs of each source, such as [70, 20, 10]: pairs of sources that have too
+    many are left out at random. Null uses all pairs."""
     contrast: Literal["neighbour", "edit"] = "neighbour"
     """The other prompt of a contrast pair: a near neighbour by word overlap, or an edit of the
     prompt by the card's edit."""
@@ -59,6 +68,12 @@ class PairOptions(Options):
 
     @model_validator(mode="after")
     def _sources_fit(self) -> PairOptions:
+        if all(source.startswith("policy/") for source in self.sources):
+            raise ValueError("sources: iteration 0 needs one that is not of the policy's samples")
+        if self.shares is not None and len(self.shares) != len(self.sources):
+            raise ValueError(
+                f"shares has {len(self.shares)} numbers, sources {len(self.sources)}: give one each"
+            )
         repeated = [source for source in self.sources if self.sources.count(source) > 1]
         if repeated:
             raise ValueError(f"sources: {repeated[0]} is given twice")

@@ -162,6 +162,15 @@ def window(by_iteration: Sequence[Dataset], name: str) -> Dataset:
     return concatenate_datasets(list(by_iteration[-last:]))
 
 
+def in_shares(parts: Sequence[Dataset], shares: Sequence[float], seed: int) -> list[Dataset]:
+    """As many rows of each part as possible in proportion to the shares, chosen by the seed."""
+    unit = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+    return [
+        part.shuffle(seed=seed).select(range(round(unit * share)))
+        for part, share in zip(parts, shares, strict=True)
+    ]
+
+
 def stats(pairs: Dataset, dropped: Mapping[str, int]) -> dict[str, float]:
     """Numbers of pairs, in all and by source, and of dropped ones; mean lengths in tokens."""
     numbers: dict[str, float] = {"pairs": len(pairs)}

@@ -117,7 +117,9 @@ class BestOfN:
             )
         else:
             logps = reference_logps([(1.0, model)], pairs)
-        return fit_implicit(model, tokenizer, pairs, logps, options.args, training, expect_ln2=True)
+        return fit_implicit(
+            model, tokenizer, pairs, logps, options.args, training, at_reference=True
+        )
 
 
 def score_candidates(

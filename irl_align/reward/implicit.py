@@ -41,6 +41,8 @@ from irl_align.reward.settings import DEFAULT_SETTINGS
 from irl_align.utils import distributed
 
 LN2 = math.log(2.0)
+FIRST_LOSS = {"sigmoid": LN2, "bco_pair": 2.0 * LN2, "nca_pair": 2.0 * LN2}
+"""TRL's loss of a pair while pi_theta is the reference, so that all log-ratios are 0."""
 
 
 class ImplicitReward(TextScoring):
@@ -208,10 +210,10 @@ def gather_rows(values: Tensor) -> Tensor:
 class PairDPOTrainer(Guarded, DPOTrainer):
     """TRL's DPOTrainer on token ids, with precomputed reference log-probs."""
 
-    def __init__(self, *args: Any, expect_ln2: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, first_loss: float | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A mixture of experts may add its own loss, which balances them.
-        self.expect_ln2 = expect_ln2 and not self.aux_loss_enabled
+        self.first_loss = None if self.aux_loss_enabled else first_loss
         if distributed.count() > 1:  # TRL's monitors gather rows, whose number may differ
             self.accelerator.gather = gather_rows
 
@@ -222,26 +224,26 @@ class PairDPOTrainer(Guarded, DPOTrainer):
         return dataset  # it holds the columns already
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """DPO's loss. Raises UserError: it should be ln 2 at the first step, and is not."""
+        """DPO's loss. Raises UserError: it is known for the first step, and differs."""
         trainer: Any = super()
         loss = trainer.compute_loss(model, inputs, *args, **kwargs)
-        if self.expect_ln2:
-            self.expect_ln2 = False
-            if self.state.global_step == 0:  # a resumed fit has the first loss in its history
-                self._check_first_loss(model, loss.item())
+        expected, self.first_loss = self.first_loss, None
+        if expected is not None and self.state.global_step == 0:  # a resumed fit has it already
+            self._check_first_loss(model, loss.item(), expected)
         return loss
 
-    def _check_first_loss(self, model: torch.nn.Module, first: float) -> None:
-        """Raise UserError unless the loss is ln 2, as it must be while pi_theta = pi_ref."""
+    def _check_first_loss(self, model: torch.nn.Module, first: float, expected: float) -> None:
+        """Raise UserError unless the loss is what it must be while pi_theta = pi_ref."""
         # The reference's log-probs are float32; half precision rounds the policy's. The loss
         # multiplies a difference of log-probs by beta, so the limit in nats is the same for any.
         weights = next(model.parameters()).dtype
         half = self.args.bf16 or self.args.fp16 or weights.itemsize < 4
         nats = 0.2 if half else 0.01
-        if abs(first - LN2) > nats * max(self.beta, 0.1):
+        if abs(first - expected) > nats * max(self.beta, 0.1):
             raise UserError(
-                f"{self.args.run_name}: the first loss is {first:.6f}, expected ln 2 "
-                f"= {LN2:.6f}: reference and policy differ (another model, dropout, or dtype)"
+                f"{self.args.run_name}: the first loss is {first:.6f}, expected "
+                f"{expected / LN2:g} ln 2 = {expected:.6f}: reference and policy differ (another "
+                "model, dropout, or dtype)"
             )
         self.state.log_history.append({"first_loss": first, "step": 0})
 
@@ -254,12 +256,12 @@ def fit_implicit(
     options: Mapping[str, Any],
     training: Training,
     *,
-    expect_ln2: bool,
+    at_reference: bool,
 ) -> dict[str, Any]:
     """Train `model` in place on pairs; returns training metrics.
 
-    ref_logps: (2, B) from :func:`reference_logps`. expect_ln2: whether the reference is the model
-    itself; then the first loss must be ln 2 (with the sigmoid loss only, and no noise).
+    ref_logps: (2, B) from :func:`reference_logps`. at_reference: whether the reference is
+    the model itself; then the first loss must be that of FIRST_LOSS, if it has the loss.
     """
     lengths = [
         max(len(p) + len(c), len(q) + len(d))
@@ -271,8 +273,9 @@ def fit_implicit(
     args = training_args(
         DPOConfig, {**LENGTH_GROUPS, **options, "precompute_ref_log_probs": True}, training
     )
-    plain = args.loss_type == ["sigmoid"] and not args.label_smoothing and args.loss_weights is None
-    plain &= not (args.neftune_noise_alpha or args.use_weighting)
+    changed = args.label_smoothing or args.loss_weights or args.neftune_noise_alpha
+    plain = at_reference and len(args.loss_type) == 1
+    plain &= not (changed or args.use_weighting)
     trained = to_train(model)
     trainer = PairDPOTrainer(
         model=trained,
@@ -280,7 +283,7 @@ def fit_implicit(
         data_collator=ImplicitCollator(tokenizer.pad_token_id),
         train_dataset=as_dataset(columns, training.label),
         processing_class=tokenizer,
-        expect_ln2=expect_ln2 and plain,
+        first_loss=FIRST_LOSS.get(args.loss_type[0]) if plain else None,
     )
     metrics = run_trainer(trainer, training)
     if first := [r["first_loss"] for r in metrics["history"] if "first_loss" in r]:

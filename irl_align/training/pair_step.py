@@ -18,12 +18,21 @@ from irl_align.data.cards import import_object
 from irl_align.data.columns import by_prompt_key, column
 from irl_align.data.contrast import contrast_pairs
 from irl_align.data.encoding import encode_prompts
-from irl_align.data.pairs import Pairs, load_pairs, policy_pairs, sample_pairs, save_pairs, stats
+from irl_align.data.pairs import (
+    Pairs,
+    in_shares,
+    load_pairs,
+    policy_pairs,
+    sample_pairs,
+    save_pairs,
+    stats,
+)
 from irl_align.models.generation.protocol import Sampling
 from irl_align.policy import Policy
 from irl_align.policy.roles import Role
 from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
+from irl_align.training.keys import derive_seed
 from irl_align.training.offset_step import pair_offset_stage
 from irl_align.training.sampler import PromptSamples
 
@@ -69,8 +78,11 @@ def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> Iter
     if iteration.k == 0:
         _warn_of_long_demonstrations(data, generation.max_new_tokens)
     sampling = context.sampler.sampling(generation.samples_per_prompt, generation.temperature)
-    used = {side for source in options.sources for side in source.split("/")}
+    # In iteration 0 the policy is pi_0, whose samples are not preferred to its own.
+    sources = [source for source in options.sources if iteration.k or source[:7] != "policy/"]
+    used = {side for source in sources for side in source.split("/")}
     samplers = {"policy": iteration.policy, "init": start, "sft": iteration.initial}
+    samplers |= {"older": iteration.earlier[-1]}
     samplers = {name: samplers[name] for name in sorted(used & set(samplers))}
     parts = {}
     for part, use in USES.items():
@@ -84,11 +96,16 @@ def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> Iter
     def build(work: Path) -> dict[str, Any]:
         metrics = {}
         for name, part in parts.items():
-            by_source = [part.pairs(source) for source in options.sources]
+            by_source = {source: part.pairs(source) for source in sources}
             dropped: Counter[str] = Counter()
-            for pairs in by_source:
+            for pairs in by_source.values():
                 dropped.update(pairs.dropped)
-            rows = concatenate_datasets([pairs.rows for pairs in by_source])
+            chosen = [pairs.rows for pairs in by_source.values()]
+            if options.shares is not None:
+                shares = dict(zip(options.sources, options.shares, strict=True))
+                seed = derive_seed(context.recipe.seed, f"shares of {iteration.k}") % 2**32
+                chosen = in_shares(chosen, [shares[source] for source in by_source], seed)
+            rows = concatenate_datasets(chosen)
             save_pairs(rows, work / f"{name}.parquet")
             metrics[name] = stats(rows, dropped)
         return metrics

@@ -327,7 +327,7 @@ def _fit_implicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Rewar
             logps,
             fit.args,
             training,
-            expect_ln2=starts_at_reference,
+            at_reference=starts_at_reference,
         )
         save_model(model, context.tokenizer, work / "model")
         return {**metrics, "history": [seconds, *metrics["history"]]}

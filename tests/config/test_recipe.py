@@ -227,6 +227,11 @@ def test_a_bad_override_is_one_line(override: str, message: str) -> None:
             "demonstration/contrast, which sources lacks",
         ),
         (
+            "pairs:\n  sources: [policy/sft]",
+            "7: pairs: sources: iteration 0 needs one that is not of the policy's samples",
+        ),
+        ("pairs:\n  shares: [1, 2]", "7: pairs: shares has 2 numbers, sources 1: give one each"),
+        (
             "pairs:\n  sources: [demonstration/policy, demonstration/policy]",
             "7: pairs: sources: demonstration/policy is given twice",
         ),
@@ -327,7 +332,7 @@ def test_a_mistake_against_the_schema_is_one_line(added: str, message: str) -> N
     expected = message.format(
         seed="expected integer at least 0 and at most 4294967295",
         sources="expected non-empty list of one of demonstration/policy, "
-        "demonstration/contrast, demonstration/init, sft/init",
+        "demonstration/contrast, demonstration/init, sft/init, policy/sft, policy/older",
         window="expected string that matches ^(latest|all|last-[1-9][0-9]*)$",
         trackers="expected one of tensorboard, wandb, trackio; did you mean wandb?",
         anything="expected list of anything",

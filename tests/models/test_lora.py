@@ -196,7 +196,7 @@ def test_training_an_adapter_resumes_bit_identical_after_a_kill(
         if kind == "implicit":
             logps = reference_logps([(1.0, model)], pairs)
             return model, fit_implicit(
-                model, tiny_tokenizer, pairs, logps, FIT, where, expect_ln2=True
+                model, tiny_tokenizer, pairs, logps, FIT, where, at_reference=True
             )
         columns = sft_columns(list(pairs["prompt_ids"]), list(pairs["chosen_ids"]))
         return model, fit_sft(model, tiny_tokenizer, columns, FIT, where)
@@ -384,7 +384,7 @@ def test_policy_and_reward_train_on_a_4_bit_base(
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     logps = reference_logps([(1.0, model)], pairs)
     few = {**FIT, "max_steps": 12, "learning_rate": 3e-2}
-    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, few, where, expect_ln2=True)
+    metrics = fit_implicit(model, tiny_tokenizer, pairs, logps, few, where, at_reference=True)
     assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics["last_loss"] < 0.69
     save_model(model, tiny_tokenizer, tmp_path / "policy")

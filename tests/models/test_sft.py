@@ -57,6 +57,22 @@ def test_fit_sft_loss_is_the_mean_over_completion_tokens(
     assert not model.training
 
 
+def test_fit_sft_with_dft_weighs_each_token_by_its_probability(
+    tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        each = torch.cat(
+            [plain_logps(model, p, c) for p, c in zip(PROMPTS[:6], COMPLETIONS[:6], strict=True)]
+        )
+    options = {"per_device_train_batch_size": 6, "max_steps": 1, "learning_rate": 0.0}
+    columns = sft_columns(PROMPTS[:6], COMPLETIONS[:6])
+    dft = {**options, "loss_type": "dft"}
+    metrics = fit_sft(model, tiny_tokenizer, columns, dft, training(tmp_path))
+    expected = -(each.exp() * each).mean().item()  # arXiv:2508.05629
+    assert metrics["last_loss"] == pytest.approx(expected, abs=2e-5)
+
+
 def test_fit_sft_with_gradient_accumulation_equals_a_larger_batch(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

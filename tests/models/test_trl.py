@@ -70,7 +70,7 @@ def make_fit(
                 return model, fit_sft(model, tiny_tokenizer, columns, options, training(work))
             if kind == "implicit":
                 arguments = (model, tiny_tokenizer, pairs, logps, options, training(work))
-                return model, fit_implicit(*arguments, expect_ln2=True)
+                return model, fit_implicit(*arguments, at_reference=True)
             settings = RewardSettings(lm_coef=0.5)  # with an output layer of its own
             reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=1)
             columns = pair_columns(pairs)

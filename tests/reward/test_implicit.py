@@ -324,7 +324,7 @@ def test_fit_implicit_starts_at_ln_2_and_learns(
         "max_steps": 12,
     }
     metrics = fit_implicit(
-        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), at_reference=True
     )
     assert metrics["first_loss"] == pytest.approx(LN2, abs=1e-5)
     assert metrics["steps"] == 12
@@ -358,7 +358,7 @@ def test_fit_implicit_has_the_pure_loss(
     }
     logps = reference_logps([(1.0, reference)], pairs)
     metrics = fit_implicit(
-        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=False
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), at_reference=False
     )
     assert metrics["train_loss"] == pytest.approx(float(expected), abs=1e-5)
 
@@ -374,8 +374,8 @@ def test_fit_implicit_refuses_a_wrong_reference(
         "gradient_accumulation_steps": 2,
     }
     fit = (tiny_model("llama"), tiny_tokenizer, pairs, logps, options, training(tmp_path))
-    with pytest.raises(UserError, match=r"spin: the first loss is .*, expected ln 2 = 0\.693147"):
-        fit_implicit(*fit, expect_ln2=True)
+    with pytest.raises(UserError, match=r"spin: the first loss is .*, expected 1 ln 2 = 0\.693147"):
+        fit_implicit(*fit, at_reference=True)
 
 
 def test_fit_implicit_stops_at_a_loss_that_is_not_finite(
@@ -388,13 +388,25 @@ def test_fit_implicit_stops_at_a_loss_that_is_not_finite(
     with pytest.raises(UserError, match=r"spin: the loss is nan at step [23]; lower learning_rate"):
         wild = {**options, "learning_rate": 1e30}
         fit_implicit(
-            model, tiny_tokenizer, pairs, logps, wild, training(tmp_path / "wild"), expect_ln2=True
+            model,
+            tiny_tokenizer,
+            pairs,
+            logps,
+            wild,
+            training(tmp_path / "wild"),
+            at_reference=True,
         )
     broken = tiny_model("llama")
     broken.get_output_embeddings().weight.data[3, 0] = float("nan")
     with pytest.raises(UserError, match="spin: the loss is nan at step 1"):
         fit_implicit(
-            broken, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+            broken,
+            tiny_tokenizer,
+            pairs,
+            logps,
+            options,
+            training(tmp_path),
+            at_reference=True,
         )
 
 
@@ -408,7 +420,13 @@ def test_fit_implicit_refuses_a_reference_with_errors_that_cancel(
     options = {**OPTIONS, "beta": 0.1, "per_device_train_batch_size": 4}
     with pytest.raises(UserError, match="ln 2"):
         fit_implicit(
-            model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+            model,
+            tiny_tokenizer,
+            pairs,
+            logps,
+            options,
+            training(tmp_path),
+            at_reference=True,
         )
 
 
@@ -420,11 +438,13 @@ def test_fit_implicit_allows_rounding_at_any_beta(
     options = {**OPTIONS, "beta": 5.0, "per_device_train_batch_size": 4, "max_steps": 1}
     logps[0] += 0.002  # moves the loss by 5 * 0.002 / 2
     fit = (tiny_tokenizer, pairs, logps, options)
-    metrics = fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "near"), expect_ln2=True)
+    metrics = fit_implicit(
+        tiny_model("llama"), *fit, training(tmp_path / "near"), at_reference=True
+    )
     assert metrics["first_loss"] == pytest.approx(LN2 + 0.005, abs=1e-3)
     logps[0] += 0.05
     with pytest.raises(UserError, match="ln 2"):
-        fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "far"), expect_ln2=True)
+        fit_implicit(tiny_model("llama"), *fit, training(tmp_path / "far"), at_reference=True)
 
 
 def test_fit_implicit_allows_rounding_of_half_precision_weights(
@@ -436,12 +456,15 @@ def test_fit_implicit_allows_rounding_of_half_precision_weights(
     fit = (tiny_tokenizer, pairs, logps, options)
     logps[0] += 0.05  # refused of weights in float32, above
     model = tiny_model("llama").bfloat16()
-    metrics = fit_implicit(model, *fit, training(tmp_path / "near"), expect_ln2=True)
+    metrics = fit_implicit(model, *fit, training(tmp_path / "near"), at_reference=True)
     assert metrics["first_loss"] == pytest.approx(LN2 + 5 * 0.05 / 2, abs=0.1)
     logps[0] += 0.6
     with pytest.raises(UserError, match="ln 2"):
         fit_implicit(
-            tiny_model("llama").bfloat16(), *fit, training(tmp_path / "far"), expect_ln2=True
+            tiny_model("llama").bfloat16(),
+            *fit,
+            training(tmp_path / "far"),
+            at_reference=True,
         )
 
 
@@ -455,7 +478,7 @@ def test_fit_implicit_disables_dropout(
     logps = reference_logps([(1.0, model)], pairs)
     options = {**OPTIONS, "max_steps": 1}
     metrics = fit_implicit(
-        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), at_reference=True
     )
     assert metrics["first_loss"] == pytest.approx(LN2, abs=1e-5)
     refused = {**options, "disable_dropout": False}
@@ -467,18 +490,88 @@ def test_fit_implicit_disables_dropout(
             logps,
             refused,
             training(tmp_path / "again"),
-            expect_ln2=True,
+            at_reference=True,
         )
 
 
-def test_fit_implicit_expects_ln_2_of_the_sigmoid_loss_only(
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"loss_type": ["bco_pair"], "beta": 1.0}, "space"),
+        ({"loss_type": ["bco_pair"]}, "bco"),
+        ({"loss_type": ["nca_pair"]}, "nca"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}, "sft"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_fit_implicit_has_the_losses_of_self_play(
+    options: dict[str, Any],
+    expected: str,
+    tiny_model: MakeModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """The mean logged loss of all pairs, from log-ratios by the model's own forward."""
+    pairs, reference = random_pairs(4, seed=9), tiny_model("gpt2")
+    model = moved(tiny_model("gpt2"), 3)
+    with torch.no_grad():
+        policy, base = side_sums(model, pairs), side_sums(reference, pairs)
+    chosen, rejected = (p - r for p, r in zip(policy, base, strict=True))
+    tokens = sum(len(ids) for ids in pairs["chosen_ids"])
+    beta = options.get("beta", 0.5)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    losses = {
+        # arXiv:2512.07175 with mu = 1: sigma_mu(r) = 1 / (1 + mu exp(-r)) of r = log pi / pi_k.
+        "space": -(1 / (1 + torch.exp(-chosen))).log() - (1 - 1 / (1 + torch.exp(-rejected))).log(),
+        "bco": -log_sigmoid(beta * chosen) - log_sigmoid(-beta * rejected),
+        "nca": -log_sigmoid(beta * chosen)
+        - 0.5 * log_sigmoid(-beta * chosen)
+        - 0.5 * log_sigmoid(-beta * rejected),
+        "sft": -log_sigmoid(beta * (chosen - rejected)) - 0.1 * policy[0].sum() / tokens,
+    }
+    still = {**OPTIONS, "beta": 0.5, **options, "per_device_train_batch_size": 4, "max_steps": 1}
+    metrics = fit_implicit(
+        model,
+        tiny_tokenizer,
+        pairs,
+        reference_logps([(1.0, reference)], pairs),
+        {**still, "learning_rate": 0.0},
+        training(tmp_path),
+        at_reference=False,
+    )
+    assert metrics["train_loss"] == pytest.approx(float(losses[expected].mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["bco_pair", "nca_pair"])
+def test_fit_implicit_knows_the_first_loss_of_self_play(
+    loss: str, tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pairs, model = random_pairs(4, seed=13), tiny_model("llama")
+    options = {**OPTIONS, "loss_type": [loss], "max_steps": 1}
+    logps = reference_logps([(1.0, model)], pairs)
+    fit: Any = (model, tiny_tokenizer, pairs)
+    metrics = fit_implicit(*fit, logps, options, training(tmp_path), at_reference=True)
+    assert metrics["first_loss"] == pytest.approx(2 * LN2, abs=1e-5)
+    other = reference_logps([(1.0, moved(tiny_model("llama"), 3))], pairs)
+    with pytest.raises(UserError, match=r"expected 2 ln 2 = 1\.386294: reference and policy"):
+        fit_implicit(
+            tiny_model("llama"),
+            *fit[1:],
+            other - 1.0,
+            options,
+            training(tmp_path / "far"),
+            at_reference=True,
+        )
+
+
+def test_fit_implicit_expects_no_first_loss_of_other_losses(
     tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     pairs, model = random_pairs(4, seed=13), tiny_model("llama")
     logps = reference_logps([(1.0, model)], pairs)
     options = {**OPTIONS, "loss_type": ["hinge"], "max_steps": 1, "learning_rate": 0.0}
     metrics = fit_implicit(
-        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), expect_ln2=True
+        model, tiny_tokenizer, pairs, logps, options, training(tmp_path), at_reference=True
     )
     assert metrics["train_loss"] == pytest.approx(1.0, abs=1e-5)  # relu(1 - 0)
     assert "first_loss" not in metrics
@@ -496,7 +589,7 @@ def test_fit_implicit_refuses_no_pairs(
             np.zeros((2, 0), np.float32),
             {},
             training(tmp_path),
-            expect_ln2=True,
+            at_reference=True,
         )
 
 

@@ -103,7 +103,7 @@ def result(group: str, args: Args, folder: Path, kind: str) -> dict[str, Any]:
         else:
             logps = reference_logps([(1.0, trained.eval())], pairs)
             metrics = fit_implicit(
-                trained, tokenizer, pairs, logps, args, training, expect_ln2=kind != "gpt2"
+                trained, tokenizer, pairs, logps, args, training, at_reference=kind != "gpt2"
             )
     hook = getattr(trained.base_model, "_gradient_checkpointing_func", None)
     if hook is None:

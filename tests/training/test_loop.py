@@ -385,6 +385,31 @@ def test_options_of_the_explicit_reward(
         assert raw.abs().max() <= 2.0 + 1e-4 and raw.std() > 0
 
 
+def test_pairs_of_the_policy_over_older_ones_begin_in_iteration_1(
+    run: Callable[..., Result],
+) -> None:
+    sources = "pairs={sources: [demonstration/policy, policy/older, policy/sft], SHARES}"
+    shares = sources.replace("SHARES", "shares: [50, 30, 20], truncated: keep, window: latest")
+    options = [option for option in SPIN if not option.startswith("pairs.")]
+    result = run("older", *options, shares, "loop.iterations=3", "loop.signs.action=warn")
+    records = stage_records(result.folder)
+    first, *later = (records[f"pairs/{k}"]["metrics"]["train"] for k in (0, 1, 2))
+    assert first["pairs"] == first["pairs/demonstration/policy"] == 120
+    for counts in later:
+        parts = [counts[f"pairs/{source}"] for source in
+                 ("demonstration/policy", "policy/older", "policy/sft")]  # fmt: skip
+        assert sum(parts) == counts["pairs"] > 0
+        assert [part / counts["pairs"] for part in parts] == pytest.approx(
+            [0.5, 0.3, 0.2], abs=0.02
+        )
+    folder = stage_folder(result.folder, "pairs/2") / "train.parquet"
+    rows = pq.read_table(folder).to_pylist()
+    generators = {row["source"]: row["generator"] for row in rows}
+    assert generators["policy/older"] == records["reward/0"]["key"]
+    assert generators["policy/sft"] == records["sft"]["key"]
+    assert generators["demonstration/policy"] == records["reward/1"]["key"]
+
+
 def test_a_cold_start_with_neighbour_contrast_alone(run: Callable[..., Result]) -> None:
     result = run(
         "contrast",

@@ -108,7 +108,7 @@ class StageCosts:
         contrast = options.contrast_per_demonstration * options.contrast_edits
         pairs = {
             "demonstration/contrast": rows * contrast * (1 + options.contrast_crossed),
-            "sft/init": samples,
+            **dict.fromkeys(("sft/init", "policy/sft", "policy/older"), samples),
         }
         # A prompt's demonstrations and samples take turns.
         return sum(pairs.get(source, max(used, samples)) for source in options.sources)
