@@ -9,6 +9,7 @@ from pydantic import (
     Field,
     FiniteFloat,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -136,11 +137,15 @@ class RewardOptions(Options):
         (
             "kind",
             ("explicit",),
-            ("loss", "offset", "bound", "echo", "init", "lm_coef", "preferences", "lora"),
+            (
+                *("loss", "label_smoothing", "margin_cap", "train_layers", "offset", "bound"),
+                *("echo", "init", "lm_coef", "preferences", "lora"),
+            ),
         ),
         ("kind", ("implicit",), ("numerator", "reference", "mixture", "endogenous", "mean")),
         ("kind", ("explicit", "implicit"), ("beta", "args", "schedule", "max_pairs")),
         ("numerator", ("fitted",), ("args", "schedule", "max_pairs")),
+        ("loss", ("bradley_terry",), ("label_smoothing",)),
         ("reference", ("mixture",), ("mixture",)),
         ("offset", (None, "log_ratio", "reward"), ("offset_coef", "offset_clip")),
         ("offset", (None, "log_ratio"), ("offset_per_token",)),
@@ -164,6 +169,14 @@ class RewardOptions(Options):
     """Several explicit rewards in place of one."""
     loss: Literal["bradley_terry", "linear"] = "bradley_terry"
     """Pair loss of the explicit reward: -log sigmoid(r_E - r_hat), or -(r_E - r_hat)."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """With bradley_terry: probability that a pair counts as the other way round (R-AIRL: 0.1). It
+    bounds logits, so that a reward that tells almost all pairs apart still orders samples."""
+    margin_cap: PositiveFloat | None = None
+    """Pairs whose logit is larger have no gradient. Null has no cap."""
+    train_layers: NonNegativeInt | None = None
+    """Train only the head and this many last layers of the backbone; 0 is a linear head on frozen
+    features. Null trains all weights."""
     beta: PositiveFloat = 1.0
     """Explicit reward: the logit of a pair is (r_E - r_hat) / beta, in nats. The policy level with
     a KL weight of beta then ends at the demonstrations; a smaller weight goes further. Implicit
@@ -251,6 +264,8 @@ class RewardOptions(Options):
             raise ValueError("kind functions needs functions: give [module:callable]")
         if repeated := [path for path in paths if paths.count(path) > 1]:
             raise ValueError(f"functions: {repeated[0]} is given twice")
+        if self.train_layers is not None and self.lora is not None:
+            raise ValueError("train_layers is for weights of the backbone: lora trains an adapter")
         if self.loss == "linear" and self.bound is None:
             raise ValueError("loss linear is unbounded: give bound, the largest |r|")
         if self.loss == "linear" and self.offset not in (None, "none"):

@@ -46,7 +46,7 @@ from irl_align.reward.losses import calibration_error
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.keys import derive_seed
-from irl_align.training.reward_step import scheduled
+from irl_align.training.reward_step import pair_loss, scheduled
 from irl_align.training.run_folder import Run, RunView, is_run
 from irl_align.training.store import Store
 
@@ -246,7 +246,7 @@ def _preference_reward(
             policy, tokenizer, settings, seed % 2**63, device, options.lora, **loading
         )
         training = Training(work, seed % 2**31, device, label="preference reward")
-        metrics = fit_reward(reward, pair_columns(rows), options.loss, args, training)
+        metrics = fit_reward(reward, pair_columns(rows), pair_loss(options), args, training)
         prompts, completions = SIDES[0]
         reward.centre(column(rows, prompts), column(rows, completions))
         reward.save_pretrained(work / "model")
@@ -257,7 +257,8 @@ def _preference_reward(
         {
             "seed": recipe.seed,
             "args": args,
-            "reward": options.model_dump(include={"loss", "bound", "lm_coef", "echo", "lora"}),
+            "loss": vars(pair_loss(options)),
+            "reward": options.model_dump(include={"bound", "lm_coef", "echo", "lora"}),
             "quantization": None if quantization is None else quantization.model_dump(),
             "prompt": prompt,
         },

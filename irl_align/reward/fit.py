@@ -25,7 +25,7 @@ from irl_align.models.trl import (
 )
 from irl_align.models.trl_options import training_args
 from irl_align.reward.forward import whole_rewards
-from irl_align.reward.losses import PAIR_LOSSES, calibration_error, pair_logits, pair_metrics
+from irl_align.reward.losses import PairLoss, calibration_error, pair_logits, pair_metrics
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import RewardFunction
 from irl_align.reward.settings import RewardSettings
@@ -127,16 +127,13 @@ class PairCollator:
 class PairRewardTrainer(Guarded, RewardTrainer):
     """TRL's RewardTrainer with this project's losses, weights and reward head."""
 
-    def __init__(
-        self, *args: Any, settings: RewardSettings, loss: str, beta: float, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, settings: RewardSettings, loss: PairLoss, **kwargs: Any) -> None:
         config = kwargs["model"].config
         heads, config.num_labels = config.num_labels, 1  # TRL refuses an ensemble of heads
         super().__init__(*args, **kwargs)
         config.num_labels = heads
         self.reward_settings = replace(settings, penalty=None)
-        self.pair_loss = PAIR_LOSSES[loss]
-        self.beta = beta
+        self.pair_loss = loss
 
     def compute_loss(
         self,
@@ -157,8 +154,7 @@ class PairRewardTrainer(Guarded, RewardTrainer):
             offset = offset[:, None].expand_as(preferred)
             sides = (preferred, rejected, weight, offset)
             preferred, rejected, weight, offset = (each.flatten() for each in sides)
-        logits = pair_logits(preferred, rejected, offset, self.beta)
-        loss, metrics = self.pair_loss(logits, weight)
+        loss, metrics = self.pair_loss(preferred, rejected, offset, weight)
         args: Any = self.args
         if args.center_rewards_coefficient is not None:
             loss = loss + args.center_rewards_coefficient * (preferred + rejected).pow(2).mean()
@@ -171,15 +167,11 @@ class PairRewardTrainer(Guarded, RewardTrainer):
 def fit_reward(
     reward: RewardModel,
     columns: Mapping[str, list[Any]],
-    loss: str,
+    loss: PairLoss,
     options: Mapping[str, Any],
     training: Training,
-    beta: float = 1.0,
 ) -> dict[str, Any]:
-    """Train `reward` in place on pairs (see :func:`pair_columns`); returns training metrics.
-
-    beta: divisor of the reward in the logits of pairs.
-    """
+    """Train `reward` in place on pairs (see :func:`pair_columns`); returns training metrics."""
     args = training_args(RewardConfig, {**LENGTH_GROUPS, **options}, training)
     columns = {**columns, **{y: list(reward.as_read(columns[x], columns[y])) for x, y in SIDES}}
     longest = max(
@@ -197,7 +189,6 @@ def fit_reward(
         processing_class=reward.tokenizer,
         settings=reward.settings,
         loss=loss,
-        beta=beta,
     )
     metrics = run_trainer(trainer, training)
     copy_back(trained, reward.model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,12 +28,17 @@ def pair_logits(
     return (preferred.to(dtype) - rejected.to(dtype)) / beta - offset
 
 
-def bradley_terry(logits: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Metrics]:
+def bradley_terry(
+    logits: Tensor, weight: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, Metrics]:
     """Pair loss -log sigmoid(logit) of :func:`pair_logits`.
 
-    logits: (B,); weight: (B,), or None for equal weights.
+    logits: (B,); weight: (B,), or None for equal weights. smoothing: probability that a pair counts
+    as the other way round, which makes log((1 - smoothing) / smoothing) the best logit.
     """
     loss = -F.logsigmoid(logits)  # arXiv:2503.13538 eq. 11
+    if smoothing:  # (1 - s) -log sigmoid(z) + s -log sigmoid(-z), as in arXiv:2510.01857
+        loss = loss + smoothing * logits
     return _weighted_mean(loss, weight), pair_metrics(logits.detach())
 
 
@@ -45,6 +51,31 @@ def linear(logits: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Metric
 
 
 PAIR_LOSSES = {"bradley_terry": bradley_terry, "linear": linear}
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """A pair loss with its options."""
+
+    name: str = "bradley_terry"
+    beta: float = 1.0
+    """Divisor of the reward in logits."""
+    smoothing: float = 0.0
+    """Label smoothing of bradley_terry."""
+    cap: float | None = None
+    """Pairs with a larger logit have no gradient."""
+
+    def __call__(
+        self, preferred: Tensor, rejected: Tensor, offset: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """Weighted loss of B pairs and metrics of their logits; all arguments are (B,)."""
+        logits = pair_logits(preferred, rejected, offset, self.beta)
+        metrics = pair_metrics(logits.detach())
+        if self.cap is not None:
+            logits = logits.clamp(max=self.cap)
+        if self.name == "linear":
+            return linear(logits, weight)[0], metrics
+        return bradley_terry(logits, weight, self.smoothing)[0], metrics
 
 
 def bound(reward: Tensor, limit: float) -> Tensor:

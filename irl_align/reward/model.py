@@ -290,6 +290,28 @@ def train_adapter(model: PreTrainedModel) -> None:
     score_head(model).requires_grad_(True)
 
 
+def train_last_layers(model: PreTrainedModel, layers: int) -> None:
+    """Train only the head, the last layers of the backbone and the norm behind them.
+
+    layers: 0 trains the head alone. Raises UserError: the backbone has fewer layers, or none in a
+    list.
+    """
+    backbone: Any = model.base_model
+    stacks = [each for each in backbone.children() if isinstance(each, torch.nn.ModuleList)]
+    stack = max(stacks, key=len, default=torch.nn.ModuleList())
+    if layers > len(stack):
+        raise UserError(
+            f"reward.train_layers: found {layers}, expected at most {len(stack)}, the layers of a "
+            f"{model.config.model_type}"
+        )
+    model.requires_grad_(False)
+    score_head(model).requires_grad_(True)
+    if layers:
+        norms = [each for each in backbone.children() if "norm" in type(each).__name__.lower()]
+        for part in [*stack[-layers:], *norms]:
+            part.requires_grad_(True)
+
+
 def require_plain_logits(policy: PreTrainedModel) -> None:
     """Raise UserError if reward.lm_coef cannot be used with a policy of this architecture."""
     if not has_plain_logits(policy):

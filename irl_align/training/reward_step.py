@@ -27,8 +27,8 @@ from irl_align.policy.roles import Role
 from irl_align.reward.composed import functions_key, member_folder, save_ensemble
 from irl_align.reward.fit import bootstrap_weights, fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
-from irl_align.reward.losses import pessimistic
-from irl_align.reward.model import RewardModel, train_adapter
+from irl_align.reward.losses import PairLoss, pessimistic
+from irl_align.reward.model import RewardModel, train_adapter, train_last_layers
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
@@ -204,12 +204,17 @@ def _fit_explicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Rewar
             columns["weight"] = bootstrap_weights(columns["weight"], ensemble.members, seed)
         reward = _unfitted(context, iteration, None if warm is None else warm.path)
         training = context.training(work, f"reward {k}")
-        metrics = fit_reward(reward, columns, options.loss, fit.args, training, options.beta)
+        metrics = fit_reward(reward, columns, pair_loss(options), fit.args, training)
         return {**metrics, **_centre_and_save(reward, iteration.data, work / "model")}
 
     stage = context.stage(Role.reward(k), "reward", fit.settings, inputs, build)
     context.log(Role.reward_fit(k), _without_history(stage.metrics))
     return _explicit(stage, options.beta)
+
+
+def pair_loss(options: RewardOptions) -> PairLoss:
+    """The pair loss of a recipe's reward."""
+    return PairLoss(options.loss, options.beta, options.label_smoothing, options.margin_cap)
 
 
 def _fit_models(
@@ -228,7 +233,7 @@ def _fit_models(
         start = None if warm is None else member_folder(warm.path, i)
         reward = _unfitted(context, iteration, start, f" member {i}")
         training = context.training(work / "scratch" / f"{i}", f"reward {k} member {i}")
-        metrics = fit_reward(reward, columns, options.loss, fit.args, training, options.beta)
+        metrics = fit_reward(reward, columns, pair_loss(options), fit.args, training)
         centred = _centre_and_save(reward, iteration.data, member_folder(folder, i))
         members.append({**_without_history(metrics), **centred})
         scores.append(reward.score_ids(*_centring_rows(iteration.data)))
@@ -249,12 +254,14 @@ def _unfitted(
         if options.lora is not None:
             train_adapter(reward.model)
         reward.settings = replace(reward.settings, centres=[], mean=0.0)
+        if options.train_layers is not None:
+            train_last_layers(reward.model, options.train_layers)
         return reward
     ensemble, settings = options.ensemble, _settings(context, iteration.data, options.lm_coef)
     heads = 1
     if ensemble is not None and ensemble.kind == "heads":
         heads, settings = ensemble.members, replace(settings, penalty=ensemble.penalty)
-    return RewardModel.from_policy(
+    reward = RewardModel.from_policy(
         iteration.initial.path,
         context.tokenizer,
         settings,
@@ -264,6 +271,9 @@ def _unfitted(
         heads=heads,
         **(context.models.quantization if options.lora is not None else {}),
     )
+    if options.train_layers is not None:
+        train_last_layers(reward.model, options.train_layers)
+    return reward
 
 
 def _preference_columns(context: RunContext, iteration: Iteration) -> dict[str, list[Any]]:

@@ -23,6 +23,7 @@ from irl_align.models.attention import short_attention
 from irl_align.models.trl import Training
 from irl_align.models.trl_options import training_args
 from irl_align.reward.fit import SIDES, fit_reward, pair_columns
+from irl_align.reward.losses import PairLoss
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 from irl_align.training.reward_step import scheduled
@@ -77,7 +78,7 @@ def main(folder: Path, count: int) -> None:
         batch = training_args(RewardConfig, args, training).per_device_train_batch_size
         bare = floor(reward, tokens, round(tokens / len(unique)), 2 * batch, bool(args.get("bf16")))
         begin = time.process_time()
-        fit_reward(reward, columns, options.loss, args, training)
+        fit_reward(reward, columns, PairLoss(options.loss), args, training)
         took = time.process_time() - begin
     print(
         f"{folder.name}: {count} pairs, {tokens} tokens: bare {count / bare:.1f}, fit "

@@ -33,6 +33,7 @@ from irl_align.models.trl import Guarded, Training
 from irl_align.policy.ppo.backbone import share_backbone
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.losses import PairLoss
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 
@@ -191,7 +192,7 @@ def test_training_an_adapter_resumes_bit_identical_after_a_kill(
             plain = RewardSettings()
             reward = RewardModel.from_policy(start, tiny_tokenizer, plain, seed=1, lora=lora)
             columns = pair_columns(pairs)
-            return reward.model, fit_reward(reward, columns, "bradley_terry", FIT, where)
+            return reward.model, fit_reward(reward, columns, PairLoss(), FIT, where)
         model = adapted(load_model(start), start, lora_dropout=0.2)
         if kind == "implicit":
             logps = reference_logps([(1.0, model)], pairs)
@@ -396,7 +397,7 @@ def test_policy_and_reward_train_on_a_4_bit_base(
     lora = LoraOptions(r=4)
     reward = RewardModel.from_policy(start, tiny_tokenizer, settings, 3, lora=lora, **bits)
     columns = pair_columns(pairs)
-    fit_reward(reward, columns, "bradley_terry", few, replace(where, work=tmp_path / "other"))
+    fit_reward(reward, columns, PairLoss(), few, replace(where, work=tmp_path / "other"))
     reward.save_pretrained(tmp_path / "reward")
     ours = reward.score_ids(PROMPTS, COMPLETIONS)
     scores = RewardModel.from_pretrained(tmp_path / "reward").score_ids(PROMPTS, COMPLETIONS)

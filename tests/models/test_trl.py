@@ -23,6 +23,7 @@ from irl_align.models.trl import LengthGroups, Training, last_checkpoint
 from irl_align.models.trl_options import training_args
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.losses import PairLoss
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 from irl_align.utils import hardware
@@ -74,7 +75,7 @@ def make_fit(
             settings = RewardSettings(lm_coef=0.5)  # with an output layer of its own
             reward = RewardModel.from_policy(policy, tiny_tokenizer, settings, seed=1)
             columns = pair_columns(pairs)
-            metrics = fit_reward(reward, columns, "bradley_terry", options, training(work))
+            metrics = fit_reward(reward, columns, PairLoss(), options, training(work))
             return reward.model, metrics
 
         return fit

@@ -27,6 +27,7 @@ from irl_align.reward.fit import (
     pair_columns,
 )
 from irl_align.reward.forward import score_head
+from irl_align.reward.losses import PairLoss
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 from irl_align.utils.statistics import clustered_share
@@ -139,8 +140,7 @@ def batch_loss(
         train_dataset=dataset,
         processing_class=reward.tokenizer,
         settings=reward.settings,
-        loss=loss,
-        beta=beta,
+        loss=PairLoss(loss, beta),
     )
     return trainer.compute_loss(reward.model, collator(list(dataset))), trainer
 
@@ -252,7 +252,7 @@ def test_fit_reward_learns_a_separable_relation(
     before = margin_report(margins(ours, held_out), [""] * len(held_out))
     args = {**BATCH, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_steps": 100}
     columns = pair_columns(toy_pairs(600, seed=1))
-    metrics = fit_reward(ours, columns, loss, args, training(tmp_path))
+    metrics = fit_reward(ours, columns, PairLoss(loss), args, training(tmp_path))
     report = margin_report(margins(ours, held_out), [""] * len(held_out))
     assert before["accuracy"] < 0.65
     assert report["accuracy"] > 0.95
@@ -270,8 +270,8 @@ def test_fit_reward_ignores_rows_without_weight(
     ours, alone = reward(), reward()
     args = {**BATCH, "learning_rate": 1e-3, "max_steps": 3}
     both = {name: columns[name] + others[name] for name in columns}
-    fit_reward(ours, both, "bradley_terry", args, training(tmp_path / "both"))
-    fit_reward(alone, columns, "bradley_terry", args, training(tmp_path / "alone"))
+    fit_reward(ours, both, PairLoss(), args, training(tmp_path / "both"))
+    fit_reward(alone, columns, PairLoss(), args, training(tmp_path / "alone"))
     for mine, theirs in zip(ours.model.parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)
 
@@ -281,9 +281,7 @@ def test_fit_reward_stops_at_a_loss_that_is_not_finite(
 ) -> None:
     args = {**BATCH, "learning_rate": 1e30, "max_steps": 5}
     with pytest.raises(UserError, match=r"irl: the loss is (nan|inf) at step 2; lower learning_ra"):
-        fit_reward(
-            reward(), pair_columns(toy_pairs(16, 1)), "bradley_terry", args, training(tmp_path)
-        )
+        fit_reward(reward(), pair_columns(toy_pairs(16, 1)), PairLoss(), args, training(tmp_path))
 
 
 def test_fit_reward_refuses_weights_broken_by_the_last_step(
@@ -291,15 +289,13 @@ def test_fit_reward_refuses_weights_broken_by_the_last_step(
 ) -> None:
     args = {**BATCH, "learning_rate": 1e39, "max_steps": 1}
     with pytest.raises(UserError, match="reward 0: training ended at step 1 with weights that are"):
-        fit_reward(
-            reward(), pair_columns(toy_pairs(16, 1)), "bradley_terry", args, training(tmp_path)
-        )
+        fit_reward(reward(), pair_columns(toy_pairs(16, 1)), PairLoss(), args, training(tmp_path))
 
 
 def test_fit_reward_refuses_no_pairs(reward: Callable[..., RewardModel], tmp_path: Path) -> None:
     columns = pair_columns(toy_pairs(1, 1).select([]))
     with pytest.raises(UserError, match="reward 0: no rows are left"):
-        fit_reward(reward(), columns, "bradley_terry", {}, training(tmp_path))
+        fit_reward(reward(), columns, PairLoss(), {}, training(tmp_path))
 
 
 # --- the report -----------------------------------------------------------------------------------

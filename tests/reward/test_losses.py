@@ -10,6 +10,7 @@ from torch import Tensor
 
 from irl_align.reward.losses import (
     PAIR_LOSSES,
+    PairLoss,
     bound,
     bradley_terry,
     calibration_error,
@@ -91,6 +92,27 @@ def test_at_zero_margin_bradley_terry_pulls_half_as_hard_as_linear() -> None:
     ]
     assert list(PAIR_LOSSES) == ["bradley_terry", "linear"]
     assert pulls == [[-0.25, -0.25], [-0.5, -0.5]]
+
+
+@pytest.mark.parametrize("logit", [-2.0, 0.0, 3.0])
+def test_label_smoothing_mixes_both_directions(logit: float) -> None:
+    smoothed, _ = bradley_terry(torch.tensor([logit], dtype=torch.float64), smoothing=0.1)
+    right, wrong = math.log(1 + math.exp(-logit)), math.log(1 + math.exp(logit))
+    assert smoothed.item() == pytest.approx(0.9 * right + 0.1 * wrong, abs=1e-9)
+
+
+def test_label_smoothing_bounds_the_best_logit() -> None:
+    best = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)
+    loss, _ = bradley_terry(best, smoothing=0.1)
+    assert gradients(loss, best)[0] == pytest.approx([0.0], abs=1e-6)
+
+
+def test_pair_loss_gives_no_gradient_beyond_the_cap() -> None:
+    preferred = torch.tensor([5.0, 2.0], requires_grad=True)
+    rejected, none, equal = torch.zeros(2), torch.zeros(2), torch.ones(2)
+    loss, metrics = PairLoss(cap=2.0, beta=2.0)(preferred, rejected, none, equal)
+    assert gradients(loss, preferred)[0] == pytest.approx([0.0, -0.25 / (1 + math.e)], abs=1e-6)
+    assert float(metrics["margin"]) == pytest.approx((2.5 + 1.0) / 2)  # of the logits themselves
 
 
 @pytest.mark.parametrize(("name", "losses"), [("bradley_terry", None), ("linear", [-1.0, 2.0])])

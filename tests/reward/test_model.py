@@ -23,7 +23,7 @@ from transformers import (
 
 from irl_align.errors import UserError
 from irl_align.reward.forward import score_head
-from irl_align.reward.model import RewardModel
+from irl_align.reward.model import RewardModel, train_last_layers
 from irl_align.reward.settings import RewardSettings
 
 MakeModel = Callable[[str], PreTrainedModel]
@@ -229,6 +229,33 @@ def test_from_policy_refuses_lm_coef_with_transformed_logits(
     with pytest.raises(UserError, match="lm_coef: a gemma2 computes its logits with more than"):
         RewardModel.from_policy(folder, tiny_tokenizer, RewardSettings(lm_coef=0.5), 0)
     RewardModel.from_policy(folder, tiny_tokenizer, RewardSettings(), 0)
+
+
+# --- which weights are trained --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "trained"), [(0, {"score"}), (1, {"score", "last", "norm"})])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox"])
+def test_train_last_layers_freezes_the_rest(
+    arch: str, layers: int, trained: set[str], reward: Callable[..., RewardModel]
+) -> None:
+    model = reward(arch).model
+    train_last_layers(model, layers)
+    last = len(next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))) - 1
+    kinds = set()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            in_last = f".{last}." in name
+            kinds.add("score" if "score" in name else "last" if in_last else "norm")
+            assert in_last or "score" in name or "norm" in name or "ln_f" in name
+    assert kinds == trained
+
+
+def test_train_last_layers_refuses_more_than_there_are(
+    reward: Callable[..., RewardModel],
+) -> None:
+    with pytest.raises(UserError, match="found 9, expected at most 2, the layers of a llama"):
+        train_last_layers(reward("llama").model, 9)
 
 
 # --- mean of the demonstrations -------------------------------------------------------------------

@@ -20,6 +20,7 @@ from irl_align.models.packing import pack_rows
 from irl_align.models.trl import Training
 from irl_align.reward.fit import fit_reward, margins, pair_columns
 from irl_align.reward.forward import score_head, whole_rewards
+from irl_align.reward.losses import PairLoss
 from irl_align.reward.model import RewardModel
 from irl_align.reward.protocol import ScoreRequest
 from irl_align.reward.scoring import score_tokens
@@ -142,7 +143,7 @@ def test_fit_reward_reads_the_prompt_twice(
         "lr_scheduler_type": "constant",
     }
     where = Training(tmp_path / "work", seed=0, device=torch.device("cpu"))
-    fit_reward(ours, pair_columns(pairs), "bradley_terry", args, where)
+    fit_reward(ours, pair_columns(pairs), PairLoss(), args, where)
     after = (margins(ours, pairs) > 0).float().mean()
     assert after > 0.9 > before
 

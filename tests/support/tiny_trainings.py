@@ -24,6 +24,7 @@ from irl_align.models.sft import fit_sft, sft_columns
 from irl_align.models.trl import Training
 from irl_align.reward.fit import fit_reward, pair_columns
 from irl_align.reward.implicit import fit_implicit, reference_logps
+from irl_align.reward.losses import PairLoss
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 from support.tiny_models import cached_tokenizer
@@ -99,7 +100,7 @@ def result(group: str, args: Args, folder: Path, kind: str) -> dict[str, Any]:
             trained.save_pretrained(folder / "start")
             reward = RewardModel.from_policy(folder / "start", tokenizer, RewardSettings(), 0)
             trained = reward.model
-            metrics = fit_reward(reward, pair_columns(pairs), "bradley_terry", args, training)
+            metrics = fit_reward(reward, pair_columns(pairs), PairLoss(), args, training)
         else:
             logps = reference_logps([(1.0, trained.eval())], pairs)
             metrics = fit_implicit(

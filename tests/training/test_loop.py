@@ -385,6 +385,22 @@ def test_options_of_the_explicit_reward(
         assert raw.abs().max() <= 2.0 + 1e-4 and raw.std() > 0
 
 
+def test_a_linear_head_on_frozen_features_with_smoothed_labels(
+    best: Result, run: Callable[..., Result]
+) -> None:
+    frozen = ("reward.train_layers=0", "reward.label_smoothing=0.1", "reward.margin_cap=3.0")
+    result = run("frozen", *BEST, *frozen, "loop.signs.action=warn")
+    start, fitted = (
+        load_file(stage_folder(result.folder, role) / "model" / "model.safetensors")
+        for role in ("sft", "reward/0")
+    )
+    assert all(
+        torch.equal(start[name], weight) for name, weight in fitted.items() if "score" not in name
+    )
+    keys = [stage_records(each.folder)["reward/0"]["key"] for each in (best, result)]
+    assert keys[0] != keys[1]
+
+
 def test_pairs_of_the_policy_over_older_ones_begin_in_iteration_1(
     run: Callable[..., Result],
 ) -> None:
