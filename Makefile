@@ -50,8 +50,8 @@ $(STAMP_BROWSER): $(STAMP)
 
 quickstart: venv  ## align a tiny model on the built-in task by SPIN and by IRL, and compare them
 	.venv/bin/irl-align train recipes/restaurant/spin.yaml
-	.venv/bin/irl-align train recipes/restaurant/irl-best-of-n.yaml
-	.venv/bin/irl-align show runs/restaurant-spin-seed0 runs/restaurant-irl-best-of-n-seed0
+	.venv/bin/irl-align train recipes/restaurant/irl-ppo.yaml
+	.venv/bin/irl-align show runs/restaurant-spin-seed0 runs/restaurant-irl-ppo-seed0
 
 test: vllm deepspeed  ## run all tests, two files at a time
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -13,10 +13,11 @@ from support.tiny_runs import metrics
 SHIPPED = sorted(
     path.relative_to(recipes_dir()).as_posix()
     for path in recipe_files()
-    if path.parent.name not in ("e2e", "restaurant", "ablations", "sfx")
+    if path.parent.name not in ("ablations", "countdown", "e2e", "restaurant", "sfx")
 )
 # One recipe for each kind of code path; `train RECIPE --smoke` tries any other one.
 SMOKED = {
+    "countdown/irl-best-of-n.yaml": ("loop.iterations=1",),
     "e2e/ablations/linear.yaml": ("loop.iterations=1",),
     "e2e/ablations/negatives-t0.01.yaml": ("loop.iterations=1",),
     "e2e/ablations/afd-sft-init.yaml": (),
@@ -24,6 +25,7 @@ SMOKED = {
     "e2e/ablations/iqlearn.yaml": ("loop.iterations=1",),
     "e2e/ablations/iqlearn-from-start.yaml": (),
     "e2e/dpo-fixed-ref.yaml": ("loop.pick=nearest",),
+    "e2e/ditto.yaml": ("loop.iterations=2",),
     "e2e/irl-select.yaml": ("loop.iterations=1",),
     "e2e/irl-select-edits.yaml": (),
     "restaurant/dense-path.yaml": (),
