@@ -24,12 +24,15 @@ class SignOptions(Options):
     action: Literal["warn", "stop"] = "warn"
     """What to do when a policy update passes a bound, or when the reward forgets: log a warning, or
     stop and keep the policy before the update."""
-    unfit_loss: PositiveFloat = 0.6931471805599453
-    """A reward whose held-out pair loss is at or above this bound (ln 2) is unfit: the loop stops.
-    If only the pairs with policy samples reach the bound, a warning is logged."""
-    fresh_accuracy: Share = 0.52
-    """If the reward prefers demonstrations to fresh samples at most this often, nothing is left to
-    learn from it."""
+    unfit_accuracy: Share = 0.5
+    """A reward is unfit, and the loop stops, if the 95% interval of its held-out accuracy does not
+    lie above this bound. With fewer than 30 prompts only the accuracy itself must, and a warning
+    says what cannot be told. If only the pairs with policy samples do not pass, a warning is
+    logged. 0 turns this off."""
+    two_sample_accuracy: Share = 0.55
+    """If the 95% interval of a fresh discriminator's accuracy on held-out demonstrations against
+    the policy's samples ends at or below this bound, nothing is left to learn. A wider interval
+    that includes 50% decides nothing: more held-out prompts are needed. 0 turns this off."""
     older_drop: Share = 0.05
     """Largest fall of the held-out accuracy on earlier iterations' pairs after a refit. A larger
     fall means that the reward forgets."""

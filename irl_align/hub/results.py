@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 from irl_align.evaluation.compare.policies import gold_estimate, reward_reports
 from irl_align.hub.facts import Artefact, Facts, card_name
 from irl_align.policy.roles import DEMONSTRATIONS
-from irl_align.reward.health import SHORTCUTS, accuracies
+from irl_align.reward.health import DISCRIMINATOR, SHORTCUTS, accuracies
 from irl_align.utils.statistics import Estimate, few_clusters
 from irl_align.utils.text_table import metric_name
 
@@ -74,9 +74,9 @@ def accuracy_table(facts: Facts, artefact: Artefact, measured: Measured) -> dict
     if report is not None:
         others = accuracies({**report, "by_source": {}})
         shares |= {name: one for name, one in others.items() if name != "held-out pairs"}
-    shortcuts = SHORTCUTS.values()
+    others_of = {DISCRIMINATOR, *SHORTCUTS.values()}
     rows = [
-        [name if name in shortcuts else f"this reward, {name}", *_share_cells(one)]
+        [name if name in others_of else f"this reward, {name}", *_share_cells(one)]
         for name, one in shares.items()
     ]
     held_out = {} if report is None else report["held_out"]

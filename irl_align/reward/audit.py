@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 
 from irl_align.data.columns import column
-from irl_align.reward.health import audit_share
+from irl_align.reward.health import SHORTCUTS, audit_share
 from irl_align.utils.statistics import Estimate, clustered_share
 from irl_align.utils.text_table import share_text
 
@@ -64,17 +64,26 @@ def within_prompts(prompts: Sequence[str], first: Values, second: Values) -> flo
 
 def shortcut_warnings(audit: Mapping[str, Any], accuracy: Estimate) -> list[str]:
     """One line for each surface shortcut (length, truncation) that is close to the reward's
-    accuracy, and one for a reward that correlates with length within prompts."""
+    accuracy, one if the SFT model's log-prob beats it, and one for a reward that correlates with
+    length within prompts."""
     lines = [
         f"shortcut audit: {name} alone separates {share_text(audit_share(audit, name))} of the "
         f"held-out pairs, the reward {share_text(accuracy)}: it may have learned the {name}"
         for name in ("length", "truncation")
         if audit[name] > 0.5 + CLOSE and audit[name] >= accuracy.mean - CLOSE
     ]
+    best = max(("logprob_sum", "logprob_mean"), key=lambda name: float(audit[name]))
+    if audit[best] > max(0.5 + CLOSE, accuracy.mean):
+        lines.append(
+            f"shortcut audit: the {SHORTCUTS[best]} separates "
+            f"{share_text(audit_share(audit, best))} of the held-out pairs, the reward "
+            f"{share_text(accuracy)}: log-prob ranks them better than the reward; set "
+            "reward.lm_coef, add contrast pairs or fit longer"
+        )
     leaning = audit.get("length_correlation")
     if leaning is not None and abs(leaning) >= LEANING:
         lines.append(
-            f"shortcut audit: among samples of one prompt the reward's correlation with length is "
+            f"shortcut audit: within prompts the reward's correlation with length is "
             f"{leaning:+.2f}: it prefers {'longer' if leaning > 0 else 'shorter'} texts"
         )
     return lines

@@ -12,6 +12,7 @@ AUDITED = "demonstration/policy"
 prompts have no lengths to compare."""
 
 
+DISCRIMINATOR = "fresh samples, by a discriminator"
 SHORTCUTS = {
     "length": "length alone",
     "truncation": "missing EOS alone",
@@ -41,7 +42,8 @@ def audit_share(audit: Mapping[str, Any], shortcut: str) -> Estimate:
 def accuracies(report: Mapping[str, Any]) -> dict[str, Estimate]:
     """What a reward was measured on -> its accuracy, and shortcut -> its accuracy.
 
-    report: of `measure_reward`, with `fresh` if the next policy's samples were scored.
+    report: of `measure_reward`, with `fresh` if the next policy's samples were scored, and
+    `two_sample` if a discriminator was fitted on them.
     """
     by_source = report["by_source"] if len(report["by_source"]) > 1 else {}
     parts = {
@@ -50,6 +52,7 @@ def accuracies(report: Mapping[str, Any]) -> dict[str, Estimate]:
         **{f"pairs of iteration {i}": own for i, own in report["older"].items()},
         "fresh samples": report.get("fresh") or {},
     }
+    parts[DISCRIMINATOR] = report.get("two_sample") or {}
     measured = {name: share for name, own in parts.items() if (share := accuracy(own))}
     audit = report["audit"]
     return measured | {name: audit_share(audit, key) for key, name in SHORTCUTS.items()}
@@ -57,15 +60,14 @@ def accuracies(report: Mapping[str, Any]) -> dict[str, Estimate]:
 
 def audited_accuracy(report: Mapping[str, Any]) -> Estimate:
     """The reward's accuracy on the pairs that the shortcuts are measured on."""
-    audited = accuracy(_audited(report)) or accuracy(report["held_out"])
+    audited = policy_pair_accuracy(report) or accuracy(report["held_out"])
     assert audited is not None
     return audited
 
 
-def policy_pair_loss(report: Mapping[str, Any]) -> float | None:
-    """The reward's loss on the pairs with the policy's samples; None if there are none."""
-    loss: float | None = _audited(report).get("loss")
-    return loss
+def policy_pair_accuracy(report: Mapping[str, Any]) -> Estimate | None:
+    """The reward's accuracy on the pairs with the policy's samples; None if there are none."""
+    return accuracy(_audited(report))
 
 
 def _audited(report: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,6 @@ from datasets import Dataset
 from scipy.optimize import brentq
 
 from irl_align.data.columns import column
-from irl_align.data.pairs import NoPairs, policy_pairs
 from irl_align.data.splits import choose_prompts
 from irl_align.models.generation.protocol import Completion, Sampling
 from irl_align.models.logprobs import best_of_n_kl_bound
@@ -33,6 +32,14 @@ from irl_align.reward.losses import pair_logits
 from irl_align.reward.model import RewardModel
 from irl_align.reward.outliers import outlier_share
 from irl_align.reward.protocol import RewardFunction
+from irl_align.reward.two_sample import (
+    BLOCKS,
+    fresh_pairs,
+    identical,
+    pooled_states,
+    text_features,
+    two_sample_accuracy,
+)
 from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
 from irl_align.training.pair_step import IterationPairs
@@ -74,7 +81,7 @@ def measure_reward(
             for prompt, completion in SIDES
         ]
         audit = shortcut_audit(audited, *logps)
-        audit["length_correlation"] = length_correlation(latest, rejected.numpy())
+        audit["length_correlation"] = length_correlation(latest, chosen.numpy(), rejected.numpy())
         return {**report, "audit": audit}
 
     inputs = {"reward": reward.key, "initial": initial.key}
@@ -111,28 +118,37 @@ def _correlation(one: torch.Tensor, two: torch.Tensor) -> float | None:
     return within_prompts([""] * len(one), one.numpy(), two.numpy())
 
 
-def length_correlation(pairs: Dataset, rejected: np.ndarray) -> float | None:
+def length_correlation(pairs: Dataset, chosen: np.ndarray, rejected: np.ndarray) -> float | None:
     """Correlation of reward and length among the policy's samples of a prompt.
 
-    rejected: (B,) rewards of the pairs' rejected sides. Each distinct sample counts once.
+    chosen, rejected: (B,) rewards of the pairs' sides. Each distinct sample counts once. If no
+    prompt has two, it is Pearson's correlation of the differences demonstration - sample in reward
+    and length over pairs: with r = a(prompt) + g(side) + b length + noise the difference removes a,
+    and subtracting the mean difference removes g(demonstration) - g(sample).
     """
-    columns = (pairs[name] for name in ("source", "prompt_key", "rejected_ids"))
-    samples = {
-        (key, tuple(ids)): (float(score), len(ids))
-        for (source, key, ids), score in zip(zip(*columns, strict=True), rejected, strict=True)
-        if source == "demonstration/policy"
-    }
+    columns = (pairs[name] for name in ("source", "prompt_key", "chosen_ids", "rejected_ids"))
+    samples, differences = dict[Any, Any](), dict[Any, Any]()
+    for (source, key, one, two), high, low in zip(
+        zip(*columns, strict=True), chosen, rejected, strict=True
+    ):
+        if source == AUDITED:
+            samples[key, tuple(two)] = float(low), len(two)
+            pair = key, tuple(one), tuple(two)
+            differences[pair] = float(high - low), len(one) - len(two)
     if not samples:
         return None
-    rewards, lengths = zip(*samples.values(), strict=True)
-    return within_prompts([key for key, _ in samples], rewards, lengths)
+    own = within_prompts([key for key, _ in samples], *zip(*samples.values(), strict=True))
+    if own is not None:
+        return own
+    return within_prompts([""] * len(differences), *zip(*differences.values(), strict=True))
 
 
 def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
     """Vital signs of pi_k on held-out prompts, sampled at temperature 1.
 
-    With a reward that is not the policy itself also how well it tells demonstrations from these
-    fresh samples, its mean by part, and the share of samples that are outliers to it.
+    Also how well a fresh discriminator distinguishes demonstrations from these samples, and, unless
+    the reward is the policy itself, how well the reward does, its mean by part, and the share of
+    samples that are outliers to it.
     """
     policy, initial, reward = iteration.policy, iteration.initial, iteration.reward
     data, models = iteration.data, context.models
@@ -155,9 +171,11 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
         logps = models.logprobs(policy, column(rows, "prompt_ids"), column(rows, "completion_ids"))
         if policy.ranking is None:
             report["demonstration_logp"] = float(np.mean([logp.sum() for logp in logps]))
+        pairs = fresh_pairs(rows, drawn.by_key, sampling.max_new_tokens)
+        report["two_sample"] = _two_sample_report(context, initial, pairs)
         if judge is not None:
             if judge.kind != "functions":  # which need not prefer demonstrations
-                report |= _fresh_report(context, judge, rows, drawn.by_key)
+                report |= _fresh_report(context, judge, pairs)
             # The proxy's gain over pi_0 on the same prompts, in nats.
             score, start = (_mean_scores(context, judge, s) for s in (drawn, drawn_first))
             gain = score["reward"] - start["reward"]
@@ -168,7 +186,7 @@ def measure_policy(context: RunContext, iteration: Iteration) -> dict[str, Any]:
 
     inputs = {"policy": policy.identity, "initial": initial.key, "data": data.checksums["held_out"]}
     inputs |= {"reward": reward.key} if reward is not None else {}
-    settings = {"prompts": len(keys), "sampling": vars(sampling)}
+    settings = {"prompts": len(keys), "sampling": vars(sampling), "two_sample": BLOCKS}
     role = Role.vitals(iteration.k)
     stage = context.stage(role, "vitals", settings, inputs, build)
     context.log(role, stage.metrics)
@@ -216,29 +234,37 @@ def vital_signs(
     return report | kl_report([c.logprobs for c in completions], reference)
 
 
-def _fresh_report(
-    context: RunContext, reward: Reward, rows: Dataset, samples: dict[str, list[Completion]]
-) -> dict[str, Any]:
-    """Report of the reward on pairs (held-out demonstration, fresh sample), and its accuracy.
-
-    Empty where there is no pair: the demonstrations are too long, or equal to the samples.
-    """
-    try:
-        pairs = policy_pairs(
-            rows,
-            samples,
-            iteration=0,
-            generator="",
-            sampling=context.sampler.sampling(1, 1.0),
-            truncated="keep",
-            max_tokens=context.recipe.generation.max_new_tokens,
-        )
-    except NoPairs:
-        return {}
-    function = spread(context.models.load_reward(reward.learned))
-    keys = column(pairs.rows, "prompt_key")
-    report = margin_report(margins(function, pairs.rows, reward.logit_beta), keys)
+def _fresh_report(context: RunContext, reward: Reward, pairs: Dataset) -> dict[str, Any]:
+    """Report of the reward on pairs (held-out demonstration, fresh sample), and its accuracy."""
+    function = spread(context.models.load_reward(reward))
+    margin = margins(function, pairs, reward.logit_beta)
+    margin[torch.as_tensor(identical(pairs))] = 0.0  # also where batches round differently
+    report = margin_report(margin, column(pairs, "prompt_key"))
     return {"fresh": report, "fresh_accuracy": report["accuracy"]}
+
+
+def _two_sample_report(context: RunContext, initial: Policy, pairs: Dataset) -> dict[str, Any]:
+    """Accuracy of a discriminator on features of pi_0, on pairs (demonstration, fresh sample)."""
+    model = context.models.load_policy(initial.path)
+    sides = []
+    for side in SIDES:
+        prompts, completions = (column(pairs, name) for name in side)
+        states = distributed.over_sequences(
+            lambda p, c: pooled_states(model, p, c), prompts, completions
+        )
+        logps = context.models.logprobs(initial, prompts, completions)
+        sides.append(text_features(states, logps))
+    same = identical(pairs)
+    differences = np.where(same[:, None], 0.0, sides[0] - sides[1])
+    counts = {
+        "identical": int(same.sum()),
+        "truncated": int(np.sum(column(pairs, "rejected_truncated"))),
+    }
+    share = two_sample_accuracy(differences, column(pairs, "prompt_key"))
+    if share is None:
+        return counts
+    report = {"pairs": share.n, "prompts": share.clusters, "accuracy": share.mean}
+    return {**counts, **report, "accuracy_interval": [share.low, share.high]}
 
 
 def _mean_scores(context: RunContext, reward: Reward, drawn: PromptSamples) -> dict[str, float]:
@@ -295,11 +321,13 @@ def nearest_policy(
     drawn = [sampler.sample_rows(policy, rows, sampling, "held_out") for policy in policies]
 
     def build(work: Path) -> dict[str, Any]:
-        reports = [_fresh_report(context, reward, rows, samples.by_key) for samples in drawn]
+        most = sampling.max_new_tokens
+        pairs = [fresh_pairs(rows, samples.by_key, most) for samples in drawn]
+        reports = [_fresh_report(context, reward, own) for own in pairs]
         return {"accuracy": [report["fresh_accuracy"] for report in reports]}
 
     inputs = {f"policy-{i}": policy.identity for i, policy in enumerate(policies)}
-    stage = context.stage(PICK, "pick", {}, {**inputs, "reward": reward.key}, build)
+    stage = context.stage(PICK, "pick", {"ties": "half"}, {**inputs, "reward": reward.key}, build)
     context.log(PICK, stage.metrics)
     if stage.missing:
         return policies[-1]

@@ -8,12 +8,12 @@ from typing import Any
 from irl_align.config.loop import SignOptions
 from irl_align.policy.roles import signs_in, signs_key
 from irl_align.reward.audit import shortcut_warnings
-from irl_align.reward.health import accuracy, audited_accuracy, policy_pair_loss
+from irl_align.reward.health import accuracy, audited_accuracy, policy_pair_accuracy
 from irl_align.training.context import RunContext
+from irl_align.utils.statistics import FEW_CLUSTERS, Estimate
 from irl_align.utils.text_table import share_text
 
 logger = logging.getLogger(__name__)
-ROUNDING = 1e-6  # of a float32 mean: a reward that learned nothing has loss ln 2 up to this
 
 
 def judge_reward(context: RunContext, k: int, report: dict[str, Any]) -> str | None:
@@ -36,24 +36,48 @@ def judge_reward(context: RunContext, k: int, report: dict[str, Any]) -> str | N
                 "forgets; widen pairs.window or init warm"
             )
     signs = shortcut_warnings(report["audit"], audited_accuracy(report)) + forgets
-    loss, own = report["held_out"]["loss"], policy_pair_loss(report)
-    unfit = loss is None or loss >= bounds.unfit_loss - ROUNDING
-    if not context.recipe.reward.is_learned:
-        unfit, own = False, None  # a log-ratio without a fit is not calibrated to pairs
-    if unfit:
-        value = "not finite" if loss is None else f"{loss:.4f}, at or above {bounds.unfit_loss:.4f}"
-        signs.append(
-            f"held-out pair loss is {value}: the reward is unfit and is not used by the policy step"
-        )
-    elif own is not None and own >= bounds.unfit_loss - ROUNDING:
-        signs.append(
-            f"held-out pair loss is {own:.4f} on pairs that reject policy samples: the reward has "
-            "learned only the other pairs"
-        )
+    unfit = False
+    if context.recipe.reward.is_learned:  # a log-ratio was not fitted to rank these pairs
+        unfit, judged = _judge_ranking(bounds, report)
+        signs += judged
     _log_signs(context, "reward", k, signs)
     if unfit:
         return f"iteration {k}: the reward is unfit"
     return f"iteration {k}: {forgets[0]}" if forgets and bounds.action == "stop" else None
+
+
+def _judge_ranking(bounds: SignOptions, report: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Whether a reward is unfit, and what to say about its ranking of held-out pairs."""
+    if report["held_out"]["loss"] is None:
+        return True, ["held-out pair loss is not finite: the reward is unfit; did its fit diverge?"]
+    ranking, own = accuracy(report["held_out"]), policy_pair_accuracy(report)
+    text = f"held-out accuracy is {share_text(ranking)}"
+    ranks = _ranks(ranking, bounds.unfit_accuracy)
+    if ranks is False:
+        return True, [
+            f"{text}, not above {bounds.unfit_accuracy:.0%} with its interval: the reward is unfit "
+            "and is not used by the policy step; fit it longer or hold out more demonstrations, "
+            "unless the policy has reached the demonstrations"
+        ]
+    if ranks is None:
+        return False, [
+            f"{text}: too few prompts to tell whether the reward is better than chance; hold out "
+            "more demonstrations"
+        ]
+    if _ranks(own, bounds.unfit_accuracy) is False:
+        return False, [
+            f"held-out accuracy is {share_text(own)} on pairs that reject policy samples: the "
+            "reward has learned only the other pairs; fit it longer, or with fewer of those"
+        ]
+    return False, []
+
+
+def _ranks(share: Estimate | None, bound: float) -> bool | None:
+    """Whether an accuracy lies above a bound with its interval; None if that cannot be told."""
+    if share is None or bound == 0.0 or (share.low is not None and share.low > bound):
+        return True
+    few = share.low is None or (share.clusters or share.n) < FEW_CLUSTERS
+    return None if few and share.mean > bound else False
 
 
 def judge_policy(
@@ -78,21 +102,38 @@ def judge_policy(
 
 
 def judge_fresh(context: RunContext, k: int, vitals: dict[str, Any]) -> str | None:
-    """Log that the reward cannot tell demonstrations from policy k + 1's samples (near 50%).
+    """Log that policy k + 1 has reached the demonstrations, or went past them.
 
-    Then there is nothing left to learn from this reward: the reason to stop, if the recipe says so.
+    Nothing is left to learn if a fresh discriminator surely cannot distinguish its samples: the
+    reason to stop, if the recipe says so. A reward that prefers the samples to demonstrations was
+    optimised too far.
     """
     bounds = context.recipe.loop.signs
+    own, signs, done = accuracy(vitals.get("two_sample", {})), list[str](), None
+    if own is not None and own.low is not None and own.high is not None:
+        told = (
+            "fresh samples: a new discriminator distinguishes demonstrations from the policy's "
+            f"samples in {share_text(own)}"
+        )
+        bound = bounds.two_sample_accuracy
+        if own.high <= bound:
+            done = f"{told}, surely at most {bound:.1%}: nothing is left to learn from these data"
+            signs.append(done)
+        elif own.low <= 0.5 < bound:
+            signs.append(
+                f"{told}: more held-out prompts are needed to tell whether anything is left to "
+                f"learn (the interval includes 50% and more than {bound:.1%})"
+            )
     fresh = accuracy(vitals.get("fresh", {}))
-    if fresh is None or fresh.mean > bounds.fresh_accuracy:
-        return None
-    sign = (
-        "fresh samples: the reward tells demonstrations from the new policy's samples in "
-        f"{share_text(fresh)}, at most {bounds.fresh_accuracy:.1%}: nothing is left to learn from "
-        "it"
-    )
-    _log_signs(context, "fresh", k + 1, [sign])
-    return f"iteration {k}: {sign}" if bounds.action == "stop" else None
+    if fresh is not None and fresh.high is not None and fresh.high < 0.5:
+        signs.append(
+            f"overshoot: the reward prefers demonstrations to the new policy's samples in only "
+            f"{share_text(fresh)}: the policy went past the demonstrations along this reward; "
+            "raise the KL's weight, or take fewer or smaller steps"
+        )
+    if signs:
+        _log_signs(context, "fresh", k + 1, signs)
+    return f"iteration {k}: {done}" if done is not None and bounds.action == "stop" else None
 
 
 def find_signs(bounds: SignOptions, now: dict[str, Any], start: dict[str, Any]) -> list[str]:

@@ -171,10 +171,10 @@ def _shrink(values: dict[str, Any]) -> None:
         update["episodes"] = _STEPS * update["batch_size"]
     _at_most(values["evaluation"], prompts=4, held_out_prompts=8)
     values["evaluation"]["prompts"] = values["evaluation"]["prompts"] or 4
-    bounds = ("unfit_loss", "entropy_high", "kl", "length_change", "demonstration_log_prob")
+    bounds = ("entropy_high", "kl", "length_change", "demonstration_log_prob")
     values["loop"]["signs"] |= dict.fromkeys(bounds, 1e9)
     values["loop"]["signs"] |= {"older_drop": 1.0, "missing_eos": 1.0, "entropy_low": 0.0}
-    values["loop"]["signs"] |= {"fresh_accuracy": 0.0, "action": "warn"}
+    values["loop"]["signs"] |= {"two_sample_accuracy": 0.0, "unfit_accuracy": 0.0, "action": "warn"}
 
 
 def _at_most(options: dict[str, Any], **limits: int) -> None:

@@ -27,6 +27,7 @@ METRIC_NAMES = {
     "kl": "KL",
     "entropy": "entropy per token",
     "fresh_accuracy": "fresh samples",
+    "two_sample_accuracy": "discriminator",
 }
 
 Cell = str | float | Estimate | None

@@ -35,7 +35,7 @@ model:
 sft: {{args: {{max_steps: 2, per_device_train_batch_size: 16, learning_rate: 1.0e-4}}}}
 generation: {{max_new_tokens: 40, max_batch_tokens: 4096}}
 pairs: {{truncated: keep}}
-loop: {{iterations: 1, signs: {{unfit_loss: 1.0e9}}}}
+loop: {{iterations: 1, signs: {{unfit_accuracy: 0.0}}}}
 evaluation: {{prompts: 4, held_out_prompts: 4}}
 """
 PPO = """\

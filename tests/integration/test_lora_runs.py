@@ -95,7 +95,7 @@ def ppo(best: Result, tmp_path_factory: pytest.TempPathFactory) -> Result:
         "sft.args={num_train_epochs: 1, learning_rate: 0.01}",
         f"reward.lora={LORA}",
         f"policy_update={json.dumps(update)}",
-        "loop.signs.unfit_loss=100.0",
+        "loop.signs.unfit_accuracy=0.0",
     )
     return train(recipe)
 

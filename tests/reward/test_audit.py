@@ -53,13 +53,21 @@ def test_shortcut_audit_by_hand() -> None:
 def test_shortcut_warnings_name_close_shortcuts(
     audit: dict[str, float], accuracy: float, named: list[str]
 ) -> None:
-    recorded = audit_record(**audit, logprob_sum=0.99, logprob_mean=0.99)
+    recorded = audit_record(**audit)
     lines = shortcut_warnings(recorded, Estimate(accuracy, 0.4, 1.0, 100, 50))
     assert [line.split()[2] for line in lines] == named
     for line, name in zip(lines, named, strict=True):
         low, high = recorded["intervals"][name]
         assert f"{name} alone separates {audit[name]:.1%} [{low:.1%}, {high:.1%}] n=100/50" in line
         assert f"the reward {accuracy:.1%} [40.0%, 100.0%] n=100/50:" in line
+
+
+@pytest.mark.parametrize(("own", "warns"), [(0.7, True), (0.75, False), (0.8, False)])
+def test_shortcut_warnings_name_a_log_prob_that_beats_the_reward(own: float, warns: bool) -> None:
+    audit = audit_record(logprob_sum=0.6, logprob_mean=0.75)
+    lines = shortcut_warnings(audit, Estimate(own, 0.5, 0.9, 100, 50))
+    assert len(lines) == warns
+    assert all("the mean log-prob under SFT separates 75.0%" in line for line in lines)
 
 
 def test_within_prompts_by_hand() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -38,8 +39,15 @@ def test_report_has_the_length_correlation_of_distinct_samples(run: Result) -> N
     reward = RewardModel.from_pretrained(run.reward)
     scores = reward.score_ids(list(samples.values()), [list(ids) for _, ids in samples])
     expected = within_prompts([k for k, _ in samples], scores, [len(ids) for _, ids in samples])
+    if expected is None:  # one sample for each prompt: the pairs' differences
+        chosen = reward.score_ids([r["prompt_ids"] for r in rows], [r["chosen_ids"] for r in rows])
+        rejected = reward.score_ids(
+            [r["prompt_ids"] for r in rows], [r["rejected_ids"] for r in rows]
+        )
+        longer = [len(r["chosen_ids"]) - len(r["rejected_ids"]) for r in rows]
+        expected = float(np.corrcoef((chosen - rejected).numpy(), longer)[0, 1])
     recorded = metrics(run.folder)["reward/0"]["audit"]["length_correlation"]
-    assert recorded == (None if expected is None else pytest.approx(expected, abs=1e-4))
+    assert recorded == pytest.approx(expected, abs=1e-4)
 
 
 def test_vitals_have_the_rewards_gain_over_the_start(run: Result) -> None:
@@ -112,7 +120,7 @@ def test_second_iteration_reports_agreement(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    signs = "loop.signs={fresh_accuracy: 0.0, unfit_loss: 100.0}"
+    signs = "loop.signs={two_sample_accuracy: 0.0, unfit_accuracy: 0.0}"
     result = train(tiny_recipe(tiny_folder, *BEST, "loop.iterations=2", signs))
     report = metrics(result.folder)["reward/1"]
     assert set(report["agreement"]) == {"0"} and -1.0 <= report["agreement"]["0"] <= 1.0

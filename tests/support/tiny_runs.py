@@ -53,7 +53,7 @@ policy_update:
   prompts: 24
 loop:
   iterations: 1
-  signs: {unfit_loss: 100.0}
+  signs: {unfit_accuracy: 0.0}
 evaluation: {prompts: 12, held_out_prompts: 12}
 """
 BEST = (

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from support.ppo_tools import small_llama
 
 from irl_align.models.generation.protocol import Completion, Sampling, generate
@@ -16,6 +17,7 @@ from irl_align.models.lm_head import completion_logprobs
 from irl_align.policy import Policy
 from irl_align.training.diagnostics import (
     kl_report,
+    length_correlation,
     of_all_tokens,
     temperature_of_entropy,
     vital_signs,
@@ -61,6 +63,27 @@ def test_vitals_by_hand() -> None:
 
 def test_kl_report_of_one_sample_has_no_standard_error() -> None:
     assert kl_report([array(-1)], [array(-3)]) == {"kl": 2.0, "kl_se": 0.0}
+
+
+def test_length_correlation_at_one_sample_a_prompt_uses_differences_of_the_pairs() -> None:
+    """Reward = a(prompt) + 5 (demonstration) - length / 2: exactly -1 in differences."""
+    lengths = [(3, 1), (2, 6), (5, 4), (1, 1)]
+    pairs = Dataset.from_dict(
+        {
+            "source": ["demonstration/policy"] * 4,
+            "prompt_key": list("abcd"),
+            "chosen_ids": [[7] * one for one, _ in lengths],
+            "rejected_ids": [[8] * two for _, two in lengths],
+        }
+    )
+    base = np.array([10.0, -3.0, 0.0, 40.0])
+    chosen, rejected = (base - np.array(side) / 2 for side in zip(*lengths, strict=True))
+    assert length_correlation(pairs, chosen + 5.0, rejected) == pytest.approx(-1.0)
+    # Two samples of prompt a: they decide, whatever the demonstrations are.
+    keys = list("aacd")
+    two = pairs.remove_columns("prompt_key").add_column("prompt_key", keys)
+    samples = np.array([1.0, 9.0, 0.0, 0.0])  # lengths 1 and 6
+    assert length_correlation(two, chosen, samples) == pytest.approx(1.0)
 
 
 class Sampled:

@@ -277,7 +277,7 @@ def test_selection_keeps_the_policy_and_ranks_its_samples(
 
 def test_pairs_say_how_a_selecting_policy_drew(run: Callable[..., Result]) -> None:
     update = "policy_update={n: 3, use: select, temperature: 0.5}"
-    result = run("selecting", update, "loop={iterations: 2, signs: {unfit_loss: 100.0}}")
+    result = run("selecting", update, "loop={iterations: 2, signs: {unfit_accuracy: 0.0}}")
     for iteration, temperature, known in ((0, 1.0, True), (1, 0.5, False)):
         pairs = stage_folder(result.folder, f"pairs/{iteration}") / "train.parquet"
         assert set(column(pairs, "temperature")) == {temperature}
@@ -350,7 +350,7 @@ def test_options_of_the_explicit_reward(
         # Nothing is learned in the second fit: a warm start then ends where the first fit did.
         "reward.schedule.learning_rate=[0.003, 0.0]",
         f"reward.preferences={{card: {write_preferences(tmp_path)}, weight: 0.5}}",
-        "loop={iterations: 2, signs: {unfit_loss: 100.0}}",
+        "loop={iterations: 2, signs: {unfit_accuracy: 0.0}}",
     )
     records, data = stage_records(result.folder), stage_folder(result.folder, "data")
     sft, reward = (set(column(data / f"{part}.parquet", "prompt")) for part in ("sft", "reward"))
@@ -477,7 +477,7 @@ def test_a_mixture_reference_is_a_weighted_sum_of_log_probs(
 def test_an_unfit_reward_is_not_optimised_on(run: Callable[..., Result]) -> None:
     """Nothing learned: every margin is 0 and the held-out loss ln 2."""
     result = run(
-        "unfit", *SPIN, "reward.schedule.learning_rate=[0.0]", f"loop.signs.unfit_loss={LN2}"
+        "unfit", *SPIN, "reward.schedule.learning_rate=[0.0]", "loop.signs.unfit_accuracy=0.5"
     )
     logged, summary = metrics(result.folder), result.view().summary
     assert logged["reward/0"]["held_out"]["loss"] == pytest.approx(LN2, abs=1e-6)
@@ -490,7 +490,7 @@ def test_an_unfit_reward_is_not_optimised_on(run: Callable[..., Result]) -> None
 def test_a_sign_with_action_stop_keeps_the_policy_before(
     best: Result, run: Callable[..., Result]
 ) -> None:
-    strict = "unfit_loss: 100.0, action: stop, fresh_accuracy: 0.0"
+    strict = "unfit_accuracy: 0.0, action: stop, two_sample_accuracy: 0.0"
     result = run("stopped", *BEST, f"loop.signs={{{strict}, kl: 1e-9, length_change: 1e-9}}")
     summary = result.view().summary
     assert summary is not None
@@ -504,7 +504,7 @@ def test_loop_ends_when_the_reward_cannot_separate_fresh_samples(
     best: Result, run: Callable[..., Result]
 ) -> None:
     calm = "entropy_low: 0.0, entropy_high: 99.0, kl: 99.0, length_change: 99.0, missing_eos: 1.0"
-    bounds = f"{calm}, demonstration_log_prob: 99.0, unfit_loss: 100.0, fresh_accuracy: 1.0"
+    bounds = f"{calm}, demonstration_log_prob: 99.0, unfit_accuracy: 0.0, two_sample_accuracy: 1.0"
     result = run("fresh", *BEST, f"loop.signs={{{bounds}, action: stop}}", "loop.iterations=3")
     summary = result.view().summary
     assert summary is not None and "nothing is left to learn" in summary["ended"]
@@ -610,7 +610,7 @@ generation: {{max_new_tokens: 24, top_k: 40}}
 pairs: {{truncated: keep}}
 reward: {{args: {{max_steps: 2}}}}
 policy_update: {update}
-loop: {{iterations: 1, signs: {{unfit_loss: 100.0}}}}
+loop: {{iterations: 1, signs: {{unfit_accuracy: 0.0}}}}
 evaluation: {{temperatures: [1.0]}}
 """
     )

@@ -68,7 +68,7 @@ def test_texts_of_a_run_end_in_the_end_of_turn_alike(family: str, tmp_path: Path
                 "args": {"beta": 0.1, "num_train_epochs": 1, "logging_steps": 1},
             },
             "policy_update": {"kind": "identity"},
-            "loop": {"iterations": 1, "signs": {"unfit_loss": 100.0}},
+            "loop": {"iterations": 1, "signs": {"unfit_accuracy": 0.0}},
             "evaluation": {"prompts": 2, "held_out_prompts": 2, "gold": False},
         },
         "test",

@@ -10,9 +10,8 @@ from support.synthetic_runs import accuracy_record, audit_record
 from support.tiny_runs import tiny_recipe
 
 from irl_align.config.loop import SignOptions
-from irl_align.training.signs import find_signs, judge_policy, judge_reward
+from irl_align.training.signs import find_signs, judge_fresh, judge_policy, judge_reward
 
-LN2 = math.log(2.0)
 START = {
     "entropy": 2.0,
     "length": 20.0,
@@ -21,6 +20,13 @@ START = {
     "demonstration_logp": -30.0,
 }
 BOUNDS = SignOptions()
+
+
+def share_record(mean: float, half: float, prompts: int) -> dict[str, Any]:
+    """An accuracy over two pairs of each prompt."""
+    interval = [mean - half, mean + half]
+    counts = {"pairs": 2 * prompts, "prompts": prompts}
+    return {"accuracy": mean, "accuracy_interval": interval, **counts}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +111,68 @@ def test_judge_policy_and_judge_reward_report_numbers_that_are_not_finite(tmp_pa
     assert logged["signs/reward-0"][0].startswith("held-out pair loss is not finite")
 
 
+@pytest.mark.parametrize(
+    ("mean", "half", "prompts", "unfit", "sign"),
+    [
+        (0.78, 0.05, 500, False, None),  # whatever its calibration
+        (0.55, 0.06, 500, True, "held-out accuracy is 55.0% [49.0%, 61.0%] n=1000/500, not above"),
+        (0.48, 0.02, 500, True, "held-out accuracy is 48.0%"),
+        (0.60, 0.20, 12, False, "held-out accuracy is 60.0% [40.0%, 80.0%] n=24/12: too few"),
+        (0.50, 0.30, 12, True, "held-out accuracy is 50.0%"),
+        (0.80, 0.20, 12, False, None),
+    ],
+)
+def test_judge_reward_judges_the_ranking_with_its_interval(
+    mean: float, half: float, prompts: int, unfit: bool, sign: str | None, tmp_path: Path
+) -> None:
+    logged: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
+    recipe = tiny_recipe(tmp_path, "loop.signs.unfit_accuracy=0.5")
+    context: Any = SimpleNamespace(recipe=recipe, run=run)
+    held_out = share_record(mean, half, prompts) | {"loss": 3.0}
+    fit = {"held_out": held_out, "audit": audit_record(), "older": {}}
+    assert judge_reward(context, 0, fit) == ("iteration 0: the reward is unfit" if unfit else None)
+    signs = logged["signs/reward-0"]
+    assert len(signs) == (sign is not None) and all(s.startswith(str(sign)) for s in signs)
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+@pytest.mark.parametrize(
+    ("two_sample", "fresh", "signs"),
+    [
+        ((0.50, 0.04), (0.52, 0.04), ["nothing is left to learn"]),
+        ((0.53, 0.01), (0.52, 0.04), ["nothing is left to learn"]),  # surely a small difference
+        ((0.50, 0.12), (0.52, 0.04), ["more held-out prompts are needed"]),
+        ((0.62, 0.04), (0.50, 0.04), []),
+        ((0.62, 0.04), (0.40, 0.04), ["overshoot: the reward prefers demonstrations"]),
+        ((0.50, 0.04), (0.40, 0.04), ["nothing is left to learn", "overshoot"]),
+    ],
+)
+def test_judge_fresh_asks_the_discriminator_and_reports_overshoot(
+    two_sample: tuple[float, float],
+    fresh: tuple[float, float],
+    signs: list[str],
+    action: str,
+    tmp_path: Path,
+) -> None:
+    logged: dict[str, Any] = {}
+    run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
+    recipe = tiny_recipe(tmp_path, f"loop.signs.action={action}")
+    context: Any = SimpleNamespace(recipe=recipe, run=run)
+    vitals = {"two_sample": share_record(*two_sample, 500), "fresh": share_record(*fresh, 500)}
+    stop = judge_fresh(context, 0, vitals)
+    told = logged.get("signs/fresh-1", [])
+    assert len(told) == len(signs) and all(s in t for s, t in zip(signs, told, strict=True))
+    done = bool(signs) and signs[0].startswith("nothing")
+    assert (stop is not None) == (done and action == "stop")
+
+
+def test_judge_fresh_does_not_judge_what_is_missing(tmp_path: Path) -> None:
+    context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path), run=None)
+    assert judge_fresh(context, 0, {}) is None
+    assert judge_fresh(context, 0, {"two_sample": {"identical": 0, "truncated": 0}}) is None
+
+
 @pytest.mark.parametrize("action", ["warn", "stop"])
 def test_judge_reward_reports_a_reward_that_forgets(action: str, tmp_path: Path) -> None:
     logged: dict[str, Any] = {}
@@ -130,7 +198,7 @@ def test_judge_reward_uses_the_pairs_that_reject_policy_samples(tmp_path: Path) 
     logged: dict[str, Any] = {}
     run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
     context: Any = SimpleNamespace(
-        recipe=tiny_recipe(tmp_path, f"loop.signs.unfit_loss={LN2}"), run=run
+        recipe=tiny_recipe(tmp_path, "loop.signs.unfit_accuracy=0.5"), run=run
     )
     own = accuracy_record(0.71, loss=0.6)
     fit = {
@@ -143,20 +211,24 @@ def test_judge_reward_uses_the_pairs_that_reject_policy_samples(tmp_path: Path) 
     [sign] = logged["signs/reward-0"]
     assert "length alone separates 70.0% [60.0%, 80.0%] n=100/50 of the held-out" in sign
     assert "the reward 71.0% [61.0%, 81.0%] n=100/50" in sign
-    own.update(accuracy=0.5, loss=0.7)
+    own.update(accuracy=0.5, accuracy_interval=[0.4, 0.6])
     fit["audit"] = audit_record()
     assert judge_reward(context, 0, fit) is None
     [sign] = logged["signs/reward-0"]
-    assert sign.startswith("held-out pair loss is 0.7000 on pairs that reject policy samples")
+    assert sign.startswith(
+        "held-out accuracy is 50.0% [40.0%, 60.0%] n=100/50 on pairs that reject policy samples"
+    )
 
 
-def test_judge_reward_does_not_judge_the_loss_of_a_log_ratio_without_a_fit(tmp_path: Path) -> None:
-    """Nothing made its scale that of the pairs' logits; its ranking is still reported."""
+def test_judge_reward_does_not_judge_the_ranking_of_a_log_ratio_without_a_fit(
+    tmp_path: Path,
+) -> None:
+    """It was not fitted to rank these pairs."""
     ratio = ("reward={kind: implicit, numerator: initial, reference: start}", "loop.iterations=1")
     logged: dict[str, Any] = {}
     run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
     context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path, *ratio), run=run)
-    own = accuracy_record(0.6, loss=9.0)
+    own = accuracy_record(0.4, loss=9.0)
     fit = {"held_out": own, "by_source": {}, "audit": audit_record(), "older": {}}
     assert judge_reward(context, 0, fit) is None
     assert logged["signs/reward-0"] == []

@@ -17,6 +17,7 @@ AT_ENTROPY, BEYOND_ENTROPY = "first-at-entropy", "beyond-entropy"
 at a policy's entropy, and the policy's value at temperature 1 minus that."""
 
 
+FRESH = ("fresh", "two_sample")
 PARTS = ("unseen", "seen")
 """Evaluation prompts by whether they are in the training data as well."""
 # Corpus metric -> (numerator, denominator) in a sample's row; other metrics are means of rows.
@@ -81,10 +82,11 @@ def policy_measures(view: RunView, number: int) -> dict[str, float]:
 
 def policy_accuracies(view: RunView, number: int) -> dict[str, Estimate]:
     """Accuracies of the reward that policy `number` was improved on: on held-out pairs, and on the
-    policy's fresh samples."""
+    policy's fresh samples; and of a discriminator on the fresh samples."""
     reports = {
         "reward_accuracy": view.record(Role.reward(number - 1)).get("held_out", {}),
         "fresh_accuracy": view.record(Role.vitals(number)).get("fresh", {}),
+        "two_sample_accuracy": view.record(Role.vitals(number)).get("two_sample", {}),
     }
     return {name: share for name, own in reports.items() if (share := accuracy(own))}
 
@@ -143,14 +145,15 @@ def _beyond_entropy(view: RunView, number: int) -> dict[str, Any]:
 
 
 def reward_reports(view: RunView) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(iteration, report of its reward). To the held-out report are added `fresh`, the report on
-    samples of the next policy, and `demonstration_scores`, their mean and deviation."""
+    """(iteration, report of its reward). To the held-out report are added `fresh` and `two_sample`,
+    the reports of the reward and of a discriminator on samples of the next policy, and
+    `demonstration_scores`, their mean and deviation."""
     for k, record in view.records("reward").items():
         yield (
             k,
             {
                 **record,
-                "fresh": view.record(Role.vitals(k + 1)).get("fresh"),
+                **{what: view.record(Role.vitals(k + 1)).get(what) for what in FRESH},
                 "demonstration_scores": view.record(Role.reward_fit(k)).get(
                     "demonstration_scores", (None, None)
                 ),

@@ -39,7 +39,7 @@ DECIMALS |= {"demonstration_logp": 2, "reward_gain": 2, "matched_temperature": 2
 """Decimals of the metrics that are not shares. Shares are written in percent, with one decimal."""
 VITAL_SIGNS = (
     *("kl", "entropy", "length", "truncated"),
-    *("reward_accuracy", "fresh_accuracy", "outliers"),
+    *("reward_accuracy", "fresh_accuracy", "two_sample_accuracy", "outliers"),
 )
 RESULTS_APART = "results, unseen and seen prompts"
 RESULTS, VITALS = "results", "vital signs, at temperature 1"

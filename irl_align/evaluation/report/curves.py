@@ -17,7 +17,7 @@ from irl_align.evaluation.compare.run_tables import measure_column
 from irl_align.evaluation.compare.tables import headline_measures
 from irl_align.evaluation.report.figures import Bars, Dots, Plot, Point, Series
 from irl_align.evaluation.tables import read_evaluation
-from irl_align.reward.health import accuracies
+from irl_align.reward.health import DISCRIMINATOR, accuracies
 from irl_align.training.run_folder import RunView
 from irl_align.utils.statistics import Estimate, estimate
 from irl_align.utils.text_table import metric_name
@@ -30,6 +30,7 @@ SIGNS = {
 HEALTH = {
     "held-out pairs": "held-out pairs",
     "fresh samples": "fresh samples",
+    DISCRIMINATOR: DISCRIMINATOR,
     "pairs of iteration 0": "oldest pairs",
     "length alone": "length alone",
     "summed log-prob under SFT": "summed log-prob under SFT",

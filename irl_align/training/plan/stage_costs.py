@@ -141,7 +141,7 @@ class StageCosts:
         match role.kind, role.use:
             case "vitals", _:
                 samples = self._measured() * self.recipe.generation.samples_per_prompt
-                return self.costs.measure(held_out + samples)
+                return self.costs.measure(3 * (held_out + samples))
             case "reward-report", _:
                 return self.costs.measure(2 * held_out)
             case "pick", _:

@@ -100,7 +100,7 @@ def test_swept_runs_have_names_of_their_own(
     monkeypatch.chdir(tmp_path)
     for name, more in (("a", ""), ("b", "loop: {iterations: 0}\n")):
         text = RECIPE.replace("name: tiny", f"name: tiny-{name}")
-        text = text.replace("loop:\n  iterations: 1\n  signs: {unfit_loss: 100.0}\n", more)
+        text = text.replace("loop:\n  iterations: 1\n  signs: {unfit_accuracy: 0.0}\n", more)
         Path(f"{name}.yaml").write_text(text, encoding="utf-8")
     jobs = plan(["a.yaml", "b.yaml"], [1, 2], ["a:policy_update.n=2,4"])
     assert [(j.recipe.name, j.recipe.seed) for j in jobs] == [
