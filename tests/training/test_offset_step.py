@@ -17,7 +17,12 @@ from irl_align.policy.best_of_n import choose_prompts
 from irl_align.reward.model import RewardModel
 from irl_align.training.train import Result, train
 
-TWO = (*BEST, "loop.iterations=2", "loop.signs.action=warn", "loop.signs.fresh_accuracy=0.0")
+GO_ON = (
+    "loop.signs.action=warn",
+    "loop.signs.two_sample_accuracy=0",
+    "loop.signs.unfit_accuracy=0",
+)
+TWO = (*BEST, "loop.iterations=2", SIGNS)
 PPO = "policy_update={kind: ppo, batch_size: 8, episodes: 16}"
 
 
@@ -114,7 +119,7 @@ def test_a_sum_of_rewards_subtracts_the_last_one(run: Callable[..., Result]) -> 
 
 
 def test_ppo_optimises_the_cumulative_reward_against_pi_0(run: Callable[..., Result]) -> None:
-    result = run("ppo", "loop.iterations=2", PPO, "reward.offset=log_ratio", *TWO[-2:])
+    result = run("ppo", "loop.iterations=2", PPO, "reward.offset=log_ratio", SIGNS)
     records = stage_records(result.folder)
     assert records["policy-2"]["inputs"]["reference"] == records["sft"]["key"]
     assert {"offsets/1", "reward/1"} <= set(records)
