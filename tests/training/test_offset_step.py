@@ -17,11 +17,7 @@ from irl_align.policy.best_of_n import choose_prompts
 from irl_align.reward.model import RewardModel
 from irl_align.training.train import Result, train
 
-GO_ON = (
-    "loop.signs.action=warn",
-    "loop.signs.two_sample_accuracy=0",
-    "loop.signs.unfit_accuracy=0",
-)
+SIGNS = "loop.signs={action: warn, two_sample_accuracy: 0.0, unfit_accuracy: 0.0}"
 TWO = (*BEST, "loop.iterations=2", SIGNS)
 PPO = "policy_update={kind: ppo, batch_size: 8, episodes: 16}"
 
