@@ -29,6 +29,9 @@ class SignOptions(Options):
     lie above this bound. With fewer than 30 prompts only the accuracy itself must, and a warning
     says what cannot be told. If only the pairs with policy samples do not pass, a warning is
     logged. 0 turns this off."""
+    saturated_accuracy: Share = 0.95
+    """Training accuracy that a reward should not reach in the first half of its fit: then hardly a
+    pair has a gradient, and the reward orders the policy's samples by noise. 1 turns this off."""
     two_sample_accuracy: Share = 0.55
     """If the 95% interval of a fresh discriminator's accuracy on held-out demonstrations against
     the policy's samples ends at or below this bound, nothing is left to learn. A wider interval

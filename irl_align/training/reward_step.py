@@ -34,6 +34,7 @@ from irl_align.training.context import RunContext
 from irl_align.training.iteration import Data, Iteration
 from irl_align.training.keys import derive_seed
 from irl_align.training.pair_step import IterationPairs
+from irl_align.training.signs import judge_fit
 from irl_align.training.store import Stage
 from irl_align.utils import distributed
 from irl_align.utils.files import is_sealed, seal
@@ -209,6 +210,7 @@ def _fit_explicit(context: RunContext, iteration: Iteration, fit: _Fit) -> Rewar
 
     stage = context.stage(Role.reward(k), "reward", fit.settings, inputs, build)
     context.log(Role.reward_fit(k), _without_history(stage.metrics))
+    judge_fit(context, k, stage.metrics)
     return _explicit(stage, options.beta)
 
 

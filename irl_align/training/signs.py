@@ -16,6 +16,25 @@ from irl_align.utils.text_table import share_text
 logger = logging.getLogger(__name__)
 
 
+def judge_fit(context: RunContext, k: int, metrics: dict[str, Any]) -> None:
+    """Log that reward k separated its training pairs in the first half of its fit.
+
+    metrics: those of the fit; empty ones (of a stage that was only looked up) are not judged.
+    """
+    bound = context.recipe.loop.signs.saturated_accuracy
+    history, steps = metrics.get("history"), metrics.get("steps")
+    if history is None or steps is None or bound == 1.0:
+        return
+    reached = [record["step"] for record in history if record.get("accuracy", 0.0) >= bound]
+    signs = []
+    if reached and reached[0] <= steps / 2:
+        signs.append(
+            f"saturated: training accuracy reached {bound:.0%} at step {reached[0]} of {steps}; "
+            "use fewer steps, reward.label_smoothing, train_layers, or contrast pairs"
+        )
+    _log_signs(context, "reward-fit", k, signs)
+
+
 def judge_reward(context: RunContext, k: int, report: dict[str, Any]) -> str | None:
     """Log warnings about shortcuts and forgetting; the reason to stop, if there is one.
 

@@ -10,7 +10,13 @@ from support.synthetic_runs import accuracy_record, audit_record
 from support.tiny_runs import tiny_recipe
 
 from irl_align.config.loop import SignOptions
-from irl_align.training.signs import find_signs, judge_fresh, judge_policy, judge_reward
+from irl_align.training.signs import (
+    find_signs,
+    judge_fit,
+    judge_fresh,
+    judge_policy,
+    judge_reward,
+)
 
 START = {
     "entropy": 2.0,
@@ -232,3 +238,33 @@ def test_judge_reward_does_not_judge_the_ranking_of_a_log_ratio_without_a_fit(
     fit = {"held_out": own, "by_source": {}, "audit": audit_record(), "older": {}}
     assert judge_reward(context, 0, fit) is None
     assert logged["signs/reward-0"] == []
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "bound", "sign"),
+    [
+        (
+            [0.6, 0.96, 0.97, 0.99],
+            0.95,
+            "saturated: training accuracy reached 95% at step 20",
+        ),
+        ([0.6, 0.8, 0.96, 0.97], 0.95, None),  # in the second half of the fit
+        ([0.6, 0.96, 0.97, 0.99], 1.0, None),
+    ],
+)
+def test_judge_fit_reports_a_reward_that_separates_its_pairs_early(
+    accuracies: list[float], bound: float, sign: str | None, tmp_path: Path
+) -> None:
+    logged: dict[str, list[str]] = {}
+    run = SimpleNamespace(log=lambda key, record: logged.update({key: record["signs"]}))
+    recipe = tiny_recipe(tmp_path, f"loop.signs.saturated_accuracy={bound}")
+    context: Any = SimpleNamespace(recipe=recipe, run=run)
+    history = [{"step": 10 * (i + 1), "accuracy": a} for i, a in enumerate(accuracies)]
+    judge_fit(context, 1, {"steps": 40, "history": [*history, {"step": 40, "loss": 0.1}]})
+    signs = logged.get("signs/reward-fit-1", [])
+    assert [text[: len(sign or "")] for text in signs] == ([sign] if sign else [])
+
+
+def test_judge_fit_does_not_judge_a_stage_that_is_missing(tmp_path: Path) -> None:
+    context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path), run=None)
+    judge_fit(context, 0, {})
