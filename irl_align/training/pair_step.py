@@ -82,7 +82,8 @@ def make_pairs(context: RunContext, iteration: Iteration, start: Policy) -> Iter
     sources = [source for source in options.sources if iteration.k or source[:7] != "policy/"]
     used = {side for source in sources for side in source.split("/")}
     samplers = {"policy": iteration.policy, "init": start, "sft": iteration.initial}
-    samplers |= {"older": iteration.earlier[-1]}
+    if iteration.k:
+        samplers["older"] = iteration.earlier[-1]
     samplers = {name: samplers[name] for name in sorted(used & set(samplers))}
     parts = {}
     for part, use in USES.items():

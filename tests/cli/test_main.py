@@ -115,7 +115,7 @@ def test_train_prints_readable_lines_and_tables(tmp_path: Path) -> None:
         assert title in ended.out
     rows = [line.split() for line in ended.out.splitlines()]
     # In the parts of the results and of the vital signs; SFT's before the iteration and at the end.
-    for policy, times in ((["SFT"], 7), (["tiny", "1"], 4)):
+    for policy, times in ((["SFT"], 8), (["tiny", "1"], 4)):
         assert sum(row[: len(policy)] == policy for row in rows) == times
     assert ended.out.splitlines()[-2].startswith("policy: ")
 

@@ -253,8 +253,7 @@ def one_iteration(recipe: Recipe) -> Path:
         pairs = make_pairs(context, now, start)
         reward = fit_reward_level(context, now, [pairs])
         policy = improve_policy(context, replace(now, reward=reward))
-        kept = reward.path if reward.kind == "explicit" else None
-        finish_run(context, policy=policy, number=1, reward=kept, ended="1 done", began=0.0)
+        finish_run(context, policy=policy, number=1, reward=reward, ended="1 done", began=0.0)
         return context.run.folder
 
 

@@ -16,14 +16,13 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
 from irl_align.models.generation.protocol import Sampling, generate
 from irl_align.models.generation.transformers_backend import TransformersGenerator
 from irl_align.models.lm_head import completion_logprobs
-from irl_align.models.loading import load_model, seeded
+from irl_align.models.loading import classifier_class, load_config, load_model, seeded
 from irl_align.reward.model import RewardModel
 from irl_align.reward.settings import RewardSettings
 
@@ -180,7 +179,7 @@ def test_rewards_equal_plain_forwards(folder: Path, tmp_path: Path) -> None:
         tmp_path
     )
     actual = RewardModel.from_pretrained(tmp_path).score_ids(PROMPTS, COMPLETIONS, None)
-    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    alone = classifier_class(load_config(tmp_path)).from_pretrained(tmp_path).eval()
 
     def reward(prompt: list[int], completion: list[int]) -> Tensor:
         logits: Tensor = alone(input_ids=torch.tensor([prompt + completion])).logits
