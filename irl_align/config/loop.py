@@ -29,6 +29,8 @@ class SignOptions(Options):
     lie above this bound. With fewer than 30 prompts only the accuracy itself must, and a warning
     says what cannot be told. If only the pairs with policy samples do not pass, a warning is
     logged. 0 turns this off."""
+    unfit_loss: NonNegativeFloat = 0.0
+    """An unfit reward also has at least this held-out pair loss. 0 judges only the ranking."""
     saturated_accuracy: Share = 0.95
     """Training accuracy that a reward should not reach in the first half of its fit: then hardly a
     pair has a gradient, and the reward orders the policy's samples by noise. 1 turns this off."""

@@ -72,6 +72,8 @@ def _judge_ranking(bounds: SignOptions, report: dict[str, Any]) -> tuple[bool, l
     ranking, own = accuracy(report["held_out"]), policy_pair_accuracy(report)
     text = f"held-out accuracy is {share_text(ranking)}"
     ranks = _ranks(ranking, bounds.unfit_accuracy)
+    if report["held_out"]["loss"] < bounds.unfit_loss:
+        return False, []
     if ranks is False:
         return True, [
             f"{text}, not above {bounds.unfit_accuracy:.0%} with its interval: the reward is unfit "

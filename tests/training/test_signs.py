@@ -265,6 +265,20 @@ def test_judge_fit_reports_a_reward_that_separates_its_pairs_early(
     assert [text[: len(sign or "")] for text in signs] == ([sign] if sign else [])
 
 
+def test_judge_reward_is_not_unfit_below_the_loss_that_it_must_have(tmp_path: Path) -> None:
+    run = SimpleNamespace(log=lambda key, record: None)
+    fit = {
+        "older": {},
+        "audit": audit_record(),
+        "held_out": {**share_record(0.5, 0.05, 60), "loss": 0.7},
+        "by_source": {},
+    }
+    for bound, stops in ((0.0, True), (0.6, True), (100.0, False)):
+        options = (f"loop.signs.unfit_loss={bound}", "loop.signs.unfit_accuracy=0.5")
+        context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path, *options), run=run)
+        assert (judge_reward(context, 0, fit) is not None) == stops
+
+
 def test_judge_fit_does_not_judge_a_stage_that_is_missing(tmp_path: Path) -> None:
     context: Any = SimpleNamespace(recipe=tiny_recipe(tmp_path), run=None)
     judge_fit(context, 0, {})
